@@ -1,0 +1,26 @@
+"""The exceptions that vtprune raises: each says what was wrong and what would be right."""
+
+from __future__ import annotations
+
+
+class VTPruneError(ValueError):
+    """Bad input or an unsupported combination; the message names both."""
+
+
+class UnknownPrunerError(VTPruneError, KeyError):
+    """No pruner is registered under that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class UnsupportedModelError(VTPruneError, TypeError):
+    """No adapter knows this model."""
+
+
+class UnsupportedCacheError(VTPruneError, TypeError):
+    """This kind of KV cache cannot hold layers of different lengths."""
+
+
+class ScoreError(VTPruneError):
+    """A pruner produced NaN or infinite scores."""

@@ -1,0 +1,178 @@
+"""The base class of every method: a frozen dataclass of hyper-parameters with up to three stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.selection import Selection
+from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+
+
+@dataclass(frozen=True)
+class PrunerInfo:
+    """What `available()` says of a method.
+
+    stage: where it acts ("encoder", "before decoder", "decoder", or several); needs: what it reads;
+    licence: of the reference code; variants: the values that `variant` takes.
+    """
+
+    name: str
+    stage: str
+    paper: str
+    arxiv: str
+    licence: str
+    needs: str
+    variants: tuple[str, ...] = ("paper",)
+
+
+def check_keep(keep: object) -> None:
+    """Raises VTPruneError unless `keep` is None, an int of at least 1, or a float in (0, 1]."""
+    if keep is None:
+        return
+    hint = "keep takes a count of vision tokens per image (an int of at least 1) or a fraction (a float in (0, 1])"
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise VTPruneError(f"{hint}, got {keep!r}")
+    if isinstance(keep, int) and keep < 1:
+        raise VTPruneError(f"{hint}, got {keep!r}")
+    if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
+        raise VTPruneError(f"{hint}, got {keep!r}")
+
+
+def budget_of(keep: int | float, tokens: int) -> int:
+    """How many of `tokens` a keep asks for: min(keep, tokens), or max(1, round(keep * tokens))."""
+    if isinstance(keep, int):
+        return min(keep, tokens)
+    return min(tokens, max(1, round(keep * tokens)))
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A method and its hyper-parameters; subclasses override the stages they act in.
+
+    keep: vision tokens to keep per image, a count (int) or a fraction of the image's tokens (float in
+    (0, 1]); None is the paper's own setting (`default_keep`).
+    """
+
+    keep: int | float | None = None
+
+    info: ClassVar[PrunerInfo]
+    default_keep: ClassVar[int | float] = 0.25
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    @property
+    def name(self) -> str:
+        """The registry name."""
+        return self.info.name
+
+    @property
+    def asked_keep(self) -> int | float:
+        """`keep`, or the paper's own setting where it is None."""
+        return self.default_keep if self.keep is None else self.keep
+
+    @property
+    def compact_positions(self) -> bool:
+        """Whether the released code renumbers positions after dropping (only for variant="released")."""
+        return False
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether `select` needs q, k and v of the encoder layer that feeds the decoder."""
+        return False
+
+    def for_model(self, facts: ModelFacts) -> Pruner:
+        """This pruner with what depends on the model filled in; raises VTPruneError for a setting that the
+        model cannot meet (a layer beyond the decoder, say). Called once, by `wrap`."""
+        return self
+
+    def budget(self, tokens: int) -> int:
+        """Vision tokens of an image of `tokens` that are left in the end."""
+        return budget_of(self.asked_keep, tokens)
+
+    def encoder_budget(self, tokens: int) -> int:
+        """Vision tokens that the encoder stage leaves."""
+        return self.budget(tokens)
+
+    def input_budget(self, tokens: int) -> int:
+        """Vision tokens that enter the decoder."""
+        return self.budget(tokens)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        """Encoder layers (of 0 .. depth - 1) after which `prune_encoder` is called; depth counts the layers
+        that feed the features."""
+        return ()
+
+    def prune_encoder(self, layer: EncoderLayer) -> Tensor | None:
+        """Which tokens go on to the next encoder layer: (B, N) bool, or None for all."""
+        return None
+
+    @property
+    def selects(self) -> bool:
+        """Whether the method acts between encoder and decoder."""
+        return type(self).select is not Pruner.select
+
+    def select(self, stream: VisionStream) -> Selection | None:
+        """Which tokens enter the decoder, or None for all; called only where the budget is below N."""
+        return None
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers (of 0 .. depth - 2) after which `prune_decoder` is called during prefill."""
+        return ()
+
+    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
+        """Which tokens of one image go on to the next decoder layer, or None for all."""
+        return None
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """FLOPs (2 a multiply-accumulate) of the method's own arithmetic for one image; 0 if negligible."""
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hyper-parameters as plain JSON types, with the method's name first."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a method may ask about the model that it is wrapped around.
+
+    has_cls: whether the vision encoder has a CLS token; encoder_depth: encoder layers that feed the features;
+    decoder_depth: decoder layers; group: encoder patches that form one vision token.
+    """
+
+    has_cls: bool
+    encoder_depth: int
+    decoder_depth: int
+    group: int
+
+
+@dataclass(frozen=True)
+class ScoringWork:
+    """The sizes that a method's own arithmetic depends on, for one image.
+
+    patches: encoder patches of the whole image (N * group); tokens: N vision tokens of the whole image;
+    kept: tokens that enter the decoder; encoder_width, encoder_heads: of the vision tower;
+    decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
+    encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
+    which the method scored; text: text tokens of the row.
+    """
+
+    patches: int
+    tokens: int
+    kept: int
+    encoder_width: int
+    encoder_heads: int
+    decoder_width: int
+    decoder_heads: int
+    prompt: int
+    text: int
+    encoder_patches: tuple[int, ...]
+    encoder_layers: tuple[int, ...]
+    decoder_layers: tuple[int, ...]

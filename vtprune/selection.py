@@ -1,0 +1,62 @@
+"""Selection: what a pruner answers, for the tokens of one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import ScoreError, VTPruneError
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Vectors of `members` flow into the token `into` with `weights` (they sum to 1)."""
+
+    into: int
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens of one image that go on, and what flows into them.
+
+    kept: (K,) int64 indices into the N tokens that the pruner was shown, ascending and distinct.
+    vectors: (K, D) new vectors for the kept tokens, or None to leave them as they are.
+    merges: for each token with a new vector, where the vector came from.
+    """
+
+    kept: Tensor
+    vectors: Tensor | None = None
+    merges: tuple[Merge, ...] = field(default=())
+
+    def check(self, tokens: int) -> None:
+        """Raises VTPruneError unless the indices are ascending, distinct and inside `tokens`."""
+        kept = self.kept
+        if kept.ndim != 1 or kept.numel() == 0:
+            raise VTPruneError(f"a selection keeps at least one token of {tokens}, got shape {tuple(kept.shape)}")
+        ascending = bool((kept[1:] > kept[:-1]).all())
+        if not ascending or int(kept[0]) < 0 or int(kept[-1]) >= tokens:
+            raise VTPruneError(f"kept indices must be ascending, distinct and below {tokens}, got {kept.tolist()}")
+        if self.vectors is not None and self.vectors.shape[0] != kept.numel():
+            raise VTPruneError(f"{self.vectors.shape[0]} merged vectors for {kept.numel()} kept tokens")
+
+
+def check_scores(scores: Tensor, method: str) -> Tensor:
+    """The scores (any shape) in fp32; raises ScoreError if one of them is NaN or infinite."""
+    scores = scores.float()
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).sum())
+        raise ScoreError(
+            f"{method}: {bad} of {scores.numel()} token scores are NaN or infinite; the model's activations "
+            "overflow (load it in float32 or bfloat16) or the image holds invalid pixels"
+        )
+    return scores
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices (count,) of the highest of `scores` (N,), ascending; ties go to the lowest index."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:count].sort().values

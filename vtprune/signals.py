@@ -1,0 +1,108 @@
+"""Attention rows from the queries and keys of one layer, never a materialised N x N map per head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
+    """Softmaxed attention of a few queries over all keys, in fp32.
+
+    query: (..., H, Q, d), key: (..., H, N, d), valid: (..., N) bool, False where a key is padding.
+    Returns (..., H, Q, N).
+    """
+    logits = torch.matmul(query.float() * scale, key.float().transpose(-1, -2))
+    if valid is not None:
+        logits = logits.masked_fill(~valid[..., None, None, :], float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def attention_received(
+    query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
+) -> Tensor:
+    """Mean over heads and queries of the attention that each key receives, accumulated in chunks of queries.
+
+    query, key: (H, N, d). `skip` leading tokens (CLS) are left out of queries and of the answer, but stay in
+    the softmax. Returns (N - skip,) in fp32.
+    """
+    return _accumulate(query, key, scale, skip, softmax)[0]
+
+
+def attention_given(query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True) -> Tensor:
+    """Mean over heads and keys (without the `skip` leading ones) of the attention that each query gives: (N - skip,)."""
+    return _accumulate(query, key, scale, skip, softmax)[1]
+
+
+def attention_received_and_given(
+    query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Both means of `attention_received` and `attention_given` in one pass, each (N - skip,)."""
+    return _accumulate(query, key, scale, skip, softmax)
+
+
+def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:
+    heads, tokens, _ = key.shape
+    rows = max(1, CHUNK_BYTES // (4 * heads * tokens))
+    received = torch.zeros(tokens - skip, device=key.device)
+    given = []
+    for chunk in query[:, skip:].split(rows, dim=1):
+        weights = torch.matmul(chunk.float() * scale, key.float().transpose(-1, -2))
+        weights = weights.softmax(dim=-1) if softmax else weights
+        weights = weights[..., skip:]
+        received += reduce(weights, "h q n -> n", "sum")
+        given.append(reduce(weights, "h q n -> q", "mean"))
+    return received / (heads * (tokens - skip)), torch.cat(given)
+
+
+@dataclass(frozen=True)
+class LayerSignals:
+    """Queries, keys and values of one vision-encoder layer, for the tokens of one image.
+
+    query, key, value: (H, P + N * group, d) with P = `prefix` leading tokens (1 with a CLS token, else 0),
+    then the patches; `group` consecutive patches (4 for Qwen's 2x2 merge) form one vision token. Patches
+    stand in raster order of the vision tokens. Queries and keys carry their rotary embedding, if any.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    prefix: int
+    group: int
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first token is a CLS token."""
+        return self.prefix > 0
+
+    def pool(self, patch_scores: Tensor) -> Tensor:
+        """Mean of (N * group,) patch scores over each vision token's patches: (N,)."""
+        return reduce(patch_scores, "(n g) -> n", "mean", g=self.group)
+
+    def cls_attention(self) -> Tensor:
+        """Mean over heads of the CLS row, softmaxed over all tokens, CLS column dropped: (N,)."""
+        rows = attention_rows(self.query[:, :1], self.key, self.scale)
+        return self.pool(rows[:, 0, self.prefix :].mean(dim=0))
+
+    def received_attention(self) -> Tensor:
+        """Mean over heads and patch queries of the attention that each vision token receives: (N,)."""
+        return self.pool(attention_received(self.query, self.key, self.scale, skip=self.prefix))
+
+    def saliency(self) -> Tensor:
+        """CLS attention where the encoder has a CLS token, received attention where it has none: (N,)."""
+        return self.cls_attention() if self.has_cls else self.received_attention()
+
+    def token_mean(self, states: Tensor) -> Tensor:
+        """Mean over each vision token's patches of (H, P + N * group, d) states, prefix dropped: (H, N, d)."""
+        return reduce(states[:, self.prefix :], "h (n g) d -> h n d", "mean", g=self.group)
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(..., N, H * d) to (..., H, N, d)."""
+    return rearrange(states, "... n (h d) -> ... h n d", h=heads)

@@ -1,0 +1,88 @@
+"""What a pruner sees: the vision tokens of one image, an encoder layer, or a decoder layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtprune.signals import LayerSignals
+
+
+@dataclass(frozen=True)
+class VisionStream:
+    """The vision tokens of one image on their way into the decoder.
+
+    features: (N, D) decoder-width vectors, in raster order.
+    grid: (t, h, w) of the whole image in vision tokens, t * h * w == total.
+    indices: (N,) the place of each token in the whole image (0 .. total - 1); all of them unless an
+        encoder stage dropped some.
+    total: vision tokens of the whole image, before anything was dropped.
+    budget: tokens to keep at the most, 1 <= budget.
+    signals: q, k and v of the encoder layer whose output the decoder reads, for these N tokens, or None if
+        the pruner does not ask for them (`Pruner.reads_encoder`).
+    pixels: the image as the encoder got it: (C, H, W), or (patches, C * t * p * p) on Qwen.
+    text: (T, D) decoder embeddings of the text tokens of this row, in order.
+    """
+
+    features: Tensor
+    grid: tuple[int, int, int]
+    indices: Tensor
+    total: int
+    budget: int
+    signals: LayerSignals | None
+    pixels: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
+class EncoderLayer:
+    """One vision-encoder layer after it ran, for a batch of B images padded to the same length.
+
+    query, key, value: (B, H, P + N * group, d), layout as in `LayerSignals`.
+    valid: (B, N) bool, False where a row is padding (images in one batch may have fewer tokens left).
+    total: (B,) tokens of each whole image; budget: (B,) tokens to keep at the most.
+    index: 0-based layer index; depth: how many layers feed the features (layers 0 .. depth - 1 count: the
+        features are the output of layer depth - 1).
+    memory: a dict of this encoding, for scores that accumulate over layers; after a drop the core compacts
+        every (B, N) tensor in it along with the tokens.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor
+    total: Tensor
+    budget: Tensor
+    index: int
+    depth: int
+    scale: float
+    prefix: int
+    group: int
+    memory: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer during prefill after it ran, for the vision tokens of one image in one row.
+
+    query: (H, n, d) and key, value: (H, n, d) of all n tokens of the row at that layer, rotary embedding
+        applied, key-value heads repeated to H.
+    vision: (N,) places in 0 .. n - 1 of this image's tokens; last: place of the last prompt token.
+    scale: softmax scale.
+    total: tokens of the whole image; indices: (N,) the place of each in the whole image.
+    budget: tokens to keep at the most from here on.
+    index: 0-based index of the layer that ran; depth: number of decoder layers.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    vision: Tensor
+    last: int
+    scale: float
+    total: int
+    indices: Tensor
+    budget: int
+    index: int
+    depth: int
