@@ -1,0 +1,329 @@
+"""The sizes of a model that its cost depends on, read from its transformers config.
+
+A model family is a function from a config to a `ModelCost`, listed in `FAMILIES`; the arithmetic of a layer is
+written once, in `TransformerCost`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtprune.errors import UnsupportedModelError, VTPruneError
+
+Grid = tuple[int, int, int]
+# Lengths of the runs of tokens that attend to each other in one encoder layer.
+Segments = Sequence[int]
+# Patches alive in one encoder layer, or its attention segments where a count does not say enough.
+Alive = int | Segments
+
+
+@dataclass(frozen=True)
+class TransformerCost:
+    """The sizes that the cost of a stack of transformer layers depends on.
+
+    query_width, kv_width: heads x head size of queries and of keys; mlp_matrices: 3 if gated, else 2.
+    """
+
+    width: int
+    query_width: int
+    kv_width: int
+    mlp_width: int
+    mlp_matrices: int
+    layers: int
+
+    def layer_macs(self, segments: Segments) -> int:
+        """Multiply-accumulates of one layer; causal attention is counted in full."""
+        projections = 2 * self.width * (self.query_width + self.kv_width)
+        mlp = self.mlp_matrices * self.width * self.mlp_width
+        scores_and_values = 2 * self.query_width * sum(n * n for n in segments)
+        return sum(segments) * (projections + mlp) + scores_and_values
+
+
+@dataclass(frozen=True)
+class VisionCost(ABC):
+    """A vision tower: its layers, and `patch_macs`, the multiply-accumulates of embedding one patch."""
+
+    blocks: TransformerCost
+    patch_macs: int
+
+    @abstractmethod
+    def grids(self, images: int | Sequence[Sequence[int]]) -> list[Grid]:
+        """The images as grids of decoder tokens; raises VTPruneError where they do not fit the tower."""
+
+    @abstractmethod
+    def patches(self, grid: Grid) -> int:
+        """Patches that are embedded for one image."""
+
+    @abstractmethod
+    def features(self, grid: Grid) -> int:
+        """Tokens of one image that go through the projector."""
+
+    @abstractmethod
+    def segments(self, grid: Grid, layer: int) -> Segments:
+        """Attention segments of one image in one layer when nothing is dropped."""
+
+    @abstractmethod
+    def alive_segments(self, grid: Grid, layer: int, patches: int) -> Segments:
+        """Attention segments when `patches` are left; raises VTPruneError if that does not determine them."""
+
+    def pooling_macs(self, tokens: int) -> int:
+        """Multiply-accumulates of a head over the last layer's `tokens`, for one image."""
+        return 0
+
+    def image_macs(self, grid: Grid, alive: Sequence[Alive] | None) -> int:
+        """Multiply-accumulates of the tower for one image; `alive` holds one entry a layer."""
+        macs = self.patches(grid) * self.patch_macs
+        segments: Segments = self.segments(grid, 0)
+        for layer in range(self.blocks.layers):
+            segments = self._layer_segments(grid, layer, None if alive is None else alive[layer])
+            macs += self.blocks.layer_macs(segments)
+        return macs + self.pooling_macs(sum(segments))
+
+    def _layer_segments(self, grid: Grid, layer: int, alive: Alive | None) -> Segments:
+        full = self.segments(grid, layer)
+        if alive is None:
+            return full
+        if isinstance(alive, Sequence):
+            given = [count("encoder_tokens_per_layer", n) for n in alive]
+        else:
+            given = list(self.alive_segments(grid, layer, count("encoder_tokens_per_layer", alive)))
+        if sum(given) > sum(full):
+            raise VTPruneError(
+                f"encoder layer {layer} has {sum(full)} tokens for grid {grid}, got {sum(given)}"
+            )
+        return given
+
+
+@dataclass(frozen=True)
+class FixedVisionCost(VisionCost):
+    """A tower with one image size (CLIP, SigLIP).
+
+    side: patches of an image's height and width; extra: CLS tokens; dropped: tokens that the feature
+    selection cuts; pooling: whether an attention-pooling head runs.
+    """
+
+    side: tuple[int, int]
+    extra: int
+    dropped: int
+    pooling: bool
+
+    def grids(self, images: int | Sequence[Sequence[int]]) -> list[Grid]:
+        if not isinstance(images, Sequence):
+            return [(1, *self.side)] * count("images", images)
+        grids = _grids(images)
+        for grid in grids:
+            if math.prod(grid) not in {math.prod(self.side), self.features(grid)}:
+                raise VTPruneError(
+                    f"every image of this model is a grid (1, {self.side[0]}, {self.side[1]}), got {grid}"
+                )
+        return grids
+
+    def patches(self, grid: Grid) -> int:
+        return math.prod(self.side)
+
+    def features(self, grid: Grid) -> int:
+        return math.prod(self.side) + self.extra - self.dropped
+
+    def segments(self, grid: Grid, layer: int) -> Segments:
+        return (math.prod(self.side) + self.extra,)
+
+    def alive_segments(self, grid: Grid, layer: int, patches: int) -> Segments:
+        return (patches + self.extra,)
+
+    def pooling_macs(self, tokens: int) -> int:
+        if not self.pooling:
+            return 0
+        width = self.blocks.width
+        # One probe attends to all tokens: q and o once, k and v and both products a token, then the MLP once.
+        attention = 2 * width * width + 2 * tokens * width * width + 2 * tokens * width
+        return attention + self.blocks.mlp_matrices * width * self.blocks.mlp_width
+
+
+@dataclass(frozen=True)
+class QwenVisionCost(VisionCost):
+    """Qwen's tower with dynamic resolution: attention inside a frame, and inside windows in some layers.
+
+    merge: side of the square of patches that forms one decoder token; window: side of a window in decoder
+    tokens, None without windows; full_layers: layers without windows.
+    """
+
+    merge: int
+    window: int | None
+    full_layers: frozenset[int]
+
+    def grids(self, images: int | Sequence[Sequence[int]]) -> list[Grid]:
+        if isinstance(images, Sequence):
+            return _grids(images)
+        if count("images", images) == 0:
+            return []
+        raise VTPruneError(
+            "this model's encoder cost depends on the image sizes: images takes a list of grids (t, h, w) in "
+            f"decoder tokens, such as [(1, 18, 24)], got {images}"
+        )
+
+    def patches(self, grid: Grid) -> int:
+        return math.prod(grid) * self.merge**2
+
+    def features(self, grid: Grid) -> int:
+        return math.prod(grid)
+
+    def segments(self, grid: Grid, layer: int) -> Segments:
+        frames, height, width = grid
+        if self.window is None or layer in self.full_layers:
+            return (height * width * self.merge**2,) * frames
+        rows, columns = _tiles(height, self.window), _tiles(width, self.window)
+        return tuple(r * c * self.merge**2 for r in rows for c in columns) * frames
+
+    def alive_segments(self, grid: Grid, layer: int, patches: int) -> Segments:
+        full = self.segments(grid, layer)
+        if patches == sum(full):
+            return full
+        if len(full) == 1:
+            return (patches,)
+        raise VTPruneError(
+            f"{patches} patches in encoder layer {layer} lie in up to {len(full)} attention segments: "
+            "encoder_tokens_per_layer takes their lengths there, a list in place of a count"
+        )
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """One model: its tower, its decoder, and the multiply-accumulates of projector and head a token."""
+
+    vision: VisionCost
+    projector_macs: int
+    decoder: TransformerCost
+    head_macs: int
+
+
+def count(name: str, value: object) -> int:
+    """`value` as an int of at least 0; raises VTPruneError otherwise."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise VTPruneError(f"{name} takes counts (ints of at least 0), got {value!r}")
+    return number
+
+
+def _grids(images: Sequence[Sequence[int]]) -> list[Grid]:
+    """The grids as tuples of three positive ints; raises VTPruneError otherwise."""
+    grids: list[Grid] = []
+    for image in images:
+        sizes = tuple(count("images", n) for n in image) if isinstance(image, Sequence) else ()
+        if len(sizes) != 3 or 0 in sizes:
+            raise VTPruneError(
+                f"images takes grids (t, h, w) in decoder tokens, each size at least 1, got {image!r}"
+            )
+        grids.append((sizes[0], sizes[1], sizes[2]))
+    return grids
+
+
+def _tiles(length: int, window: int) -> list[int]:
+    """Sizes of the windows along one side: the last one is ragged."""
+    full, rest = divmod(length, window)
+    return [window] * full + ([rest] if rest else [])
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size given as one int or as (height, width)."""
+    return (size[0], size[1]) if isinstance(size, Sequence) else (size, size)
+
+
+def _decoder(text: Any) -> TransformerCost:
+    """Llama and its kin: grouped queries, gated MLP."""
+    if text.model_type not in DECODERS:
+        raise UnsupportedModelError(
+            f"no cost for decoder {text.model_type!r}; supported: {', '.join(DECODERS)}"
+        )
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return TransformerCost(
+        text.hidden_size, heads * head, kv_heads * head, text.intermediate_size, 3, text.num_hidden_layers
+    )
+
+
+def _fixed_tower(config: Any) -> FixedVisionCost:
+    """LLaVA's CLIP or SigLIP tower. All its layers run, also those past the features'."""
+    tower = config.vision_config
+    if tower.model_type not in TOWERS:
+        raise UnsupportedModelError(
+            f"no cost for vision tower {tower.model_type!r}; supported: {', '.join(TOWERS)}"
+        )
+    width, layers = tower.hidden_size, tower.num_hidden_layers
+    (image_h, image_w), (patch_h, patch_w) = _pair(tower.image_size), _pair(tower.patch_size)
+    return FixedVisionCost(
+        blocks=TransformerCost(width, width, width, tower.intermediate_size, 2, layers),
+        patch_macs=tower.num_channels * patch_h * patch_w * width,
+        side=(image_h // patch_h, image_w // patch_w),
+        extra=TOWERS[tower.model_type],
+        dropped=1 if config.vision_feature_select_strategy == "default" else 0,
+        pooling=getattr(tower, "vision_use_head", False),
+    )
+
+
+def _model(config: Any, vision: VisionCost, projector_macs: int) -> ModelCost:
+    text = config.text_config
+    return ModelCost(vision, projector_macs, _decoder(text), text.hidden_size * text.vocab_size)
+
+
+def _llava(config: Any) -> ModelCost:
+    vision, width = _fixed_tower(config), config.text_config.hidden_size
+    layers = config.vision_feature_layer
+    features = vision.blocks.width * (len(layers) if isinstance(layers, Sequence) else 1)
+    return _model(config, vision, features * width + width * width)
+
+
+def _qwen(
+    config: Any, blocks: TransformerCost, out_width: int, window: int | None, full: Sequence[int]
+) -> ModelCost:
+    tower = config.vision_config
+    patch_h, patch_w = _pair(tower.patch_size)
+    frames = tower.temporal_patch_size
+    volume = (frames if isinstance(frames, int) else frames[0]) * patch_h * patch_w
+    merged = blocks.width * tower.spatial_merge_size**2
+    vision = QwenVisionCost(
+        blocks, tower.in_channels * volume * blocks.width, tower.spatial_merge_size, window, frozenset(full)
+    )
+    return _model(config, vision, merged * merged + merged * out_width)
+
+
+def _qwen2_vl(config: Any) -> ModelCost:
+    tower = config.vision_config
+    width = tower.embed_dim
+    blocks = TransformerCost(width, width, width, int(width * tower.mlp_ratio), 2, tower.depth)
+    return _qwen(config, blocks, tower.hidden_size, None, ())
+
+
+def _qwen2_5_vl(config: Any) -> ModelCost:
+    tower = config.vision_config
+    width = tower.hidden_size
+    blocks = TransformerCost(width, width, width, tower.intermediate_size, 3, tower.depth)
+    window = tower.window_size // tower.spatial_merge_size // _pair(tower.patch_size)[0]
+    return _qwen(config, blocks, tower.out_hidden_size, window, tower.fullatt_block_indexes)
+
+
+# What is supported: add a model family, a LLaVA tower (with its number of CLS tokens) or a decoder here.
+FAMILIES: dict[str, Callable[[Any], ModelCost]] = {
+    "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+}
+TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+
+
+def model_cost(config: Any) -> ModelCost:
+    """The sizes of a model that its cost depends on; raises UnsupportedModelError for an unknown family."""
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        got = repr(kind) if kind else type(config).__name__
+        raise UnsupportedModelError(f"no cost for config {got}; supported model types: {', '.join(FAMILIES)}")
+    return FAMILIES[kind](config)
