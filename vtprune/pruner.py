@@ -96,6 +96,11 @@ class Pruner:
         """Vision tokens of an image of `tokens` that are left in the end."""
         return budget_of(self.asked_keep, tokens)
 
+    def achieved(self, counts: list[int]) -> float:
+        """What counts as kept, from the vision tokens that each decoder layer processed: those that enter the
+        decoder, for a method that acts once."""
+        return float(counts[0])
+
     def encoder_budget(self, tokens: int) -> int:
         """Vision tokens that the encoder stage leaves."""
         return self.budget(tokens)
@@ -161,7 +166,7 @@ class ScoringWork:
     kept: tokens that enter the decoder; encoder_width, encoder_heads: of the vision tower;
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
-    which the method scored; text: text tokens of the row.
+    which the method scored; text: text tokens of the row; has_cls: whether the encoder has a CLS token.
     """
 
     patches: int
@@ -176,3 +181,4 @@ class ScoringWork:
     encoder_patches: tuple[int, ...]
     encoder_layers: tuple[int, ...]
     decoder_layers: tuple[int, ...]
+    has_cls: bool = True

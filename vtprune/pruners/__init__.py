@@ -1,0 +1,11 @@
+"""The methods, one file each; importing this package registers them all."""
+
+from vtprune.pruners.flowcut import FlowCut
+from vtprune.pruners.fopru import FoPru
+from vtprune.pruners.grid import Grid
+from vtprune.pruners.holov import HoloV
+from vtprune.pruners.none import NoPruning
+from vtprune.pruners.pool import Pool
+from vtprune.pruners.random import Random
+
+__all__ = ["FlowCut", "FoPru", "Grid", "HoloV", "NoPruning", "Pool", "Random"]

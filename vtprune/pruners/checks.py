@@ -1,0 +1,38 @@
+"""Checks of options that several methods share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vtprune.errors import VTPruneError
+from vtprune.stream import VisionStream
+
+
+def check_choice(method: str, option: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises VTPruneError unless `value` is one of `choices` (True is not 1)."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise VTPruneError(f"{method}: {option} is one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_count(method: str, option: str, value: object) -> None:
+    """Raises VTPruneError unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise VTPruneError(f"{method}: {option} is an int of at least 1, got {value!r}")
+
+
+def check_factor(method: str, option: str, value: object) -> None:
+    """Raises VTPruneError unless `value` is a finite number of at least 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:  # type: ignore[operator, arg-type]
+        raise VTPruneError(f"{method}: {option} is a finite number of at least 0, got {value!r}")
+
+
+def check_whole_grid(method: str, stream: VisionStream) -> None:
+    """Raises VTPruneError unless the stream still holds every token of the image."""
+    if not torch.equal(stream.indices.cpu(), torch.arange(stream.total)):
+        raise VTPruneError(
+            f"{method} needs all {stream.total} tokens of the image's grid, got {stream.indices.numel()}: "
+            "it cannot follow a stage that drops tokens in the encoder"
+        )

@@ -1,0 +1,195 @@
+"""FlowCut: information flow through the vision encoder decides which tokens leave, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import reduce, repeat
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork
+from vtprune.pruners.checks import check_choice
+from vtprune.registry import register
+from vtprune.selection import Selection, check_scores, top
+from vtprune.signals import attention_rows
+from vtprune.stream import DecoderLayer, EncoderLayer
+
+DECODER_LAYER = 1
+MEMORY = "flowcut.score"
+
+
+def flow_score(attention: Tensor, semantic: Tensor | None, density: Tensor) -> Tensor:
+    """Score of each token from (B, N) attention strength, semantic relevance and information density.
+
+    With semantic relevance both relevances are rescaled to sum to 1; without it attention is taken as it is.
+    """
+    if semantic is None:
+        return attention * density
+    attention, semantic = (part / part.sum(dim=-1, keepdim=True) for part in (attention, semantic))
+    return (attention + semantic) * density
+
+
+def prune_count(attention: Tensor, alive: Tensor, budget: Tensor, remaining: int) -> Tensor:
+    """How many tokens each image loses now: (B,) int64, from the entropy of (B, N) attention (0 on padding).
+
+    (alive - budget) / sqrt(remaining) * (1 - e**2), e the entropy over ln(alive); budget: tokens left in the
+    end; remaining: layers that may still prune, at least 1.
+    """
+    share = attention / attention.sum(dim=-1, keepdim=True)
+    entropy = -torch.xlogy(share, share).sum(dim=-1) / alive.clamp(min=2).float().log()
+    excess = (alive - budget).clamp(min=0)
+    return (excess / remaining**0.5 * (1 - entropy**2)).round().long().clamp(min=0)
+
+
+def top_mask(scores: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+    """The `count` (B,) best valid tokens of each row of (B, N) scores, as (B, N) bool; ties: the lowest index."""
+    order = scores.masked_fill(~valid, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
+    return (rank < count[:, None]) & valid
+
+
+def encoder_signals(layer: EncoderLayer) -> tuple[Tensor, Tensor]:
+    """Attention strength and score of each token at one encoder layer, both (B, N) fp32, 0 on padding."""
+    patches = repeat(layer.valid, "b n -> b (n g)", g=layer.group)
+    alive = torch.nn.functional.pad(patches, (layer.prefix, 0), value=True)
+    value = layer.value.float().where(alive[:, None, :, None], 0)
+    density = value.mean(dim=1).abs().sum(dim=-1)[:, layer.prefix :]
+    semantic = None
+    if layer.prefix:
+        query = layer.query[:, :, :1]
+        rows = attention_rows(value[:, :, :1], value, 1.0, alive)
+        semantic = rows[:, :, 0, layer.prefix :].mean(dim=1)
+    else:
+        states = layer.query.float().where(alive[:, None, :, None], 0)
+        query = states.sum(dim=2, keepdim=True) / alive.sum(dim=-1)[:, None, None, None]
+    rows = attention_rows(query, layer.key, layer.scale, alive)
+    attention = rows[:, :, 0, layer.prefix :].mean(dim=1)
+    score = flow_score(attention, semantic, density)
+
+    def pool(scores: Tensor) -> Tensor:
+        tokens = reduce(scores, "b (n g) -> b n", "mean", g=layer.group)
+        return check_scores(tokens.where(layer.valid, 0), "flowcut")
+
+    return pool(attention), pool(score)
+
+
+def decoder_score(layer: DecoderLayer) -> Tensor:
+    """Score of one image's tokens at a decoder layer, by the last prompt token: (N,) fp32."""
+    query, value = layer.query[:, layer.last, None], layer.value.float()
+    key, span = layer.key[:, layer.vision], value[:, layer.vision]
+    attention = attention_rows(query, key, layer.scale).mean(dim=0)
+    semantic = attention_rows(value[:, layer.last, None], span, span.shape[-1] ** -0.5).mean(dim=0)
+    return flow_score(attention, semantic, span.mean(dim=0).abs().sum(dim=-1))[0]
+
+
+@register(
+    "flowcut",
+    stage="encoder, decoder",
+    paper="FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
+    arxiv="2505.19536",
+    licence="Apache-2.0",
+    needs="q, k and v of every encoder layer; without a CLS token also of decoder layer 1",
+    variants=("paper", "released"),
+)
+@dataclass(frozen=True)
+class FlowCut(Pruner):
+    """FlowCut: Rethinking Redundancy via Information Flow (NeurIPS 2025, arXiv 2505.19536).
+
+    stages: 1 drops tokens in the vision encoder only, 2 leaves twice the budget there and the budget after
+    decoder layer 1; None is the authors' choice: 1 for an encoder with CLS, 2 without. `default_keep` is
+    their 64 of 576. Every encoder layer scores; every second one drops a share that grows as attention gets
+    more focused; the last leaves exactly the stage's budget.
+
+    Reference: TungChintao/FlowCut (Apache-2.0). The paper's own text was not at hand, so the default follows
+    the released code where notes on the paper differ: semantic relevance is an unscaled softmax of value
+    products with CLS (notes say cosine), the ratio divides by the root of the remaining layers (notes say
+    all layers). Departures: the prune count is per image (`variant="released"` takes the largest of the
+    batch, and renumbers positions); entropy takes 0 log 0 as 0; Qwen keeps whole merge groups, their four
+    patches' scores averaged and the counts in groups, where the authors pruned single patches and gave the
+    survivors the positions of the first ones; every crop of an anyres image gets its share of the budget.
+
+    Encoders without CLS (SigLIP, Qwen): the mean query of all alive patches stands in for the CLS query, and
+    there is no semantic term.
+    """
+
+    stages: int | None = None
+    variant: str = "paper"
+
+    default_keep: ClassVar[int | float] = 64 / 576
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "stages", self.stages, (None, 1, 2))
+        check_choice(self.name, "variant", self.variant, self.info.variants)
+
+    @property
+    def compact_positions(self) -> bool:
+        """True for variant="released"."""
+        return self.variant == "released"
+
+    def for_model(self, facts: ModelFacts) -> FlowCut:
+        """`stages` resolved; raises VTPruneError where the encoder or the decoder is too shallow."""
+        stages = self.stages or (1 if facts.has_cls else 2)
+        if facts.has_cls and facts.encoder_depth < 2:
+            raise VTPruneError(f"flowcut needs at least 2 encoder layers with CLS, got {facts.encoder_depth}")
+        if stages == 2 and facts.decoder_depth < DECODER_LAYER + 2:
+            raise VTPruneError(
+                f"flowcut's second stage drops tokens after decoder layer {DECODER_LAYER}, so it needs at "
+                f"least {DECODER_LAYER + 2} decoder layers, got {facts.decoder_depth}; stages=1 works"
+            )
+        return dataclasses.replace(self, stages=stages)
+
+    def encoder_budget(self, tokens: int) -> int:
+        """The budget, twice that where a second stage follows."""
+        return min(tokens, self.budget(tokens) * (self.stages or 1))
+
+    def input_budget(self, tokens: int) -> int:
+        """What the encoder stage leaves."""
+        return self.encoder_budget(tokens)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        """All of them (with CLS the last one leaves everything as it is)."""
+        return tuple(range(depth))
+
+    def prune_encoder(self, layer: EncoderLayer) -> Tensor | None:
+        """Accumulates the score; every second layer says which tokens go on. Raises ScoreError for NaN."""
+        remaining = layer.depth - 1 - layer.index - (layer.prefix > 0)
+        alive = layer.valid.sum(dim=-1)
+        if remaining < 0 or not bool((alive > layer.budget).any()):
+            return None
+        attention, score = encoder_signals(layer)
+        past = layer.memory.get(MEMORY)
+        score = score if past is None else 0.5 * past + 0.5 * score
+        layer.memory[MEMORY] = score
+        if remaining % 2:
+            return None
+        if remaining == 0:
+            return top_mask(score, layer.budget, layer.valid)
+        count = prune_count(attention, alive, layer.budget, remaining)
+        if self.variant == "released":
+            count = count.max()
+        return top_mask(score, (alive - count).maximum(layer.budget), layer.valid)
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layer 1 where there is a second stage."""
+        return (DECODER_LAYER,) if self.stages == 2 else ()
+
+    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
+        """Keeps the budget's best by the last prompt token; raises ScoreError for NaN."""
+        if layer.vision.numel() <= layer.budget:
+            return None
+        return Selection(top(check_scores(decoder_score(layer), self.name), layer.budget))
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """6 a value and layer (two rows of products, mean over heads, density), 5 a softmaxed entry.
+
+        The mean query that stands in for CLS costs a little less than the second row.
+        """
+        per_patch = 6 * work.encoder_width + 10 * work.encoder_heads
+        encoder = sum(work.encoder_patches[i] for i in work.encoder_layers) * per_patch
+        decoder = work.kept * (6 * work.decoder_width + 10 * work.decoder_heads)
+        return encoder + len(work.decoder_layers) * decoder

@@ -1,0 +1,104 @@
+"""FoPru: focal pruning by the attention among patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruners.checks import check_choice, check_whole_grid
+from vtprune.registry import register
+from vtprune.selection import Selection, check_scores, top
+from vtprune.signals import attention_received_and_given
+from vtprune.stream import VisionStream
+
+STRATEGIES = ("rank", "row")
+
+
+def focal_significance(received: Tensor, given: Tensor) -> Tensor:
+    """Of attention received and given, each (N,), the one with the larger variance (ties: received)."""
+    return given if given.var() > received.var() else received
+
+
+def top_rows(significance: Tensor, width: int, budget: int) -> Tensor:
+    """All tokens of the best rows of a raster grid, ascending: as many whole rows as fit `budget`.
+
+    significance: (rows * width,), a row's score being the sum over its tokens. Raises VTPruneError if not
+    even one row fits.
+    """
+    count = budget // width
+    if count < 1:
+        raise VTPruneError(
+            f"fopru: strategy 'row' keeps whole rows of {width} tokens, so a budget of {budget} is too low: "
+            f"the smallest that works is {width} tokens"
+        )
+    rows = top(significance.reshape(-1, width).sum(dim=1), count)
+    return (rows[:, None] * width + torch.arange(width, device=rows.device)).flatten()
+
+
+@register(
+    "fopru",
+    stage="before decoder",
+    paper="FoPru: Focal Pruning for Efficient Large Vision-Language Models",
+    arxiv="2411.14164",
+    licence="Apache-2.0 (third-party implementation; the authors released none)",
+    needs="attention among patches, of the encoder layer that feeds the decoder",
+)
+@dataclass(frozen=True)
+class FoPru(Pruner):
+    """FoPru: Focal Pruning for Efficient Large Vision-Language Models (arXiv 2411.14164).
+
+    strategy: "rank" keeps the most significant tokens, "row" whole rows of the grid, as many as fit the
+    budget; softmax: False scores by the scaled logits instead of the attention. `default_keep` 0.25.
+
+    A token's significance is the mean attention that it receives from the other patches, or gives to them
+    (over heads), whichever varies more over the image; CLS takes part in the softmax, but its row and column
+    are left out. Kept tokens stay in raster order.
+
+    No official code exists. The only public implementation, HydraInfer's "focal" policy (Apache-2.0), takes
+    the logits before the softmax; the paper speaks of attention scores, so softmaxed rows are the default
+    here. Departures from it: the row strategy takes any grid, not only square ones, and the budget of either
+    strategy is per image.
+
+    Encoders without CLS (SigLIP, Qwen): nothing to replace, the same means over patches; with merged patches
+    (Qwen) both means are averaged over the patches of a token first. Without a CLS column attention given is
+    the same for all, so attention received decides.
+    """
+
+    strategy: str = "rank"
+    softmax: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "strategy", self.strategy, STRATEGIES)
+        check_choice(self.name, "softmax", self.softmax, (True, False))
+
+    @property
+    def reads_encoder(self) -> bool:
+        """True."""
+        return True
+
+    def significance(self, stream: VisionStream) -> Tensor:
+        """The score of each token: (N,) fp32; raises ScoreError for NaN."""
+        signals = stream.signals
+        assert signals is not None
+        means = attention_received_and_given(
+            signals.query, signals.key, signals.scale, skip=signals.prefix, softmax=self.softmax
+        )
+        received, given = (check_scores(signals.pool(mean), self.name) for mean in means)
+        return focal_significance(received, given)
+
+    def select(self, stream: VisionStream) -> Selection:
+        """Keeps the `stream.budget` most significant tokens, or the rows that fit it."""
+        if self.strategy == "rank":
+            return Selection(top(self.significance(stream), stream.budget))
+        check_whole_grid("fopru with strategy 'row'", stream)
+        return Selection(top_rows(self.significance(stream), stream.grid[-1], stream.budget))
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """The logits of one layer's full map, its softmax (5 an entry), and its row and column sums."""
+        entries = work.patches**2
+        return 2 * entries * work.encoder_width + (5 * self.softmax + 2) * entries * work.encoder_heads

@@ -1,0 +1,30 @@
+"""A uniform grid of tokens: the spatial baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vtprune.pruner import Pruner
+from vtprune.pruners.cells import cell_grid, cut
+from vtprune.pruners.checks import check_whole_grid
+from vtprune.registry import register
+from vtprune.selection import Selection
+from vtprune.stream import VisionStream
+
+
+@register("grid", stage="before decoder", paper="", licence="Apache-2.0", needs="nothing")
+@dataclass(frozen=True)
+class Grid(Pruner):
+    """The token nearest the centre of each cell of a smaller grid.
+
+    The cells are those that `pool` averages: the h' x w' within the budget whose aspect is closest to the
+    image's grid, so fewer tokens than asked may stay (60 of a 24 x 24 grid keeps 8 x 7). `default_keep` 0.25.
+    """
+
+    def select(self, stream: VisionStream) -> Selection:
+        """Keeps one token a cell; raises VTPruneError if an earlier stage already dropped tokens."""
+        check_whole_grid(self.name, stream)
+        centres = [cell.centre for cell in cut(stream.grid, cell_grid(stream.grid, stream.budget))]
+        return Selection(torch.tensor(centres, device=stream.features.device))

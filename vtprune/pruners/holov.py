@@ -1,0 +1,167 @@
+"""HoloV: a quota of tokens for every crop of the image, so that no region is lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruners.checks import check_choice, check_count, check_factor
+from vtprune.pruners.crops import EPS, capped_quotas, crops_of, holistic_score
+from vtprune.registry import register
+from vtprune.selection import Selection, check_scores, top
+from vtprune.stream import VisionStream
+
+CROPS = 4
+RELEASED_ALPHA = 0.09
+
+
+@dataclass(frozen=True)
+class StripSelection:
+    """What the released code computes: crop scores, weights and quotas, each (P,), and positions (K,), -1
+    where quotas exceeded their crops."""
+
+    scores: Tensor
+    weights: Tensor
+    quotas: Tensor
+    positions: Tensor
+
+
+def select_crops(
+    features: Tensor, attention: Tensor, crops: Tensor, budget: int, alpha: float = 1.0, tau: float = 1.0
+) -> Tensor:
+    """The `budget` tokens that go on: (budget,) int64, ascending.
+
+    features: (N, D); attention: (N,); crops: (N,) the crop of each token. A crop's weight is its mean
+    holistic score to the power `tau`; inside its quota the best scores stay. Raises ScoreError for NaN.
+    """
+    members = [(crops == crop).nonzero().flatten() for crop in crops.unique()]
+    scores = [holistic_score(features[tokens], attention[tokens], alpha) for tokens in members]
+    check_scores(torch.cat(scores), "holov")
+    weights = torch.stack([score.mean() for score in scores]) ** tau
+    quotas = capped_quotas(weights.tolist(), [tokens.numel() for tokens in members], budget)
+    kept = [tokens[top(score, quota)] for tokens, score, quota in zip(members, scores, quotas, strict=True)]
+    return torch.cat(kept).sort().values
+
+
+def select_strips(
+    features: Tensor, attention: Tensor, strips: int, budget: int, alpha: float = RELEASED_ALPHA
+) -> StripSelection:
+    """The released selection: runs of the raster list as crops, attention alone inside, in its order.
+
+    features: (N, D); attention: (N,). Raises ScoreError for NaN.
+    """
+    attention = check_scores(attention, "holov")
+    runs = torch.arange(attention.numel(), device=attention.device).tensor_split(
+        min(strips, attention.numel())
+    )
+    scores = torch.stack(
+        [
+            holistic_score(features[run], 1000 * attention[run], alpha).mean()
+            if run.numel() > 1
+            else attention[run].mean()
+            for run in runs
+        ]
+    )
+    weights = check_scores(scores / (scores.sum() + EPS), "holov")
+    quotas = (weights * budget).floor().long()
+    short = min(budget - int(quotas.sum()), len(runs))
+    quotas[weights.topk(short).indices] += 1
+    positions = torch.full((budget,), -1, device=attention.device)
+    kept = [
+        run if quota >= run.numel() else run[attention[run].argsort(descending=True, stable=True)[:quota]]
+        for run, quota in zip(runs, quotas.tolist(), strict=True)
+    ]
+    found = torch.cat(kept)
+    positions[: found.numel()] = found
+    return StripSelection(scores, weights, quotas, positions)
+
+
+@register(
+    "holov",
+    stage="before decoder",
+    paper='Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention',
+    arxiv="2510.02912",
+    licence="not stated",
+    needs="decoder-width features; CLS attention, or attention received, of the layer that feeds the decoder",
+    variants=("paper", "released"),
+)
+@dataclass(frozen=True)
+class HoloV(Pruner):
+    """HoloV: Revisiting Visual Holistic Context Retention (NeurIPS 2025, arXiv 2510.02912).
+
+    crops: crops a side of the image, 4 by default; for variant="released" the number of strips, by default
+    1024 / 576 * N / budget, which is the authors' 16 at 64 of 576. alpha: weight of diversity, 1 (released:
+    0.09). tau: sharpness of the crops' weights. `default_keep` is the authors' 64 of 576.
+
+    The default is the method section: 2-D crops, each with a quota in proportion to its mean holistic score,
+    capped at its size and redistributed; tokens by that score inside; raster order. gamma is taken per crop,
+    as the released code does, so diversity decides inside a crop but hardly between crops. The paper's
+    visual context refetching is not part of this (the authors' code has none either).
+
+    variant="released" is the authors' code (obananas/HoloV): 1-D strips, attention alone inside, renumbered
+    positions. Departures from it: tokens stay in raster order (the code feeds them by falling attention
+    inside a strip), and where a quota exceeds its strip fewer tokens stay (the code appends zero vectors); attention
+    on Qwen is in raster order (in the code it is in window order).
+
+    Encoders without CLS (SigLIP, Qwen): the mean attention that a token's patches receive stands in for the
+    CLS row. Frames of a video are cropped one by one.
+    """
+
+    crops: int | None = None
+    alpha: float | None = None
+    tau: float = 1.0
+    variant: str = "paper"
+
+    default_keep: ClassVar[int | float] = 64 / 576
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "variant", self.variant, self.info.variants)
+        if self.crops is not None:
+            check_count(self.name, "crops", self.crops)
+        if self.alpha is not None:
+            check_factor(self.name, "alpha", self.alpha)
+        check_factor(self.name, "tau", self.tau)
+        if self.variant == "released" and self.tau != 1:
+            raise VTPruneError(f"holov: variant='released' has no tau, got {self.tau!r}")
+
+    @property
+    def reads_encoder(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def compact_positions(self) -> bool:
+        """True for variant="released"."""
+        return self.variant == "released"
+
+    def strips(self, tokens: int, budget: int) -> int:
+        """How many strips variant="released" cuts `tokens` into."""
+        return self.crops or max(1, int(1024 / 576 * tokens / budget))
+
+    def select(self, stream: VisionStream) -> Selection:
+        """Keeps the budget, crop by crop; raises ScoreError for NaN."""
+        assert stream.signals is not None
+        attention, features = stream.signals.saliency(), stream.features
+        if self.variant == "released":
+            strips = self.strips(features.shape[0], stream.budget)
+            alpha = RELEASED_ALPHA if self.alpha is None else self.alpha
+            positions = select_strips(features, attention, strips, stream.budget, alpha).positions
+            return Selection(positions[positions >= 0].sort().values)
+        crops = crops_of(stream.grid, self.crops or CROPS).to(stream.indices.device)[stream.indices]
+        alpha = 1.0 if self.alpha is None else self.alpha
+        return Selection(select_crops(features, attention, crops, stream.budget, alpha, self.tau))
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """The attention row (all rows without CLS), and similarities and their variance inside the crops."""
+        rows = 1 if work.has_cls else work.patches
+        attention = rows * work.patches * (2 * work.encoder_width + 6 * work.encoder_heads)
+        released = self.variant == "released"
+        crops = self.strips(work.tokens, work.kept) if released else (self.crops or CROPS) ** 2
+        pairs = work.tokens * max(1, work.tokens // crops)
+        return attention + 3 * work.tokens * work.decoder_width + pairs * (2 * work.decoder_width + 4)

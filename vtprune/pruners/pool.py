@@ -1,0 +1,55 @@
+"""Adaptive average pooling of the token grid: the merging baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
+
+from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruners.cells import Grid3, cell_grid, cut
+from vtprune.pruners.checks import check_whole_grid
+from vtprune.registry import register
+from vtprune.selection import Merge, Selection
+from vtprune.stream import VisionStream
+
+
+def pool_features(features: Tensor, grid: Grid3, cells: Grid3) -> Tensor:
+    """Mean of (t * h * w, D) vectors over each of t' * h' * w' cells, in fp32, in the dtype of `features`."""
+    frames, height, width = grid
+    volume = rearrange(features.float(), "(t h w) d -> 1 d t h w", t=frames, h=height, w=width)
+    pooled = rearrange(adaptive_avg_pool3d(volume, cells), "1 d t h w -> (t h w) d")
+    return pooled.to(features.dtype)
+
+
+@register("pool", stage="before decoder", paper="", licence="Apache-2.0", needs="vision tokens")
+@dataclass(frozen=True)
+class Pool(Pruner):
+    """Averages the tokens (after the projector or the merger) over the cells of a smaller grid.
+
+    The cells are the largest h' x w' within the budget whose aspect is closest to the image's grid, per
+    image. A merged token takes the place of the member nearest its cell's centre. Cells overlap where the
+    sizes do not divide, as in adaptive average pooling: such a token is a member of several. Scores nothing.
+    `default_keep` 0.25.
+    """
+
+    def select(self, stream: VisionStream) -> Selection:
+        """Merges every cell into one token; raises VTPruneError if an earlier stage dropped tokens."""
+        check_whole_grid(self.name, stream)
+        shape = cell_grid(stream.grid, stream.budget)
+        cells = cut(stream.grid, shape)
+        merges = (
+            Merge(cell.centre, cell.members, (1 / len(cell.members),) * len(cell.members)) for cell in cells
+        )
+        return Selection(
+            kept=torch.tensor([cell.centre for cell in cells], device=stream.features.device),
+            vectors=pool_features(stream.features, stream.grid, shape),
+            merges=tuple(merge for merge in merges if len(merge.members) > 1),
+        )
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """One addition a value of every token, one division a value of every cell."""
+        return (work.tokens + work.kept) * work.decoder_width

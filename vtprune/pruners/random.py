@@ -1,0 +1,54 @@
+"""Random tokens: the baseline that every method has to beat."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import Pruner
+from vtprune.registry import register
+from vtprune.selection import Selection
+from vtprune.stream import VisionStream
+
+
+def pixel_seed(pixels: Tensor, seed: int) -> int:
+    """A seed in 0 .. 2**63 - 1 from `seed` and an image's pixels (any shape).
+
+    Pixels are rounded to bfloat16 first, so that a bfloat16 and a float32 model draw the same tokens.
+    """
+    rounded = pixels.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    digest = hashlib.blake2b(rounded.numpy().tobytes(), digest_size=8, key=str(seed).encode())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def random_tokens(tokens: int, count: int, seed: int) -> Tensor:
+    """`count` of `tokens` indices without repeats, ascending: (count,) int64 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(tokens, generator=generator)[:count].sort().values
+
+
+@register("random", stage="before decoder", paper="", licence="Apache-2.0", needs="pixels")
+@dataclass(frozen=True)
+class Random(Pruner):
+    """Uniformly random tokens, seeded from (seed, the image's pixels).
+
+    The same image keeps the same tokens in any batch and any row; another `seed` draws others, and a smaller
+    `keep` keeps a subset of a larger one's. `default_keep` 0.25.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or abs(self.seed) >= 2**63:
+            raise VTPruneError(f"random: seed is an int of at most 63 bits, got {self.seed!r}")
+
+    def select(self, stream: VisionStream) -> Selection:
+        """Keeps `stream.budget` random tokens."""
+        seed = pixel_seed(stream.pixels, self.seed)
+        kept = random_tokens(stream.features.shape[0], stream.budget, seed)
+        return Selection(kept.to(stream.features.device))
