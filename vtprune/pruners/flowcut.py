@@ -46,7 +46,7 @@ def prune_count(attention: Tensor, alive: Tensor, budget: Tensor, remaining: int
 
 
 def top_mask(scores: Tensor, count: Tensor, valid: Tensor) -> Tensor:
-    """The `count` (B,) best valid tokens of each row of (B, N) scores, as (B, N) bool; ties: the lowest index."""
+    """The `count` (B,) best valid tokens of each row of (B, N) scores: (B, N) bool; ties: the lowest."""
     order = scores.masked_fill(~valid, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
     return (rank < count[:, None]) & valid

@@ -69,7 +69,7 @@ def select_strips(
     )
     weights = check_scores(scores / (scores.sum() + EPS), "holov")
     quotas = (weights * budget).floor().long()
-    short = min(budget - int(quotas.sum()), len(runs))
+    short = max(0, min(budget - int(quotas.sum()), len(runs)))
     quotas[weights.topk(short).indices] += 1
     positions = torch.full((budget,), -1, device=attention.device)
     kept = [
@@ -86,7 +86,7 @@ def select_strips(
     stage="before decoder",
     paper='Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention',
     arxiv="2510.02912",
-    licence="not stated",
+    licence="Apache-2.0 (badge in its README; no licence file)",
     needs="decoder-width features; CLS attention, or attention received, of the layer that feeds the decoder",
     variants=("paper", "released"),
 )
@@ -105,8 +105,8 @@ class HoloV(Pruner):
 
     variant="released" is the authors' code (obananas/HoloV): 1-D strips, attention alone inside, renumbered
     positions. Departures from it: tokens stay in raster order (the code feeds them by falling attention
-    inside a strip), and where a quota exceeds its strip fewer tokens stay (the code appends zero vectors); attention
-    on Qwen is in raster order (in the code it is in window order).
+    inside a strip); where a quota exceeds its strip fewer tokens stay (the code appends zero vectors);
+    attention on Qwen is in raster order (in the code it is in window order).
 
     Encoders without CLS (SigLIP, Qwen): the mean attention that a token's patches receive stands in for the
     CLS row. Frames of a video are cropped one by one.
