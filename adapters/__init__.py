@@ -1,0 +1,41 @@
+"""One file a model family; `adapter_for` picks the one that knows a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.llava import LlavaAdapter
+from vtprune.adapters.qwen_vl import QwenVLAdapter
+
+from vtprune.errors import UnsupportedModelError
+
+ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, QwenVLAdapter)
+
+
+def adapters() -> list[tuple[str, tuple[str, ...], str]]:
+    """(name, model classes, notes) of every adapter."""
+    return [(adapter.name, adapter.models, adapter.notes) for adapter in ADAPTERS]
+
+
+def core_model(model: Any) -> nn.Module:
+    """The generation model itself, out of a PEFT wrapper or a data-parallel one."""
+    seen = model
+    if hasattr(seen, "get_base_model"):
+        seen = seen.get_base_model()
+    return seen
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a model; raises UnsupportedModelError with the classes that have one."""
+    core = core_model(model)
+    for adapter in ADAPTERS:
+        if adapter.takes(core):
+            found = adapter(core)
+            found.check()
+            return found
+    known = ", ".join(name for adapter in ADAPTERS for name in adapter.models)
+    raise UnsupportedModelError(
+        f"no adapter for {type(core).__name__}; vtprune wraps {known} (see CONTRIBUTING.md, 'Add a model')"
+    )

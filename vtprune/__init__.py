@@ -1,0 +1,62 @@
+"""vtprune: prune, merge and route the vision tokens of Hugging Face vision-language models."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from vtprune.config import load_config, save_config
+from vtprune.cost import FlopsBreakdown, flops, kv_bytes
+from vtprune.errors import (
+    ScoreError,
+    UnknownPrunerError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+    VTPruneError,
+)
+from vtprune.pruner import Pruner, PrunerInfo
+from vtprune.pruners import FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random
+from vtprune.registry import available, register
+from vtprune.report import Report
+from vtprune.selection import Merge, Selection
+from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+from vtprune.wrap import report, unwrap, wrap, wrapped
+
+try:
+    __version__ = version("vtprune")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DecoderLayer",
+    "EncoderLayer",
+    "FlopsBreakdown",
+    "FlowCut",
+    "FoPru",
+    "Grid",
+    "HoloV",
+    "Merge",
+    "NoPruning",
+    "Pool",
+    "Pruner",
+    "PrunerInfo",
+    "Random",
+    "Report",
+    "ScoreError",
+    "Selection",
+    "UnknownPrunerError",
+    "UnsupportedCacheError",
+    "UnsupportedModelError",
+    "VTPruneError",
+    "VisionStream",
+    "__version__",
+    "available",
+    "flops",
+    "kv_bytes",
+    "load_config",
+    "register",
+    "report",
+    "save_config",
+    "unwrap",
+    "wrap",
+    "wrapped",
+]

@@ -109,6 +109,10 @@ class Pruner:
         """Vision tokens that enter the decoder."""
         return self.budget(tokens)
 
+    def decoder_budget(self, tokens: int, layer: int) -> int:
+        """Vision tokens of an image of `tokens` that go on after decoder layer `layer`."""
+        return self.budget(tokens)
+
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
         """Encoder layers (of 0 .. depth - 1) after which `prune_encoder` is called; depth counts the layers
         that feed the features."""

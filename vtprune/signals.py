@@ -23,9 +23,7 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | Non
     return logits.softmax(dim=-1)
 
 
-def attention_received(
-    query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
-) -> Tensor:
+def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True) -> Tensor:
     """Mean over heads and queries of the attention that each key receives, accumulated in chunks of queries.
 
     query, key: (H, N, d). `skip` leading tokens (CLS) are left out of queries and of the answer, but stay in

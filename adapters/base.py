@@ -1,0 +1,160 @@
+"""What an adapter knows of a model family: where features, placeholders, positions and layers live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vtprune.cache import PrunedLayer
+from vtprune.decoding import PromptInfo
+from vtprune.encoding import Encoding
+from vtprune.pruner import ModelFacts
+from vtprune.signals import split_heads
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Modules of one attention layer whose outputs are tapped, by name ("q", "k", "v" or "qkv")."""
+
+    owner: nn.Module
+    names: dict[str, str]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules as they are now (PEFT and quantisers replace them)."""
+        return {tap: getattr(self.owner, name) for tap, name in self.names.items()}
+
+
+class Adapter(ABC):
+    """One wrapped model, seen through the seams that its family shares.
+
+    Subclasses live in one file a family and know no pruner. `name` is what `vtprune list` shows, `models` the
+    model classes that it takes, `notes` what is particular about them.
+    """
+
+    name: ClassVar[str]
+    models: ClassVar[tuple[str, ...]]
+    notes: ClassVar[str]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.inner: Any = model.model
+
+    @classmethod
+    def takes(cls, model: object) -> bool:
+        """Whether this adapter knows the model's class."""
+        return type(model).__name__ in cls.models
+
+    @property
+    @abstractmethod
+    def vision_tower(self) -> nn.Module:
+        """The vision encoder."""
+
+    @property
+    @abstractmethod
+    def encoder_layers(self) -> Iterable[nn.Module]:
+        """All layers of the vision encoder, in order."""
+
+    @property
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """The module between encoder and decoder (projector or merger)."""
+
+    @property
+    @abstractmethod
+    def encoder_scale(self) -> float:
+        """Softmax scale of the vision encoder."""
+
+    @abstractmethod
+    def facts(self) -> ModelFacts:
+        """What methods may ask about the model."""
+
+    @abstractmethod
+    def encoder_projections(self, layer: nn.Module) -> Projections:
+        """The projections of one encoder layer."""
+
+    @abstractmethod
+    def start_encoding(self, arguments: dict[str, Any], budget: Callable[[int], int]) -> Encoding:
+        """The state of one encoder pass, from the bound arguments of `get_image_features`."""
+
+    @abstractmethod
+    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
+        """The pixels of each image."""
+
+    def check(self) -> None:
+        """Raises VTPruneError for a configuration of the model that cannot be pruned rightly."""
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder without its head."""
+        return self.inner.language_model
+
+    @property
+    def decoder_layers(self) -> Iterable[nn.Module]:
+        """The decoder layers, in order."""
+        return self.inner.language_model.layers
+
+    def decoder_projections(self, layer: Any) -> Projections:
+        """The projections of one decoder layer."""
+        return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
+
+    @property
+    def decoder_scale(self) -> float:
+        """Softmax scale of the decoder."""
+        return float(next(iter(self.decoder_layers)).self_attn.scaling)
+
+    def decoder_states(
+        self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (B, H, n, d) with rotary embedding, key-value heads repeated to H."""
+        config = self.model.config.get_text_config()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
+        query, key = split_heads(taps["q"], heads).float(), split_heads(taps["k"], kv_heads).float()
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        value = split_heads(taps["v"], kv_heads).float()
+        repeat = heads // kv_heads
+        return query, key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(B, L) True where a vision token of an image stands."""
+        token = self.model.config.image_token_id
+        if input_ids is not None:
+            return input_ids == token
+        embedding = self.inner.get_input_embeddings()
+        marker = embedding(torch.tensor(token, device=inputs_embeds.device))
+        return (inputs_embeds == marker).all(dim=-1)
+
+    def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        """Methods of this instance to replace while wrapped: (object, name, replacement)."""
+        return []
+
+    def remember(self, layers: list[PrunedLayer], prompt: PromptInfo) -> None:
+        """Stores with the cache what later forwards need (M-RoPE deltas)."""
+
+    def rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embeddings of (B, n) 1-D positions."""
+        return self.inner.language_model.rotary_emb(states, positions)
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions="compact" is defined (1-D positions)."""
+        return True
+
+    def new_cache(self) -> Cache:
+        """The cache that the model would make for itself."""
+        from transformers.cache_utils import DynamicCache
+
+        return DynamicCache(config=self.inner.language_model.config)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout; states (..., n, d), cos and sin broadcast to it."""
+    half = states.shape[-1] // 2
+    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
+    return states * cos + turned * sin

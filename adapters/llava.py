@@ -1,0 +1,108 @@
+"""LLaVA-1.5: a CLIP tower (with CLS) or a SigLIP tower (without), a two-layer projector, a Llama-like decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from vtprune.adapters.base import Adapter, Projections
+
+from vtprune.encoding import Encoding, PaddedEncoding
+from vtprune.errors import UnsupportedModelError, VTPruneError
+from vtprune.pruner import ModelFacts
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+class LlavaAdapter(Adapter):
+    """`LlavaForConditionalGeneration` with a CLIP or a SigLIP vision tower."""
+
+    name = "llava"
+    models = ("LlavaForConditionalGeneration",)
+    notes = "CLIP tower (CLS attention) or SigLIP tower (no CLS: received attention instead); fixed-size images"
+
+    def check(self) -> None:
+        config = self.model.config
+        tower = config.vision_config.model_type
+        if tower not in TOWERS:
+            raise UnsupportedModelError(
+                f"the LLaVA adapter takes {' and '.join(TOWERS)} towers, this model has {tower!r}"
+            )
+        strategy = config.vision_feature_select_strategy
+        if self._prefix and strategy != "default":
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={strategy!r} hands the CLS token to the decoder, where it has no "
+                "place in the image's grid; only 'default' is supported with a CLIP tower"
+            )
+        if not self._prefix and strategy != "full":
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={strategy!r} cuts the first patch of a tower without a CLS token; "
+                "only 'full' is supported with a SigLIP tower"
+            )
+
+    @property
+    def _prefix(self) -> int:
+        return 1 if self.model.config.vision_config.model_type == "clip_vision_model" else 0
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.inner.vision_tower
+
+    @property
+    def _encoder(self) -> Any:
+        return self.inner.vision_tower.encoder
+
+    @property
+    def encoder_layers(self) -> Iterable[nn.Module]:
+        return self._encoder.layers
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.inner.multi_modal_projector
+
+    @property
+    def encoder_scale(self) -> float:
+        return float(self._encoder.layers[0].self_attn.scale)
+
+    @property
+    def depth(self) -> int:
+        """Encoder layers that feed the features: the deepest of the feature layers."""
+        layers = self.model.config.vision_feature_layer
+        total = self.model.config.vision_config.num_hidden_layers
+        chosen = [layers] if isinstance(layers, int) else list(layers)
+        return max(layer if layer >= 0 else total + 1 + layer for layer in chosen)
+
+    def facts(self) -> ModelFacts:
+        text = self.model.config.get_text_config()
+        return ModelFacts(bool(self._prefix), self.depth, text.num_hidden_layers, 1)
+
+    def encoder_projections(self, layer: Any) -> Projections:
+        return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
+
+    def start_encoding(self, arguments: dict[str, Any], budget: Callable[[int], int]) -> Encoding:
+        config = self.model.config
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            given = arguments.get(name)
+            if given is not None and given != getattr(config, name):
+                raise VTPruneError(
+                    f"{name}={given!r} differs from the model's config ({getattr(config, name)!r}); set it on the "
+                    "config before wrapping"
+                )
+        pixel_values = arguments["pixel_values"]
+        patch = config.vision_config.patch_size
+        height, width = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        count = pixel_values.shape[0]
+        return PaddedEncoding(
+            [(1, height, width)] * count,
+            group=1,
+            prefix=self._prefix,
+            heads=config.vision_config.num_attention_heads,
+            depth=self.depth,
+            budgets=[budget(height * width)] * count,
+            device=pixel_values.device,
+            attn_implementation=config.vision_config._attn_implementation or "",
+        )
+
+    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
+        return list(arguments["pixel_values"])

@@ -1,0 +1,287 @@
+"""Qwen2.5-VL: dynamic resolution, window attention, a 2x2 merger, M-RoPE positions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache
+from vtprune.adapters.base import Adapter, Projections, rotate
+
+from vtprune.cache import PrunedLayer, is_adopted
+from vtprune.decoding import PromptInfo
+from vtprune.encoding import Call, Encoding
+from vtprune.pruner import ModelFacts
+
+ROPE_DELTA = "rope_delta"
+
+
+class PackedEncoding(Encoding):
+    """Images of any size packed into one (S, D) sequence in window order, whole merge groups dropping out.
+
+    `order` is the raster index of the merge group at each place of the sequence (over all images), as the
+    tower's window permutation put it there.
+    """
+
+    def __init__(self, *args: Any, order: Tensor, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._order = order
+        self._full = torch.ones_like(order, dtype=torch.bool)
+        self._first = pad(self.total.cumsum(0), (1, 0))[:-1]
+        self._alive = self._full
+        self._applied = self._full
+        self._cuts: dict[int, tuple[Tensor | None, Tensor]] = {}
+
+    def states(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        split = rearrange(self.taps["qkv"], "s (three h d) -> three h s d", three=3, h=self.heads)
+        cos, sin = (part.float() for part in kwargs["position_embeddings"])
+        query, key = rotate(split[0].float(), cos, sin), rotate(split[1].float(), cos, sin)
+        places = self._places()
+        return self._pick(query, places), self._pick(key, places), self._pick(split[2].float(), places)
+
+    def _places(self) -> Tensor:
+        """(B, N) where each token alive stands among the groups of the sequence now."""
+        place = torch.zeros_like(self._order)
+        place[self._order[self._alive]] = torch.arange(int(self._alive.sum()), device=place.device)
+        return place[(self.alive + self._first[:, None]).clamp(max=place.numel() - 1)]
+
+    def _pick(self, states: Tensor, places: Tensor) -> Tensor:
+        groups = rearrange(states, "h (s g) d -> h s g d", g=self.group)[:, places]
+        return rearrange(groups, "h b n g d -> b h (n g) d")
+
+    def compact(self, keep: Tensor, order: Tensor) -> None:
+        kept = torch.zeros_like(self._full)
+        kept[(self.alive + self._first[:, None])[keep]] = True
+        self._alive = kept[self._order]
+
+    def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if index not in self._cuts:
+            self._cuts[index] = self._new_cut()
+        change, alive = self._cuts[index]
+        states = args[0]
+        if change is not None:
+            states = self._rows(states, change)
+        if bool(alive.all()):
+            return (states, *args[1:]), kwargs
+        kwargs = dict(kwargs)
+        kwargs["cu_seqlens"] = self._segments(kwargs["cu_seqlens"], alive)
+        kwargs["position_embeddings"] = tuple(self._rows(part, alive) for part in kwargs["position_embeddings"])
+        if kwargs.get("max_seqlen") is not None:
+            kwargs["max_seqlen"] = int(kwargs["cu_seqlens"].diff().max())
+        return (states, *args[1:]), kwargs
+
+    def _new_cut(self) -> tuple[Tensor | None, Tensor]:
+        change = None
+        if self._applied is not self._alive:
+            change = self._alive[self._applied]
+            self._applied = self._alive
+        return change, self._alive
+
+    def _rows(self, states: Tensor, groups: Tensor) -> Tensor:
+        return states[groups.to(states.device).repeat_interleave(self.group)]
+
+    def _segments(self, boundaries: Tensor, alive: Tensor) -> Tensor:
+        """Cumulative segment lengths without the dropped patches; a segment left empty goes."""
+        counted = pad(alive.cumsum(0), (1, 0)) * self.group
+        cut = counted.to(boundaries.device)[boundaries.long() // self.group]
+        return torch.unique_consecutive(cut).to(boundaries.dtype)
+
+    def projector_input(self, states: Tensor) -> Tensor:
+        change, _ = self._new_cut()
+        return states if change is None else self._rows(states, change)
+
+    def projector_output(self, states: Tensor) -> Tensor:
+        if not self.dropped:
+            return states
+        full = states.new_zeros(self._full.numel(), *states.shape[1:])
+        return full.index_put((self._alive.nonzero().flatten().to(states.device),), states)
+
+    def layer_segments(self, kwargs: dict[str, Any]) -> list[list[int]]:
+        boundaries = kwargs["cu_seqlens"]
+        lengths = boundaries.diff().tolist()
+        ends = boundaries[1:].tolist()
+        limits = pad(self.valid.sum(dim=1).cumsum(0) * self.group, (1, 0)).tolist()
+        found: list[list[int]] = [[] for _ in self.grids]
+        image = 0
+        for length, end in zip(lengths, ends, strict=True):
+            while end > limits[image + 1]:
+                image += 1
+            found[image].append(length)
+        return found
+
+
+class QwenVLAdapter(Adapter):
+    """`Qwen2_5_VLForConditionalGeneration`; images only, several a prompt and of any size."""
+
+    name = "qwen2_5_vl"
+    models = ("Qwen2_5_VLForConditionalGeneration",)
+    notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.inner.visual
+
+    @property
+    def encoder_layers(self) -> Iterable[nn.Module]:
+        return self.inner.visual.blocks
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.inner.visual.merger
+
+    @property
+    def encoder_scale(self) -> float:
+        return float(self.inner.visual.blocks[0].attn.scaling)
+
+    @property
+    def renumbers(self) -> bool:
+        return False
+
+    @property
+    def _merge(self) -> int:
+        return int(self.model.config.vision_config.spatial_merge_size)
+
+    def facts(self) -> ModelFacts:
+        config = self.model.config
+        return ModelFacts(
+            False, config.vision_config.depth, config.get_text_config().num_hidden_layers, self._merge**2
+        )
+
+    def encoder_projections(self, layer: Any) -> Projections:
+        return Projections(layer.attn, {"qkv": "qkv"})
+
+    def start_encoding(self, arguments: dict[str, Any], budget: Callable[[int], int]) -> Encoding:
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = self.model.config.vision_config
+        grid_thw = arguments["image_grid_thw"]
+        merge = self._merge
+        grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grid_thw.tolist()]
+        order, _ = get_vision_window_index(
+            grid_thw, spatial_merge_size=merge, window_size=vision.window_size, patch_size=vision.patch_size
+        )
+        device = arguments["pixel_values"].device
+        return PackedEncoding(
+            grids,
+            group=merge**2,
+            prefix=0,
+            heads=vision.num_heads,
+            depth=vision.depth,
+            budgets=[budget(t * h * w) for t, h, w in grids],
+            device=device,
+            order=order.to(device),
+        )
+
+    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
+        counts = arguments["image_grid_thw"].prod(dim=-1).tolist()
+        return list(arguments["pixel_values"].split(counts))
+
+    def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        return [
+            (self.inner, "compute_3d_position_ids", self._compute_3d_position_ids()),
+            (self.model, "_prepare_position_ids_for_generation", self._prepare_position_ids()),
+        ]
+
+    def _compute_3d_position_ids(self) -> Callable[..., Any]:
+        original = self.inner.compute_3d_position_ids
+        signature = inspect.signature(original)
+
+        def compute_3d_position_ids(*args: Any, **kwargs: Any) -> Tensor | None:
+            """As the model's own, with the delta that belongs to this cache instead of the last one computed."""
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            values = given.arguments
+            cache = values["past_key_values"]
+            delta = _delta(cache)
+            if delta is None:
+                return original(*args, **kwargs)
+            embeds, mask = values["inputs_embeds"], values["attention_mask"]
+            past, length = cache.get_seq_length(), embeds.shape[1]
+            text = _text_positions(mask, embeds.shape[0], past, length, embeds.device)
+            input_ids, types = values["input_ids"], values["mm_token_type_ids"]
+            if input_ids is None or types is None or not bool(types[:, -length:].any()):
+                return text[None] + delta.to(text.device)
+            return self._image_positions(input_ids, types[:, -length:], values["image_grid_thw"], text, delta, mask)
+
+        return compute_3d_position_ids
+
+    def _prepare_position_ids(self) -> Callable[..., Any]:
+        original = self.model._prepare_position_ids_for_generation
+
+        def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+            """As the model's own, for a cache that this wrapped model has filled before."""
+            cache = model_kwargs.get("past_key_values")
+            delta = _delta(cache)
+            if cache is None or delta is None:
+                return original(inputs_tensor, model_kwargs)
+            input_ids = model_kwargs.get("input_ids", inputs_tensor)
+            past = cache.get_seq_length()
+            mask = model_kwargs.get("attention_mask")
+            batch, total = input_ids.shape[:2]
+            text = _text_positions(mask, batch, 0, total, input_ids.device)
+            shifted = text[None].expand(3, -1, -1) + delta.to(text.device)
+            types = model_kwargs.get("mm_token_type_ids")
+            if types is not None and bool(types[:, past:].any()):
+                new = self._image_positions(
+                    input_ids[:, past:],
+                    types[:, past:],
+                    model_kwargs.get("image_grid_thw"),
+                    text[:, past:],
+                    delta,
+                    mask,
+                )
+                shifted = torch.cat([shifted[..., :past], new], dim=-1)
+            return torch.cat([text[None], shifted])
+
+        return prepare
+
+    def _image_positions(
+        self,
+        input_ids: Tensor,
+        types: Tensor,
+        grid_thw: Tensor | None,
+        text: Tensor,
+        delta: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """M-RoPE positions (3, B, q) of new tokens with images, after a cache whose delta is known."""
+        length = input_ids.shape[1]
+        own_mask = None if mask is None or mask.ndim != 2 else mask[:, -length:]
+        positions, _ = self.inner.get_rope_index(
+            input_ids, mm_token_type_ids=types, image_grid_thw=grid_thw, attention_mask=own_mask
+        )
+        return positions + (text[:, :1] + delta.to(text.device))[None]
+
+    def remember(self, layers: list[PrunedLayer], prompt: PromptInfo) -> None:
+        """Keeps the row's M-RoPE delta (next position minus text length) with the cache."""
+        positions = prompt.positions
+        if positions is None:
+            delta = torch.zeros(prompt.batch, 1, dtype=torch.long, device=prompt.device)
+        else:
+            planes = positions if positions.ndim == 3 else positions[None]
+            last = prompt.last_places()[:, None]
+            spatial = planes[-3:].amax(dim=0).expand(prompt.batch, -1)
+            mask = prompt.mask if prompt.mask is not None and prompt.mask.ndim == 2 else None
+            text = _text_positions(mask, prompt.batch, prompt.offset, prompt.length, prompt.device)
+            delta = spatial.gather(1, last) - text.gather(1, last)
+        layers[0].aux[ROPE_DELTA] = delta
+
+
+def _delta(cache: Cache | None) -> Tensor | None:
+    if cache is None or not is_adopted(cache) or cache.get_seq_length() == 0:
+        return None
+    layer: Any = cache.layers[0]
+    return layer.aux.get(ROPE_DELTA)
+
+
+def _text_positions(mask: Tensor | None, batch: int, past: int, length: int, device: torch.device) -> Tensor:
+    """(B, length) places in the row without its padding, as if every token were text."""
+    if mask is None or mask.ndim != 2:
+        return torch.arange(past, past + length, device=device).expand(batch, -1)
+    positions = (mask.long().cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)
+    return positions[:, -length:].to(device)

@@ -1,0 +1,161 @@
+"""Tiny random-weight models of every family, and prompts for them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+IMAGE, START, END, PAD = 90, 91, 92, 0
+DECODER_LAYERS = 5
+
+
+def _spread(model: Any, scale: float = 3.0) -> Any:
+    """Larger weights than the default's, so that attention is peaky and tokens differ."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2:
+                weight.normal_(0, scale * weight.shape[-1] ** -0.5 * (0.2 if "lm_head" in name else 0.5))
+            elif "bias" in name:
+                weight.normal_(0, 0.05)
+    return model.eval()
+
+
+def _llava(tower: dict[str, Any], strategy: str) -> Any:
+    config = LlavaConfig(
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
+            "image_size": 24, "patch_size": 4, **tower,
+        },
+        text_config={
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": DECODER_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "vocab_size": 100, "max_position_embeddings": 512, "pad_token_id": PAD,
+        },
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def _qwen() -> Any:
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "depth": 6, "num_heads": 4, "patch_size": 4,
+            "window_size": 24, "fullatt_block_indexes": [2, 5], "out_hidden_size": 32, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "tokens_per_second": 2,
+        },
+        text_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": DECODER_LAYERS,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+            "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        image_token_id=IMAGE, video_token_id=93, vision_start_token_id=START, vision_end_token_id=END,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "llava-clip": lambda: _llava({"model_type": "clip_vision_model"}, "default"),
+    "llava-siglip": lambda: _llava({"model_type": "siglip_vision_model"}, "full"),
+    "qwen2.5-vl": _qwen,
+}
+MODELS = list(BUILDERS)
+
+
+@functools.cache
+def _original(kind: str) -> Any:
+    torch.manual_seed(0)
+    return _spread(BUILDERS[kind]())
+
+
+def make(kind: str, attention: str = "sdpa") -> Any:
+    """A fresh copy of the tiny model of this kind, always with the same weights."""
+    model = copy.deepcopy(_original(kind))
+    model.set_attn_implementation(attention)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+@dataclass
+class Row:
+    """One row of a batch: text tokens before, between and after its images, given by size in vision tokens."""
+
+    texts: list[int]
+    grids: list[tuple[int, int]]
+    seed: int = 0
+
+
+LONG = Row([3, 7], [(6, 6)], seed=1)
+SHORT = Row([2, 4], [(6, 6)], seed=2)
+TWO = Row([2, 3, 5], [(6, 6), (6, 6)], seed=3)
+TEXT = Row([9], [], seed=4)
+ROWS = {
+    "llava-clip": [LONG, SHORT, TWO],
+    "llava-siglip": [LONG, SHORT, TWO],
+    "qwen2.5-vl": [Row([3, 7], [(5, 7)], 1), Row([2, 4], [(4, 3)], 2), Row([2, 3, 5], [(3, 6), (4, 4)], 3)],
+}
+
+
+def prompt(kind: str, rows: list[Row], padding: str = "left") -> dict[str, Tensor]:
+    """Inputs of a batch of rows, padded on one side; an attention mask only where there is padding."""
+    ids, pixels, grids = [], [], []
+    for row in rows:
+        generator = torch.Generator().manual_seed(row.seed)
+        tokens = torch.randint(3, 80, (sum(row.texts),), generator=generator).split(row.texts)
+        parts = [tokens[0]]
+        for (height, width), text in zip(row.grids, tokens[1:], strict=True):
+            image = torch.full((height * width,), IMAGE)
+            if kind.startswith("qwen"):
+                image = torch.cat([torch.tensor([START]), image, torch.tensor([END])])
+                pixels.append(torch.randn(4 * height * width, 3 * 2 * 4 * 4, generator=generator))
+                grids.append([1, 2 * height, 2 * width])
+            else:
+                pixels.append(torch.randn(1, 3, 4 * height, 4 * width, generator=generator))
+            parts += [image, text]
+        ids.append(torch.cat(parts))
+    return _assemble(kind, ids, pixels, grids, padding)
+
+
+def _assemble(
+    kind: str, ids: list[Tensor], pixels: list[Tensor], grids: list[list[int]], padding: str
+) -> dict[str, Tensor]:
+    length = max(map(len, ids))
+    input_ids = torch.full((len(ids), length), PAD)
+    mask = torch.zeros(len(ids), length, dtype=torch.long)
+    for row, one in enumerate(ids):
+        where = slice(length - len(one), length) if padding == "left" else slice(0, len(one))
+        input_ids[row, where], mask[row, where] = one, 1
+    inputs = {"input_ids": input_ids}
+    if not bool(mask.all()):
+        inputs["attention_mask"] = mask
+    if pixels:
+        inputs["pixel_values"] = torch.cat(pixels)
+    if kind.startswith("qwen"):
+        inputs["mm_token_type_ids"] = (input_ids == IMAGE).long()
+        if grids:
+            inputs["image_grid_thw"] = torch.tensor(grids)
+    return inputs
+
+
+def text_positions(inputs: dict[str, Tensor], extra: int = 0) -> Tensor:
+    """1-D position ids of the prompt and `extra` tokens after it, padding left out: (B, L + extra)."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    mask = torch.cat([mask, mask.new_ones(mask.shape[0], extra)], dim=1)
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)

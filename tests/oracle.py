@@ -1,0 +1,145 @@
+"""The proof that pruning is exact: the unpruned decoder with the dropped tokens masked out of attention.
+
+From each layer on, the tokens that the report names as dropped are masked; merged vectors are fed at the
+survivor's place. Positions are those of the unpruned prompt. Nothing here uses vtprune's own compaction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtprune
+from tests.models import IMAGE, text_positions
+
+STEPS = 8
+TOLERANCE = 2e-5
+
+
+def next_tokens(rows: int) -> Tensor:
+    """Fixed tokens that every decode step is fed: (rows, STEPS)."""
+    return torch.randint(3, 80, (rows, STEPS), generator=torch.Generator().manual_seed(9))
+
+
+def full_mask(inputs: dict[str, Tensor], extra: int) -> Tensor:
+    """(B, L + extra) the 2-D attention mask with `extra` new tokens."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    return torch.cat([mask, mask.new_ones(ids.shape[0], extra)], dim=1)
+
+
+@torch.no_grad()
+def run_wrapped(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, vtprune.Report, Any]:
+    """Logits (B, L + STEPS, V) of a prefill and STEPS decode steps on the wrapped model, and its report."""
+    length = inputs["input_ids"].shape[1]
+    positions = text_positions(inputs, STEPS)
+    padded = "attention_mask" in inputs
+    own = {} if kind.startswith("qwen") else {"position_ids": positions[:, :length]}
+    out = model(**inputs, **own, use_cache=True)
+    report = vtprune.report(model)
+    logits, cache = [out.logits], out.past_key_values
+    tokens = next_tokens(inputs["input_ids"].shape[0])
+    for step in range(STEPS):
+        own = {} if kind.startswith("qwen") else {"position_ids": positions[:, length + step : length + step + 1]}
+        if padded:
+            own["attention_mask"] = full_mask(inputs, step + 1)
+        out = model(input_ids=tokens[:, step : step + 1], past_key_values=cache, use_cache=True, **own)
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1), report, cache
+
+
+@torch.no_grad()
+def run_masked(
+    kind: str, model: Any, inputs: dict[str, Tensor], report: vtprune.Report, features: Any = None
+) -> Tensor:
+    """Logits (B, L + STEPS, V) of the unwrapped model in one pass, with the report's dropped tokens masked.
+
+    features: image features to feed instead of the model's own (from an encoder that dropped tokens).
+    """
+    ids = torch.cat([inputs["input_ids"], next_tokens(inputs["input_ids"].shape[0])], dim=1)
+    batch, length = ids.shape
+    embeds = _embeddings(model, inputs, ids, report, features)
+    masks = _layer_masks(ids, full_mask(inputs, STEPS).bool(), report)
+    handles = [
+        layer.register_forward_pre_hook(_set_mask(mask), with_kwargs=True)
+        for layer, mask in zip(model.model.language_model.layers, masks, strict=True)
+    ]
+    positions = _positions(kind, model, inputs, length)
+    try:
+        out = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return model.lm_head(out.last_hidden_state)
+
+
+def _positions(kind: str, model: Any, inputs: dict[str, Tensor], length: int) -> Tensor:
+    extra = length - inputs["input_ids"].shape[1]
+    text = text_positions(inputs, extra)
+    if not kind.startswith("qwen"):
+        return text
+    positions, deltas = model.model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs.get("image_grid_thw"),
+        attention_mask=inputs.get("attention_mask"),
+    )
+    tail = (text[:, -extra:] + deltas)[None].expand(3, -1, -1)
+    return torch.cat([positions, tail], dim=-1) if extra else positions
+
+
+def _embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, report: vtprune.Report, features: Any) -> Tensor:
+    embeds = model.get_input_embeddings()(ids).clone()
+    if "pixel_values" not in inputs:
+        return embeds
+    if features is None:
+        grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
+        features = model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output
+    images = [image for sample in report.samples for image in sample.images]
+    merged = []
+    for image, own in zip(images, features, strict=True):
+        new = own.clone()
+        for merge in image.merged:
+            weights = torch.tensor(merge.weights, dtype=own.dtype)
+            new[merge.into] = (own[merge.members] * weights[:, None]).sum(dim=0)
+        merged.append(new)
+    embeds[ids == IMAGE] = torch.cat(merged)
+    return embeds
+
+
+def _layer_masks(ids: Tensor, real: Tensor, report: vtprune.Report) -> list[Tensor]:
+    """Additive (B, 1, L, L) masks, one a layer: causal, without padding, without the dropped tokens."""
+    batch, length = ids.shape
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    masks = []
+    for layer in range(len(report.tokens_per_layer)):
+        alive = real.clone()
+        for row, sample in enumerate(report.samples):
+            places = (ids[row] == IMAGE).nonzero().flatten()
+            first = 0
+            for image in sample.images:
+                own = places[first : first + image.tokens]
+                alive[row, own] = False
+                alive[row, own[image.kept_per_layer[layer]]] = True
+                first += image.tokens
+        allowed = causal & alive[:, None, :]
+        allowed = allowed | torch.eye(length, dtype=torch.bool)
+        masks.append(torch.zeros(batch, 1, length, length).masked_fill(~allowed[:, None], float("-inf")))
+    return masks
+
+
+def _set_mask(mask: Tensor) -> Any:
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook
+
+
+def compare(actual: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> float:
+    """Largest absolute difference of the logits at real text positions."""
+    ids = inputs["input_ids"]
+    real = full_mask(inputs, STEPS).bool()
+    real[:, : ids.shape[1]] &= ids != IMAGE
+    return float((actual - expected)[real].abs().max())

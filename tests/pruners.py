@@ -1,0 +1,91 @@
+"""The one list of pruners that every property test runs over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import vtprune
+from vtprune.pruner import Pruner
+from vtprune.selection import Selection
+from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+
+PRUNERS: list[Pruner] = [
+    vtprune.NoPruning(),
+    vtprune.Random(keep=9),
+    vtprune.Grid(keep=0.25),
+    vtprune.Pool(keep=0.25),
+    vtprune.FoPru(keep=0.25),
+    vtprune.FoPru(keep=0.34, strategy="row"),
+    vtprune.FlowCut(keep=8),
+    vtprune.FlowCut(keep=0.3, stages=2),
+    vtprune.HoloV(keep=0.25),
+]
+
+
+def label(pruner: Pruner) -> str:
+    """A test id."""
+    return "-".join(str(value) for value in pruner.to_dict().values() if value is not None)
+
+
+def _kept(indices: Tensor, total: int, count: int, seed: int) -> Tensor:
+    """A fixed pseudo-random choice of `count` of an image's tokens, whatever else is in the batch."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + total))
+    rank = order.argsort()[indices.cpu()]
+    return rank.argsort()[:count].sort().values.to(indices.device)
+
+
+@vtprune.register("test_drops", stage="anywhere", paper="a test")
+@dataclass(frozen=True)
+class Drops(Pruner):
+    """Keeps a fixed choice: half before the decoder (`first`), half again after each of the decoder `layers`,
+    three quarters after each of the `encoder` layers."""
+
+    layers: tuple[int, ...] = ()
+    first: bool = False
+    encoder: tuple[int, ...] = ()
+
+    def budget(self, tokens: int) -> int:
+        return max(1, self.input_budget(tokens) >> len(self.layers))
+
+    def encoder_budget(self, tokens: int) -> int:
+        return max(1, round(tokens * 0.75 ** len(self.encoder)))
+
+    def input_budget(self, tokens: int) -> int:
+        return max(1, self.encoder_budget(tokens) // 2) if self.first else self.encoder_budget(tokens)
+
+    def decoder_budget(self, tokens: int, layer: int) -> int:
+        return max(1, self.input_budget(tokens) >> self.layers.index(layer) + 1)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        return self.encoder
+
+    def prune_encoder(self, layer: EncoderLayer) -> Tensor | None:
+        keep = torch.zeros_like(layer.valid)
+        stage = self.encoder.index(layer.index) + 1
+        for row, valid in enumerate(layer.valid):
+            count = max(1, round(int(layer.total[row]) * 0.75**stage))
+            keep[row, _kept(torch.arange(int(valid.sum())), int(layer.total[row]), count, layer.index)] = True
+        return keep
+
+    def select(self, stream: VisionStream) -> Selection | None:
+        return Selection(_kept(stream.indices, stream.total, stream.budget, 99)) if self.first else None
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        return self.layers
+
+    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
+        return Selection(_kept(layer.indices, layer.total, layer.budget, layer.index))
+
+
+# Drops before decoder layers 0, 1, the middle one and the last, alone and together; and in the encoder.
+DROPS: list[Pruner] = [
+    Drops(first=True),
+    Drops(layers=(0,)),
+    Drops(layers=(2,)),
+    Drops(layers=(0, 1, 3), first=True),
+    Drops(encoder=(0, 2)),
+    Drops(encoder=(1, 4), first=True, layers=(1,)),
+]

@@ -1,0 +1,161 @@
+"""KV-cache layers that know which tokens of the prompt they hold; all decode state lives in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from vtprune.errors import UnsupportedCacheError, VTPruneError
+
+
+class PrunedLayer(DynamicLayer):
+    """A dynamic cache layer whose entries may skip places of the sequence.
+
+    slots: (B, K) the logical place of each entry in the unpruned sequence, -1 where an entry is padding, or
+    None while entry i is place i. length: logical length; this is what `get_seq_length` answers.
+    aux: (B, ...) tensors that belong to the rows (the M-RoPE delta, the shift of renumbered positions).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: Tensor | None = None
+        self.length = 0
+        self.aux: dict[str, Tensor] = {}
+        self._announced = False
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> PrunedLayer:
+        """A PrunedLayer with the keys and values of an ordinary dynamic layer."""
+        new = cls()
+        if layer.is_initialized and layer.keys is not None:
+            new.lazy_initialization(layer.keys, layer.values)
+            new.keys, new.values = layer.keys, layer.values
+            new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
+        return new
+
+    @property
+    def entries(self) -> int:
+        """Entries that the tensors hold, padding included."""
+        if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
+            return 0
+        return int(self.keys.shape[-2])
+
+    def announce(self, slots: Tensor | None, new_length: int) -> None:
+        """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None."""
+        self.slots = slots
+        self.length = new_length
+        self._announced = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends (B, H, q, d) keys and values; raises VTPruneError outside a wrapped model."""
+        if not self._announced:
+            raise VTPruneError(
+                "this KV cache was filled by a model wrapped with vtprune and holds a pruned prompt; continue "
+                "with the wrapped model, or start a new cache after unwrap()"
+            )
+        self._announced = False
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        """The logical length: tokens of the sequence so far, dropped ones included."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are built over logical places; each layer's own mask is cut from them."""
+        return self.length + query_length, 0
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        super().reset()
+        self.slots, self.length, self.aux, self._announced = None, 0, {}, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` logical places."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number of tokens to remove")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self.length = max(0, self.length + tokens_to_remove)
+        if self.slots is None:
+            self.keys, self.values = self.keys[..., : self.length, :], self.values[..., : self.length, :]
+            return
+        self.slots = self.slots.masked_fill(self.slots >= self.length, -1)
+        used = (self.slots >= 0).any(dim=0)
+        self.slots = self.slots[:, used]
+        columns = used.nonzero().flatten().to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(-2, columns), self.values.index_select(-2, columns)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the rows `beam_idx`, as beam search does."""
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, change: Any) -> None:
+        if self.slots is not None:
+            self.slots = change(self.slots)
+        self.aux = {name: change(value) for name, value in self.aux.items()}
+
+
+def adopt_cache(cache: Cache, depth: int) -> list[PrunedLayer]:
+    """Turns the layers of a dynamic cache (anybody's) into PrunedLayers in place and returns them.
+
+    Raises UnsupportedCacheError for static, quantised, sliding-window and offloaded caches.
+    """
+    if not isinstance(cache, Cache):
+        raise UnsupportedCacheError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+    reason = unsupported_reason(cache)
+    if reason is not None:
+        raise UnsupportedCacheError(
+            f"{reason} cannot hold layers of different lengths; pass a DynamicCache, or let generate() make one "
+            "(cache_implementation=None)"
+        )
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, PrunedLayer):
+            cache.layers[index] = PrunedLayer.adopt(layer)
+    while len(cache.layers) < depth:
+        cache.layers.append(PrunedLayer())
+    return list(cache.layers)
+
+
+def unsupported_reason(cache: Cache) -> str | None:
+    """The name of what vtprune cannot prune in this cache, or None."""
+    if getattr(cache, "offloading", False):
+        return "an offloaded cache"
+    if type(cache) not in (DynamicCache, Cache):
+        return f"a {type(cache).__name__}"
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, PrunedLayer):
+            return f"a cache with {type(layer).__name__} layers"
+    replicated = cache.layer_class_to_replicate
+    if replicated is not None and replicated is not DynamicLayer:
+        return f"a cache of {replicated.__name__} layers"
+    return None
+
+
+def is_adopted(cache: object) -> bool:
+    """Whether a wrapped model has filled this cache."""
+    layers = getattr(cache, "layers", None)
+    return bool(layers) and isinstance(layers[0], PrunedLayer)
+
+
+def logical_length(cache: Cache | None) -> int:
+    """Tokens of the sequence so far, dropped ones included."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def all_slots(length: int, batch: int, device: torch.device) -> Tensor:
+    """(B, length) slots of a layer that dropped nothing."""
+    return torch.arange(length, device=device).expand(batch, length)

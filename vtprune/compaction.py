@@ -1,0 +1,113 @@
+"""Pure functions that compact ragged batches: which tokens go on, and what every parallel tensor becomes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+
+
+def places_of(alive: Tensor) -> Tensor:
+    """Places of the True entries of `alive` (B, L) in each row, ascending, padded on the left with -1: (B, n).
+
+    Padding stands on the left so that the last column is every row's last token, as generation expects.
+    """
+    counts = alive.sum(dim=1)
+    width = int(counts.max())
+    # A stable sort of the mask moves the places of dropped tokens to the front, kept ones to the back, in order.
+    order = torch.sort(alive.to(torch.uint8), dim=1, stable=True).indices[:, alive.shape[1] - width :]
+    column = torch.arange(width, device=alive.device)
+    return order.masked_fill(column[None] < (width - counts)[:, None], -1)
+
+
+def gather_tokens(states: Tensor, places: Tensor) -> Tensor:
+    """Rows of `states` (B or 1, L, ...) at `places` (B, n); padding (-1) repeats place 0: (B, n, ...)."""
+    index = places.clamp(min=0).to(states.device)
+    batch = index.shape[0]
+    if states.shape[0] != batch:
+        states = states.expand(batch, *states.shape[1:])
+    rows = torch.arange(batch, device=states.device)[:, None]
+    return states[rows, index]
+
+
+def relative_places(places: Tensor, previous: Tensor | None, length: int) -> Tensor:
+    """Where the tokens at `places` (B, n) stand among the tokens at `previous` (B, m): (B, n), -1 kept."""
+    if previous is None:
+        return places
+    batch, width = previous.shape
+    inverse = torch.zeros(batch, length, dtype=torch.long, device=places.device)
+    column = torch.arange(width, device=places.device).expand(batch, width)
+    # Padding columns write to an extra cell that nobody reads.
+    inverse = torch.cat([inverse, inverse[:, :1]], dim=1)
+    inverse.scatter_(1, previous.masked_fill(previous < 0, length), column)
+    found = inverse.gather(1, places.clamp(min=0))
+    return found.masked_fill(places < 0, -1)
+
+
+def fill_index(places: Tensor, length: int) -> Tensor:
+    """For every place 0 .. length - 1 the column of the last token of `places` (B, n) at or before it.
+
+    Places before a row's first kept token take that token. Used to hand hidden states of the full length back:
+    a dropped position repeats the last kept one before it. Returns (B, length).
+    """
+    batch, width = places.shape
+    column = torch.arange(width, device=places.device).expand(batch, width)
+    marks = torch.full((batch, length + 1), -1, dtype=torch.long, device=places.device)
+    marks.scatter_(1, places.masked_fill(places < 0, length), column)
+    filled = marks[:, :length].cummax(dim=1).values
+    first = (places < 0).sum(dim=1, keepdim=True)
+    return torch.where(filled < 0, first, filled)
+
+
+def layer_mask(
+    mask: Tensor | None, queries: Tensor | None, keys: Tensor | None, offset: int, *, flash: bool
+) -> Tensor | None:
+    """The attention mask of one layer, cut from the mask of the whole prompt.
+
+    mask: None, (B, L) or (B or 1, 1, Q, L) over logical places, as the model built it.
+    queries: (B, q) places of the layer's queries in the current input, -1 padding, or None for all in order.
+    keys: (B, k) logical place of each key, -1 padding, or None for all in order.
+    offset: logical length of the cache before this input. Raises VTPruneError for a flex-attention mask.
+    """
+    if keys is None:
+        return mask
+    if mask is not None and not isinstance(mask, Tensor):
+        raise VTPruneError(
+            "flex_attention block masks cannot be cut per layer; load the model with "
+            "attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+        )
+    if mask is None:
+        return _mask_from_places(queries, keys, offset, flash)
+    if mask.ndim == 2:
+        return mask.gather(1, keys.clamp(min=0).to(mask.device)) * (keys >= 0).to(mask)
+    return _cut_4d(mask, queries, keys)
+
+
+def _mask_from_places(queries: Tensor | None, keys: Tensor, offset: int, flash: bool) -> Tensor | None:
+    # Without a mask the model attends causally, which stays right as long as no entry is padding.
+    if not bool((keys < 0).any()):
+        return None
+    if flash:
+        return keys >= 0
+    if queries is None:
+        queries = (keys[:, -1:] - offset).clamp(min=0)
+    places = (queries + offset)[:, None, :, None]
+    allowed = (keys >= 0)[:, None, None, :] & (keys[:, None, None, :] <= places)
+    return allowed | (queries < 0)[:, None, :, None]
+
+
+def _cut_4d(mask: Tensor, queries: Tensor | None, keys: Tensor) -> Tensor:
+    batch, width = keys.shape
+    keys = keys.to(mask.device)
+    mask = mask.expand(batch, *mask.shape[1:])
+    if queries is None:
+        queries = torch.arange(mask.shape[2], device=mask.device).expand(batch, mask.shape[2])
+    queries = queries.to(mask.device)
+    rows = torch.arange(batch, device=mask.device)[:, None, None, None]
+    heads = torch.arange(mask.shape[1], device=mask.device)[None, :, None, None]
+    cut = mask[rows, heads, queries.clamp(min=0)[:, None, :, None], keys.clamp(min=0)[:, None, None, :]]
+    open_value, closed_value = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    cut = cut.masked_fill((keys < 0)[:, None, None, :], closed_value)
+    # A padding query must see something, or its softmax is NaN; nobody reads what it computes.
+    return cut.masked_fill((queries < 0)[:, None, :, None], open_value)

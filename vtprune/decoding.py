@@ -1,0 +1,274 @@
+"""One forward of the decoder: vision tokens drop out between layers, masks, positions and caches follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vtprune.cache import PrunedLayer, all_slots
+from vtprune.compaction import fill_index, gather_tokens, layer_mask, places_of, relative_places
+from vtprune.encoding import Call, EncodedImage
+from vtprune.selection import Merge, Selection
+
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class ImageSpan:
+    """One image in one row of the batch, and what is left of it.
+
+    places: (total,) places of its tokens in the row's current input; kept: tokens alive now, indices into the
+    whole image; history: (layer, kept) at every change; merges: (layer, Merge) with whole-image indices.
+    """
+
+    row: int
+    places: Tensor
+    image: EncodedImage
+    kept: Tensor
+    history: list[tuple[int, Tensor]] = field(default_factory=list)
+    merges: list[tuple[int, Merge]] = field(default_factory=list)
+
+    def kept_at(self, layer: int) -> Tensor:
+        """Tokens that decoder layer `layer` processes."""
+        return [kept for first, kept in self.history if first <= layer][-1]
+
+
+@dataclass
+class Layout:
+    """Which places of the input a layer processes: (B, n), -1 padding, or None for all of them.
+
+    relative: where these stand among the tokens of the layer before, or None if nothing changed.
+    vectors: (row, column, vector) of tokens that others were merged into.
+    """
+
+    places: Tensor | None = None
+    relative: Tensor | None = None
+    vectors: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    embeddings: tuple[Tensor, Tensor] | None = None
+    shift: Tensor | None = None
+
+
+@dataclass
+class PromptInfo:
+    """The logical input of this forward: `length` tokens after `offset` in the cache, B rows.
+
+    mask: (B, offset + length) with 0 where a token is padding, or None; positions: (B, length) or (3, B, length)
+    position ids as the model got them, or None.
+    """
+
+    batch: int
+    length: int
+    offset: int
+    device: torch.device
+    mask: Tensor | None
+    positions: Tensor | None
+
+    def real(self) -> Tensor:
+        """(B, length) True where a token of this input is not padding."""
+        if self.mask is None or self.mask.ndim != 2:
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+        return self.mask[:, -self.length :].to(self.device).bool()
+
+    def last_places(self) -> Tensor:
+        """(B,) place of each row's last real token."""
+        column = torch.arange(self.length, device=self.device)
+        return (self.real() * column).max(dim=1).values
+
+
+class DecoderRun:
+    """The state of one decoder forward; made before the first layer, dropped after the last."""
+
+    def __init__(
+        self,
+        prompt: PromptInfo,
+        spans: list[ImageSpan],
+        layers: list[PrunedLayer] | None,
+        *,
+        cache: Cache | None,
+        flash: bool,
+        rotary: Rotary | None,
+    ) -> None:
+        self.prompt, self.spans, self.layers = prompt, spans, layers
+        self.cache, self.flash, self.rotary = cache, flash, rotary
+        self.generation: Any = None
+        self.taps: dict[str, Tensor] = {}
+        self.alive: Tensor | None = None
+        self._changed: list[tuple[int, Tensor, Tensor]] = []
+        self._layouts: dict[int, Layout] = {}
+        self._masks: dict[tuple[int, int], Tensor | None] = {}
+        self._slots: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
+        self._announced: set[int] = set()
+        self.decided = -1
+
+    def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
+        """Keeps only the selected ones of the tokens that the span still has, from decoder layer `layer` on."""
+        before, span.kept = span.kept, span.kept[selection.kept.to(span.kept.device)]
+        for merge in selection.merges:
+            whole = Merge(int(before[merge.into]), tuple(int(before[m]) for m in merge.members), merge.weights)
+            span.merges.append((layer, whole))
+        self.mark(span)
+        if selection.vectors is not None:
+            self._changed.append((span.row, span.places[span.kept], selection.vectors))
+
+    def mark(self, span: ImageSpan) -> None:
+        """Notes that only `span.kept` of the image is alive."""
+        if span.kept.numel() == span.places.numel():
+            return
+        if self.alive is None:
+            shape = (self.prompt.batch, self.prompt.length)
+            self.alive = torch.ones(shape, dtype=torch.bool, device=self.prompt.device)
+        self.alive[span.row, span.places] = False
+        self.alive[span.row, span.places[span.kept]] = True
+
+    def layout(self, index: int) -> Layout:
+        """The layout of a layer; fixed the first time that it is asked for."""
+        if index in self._layouts:
+            return self._layouts[index]
+        previous = self._layouts.get(index - 1, Layout())
+        if self.alive is None and not self._changed:
+            # Renumbered positions depend on each layer's own past, so they are not handed on.
+            embeddings = previous.embeddings if self.rotary is None else None
+            layout = Layout(previous.places, embeddings=embeddings)
+        else:
+            layout = self._new_layout(previous)
+        for span in self.spans:
+            if not span.history or span.history[-1][1] is not span.kept:
+                span.history.append((index, span.kept))
+        self._layouts[index] = layout
+        return layout
+
+    def _new_layout(self, previous: Layout) -> Layout:
+        places, relative = previous.places, None
+        if self.alive is not None:
+            places = places_of(self.alive if places is None else self._still(places))
+            relative = relative_places(places, previous.places, self.prompt.length)
+            self.alive = None
+        layout = Layout(places, relative)
+        for row, where, vectors in self._changed:
+            at = (
+                where if places is None else relative_places(where[None], places[row : row + 1], self.prompt.length)[0]
+            )
+            layout.vectors.append((row, at, vectors))
+        self._changed = []
+        return layout
+
+    def _still(self, places: Tensor) -> Tensor:
+        assert self.alive is not None
+        before = torch.zeros(*self.alive.shape[:1], self.alive.shape[1] + 1, dtype=torch.bool, device=places.device)
+        before.scatter_(1, places.masked_fill(places < 0, self.prompt.length), True)
+        return self.alive & before[:, :-1]
+
+    def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The inputs of decoder layer `index`, cut to the tokens alive, with this layer's own mask."""
+        layout = self.layout(index)
+        states = args[0] if args else kwargs["hidden_states"]
+        if layout.relative is not None:
+            states = gather_tokens(states, layout.relative)
+        states = _place_vectors(states, layout.vectors)
+        slots = self._announce(index, layout)
+        kwargs = {**kwargs, "attention_mask": self._mask(kwargs.get("attention_mask"), layout, slots)}
+        embeddings = self._embeddings(index, layout, states, kwargs["position_embeddings"])
+        if embeddings is not kwargs["position_embeddings"]:
+            kwargs["position_embeddings"] = embeddings
+            # Gapped 1-D positions would be taken for packed sequences; rotary has used them already.
+            kwargs["position_ids"] = None
+        if args:
+            return (states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states}
+
+    def _announce(self, index: int, layout: Layout) -> Tensor | None:
+        prompt = self.prompt
+        if self.layers is None:
+            return layout.places
+        layer = self.layers[index]
+        if index in self._announced:
+            return layer.slots
+        self._announced.add(index)
+        layer.announce(self._extend(layer.slots, layout), prompt.offset + prompt.length)
+        return layer.slots
+
+    def _extend(self, past: Tensor | None, layout: Layout) -> Tensor | None:
+        """The slots of a layer after this input; layers with equal slots share one tensor."""
+        if past is None and layout.places is None:
+            return None
+        key = (id(past), id(layout.places))
+        if key not in self._slots:
+            prompt = self.prompt
+            old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past
+            new = all_slots(prompt.length, prompt.batch, prompt.device) if layout.places is None else layout.places
+            new = torch.where(new < 0, new, new + prompt.offset)
+            # The past tensor is kept alive with the entry, so its id cannot be reused within this forward.
+            self._slots[key] = (past, torch.cat([old, new.to(old.device)], dim=1))
+        return self._slots[key][1]
+
+    def _mask(self, mask: Tensor | None, layout: Layout, slots: Tensor | None) -> Tensor | None:
+        key = (id(layout.places), id(slots))
+        if key not in self._masks:
+            offset = self.prompt.offset
+            self._masks[key] = layer_mask(mask, layout.places, slots, offset, flash=self.flash)
+        return self._masks[key]
+
+    def _embeddings(
+        self, index: int, layout: Layout, states: Tensor, full: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if self.rotary is not None:
+            return self._compact_embeddings(index, layout, states, full)
+        if layout.places is None:
+            return full
+        if layout.embeddings is None:
+            cos, sin = full
+            layout.embeddings = gather_tokens(cos, layout.places), gather_tokens(sin, layout.places)
+        return layout.embeddings
+
+    def _compact_embeddings(
+        self, index: int, layout: Layout, states: Tensor, full: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary embeddings of positions renumbered without the dropped tokens, layer by layer."""
+        assert self.rotary is not None
+        layer = self.layers[index] if self.layers is not None else None
+        shift = None if layer is None else layer.aux.get("position_shift")
+        if layout.places is None and shift is None:
+            return full
+        if layout.embeddings is None:
+            prompt = self.prompt
+            places = layout.places
+            if places is None:
+                places = torch.arange(prompt.length, device=prompt.device).expand(prompt.batch, -1)
+            kept = torch.zeros(prompt.batch, prompt.length + 1, dtype=torch.long, device=prompt.device)
+            kept.scatter_(1, places.masked_fill(places < 0, prompt.length), 1)
+            gone = (1 - kept[:, :-1]).cumsum(dim=1)
+            before = gone if shift is None else gone + shift.to(gone.device)
+            positions = self._positions() - before
+            layout.embeddings = self.rotary(states, gather_tokens(positions, places).clamp(min=0))
+            layout.shift = before[:, -1:]
+        if layer is not None and layout.shift is not None:
+            layer.aux["position_shift"] = layout.shift
+        return layout.embeddings
+
+    def _positions(self) -> Tensor:
+        prompt = self.prompt
+        if prompt.positions is not None:
+            return prompt.positions.expand(prompt.batch, -1)
+        column = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)
+        return column.expand(prompt.batch, -1)
+
+    def restore(self, states: Tensor, index: int) -> Tensor:
+        """Hidden states after layer `index` at the full length: a dropped place repeats the last kept one."""
+        places = self.layout(index).places
+        if places is None or states.shape[1] != places.shape[1]:
+            return states
+        return gather_tokens(states, fill_index(places, self.prompt.length))
+
+
+def _place_vectors(states: Tensor, vectors: list[tuple[int, Tensor, Tensor]]) -> Tensor:
+    if not vectors:
+        return states
+    rows = torch.cat([torch.full_like(at, row) for row, at, _ in vectors]).to(states.device)
+    columns = torch.cat([at for _, at, _ in vectors]).to(states.device)
+    values = torch.cat([value for _, _, value in vectors]).to(states)
+    return states.index_put((rows, columns), values)

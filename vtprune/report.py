@@ -1,0 +1,260 @@
+"""What was kept, computed and cached: the report of a generation."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vtprune.cost import FlopsBreakdown, flops, kv_bytes
+from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.pruner import Pruner, ScoringWork
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Vectors of `members` flowed into token `into` with `weights`, before decoder layer `layer`."""
+
+    into: int
+    members: list[int]
+    weights: list[float]
+    layer: int
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image of one row: indices count its own vision tokens, 0 .. tokens - 1, in raster order.
+
+    grid: (t, h, w) in vision tokens; kept: tokens that enter the decoder; kept_per_layer: tokens that each
+    decoder layer processes.
+    """
+
+    grid: tuple[int, int, int]
+    tokens: int
+    kept: list[int]
+    kept_per_layer: list[list[int]]
+    merged: list[MergeReport]
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """One row of the (expanded) batch."""
+
+    images: list[ImageReport]
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last generation or forward: tokens, FLOPs of the prefill (two a multiply-accumulate), KV bytes.
+
+    tokens_per_layer[layer][row]: vision tokens processed in the prefill; kv_tokens_per_layer[layer][row]:
+    vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
+    asked_keep: what each pruner was asked for; achieved_keep: mean over images of kept over all tokens, counted
+    as `keep` is. flops sums the rows, each as if it ran alone; flops_full is the same unpruned. kv_bytes is
+    logical (now), kv_bytes_allocated the cache's tensors with padding; both 0 without a cache.
+    """
+
+    method: str
+    samples: list[SampleReport]
+    tokens_per_layer: list[list[int]]
+    kv_tokens_per_layer: list[list[int]]
+    steps: int
+    asked_keep: int | float | list[int | float]
+    achieved_keep: float
+    kept_tokens: float
+    flops: int
+    flops_full: int
+    flops_breakdown: FlopsBreakdown
+    kv_bytes_prefill: int
+    kv_bytes: int
+    kv_bytes_full: int
+    kv_bytes_allocated: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+# Slots, logical length and bytes of one cache layer.
+CachedLayer = tuple[Tensor | None, int, int]
+
+
+@dataclass
+class Generation:
+    """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked."""
+
+    config: Any
+    pruners: list[Pruner]
+    facts: Any
+    depth: int
+    dtype: torch.dtype
+    spans: list[ImageSpan]
+    text: list[int]
+    steps: int = 0
+    _prefill: list[CachedLayer] = field(default_factory=list)
+    _layers: list[CachedLayer] = field(default_factory=list)
+    _mask: Tensor | None = None
+    _cache: weakref.ReferenceType[Cache] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.text)
+
+    def note_cache(self, run: DecoderRun) -> None:
+        """Remembers what the cache holds after a forward; nothing is computed until a report is asked for."""
+        mask = run.prompt.mask
+        self._mask = mask if mask is not None and mask.ndim == 2 else None
+        if run.cache is None or run.layers is None:
+            return
+        self._cache = weakref.ref(run.cache)
+        self._layers = [_cached(layer) for layer in run.layers]
+        self._prefill = self._prefill or self._layers
+
+    def _live_layers(self) -> list[CachedLayer]:
+        cache = self._cache() if self._cache is not None else None
+        return self._layers if cache is None else [_cached(layer) for layer in cache.layers]
+
+    def _kv_tokens(self, layers: list[CachedLayer]) -> list[list[int]]:
+        """Entries in the cache, [layer][row], padding left out."""
+        return [_real_entries(slots, length, self._mask, self.rows) for slots, length, _ in layers]
+
+    def build(self) -> Report:
+        """The report as of now."""
+        tokens = [[0] * self.rows for _ in range(self.depth)]
+        for span in self.spans:
+            for layer in range(self.depth):
+                tokens[layer][span.row] += int(span.kept_at(layer).numel())
+        breakdown, full = self._flops(tokens)
+        live = self._live_layers()
+        kv = self._kv_tokens(live)
+        dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in tokens]
+        full_kv = [[k + d for k, d in zip(a, b, strict=True)] for a, b in zip(kv, dropped, strict=False)]
+        achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
+        kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
+        asked = [pruner.asked_keep for pruner in self.pruners]
+        return Report(
+            method="+".join(pruner.name for pruner in self.pruners),
+            samples=[self._sample(row) for row in range(self.rows)],
+            tokens_per_layer=tokens,
+            kv_tokens_per_layer=kv,
+            steps=self.steps,
+            asked_keep=asked[0] if len(asked) == 1 else asked,
+            achieved_keep=sum(achieved) / len(achieved) if achieved else 1.0,
+            kept_tokens=sum(kept) / len(kept) if kept else 0.0,
+            flops=breakdown.total,
+            flops_full=full.total,
+            flops_breakdown=breakdown,
+            kv_bytes_prefill=self._bytes_of(self._kv_tokens(self._prefill)),
+            kv_bytes=self._bytes_of(kv),
+            kv_bytes_full=self._bytes_of(full_kv),
+            kv_bytes_allocated=sum(size for _, _, size in live),
+        )
+
+    def _bytes_of(self, kv: list[list[int]]) -> int:
+        if not kv:
+            return 0
+        return sum(kv_bytes(self.config, [layer[row] for layer in kv], self.dtype) for row in range(self.rows))
+
+    def _total(self, row: int) -> int:
+        return sum(span.image.total for span in self.spans if span.row == row)
+
+    def _sample(self, row: int) -> SampleReport:
+        images = [
+            ImageReport(
+                grid=span.image.grid,
+                tokens=span.image.total,
+                kept=span.kept_at(0).tolist(),
+                kept_per_layer=[span.kept_at(layer).tolist() for layer in range(self.depth)],
+                merged=[
+                    MergeReport(merge.into, list(merge.members), list(merge.weights), layer)
+                    for layer, merge in span.merges
+                ],
+            )
+            for span in self.spans
+            if span.row == row
+        ]
+        return SampleReport(images, self.text[row])
+
+    def _flops(self, tokens: list[list[int]]) -> tuple[FlopsBreakdown, FlopsBreakdown]:
+        pruned, full = [], []
+        encoded: set[int] = set()
+        for row in range(self.rows):
+            spans = [span for span in self.spans if span.row == row]
+            # Rows of one sample under beams share its images: the tower ran on each of them once.
+            fresh = [span for span in spans if id(span.image) not in encoded]
+            encoded.update(id(span.image) for span in spans)
+            grids = [span.image.grid for span in fresh]
+            alone = flops(
+                self.config,
+                [layer[row] for layer in tokens],
+                text_tokens=self.text[row],
+                images=grids,
+                encoder_tokens_per_layer=[span.image.segments for span in fresh],
+                projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
+                scoring=sum(self._scoring(span, row) for span in spans),
+            )
+            pruned.append(alone)
+            full.append(flops(self.config, self._total(row), text_tokens=self.text[row], images=grids))
+        return _sum(pruned), _sum(full)
+
+    def _scoring(self, span: ImageSpan, row: int) -> int:
+        config, text = self.config.vision_config, self.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        total = 0
+        for pruner in self.pruners:
+            if pruner.budget(span.image.total) >= span.image.total:
+                continue
+            work = ScoringWork(
+                patches=span.image.total * self.facts.group,
+                tokens=span.image.total,
+                kept=int(span.kept_at(0).numel()),
+                encoder_width=config.hidden_size,
+                encoder_heads=heads,
+                decoder_width=text.hidden_size,
+                decoder_heads=text.num_attention_heads,
+                prompt=self.text[row] + self._total(row),
+                text=self.text[row],
+                encoder_patches=tuple(sum(layer) for layer in span.image.segments),
+                encoder_layers=span.image.scored,
+                decoder_layers=pruner.decoder_layers(self.depth),
+            )
+            total += pruner.scoring_flops(work)
+        return total
+
+
+def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:
+    names = [f.name for f in fields(FlopsBreakdown)]
+    return FlopsBreakdown(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+
+def _cached(layer: Any) -> CachedLayer:
+    return layer.slots, layer.length, _bytes(layer.keys) + _bytes(layer.values)
+
+
+def _bytes(states: Tensor | None) -> int:
+    return 0 if states is None else states.numel() * states.element_size()
+
+
+def _real_entries(slots: Tensor | None, length: int, mask: Tensor | None, rows: int) -> list[int]:
+    if slots is None:
+        if mask is None:
+            return [length] * rows
+        return mask[:, :length].sum(dim=1).tolist()
+    held = slots >= 0
+    if mask is not None:
+        real = mask.to(slots.device).bool().gather(1, slots.clamp(0, mask.shape[1] - 1))
+        held = held & real
+    return held.sum(dim=1).tolist()
+
+
+def _achieved(span: ImageSpan, depth: int, pruners: list[Pruner]) -> float:
+    """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
+    total = span.image.total
+    counts = [int(span.kept_at(layer).numel()) for layer in range(depth)]
+    return pruners[-1].achieved(counts) / total

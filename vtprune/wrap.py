@@ -1,0 +1,117 @@
+"""wrap, unwrap, wrapped and report: the only place that knows both adapters and pruners."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers.cache_utils import Cache
+
+from vtprune.adapters import adapter_for, core_model
+from vtprune.config import from_dict, load_config
+from vtprune.errors import VTPruneError
+from vtprune.hooks import Wrapping
+from vtprune.pruner import Pruner
+from vtprune.registry import create
+from vtprune.report import Generation, Report
+
+POSITIONS = ("original", "compact")
+ATTRIBUTE = "_vtprune"
+
+M = TypeVar("M")
+
+
+def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) -> M:
+    """Makes `model` prune its vision tokens, in place, and returns it.
+
+    pruner: a name (with the method's `options`), a Pruner, a list of them in stage order, a config dict, or a
+    folder holding vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt,
+    "compact" renumbers them. Raises VTPruneError (or a subclass) for an unknown method or option, a model
+    without an adapter, and a model that is wrapped already.
+    """
+    core = core_model(model)
+    if hasattr(core, ATTRIBUTE):
+        current = getattr(core, ATTRIBUTE).name
+        raise VTPruneError(f"this model is already wrapped with {current}; call vtprune.unwrap(model) first")
+    if positions not in POSITIONS:
+        raise VTPruneError(f"positions is 'original' or 'compact', got {positions!r}")
+    pruners = resolve(pruner, **options)
+    adapter = adapter_for(model)
+    facts = adapter.facts()
+    pruners = [one.for_model(facts) for one in pruners]
+    compact = positions == "compact" or any(one.compact_positions for one in pruners)
+    if compact and not adapter.renumbers:
+        raise VTPruneError(
+            f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
+            "'original'"
+        )
+    # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree.
+    core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact)
+    return model
+
+
+def unwrap(model: M) -> M:
+    """Takes every hook, attribute and override off again and returns the model as it was."""
+    core = core_model(model)
+    _wrapping(core, "unwrap").remove()
+    del core.__dict__[ATTRIBUTE]
+    return model
+
+
+@contextmanager
+def wrapped(model: M, pruner: Any, *, positions: str = "original", **options: Any) -> Iterator[M]:
+    """`wrap` for the length of a with block; unwraps also when the block raises."""
+    wrap(model, pruner, positions=positions, **options)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+
+
+def report(source: Any) -> Report:
+    """The Report of a wrapped model's last generation or forward, or of the generation that filled a cache.
+
+    With several threads on one model, ask for a cache's own report. Raises VTPruneError if there is none.
+    """
+    if isinstance(source, Cache):
+        generation = getattr(source, ATTRIBUTE, None)
+        if not isinstance(generation, Generation):
+            raise VTPruneError("no wrapped model has filled this cache with a prompt yet")
+        return generation.build()
+    last = _wrapping(core_model(source), "report").last
+    if last is None:
+        raise VTPruneError("nothing to report: run forward() or generate() on the wrapped model first")
+    return last.build()
+
+
+def resolve(pruner: Any, **options: Any) -> list[Pruner]:
+    """The pruners that a name, Pruner, list, config dict or folder stands for, in stage order."""
+    if (isinstance(pruner, str) and not options and (os.sep in pruner or Path(pruner).is_dir())) or isinstance(
+        pruner, Path
+    ):
+        pruner = load_config(pruner)
+    elif isinstance(pruner, str):
+        return [create(pruner, **options)]
+    if options:
+        raise VTPruneError(
+            f"options ({', '.join(sorted(options))}) go with a method's name; set them on the Pruner itself"
+        )
+    if isinstance(pruner, dict):
+        pruner = from_dict(pruner)
+    found = list(pruner) if isinstance(pruner, list | tuple) else [pruner]
+    if not found or not all(isinstance(one, Pruner) for one in found):
+        raise VTPruneError(
+            "a pruner is a name, a vtprune.Pruner, a list of Pruners, a config dict or a folder with "
+            f"vtprune_config.json, got {pruner!r}"
+        )
+    return found
+
+
+def _wrapping(core: Any, verb: str) -> Wrapping:
+    wrapping = getattr(core, ATTRIBUTE, None)
+    if not isinstance(wrapping, Wrapping):
+        raise VTPruneError(f"cannot {verb}: this model is not wrapped (call vtprune.wrap(model, ...) first)")
+    return wrapping
