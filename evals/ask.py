@@ -1,0 +1,143 @@
+"""`vtprune ask`: one question about one image, answered with and without pruning."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import vtprune
+from vtprune.report import Report
+
+from .failures import InputError
+from .generation import Answer, answer_batch
+from .loading import first_line, load_model
+from .overlay import compare, seen_image
+from .prompts import encode, open_image, question
+from .results import check_writable, write_atomically
+from .settings import UNPRUNED, build_settings
+from .timing import measure_prefill
+
+STOPS = ("\n\n",)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Both answers, the report of the pruned one, median prefill milliseconds of both, and the picture."""
+
+    unpruned: Answer
+    pruned: Answer
+    report: Report
+    prefill_ms: dict[str, float]
+    picture: Image.Image
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image in a file; raises InputError if it is none or cut short."""
+    try:
+        return open_image(path)
+    except FileNotFoundError as error:
+        raise InputError(f"image: no file {path}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image: cannot read {path}: {first_line(error)}") from error
+
+
+def compare_answers(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    text: str,
+    pruner: vtprune.Pruner,
+    *,
+    max_new_tokens: int = 128,
+) -> Asked:
+    """Asks an unwrapped model and the same model under the pruner."""
+    try:
+        inputs = encode(processor, [question(image, text)])
+    except ValueError as error:
+        size = f"{image.width}x{image.height}"
+        raise InputError(f"image: the model's processor refuses this image ({size}): {first_line(error)}") from error
+    answers = []
+    for chosen in (vtprune.NoPruning(), pruner):
+        with vtprune.wrapped(model, chosen):
+            answers += answer_batch(model, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, stops=STOPS)
+            report = vtprune.report(model)
+    times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
+    seen = seen_image(image, processor, inputs.get("pixel_values"))
+    picture = compare(seen, report.samples[0].images[0])
+    return Asked(answers[0], answers[1], report, times, picture)
+
+
+def table(asked: Asked, label: str) -> Table:
+    """What both answers cost."""
+    full, pruned = asked.unpruned.cost, asked.pruned.cost
+    rows = [
+        ("answer", asked.unpruned.text.strip(), asked.pruned.text.strip(), ""),
+        (
+            "vision tokens",
+            f"{full.kept_tokens:.0f}",
+            f"{pruned.kept_tokens:.1f}",
+            (pruned.kept_tokens, full.kept_tokens),
+        ),
+        (
+            "prefill GFLOPs",
+            f"{full.flops / 1e9:.3f}",
+            f"{pruned.flops / 1e9:.3f}",
+            (pruned.flops, full.flops),
+        ),
+        (
+            "KV cache kB",
+            f"{full.kv_bytes / 1e3:.1f}",
+            f"{pruned.kv_bytes / 1e3:.1f}",
+            (pruned.kv_bytes, full.kv_bytes),
+        ),
+    ]
+    times = asked.prefill_ms
+    milliseconds = (times["pruned"], times["unpruned"])
+    rows.append(("prefill ms", f"{times['unpruned']:.1f}", f"{times['pruned']:.1f}", milliseconds))
+    result = Table()
+    result.add_column("")
+    for heading in ("unpruned", label, "share"):
+        result.add_column(heading, justify="right")
+    for name, before, after, ratio in rows:
+        share = f"{100 * ratio[0] / ratio[1]:.1f}%" if isinstance(ratio, tuple) and ratio[1] else ""
+        result.add_row(name, before, after, share)
+    return result
+
+
+def run_ask(
+    image_path: Path,
+    text: str,
+    console: Console,
+    *,
+    method: str,
+    keep: int | float,
+    output: Path,
+    model_name: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    max_new_tokens: int = 128,
+) -> Asked:
+    """Answers, prints the table and writes the picture; raises VTPruneError or RunError."""
+    if method == UNPRUNED:
+        raise InputError("method: 'none' is what the other method is compared with; name another")
+    setting = build_settings([method], [keep])[-1]
+    image = read_image(image_path)
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"output: {output} should end in .png, .jpg or .webp")
+    check_writable(output.parent)
+    model, processor = load_model(model_name, device=device, dtype=dtype)
+    asked = compare_answers(model, processor, image, text, setting.pruner(), max_new_tokens=max_new_tokens)
+    console.print(table(asked, setting.label))
+    buffer = io.BytesIO()
+    asked.picture.save(
+        buffer, format={"jpg": "JPEG", "jpeg": "JPEG"}.get(output.suffix.lower()[1:], output.suffix[1:])
+    )
+    write_atomically(output, buffer.getvalue())
+    console.print(f"wrote {output}", highlight=False)
+    return asked

@@ -1,0 +1,98 @@
+"""A picture of what a pruner kept: dropped patches dimmed, merged groups tinted in one colour each."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vtprune.report import ImageReport
+
+# Longest side aimed at, and bounds of a cell's side, in pixels.
+LONGEST, SMALLEST_CELL, LARGEST_CELL = 640, 6, 48
+DIMMEST = 0.18
+GAP = 16
+TINT = 0.45
+
+
+def cell_size(height: int, width: int) -> int:
+    """Pixels a side of one vision token in the picture."""
+    return max(SMALLEST_CELL, min(LARGEST_CELL, LONGEST // max(height, width)))
+
+
+def seen_image(image: Image.Image, processor: Any, pixels: Any) -> Image.Image:
+    """What the encoder saw, where its input is one picture (resized, perhaps cropped); else the image."""
+    settings: Any = getattr(processor, "image_processor", None)
+    if pixels is None or pixels.ndim != 4 or len(pixels) != 1 or getattr(settings, "image_mean", None) is None:
+        return image
+    mean, std = np.array(settings.image_mean), np.array(settings.image_std)
+    values = pixels[0].float().permute(1, 2, 0).numpy() * std + mean
+    return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def survival(report: ImageReport) -> np.ndarray:
+    """(tokens,) the share of decoder layers that process each token."""
+    layers = report.kept_per_layer or [report.kept]
+    share = np.zeros(report.tokens)
+    for kept in layers:
+        share[kept] += 1 / len(layers)
+    return share
+
+
+def _colour(index: int, count: int) -> tuple[int, int, int]:
+    # Steps of the golden ratio keep the hues of neighbouring groups apart, however many there are.
+    red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1.0, 0.75, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
+    """The picture cut into the report's grid, frames below each other, dimmed where tokens were dropped."""
+    frames, height, width = report.grid
+    cell = cell_size(height, width)
+    base = image.convert("RGB").resize((width * cell, height * cell), _filter(image, width * cell))
+    canvas = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
+    brightness = DIMMEST + (1 - DIMMEST) * survival(report).reshape(frames * height, width)
+    canvas *= brightness.repeat(cell, 0).repeat(cell, 1)[:, :, None]
+    for index, merge in enumerate(report.merged):
+        colour = np.array(_colour(index, len(report.merged)), dtype=np.float32)
+        for member in merge.members:
+            row, column = divmod(member, width)
+            area = canvas[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+            area *= 1 - TINT
+            area += TINT * colour
+    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for index, merge in enumerate(report.merged):
+        row, column = divmod(merge.into, width)
+        corners = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
+        pen.rectangle(corners, outline=_colour(index, len(report.merged)), width=max(1, cell // 12))
+    return picture
+
+
+def _filter(image: Image.Image, width: int) -> Image.Resampling:
+    """Small pictures keep their pixels, large ones are averaged."""
+    return Image.Resampling.NEAREST if width > image.width else Image.Resampling.LANCZOS
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The pictures in one, below each other if they are wide."""
+    stacked = pictures[0].width > 2 * pictures[0].height
+    sizes = [(p.height, p.width) if stacked else (p.width, p.height) for p in pictures]
+    along = sum(size[0] for size in sizes) + GAP * (len(pictures) - 1)
+    across = max(size[1] for size in sizes)
+    canvas = Image.new("RGB", (across, along) if stacked else (along, across), "white")
+    offset = 0
+    for picture, (length, _) in zip(pictures, sizes, strict=True):
+        canvas.paste(picture, (0, offset) if stacked else (offset, 0))
+        offset += length + GAP
+    return canvas
+
+
+def compare(image: Image.Image, report: ImageReport) -> Image.Image:
+    """The whole picture beside what was kept of it."""
+    everything = list(range(report.tokens))
+    whole = ImageReport(report.grid, report.tokens, everything, [everything], [])
+    return side_by_side([draw_kept(image, whole), draw_kept(image, report)])

@@ -1,0 +1,59 @@
+"""From a question and its images to the tensors that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+Message = dict[str, Any]
+
+
+def open_image(source: Any) -> Image.Image:
+    """An upright RGB picture from a path, a file object or a PIL image, read to the last byte."""
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    image.load()
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def question(image: Image.Image, text: str) -> list[Message]:
+    """A conversation of one turn: an image and a question about it."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+def images_of(chat: Sequence[Message]) -> list[Any]:
+    """The images of a conversation, in order."""
+    return [
+        part["image"]
+        for message in chat
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def encode(processor: Any, chats: Sequence[list[Message]]) -> Any:
+    """One padded batch of model inputs, on the CPU."""
+    texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    images = [image for chat in chats for image in images_of(chat)]
+    bos = processor.tokenizer.bos_token
+    # A template that writes the begin token itself would otherwise get a second one from the tokenizer.
+    plain = bos is not None and all(text.startswith(bos) for text in texts)
+    return processor(
+        text=texts,
+        images=images or None,
+        padding=True,
+        return_tensors="pt",
+        **({"add_special_tokens": False} if plain else {}),
+    )
+
+
+def place(inputs: Any, model: Any) -> Any:
+    """The inputs on the model's device; pictures in the model's dtype."""
+    return {
+        name: value.to(model.device, model.dtype) if torch.is_floating_point(value) else value.to(model.device)
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -1,0 +1,127 @@
+"""What a sweep runs: methods, how much each keeps, and the lists that `vtprune bench` takes by default."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import Pruner, check_keep
+from vtprune.registry import available, create
+
+from .failures import InputError
+
+BASELINES = ("random", "grid", "pool")
+# The methods that stand for their stage in a short run, the most telling first; a stage whose methods are
+# not among them is represented by the first ones that registered.
+REPRESENTATIVES = ("flowcut", "fopru", "holov", "fastv", "pyramid_drop", "pmod", "gamma_mod")
+PER_STAGE = 2
+DEFAULT_KEEPS: tuple[int | float, ...] = (0.25, 0.11)
+ALL_KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11, 0.05)
+UNPRUNED = "none"
+
+
+def parse_keep(text: str) -> int | float:
+    """`64` is a count of tokens, `0.25` and `25%` are fractions; "1" is one token, "1.0" is everything."""
+    text = text.strip()
+    try:
+        keep: int | float
+        if text.endswith("%"):
+            keep = float(text[:-1]) / 100
+        else:
+            keep = int(text) if text.lstrip("+-").isdecimal() else float(text)
+        check_keep(keep)
+    except ValueError as error:
+        raise InputError(
+            f"keep: cannot take {text!r}; give a count of vision tokens per image (64), a fraction in (0, 1] "
+            "(0.25) or a percentage (25%)"
+        ) from error
+    return keep
+
+
+def parse_value(text: str) -> Any:
+    """A method's option as given on a command line: JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def show_keep(keep: int | float | None) -> str:
+    """The shortest text that `parse_keep` reads back; a dash for the method's own setting."""
+    if keep is None:
+        return "-"
+    return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a sweep: a method, how much it keeps and its other options."""
+
+    method: str
+    keep: int | float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The method with its options, as the command line takes it."""
+        return ":".join([self.method, *(f"{name}={value}" for name, value in self.options)])
+
+    def key(self) -> str:
+        """Identifies the setting inside one run; 1 and 1.0 differ."""
+        text = json.dumps([self.method, self.keep, self.options], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def pruner(self) -> Pruner:
+        """The pruner itself; raises VTPruneError for an unknown method or option."""
+        return create(self.method, keep=self.keep, **dict(self.options))
+
+
+def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """`flowcut` or `flowcut:variant=released`: a name and its options."""
+    name, *parts = text.strip().split(":")
+    options = []
+    for part in parts:
+        key, found, value = part.partition("=")
+        if not found or not key:
+            raise InputError(f"cannot read {text!r}: options follow the method as name:option=value")
+        options.append((key, parse_value(value)))
+    return name, tuple(options)
+
+
+def default_methods() -> list[str]:
+    """The baselines, and up to two methods of every stage that exists."""
+    known = available()
+    chosen = [name for name in BASELINES if name in known]
+    stages: dict[str, list[str]] = {}
+    order = [name for name in REPRESENTATIVES if name in known]
+    order += [name for name in known if name not in order]
+    for name in order:
+        if name not in chosen and name != UNPRUNED:
+            stages.setdefault(known[name].stage, []).append(name)
+    return chosen + [name for names in stages.values() for name in names[:PER_STAGE]]
+
+
+def all_methods() -> list[str]:
+    """Every method that is known, third-party ones included."""
+    return [name for name in available() if name != UNPRUNED]
+
+
+def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list[Setting]:
+    """The unpruned model and then every method at every keep; raises InputError for what does not exist."""
+    keeps = list(keeps)
+    settings = [Setting(UNPRUNED)]
+    for text in methods:
+        name, options = parse_method(text)
+        if name == UNPRUNED:
+            continue
+        settings += [Setting(name, keep, options) for keep in keeps]
+    try:
+        for setting in settings:
+            setting.pruner()
+    except (VTPruneError, TypeError) as error:
+        raise InputError(str(error)) from error
+    return list(dict.fromkeys(settings))

@@ -1,0 +1,192 @@
+"""One setting after another on one loaded model."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import vtprune
+from vtprune.registry import available, create
+
+from .failures import InputError, RunError
+from .journal import Journal
+from .lmms_model import VTPrune
+from .loading import first_line
+from .results import Results
+from .scores import sample_scores, task_scores
+from .settings import UNPRUNED, Setting
+from .suite import Suite
+from .timing import measure_prefill
+
+TIMED_SAMPLES = 6
+# Prefill times are compared with this baseline too: it selects without scoring anything.
+SCORELESS = "grid"
+
+
+@dataclass
+class Sweep:
+    """A loaded model, the questions, and where the results go."""
+
+    lm: VTPrune
+    suite: Suite
+    results: Results
+    seed: int
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """Evaluates and times one setting, and writes its record; raises RunError."""
+        journal = Journal(self.results.unfinished(setting.key()))
+        started = time.perf_counter()
+        with _told(setting):
+            with vtprune.wrapped(self.lm.model, setting.pruner()):
+                raw = self._evaluate(setting, journal)
+            record = self._record(setting, raw)
+            record["prefill"] = self._time(setting)
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        self.results.set(setting.key(), record)
+        journal.discard()
+        return record
+
+    def _evaluate(self, setting: Setting, journal: Journal) -> dict[str, Any]:
+        from lmms_eval.evaluator import simple_evaluate
+
+        self.lm.journal = journal
+        # Its progress bars go to stderr and cannot be turned off once tqdm has been imported.
+        with redirect_stderr(io.StringIO()):
+            raw = simple_evaluate(
+                model=self.lm,
+                model_args=f"method={setting.label},keep={setting.keep}",
+                tasks=list(self.suite.tasks),
+                task_manager=self.suite.manager,
+                limit=self.suite.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                random_seed=self.seed,
+                numpy_random_seed=self.seed,
+                torch_random_seed=self.seed,
+                fewshot_random_seed=self.seed,
+            )
+        if not raw or not raw.get("samples"):
+            raise RunError("lmms-eval returned no samples")
+        result: dict[str, Any] = raw
+        return result
+
+    def _record(self, setting: Setting, raw: dict[str, Any]) -> dict[str, Any]:
+        scores, questions, answers, numbers, costs = [], [], [], [], []
+        for task, samples in raw["samples"].items():
+            samples = sorted(samples, key=lambda sample: sample["doc_id"])
+            found = task_scores(task, raw["results"][task], samples)
+            scores += found
+            numbers += sample_scores(samples, found[0].metric)
+            questions += [_question(task, sample) for sample in samples]
+            answers += [sample["filtered_resps"][0] for sample in samples]
+            costs += [sample["token_counts"][0] for sample in samples]
+        self._check_questions(questions)
+        return {
+            "method": setting.method,
+            "label": setting.label,
+            "keep": setting.keep,
+            "stage": available()[setting.method].stage,
+            "pruner": setting.pruner().to_dict(),
+            "scores": [score.to_dict() for score in scores],
+            **summarise(costs),
+            "answers": answers,
+            "correct": numbers,
+            "kept_tokens": [round(cost["kept_tokens"], 3) for cost in costs],
+        }
+
+    def _check_questions(self, questions: list[dict[str, Any]]) -> None:
+        """Every setting answers the same questions; the first one writes them down."""
+        known = self.results.data["questions"]
+        if not known:
+            self.results.data["questions"] = questions
+        elif [q["doc_id"] for q in known] != [q["doc_id"] for q in questions]:
+            raise RunError("this setting was asked other questions than the ones before it")
+
+    def _time(self, setting: Setting) -> dict[str, float | None]:
+        """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""
+        inputs = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
+        pruners = {"unpruned": None, "ours": setting.pruner()}
+        scored = setting.method not in (UNPRUNED, SCORELESS) and SCORELESS in available()
+        if scored:
+            pruners["scoreless"] = create(SCORELESS, keep=setting.keep)
+        times = measure_prefill(self.lm.model, inputs, pruners)
+        return {
+            "ms": times["ours"],
+            "unpruned_ms": times["unpruned"],
+            "ratio": times["ours"] / times["unpruned"],
+            "over_scoreless_ms": times["ours"] - times["scoreless"] if scored else None,
+        }
+
+
+def _question(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    doc = sample["doc"]
+    extra = {name: doc[name] for name in ("id", "question", "category") if name in doc}
+    return {"task": task, "doc_id": sample["doc_id"], "target": sample["target"], **extra}
+
+
+def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over samples, and ratios of the sums."""
+
+    def total(name: str) -> float:
+        return float(sum(cost[name] for cost in costs))
+
+    def share(part: str, whole: str) -> float:
+        return total(part) / total(whole) if total(whole) else 1.0
+
+    count = len(costs)
+    return {
+        "tokens": {
+            "before": total("visual_tokens") / count,
+            "kept": total("kept_tokens") / count,
+            "share": share("kept_tokens", "visual_tokens"),
+            "fewest": min(cost["kept_tokens"] for cost in costs),
+            "most": max(cost["kept_tokens"] for cost in costs),
+        },
+        "flops": {
+            "mean": total("flops") / count,
+            "unpruned": total("flops_full") / count,
+            "share": share("flops", "flops_full"),
+            "scoring_share": share("scoring_flops", "flops"),
+        },
+        "kv": {
+            "mean_bytes": total("kv_bytes") / count,
+            "unpruned_bytes": total("kv_bytes_full") / count,
+            "share": share("kv_bytes", "kv_bytes_full"),
+        },
+        "batched_prefill_ms": statistics.fmean(cost["prefill_ms"] for cost in costs),
+    }
+
+
+@contextmanager
+def _told(setting: Setting) -> Any:
+    """Names the setting in whatever goes wrong."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{setting.label} at keep={setting.keep}: {error}") from error
+    except OSError as error:
+        raise RunError(f"{setting.label} at keep={setting.keep}: {error.strerror or error}") from error
+
+
+def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) -> tuple[list[Setting], dict[str, str]]:
+    """The settings that this model takes, tried by wrapping it, and why it does not take the others.
+
+    A setting that it does not take raises InputError, or is left out if `lenient`.
+    """
+    taken, refused = [], {}
+    for setting in settings:
+        try:
+            with vtprune.wrapped(model, setting.pruner()):
+                taken.append(setting)
+        except vtprune.UnsupportedModelError as error:
+            raise InputError(f"model: {first_line(error)}") from error
+        except vtprune.VTPruneError as error:
+            if not lenient:
+                raise InputError(f"{setting.label}: {first_line(error)}") from error
+            refused[setting.label] = first_line(error)
+    return taken, refused

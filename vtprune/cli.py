@@ -1,0 +1,261 @@
+"""The `vtprune` command."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vtprune.errors import VTPruneError
+
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    help="Prune, merge and route the vision tokens of vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True, soft_wrap=True)
+
+
+def _console() -> Console:
+    """stdout; wide where it is not a terminal, so that tables in a log are not cut."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _stop(message: str, status: int) -> typer.Exit:
+    errors.print(Text(f"vtprune: {message}", style="red"))
+    return typer.Exit(status)
+
+
+@contextlib.contextmanager
+def _one_line_errors(traceback: bool) -> Iterator[None]:
+    """Turns what goes wrong into one red line on stderr and the right exit status."""
+    from vtprune.evals.failures import RunError
+
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt as error:
+        raise _stop(
+            "interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED
+        ) from error
+    except Exception as error:
+        if traceback:
+            raise
+        if isinstance(error, VTPruneError):
+            raise _stop(str(error), BAD_INPUT) from error
+        if isinstance(error, RunError):
+            raise _stop(str(error), FAILURE) from error
+        reason = " ".join(str(error).split()) or "no message"
+        hint = "; --traceback shows where"
+        raise _stop(f"{type(error).__name__}: {reason}{hint}", FAILURE) from error
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"vtprune {version('vtprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="A model id or a folder with a checkpoint.", show_default="the bundled tiny LLaVA"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto.", show_default="a GPU if there is one")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")]
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    tasks: Annotated[
+        str, typer.Option(help="lmms-eval tasks, separated by commas.", rich_help_panel="What to run")
+    ] = "vtprune_shapes",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`.",
+            show_default="the baselines and two methods of each stage",
+            rich_help_panel="What to run",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Separated by commas: counts of tokens (64), fractions (0.25) or percentages (11%).",
+            show_default="0.25,0.11",
+            rich_help_panel="What to run",
+        ),
+    ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question; those that the model cannot "
+            "take are left out and named.",
+            rich_help_panel="What to run",
+        ),
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Questions per task: a stratified sample of the bundled task, the first ones of others; "
+            "0 for all of them.",
+            show_default="400",
+            rich_help_panel="What to run",
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(help="A folder with lmms-eval task files of your own.", rich_help_panel="What to run"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample of questions.", rich_help_panel="What to run")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, …")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows that are answered together.", show_default="16 in float32 on a CPU, else 1"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a task sets none.")] = 128,
+    output: Annotated[Path, typer.Option(help="Folder for results.json, table.md and pareto.png.")] = Path("bench"),
+    resume: Annotated[bool, typer.Option(help="Go on with the results in the output folder, or start afresh.")] = True,
+    traceback: Traceback = False,
+) -> None:
+    """Compare methods: accuracy with standard errors, tokens, FLOPs, KV cache and prefill time.
+
+    A run that was interrupted goes on where it stopped when the same command is given again.
+    """
+    with _one_line_errors(traceback):
+        from vtprune.evals import settings
+        from vtprune.evals.bench import DEFAULT_LIMIT, BenchConfig, run_bench
+
+        chosen = _split(methods) if methods is not None else None
+        if chosen is None:
+            chosen = settings.all_methods() if everything else settings.default_methods()
+        keeps = [settings.parse_keep(part) for part in _split(keep)] if keep is not None else None
+        if limit is None:
+            limit = 0 if everything else DEFAULT_LIMIT
+        config = BenchConfig(
+            methods=tuple(chosen),
+            keeps=tuple(keeps or (settings.ALL_KEEPS if everything else settings.DEFAULT_KEEPS)),
+            output=output,
+            model=model,
+            tasks=tuple(_split(tasks)),
+            limit=limit or None,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            include_path=include_path,
+            seed=seed,
+            resume=resume,
+            lenient=everything and methods is None,
+        )
+        run_bench(config, _console())
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+    method: Annotated[
+        str, typer.Option(help="A method, with options as flowcut:variant=released. See `vtprune list`.")
+    ] = "flowcut",
+    keep: Annotated[
+        str, typer.Option(help="A count of tokens (64), a fraction (0.25) or a percentage (25%).")
+    ] = "0.25",
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at the most.")] = 128,
+    output: Annotated[Path, typer.Option(help="Where the picture of the kept patches goes.")] = Path("ask.png"),
+    traceback: Traceback = False,
+) -> None:
+    """Ask about a picture with and without pruning, and see which patches were kept.
+
+    The written picture shows the image as the model saw it beside the same with dropped patches dimmed;
+    patches that were merged share a tint, and the token that they flowed into has a frame.
+    """
+    with _one_line_errors(traceback):
+        from vtprune.evals.ask import run_ask
+        from vtprune.evals.settings import parse_keep
+
+        run_ask(
+            image,
+            question,
+            _console(),
+            method=method,
+            keep=parse_keep(keep),
+            output=output,
+            model_name=model,
+            device=device,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+        )
+
+
+@app.command(name="list")
+def list_methods(traceback: Traceback = False) -> None:
+    """List the methods and the model families."""
+    with _one_line_errors(traceback):
+        import vtprune
+        from vtprune.adapters import adapters
+        from vtprune.evals.suite import TASK_FOLDER
+
+        methods = Table(title="Methods", title_justify="left", title_style="bold", show_lines=True)
+        for heading in ("name", "stage", "paper", "arXiv", "licence of the reference", "needs", "variants"):
+            methods.add_column(heading, no_wrap=heading in ("name", "arXiv"))
+        for info in vtprune.available().values():
+            variants = ", ".join(info.variants)
+            methods.add_row(info.name, info.stage, info.paper, info.arxiv, info.licence, info.needs, variants)
+        families = Table(title="Models", title_justify="left", title_style="bold", show_lines=True)
+        for heading in ("adapter", "models", "notes"):
+            families.add_column(heading)
+        for name, models, notes in adapters():
+            families.add_row(name, models if isinstance(models, str) else ", ".join(models), notes)
+        console = _console()
+        console.print(methods)
+        console.print(families)
+        console.print(
+            f"With lmms-eval: python -m lmms_eval eval --model vtprune --include_path {TASK_FOLDER} "
+            "--tasks vtprune_shapes --model_args method=flowcut,keep=0.25",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
