@@ -118,16 +118,21 @@ def adopt_cache(cache: Cache, depth: int) -> list[PrunedLayer]:
         raise UnsupportedCacheError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     reason = unsupported_reason(cache)
     if reason is not None:
-        raise UnsupportedCacheError(
-            f"{reason} cannot hold layers of different lengths; pass a DynamicCache, or let generate() make one "
-            "(cache_implementation=None)"
-        )
+        raise unsupported_cache(reason)
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PrunedLayer):
             cache.layers[index] = PrunedLayer.adopt(layer)
     while len(cache.layers) < depth:
         cache.layers.append(PrunedLayer())
     return list(cache.layers)
+
+
+def unsupported_cache(reason: str) -> UnsupportedCacheError:
+    """The exception for a cache that cannot be pruned, `reason` naming it."""
+    return UnsupportedCacheError(
+        f"{reason} cannot hold layers of different lengths; pass a DynamicCache, or let generate() make one "
+        "(cache_implementation=None)"
+    )
 
 
 def unsupported_reason(cache: Cache) -> str | None:

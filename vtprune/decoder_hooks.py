@@ -1,0 +1,248 @@
+"""Hooks of the decoder: the prompt is compacted between its layers, hidden states come back at full length."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vtprune.adapters.base import Adapter
+from vtprune.cache import PrunedLayer, adopt_cache, logical_length, unsupported_cache, unsupported_reason
+from vtprune.compaction import fill_index
+from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
+from vtprune.encoding import EncodedImage
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner
+from vtprune.report import Generation
+from vtprune.selection import Selection
+from vtprune.state import GENERATION, RECORD, RUN, Frame, ThreadState
+from vtprune.stream import DecoderLayer, VisionStream
+
+
+class DecoderHooks:
+    """The decoder's side of a wrapped model."""
+
+    def __init__(
+        self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, state: ThreadState, *, compact: bool
+    ) -> None:
+        self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
+        self.last: Generation | None = None
+        self._signature = inspect.signature(adapter.inner.forward)
+        self._depth = facts.decoder_depth
+
+    def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = self._signature.bind(*args, **kwargs).arguments
+        frame = Frame(inputs)
+        self.state.frames.append(frame)
+        given = inputs.get("mm_encoder_outputs") or {}
+        if inputs.get("pixel_values_videos") is not None or given.get("video") is not None:
+            raise VTPruneError("video inputs are not supported; pass images, or unwrap the model for videos")
+        encoded = given.get("image")
+        if encoded is not None:
+            frame.images = [self._record(tensor) for tensor in encoded.pooler_output]
+
+    def _record(self, tensor: Tensor) -> EncodedImage:
+        image = getattr(tensor, RECORD, None)
+        if image is None:
+            raise VTPruneError(
+                "these image features were not made by this wrapped model's get_image_features (or were cut by "
+                "prefill_chunk_size, which is not supported); pass pixel_values instead"
+            )
+        return image
+
+    def close_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self.state.frames:
+            self.state.frames.pop()
+
+    def open_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.state.decoder.append(None)
+        frame = self.state.frames[-1] if self.state.frames else None
+        if frame is None or kwargs.get("inputs_embeds") is None:
+            return None
+        embeds = kwargs["inputs_embeds"]
+        cache = self._cache(module, kwargs)
+        prompt = self._prompt(embeds, cache, kwargs)
+        spans = self._spans(frame, embeds, prompt)
+        layers = self._adopt(cache, spans)
+        if layers is None and not spans:
+            return None
+        rotary = self.adapter.rotary if self.compact else None
+        flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
+        run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
+        self.state.decoder[-1] = run
+        if layers is not None and (prompt.offset == 0 or spans):
+            self.adapter.remember(layers, prompt)
+        self._select(run, embeds)
+        run.generation = self._generation(run)
+        return args, {**kwargs, "past_key_values": cache, RUN: run}
+
+    def _cache(self, module: Any, kwargs: dict[str, Any]) -> Cache | None:
+        cache = kwargs.get("past_key_values")
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            return None
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            use_cache = module.config.use_cache if use_cache is None else use_cache
+            cache = self.adapter.new_cache() if use_cache else None
+        return cache
+
+    def _prompt(self, embeds: Tensor, cache: Cache | None, kwargs: dict[str, Any]) -> PromptInfo:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = None
+        positions = kwargs.get("position_ids")
+        batch, length = embeds.shape[:2]
+        return PromptInfo(batch, length, logical_length(cache), embeds.device, mask, positions)
+
+    def _spans(self, frame: Frame, embeds: Tensor, prompt: PromptInfo) -> list[ImageSpan]:
+        """Where each image of this forward stands: features fill placeholders in row-major order."""
+        if not frame.images:
+            return []
+        marks = self.adapter.placeholders(frame.inputs.get("input_ids"), embeds)
+        rows, places = marks.nonzero(as_tuple=True)
+        spans, first = [], 0
+        for image in frame.images:
+            last = first + image.total
+            if last > rows.numel() or int(rows[first]) != int(rows[last - 1]):
+                raise VTPruneError(
+                    f"the prompt has {rows.numel()} image placeholders, its images need "
+                    f"{sum(one.total for one in frame.images)} in unbroken rows"
+                )
+            alive = image.alive.to(embeds.device)
+            spans.append(ImageSpan(int(rows[first]), places[first:last], image, alive))
+            first = last
+        return spans
+
+    def _adopt(self, cache: Cache | None, spans: list[ImageSpan]) -> list[PrunedLayer] | None:
+        if cache is None:
+            return None
+        reason = unsupported_reason(cache)
+        if reason is None:
+            return adopt_cache(cache, self._depth)
+        totals = [(span.image.total, pruner) for span in spans for pruner in self.pruners]
+        if any(pruner.budget(total) < total for total, pruner in totals):
+            raise unsupported_cache(reason)
+        return None
+
+    def _select(self, run: DecoderRun, embeds: Tensor) -> None:
+        text = self._text(run, embeds) if run.spans else []
+        for span in run.spans:
+            run.mark(span)
+            for pruner in self.pruners:
+                budget = pruner.input_budget(span.image.total)
+                if not pruner.selects or budget >= span.kept.numel():
+                    continue
+                places = span.places[span.kept]
+                stream = VisionStream(
+                    embeds[span.row, places], span.image.grid, span.kept, span.image.total, budget,
+                    span.image.signals, span.image.pixels, text[span.row],
+                )  # fmt: skip
+                self._apply(run, span, pruner, pruner.select(stream), budget, 0)
+
+    def _apply(
+        self, run: DecoderRun, span: ImageSpan, pruner: Pruner, selection: Selection | None, budget: int, layer: int
+    ) -> None:
+        if selection is None:
+            return
+        selection.check(span.kept.numel())
+        if selection.kept.numel() > budget:
+            raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
+        run.drop(span, selection, layer)
+
+    def _text(self, run: DecoderRun, embeds: Tensor) -> list[Tensor]:
+        """The embeddings of each row's text tokens, without padding and placeholders."""
+        real = run.prompt.real().clone()
+        for span in run.spans:
+            real[span.row, span.places] = False
+        return [row[keep] for row, keep in zip(embeds, real, strict=True)]
+
+    def _generation(self, run: DecoderRun) -> Generation:
+        """The record of this generation: the cache's own, unless this forward brings a prompt of its own."""
+        cache, prompt = run.cache, run.prompt
+        known = getattr(cache, GENERATION, None) if cache is not None else None
+        if known is not None and prompt.offset > 0 and not run.spans:
+            return known
+        spans = list(run.spans)
+        text = prompt.real().sum(dim=1)
+        for span in run.spans:
+            text[span.row] -= span.image.total
+        if known is not None and prompt.offset > 0:
+            spans = known.spans + spans
+        generation = Generation(
+            self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, spans, text.tolist()
+        )
+        if cache is not None:
+            setattr(cache, GENERATION, generation)
+        return generation
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.adapter.language_model.parameters())).dtype
+
+    def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        run = kwargs.pop(RUN, None)
+        self.state.runs.append(run)
+        if run is None:
+            return None
+        return run.layer_inputs(index, args, kwargs)
+
+    def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        run = self.state.runs.pop() if self.state.runs else None
+        if not isinstance(run, DecoderRun) or output is None or not run.spans or index <= run.decided:
+            return
+        run.decided = index
+        scoring = [pruner for pruner in self.pruners if index in pruner.decoder_layers(self._depth)]
+        spans = run.spans
+        if any(p.decoder_budget(s.image.total, index) < s.kept.numel() for p in scoring for s in spans):
+            with torch.no_grad():
+                self._prune(run, index, scoring, kwargs["position_embeddings"])
+        run.taps.clear()
+
+    def _prune(self, run: DecoderRun, index: int, scoring: list[Pruner], embeddings: tuple[Tensor, Tensor]) -> None:
+        query, key, value = self.adapter.decoder_states(run.taps, embeddings)
+        places = run.layout(index).places
+        column = run.prompt.last_places()
+        where = None if places is None else fill_index(places, run.prompt.length)
+        for span in run.spans:
+            row = span.row
+            for pruner in scoring:
+                budget = pruner.decoder_budget(span.image.total, index)
+                if budget >= span.kept.numel():
+                    continue
+                vision, last = span.places[span.kept], column[row]
+                if where is not None:
+                    vision, last = where[row, vision], where[row, last]
+                layer = DecoderLayer(
+                    query[row], key[row], value[row], vision, int(last), self.adapter.decoder_scale,
+                    span.image.total, span.kept, budget, index, self._depth,
+                )  # fmt: skip
+                self._apply(run, span, pruner, pruner.prune_decoder(layer), budget, index + 1)
+
+    def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        run = self.state.decoder.pop() if self.state.decoder else None
+        if run is None or output is None:
+            return None
+        generation = run.generation
+        if run.prompt.offset > 0 and not run.spans:
+            generation.steps += 1
+        generation.note_cache(run)
+        self.last = generation
+        return self._restore(run, output)
+
+    def _restore(self, run: DecoderRun, output: Any) -> Any:
+        """The decoder's output with hidden states at the full length of the input."""
+        states = run.restore(output[0], self._depth - 1)
+        if states is output[0]:
+            return None
+        if isinstance(output, tuple):
+            return (states, *output[1:])
+        output.last_hidden_state = states
+        if output.hidden_states is not None:
+            # The first one is the input of layer 0, the others are outputs of layers 0, 1, ...
+            output.hidden_states = tuple(
+                run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
+            )
+        return output
