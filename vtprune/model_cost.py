@@ -1,7 +1,7 @@
 """The sizes of a model that its cost depends on, read from its transformers config.
 
-A model family is a function from a config to a `ModelCost`, listed in `FAMILIES`; the arithmetic of a layer is
-written once, in `TransformerCost`.
+A model family is a function from a config to a `ModelCost`, listed in `FAMILIES`; the arithmetic of a layer
+is written once, in `TransformerCost`.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ class VisionCost(ABC):
         else:
             given = list(self.alive_segments(grid, layer, count("encoder_tokens_per_layer", alive)))
         if sum(given) > sum(full):
-            raise VTPruneError(
-                f"encoder layer {layer} has {sum(full)} tokens for grid {grid}, got {sum(given)}"
-            )
+            raise VTPruneError(f"encoder layer {layer} has {sum(full)} tokens for grid {grid}, got {sum(given)}")
         return given
 
 
@@ -218,9 +216,7 @@ def _grids(images: Sequence[Sequence[int]]) -> list[Grid]:
     for image in images:
         sizes = tuple(count("images", n) for n in image) if isinstance(image, Sequence) else ()
         if len(sizes) != 3 or 0 in sizes:
-            raise VTPruneError(
-                f"images takes grids (t, h, w) in decoder tokens, each size at least 1, got {image!r}"
-            )
+            raise VTPruneError(f"images takes grids (t, h, w) in decoder tokens, each size at least 1, got {image!r}")
         grids.append((sizes[0], sizes[1], sizes[2]))
     return grids
 
@@ -239,9 +235,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 def _decoder(text: Any) -> TransformerCost:
     """Llama and its kin: grouped queries, gated MLP."""
     if text.model_type not in DECODERS:
-        raise UnsupportedModelError(
-            f"no cost for decoder {text.model_type!r}; supported: {', '.join(DECODERS)}"
-        )
+        raise UnsupportedModelError(f"no cost for decoder {text.model_type!r}; supported: {', '.join(DECODERS)}")
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -254,9 +248,7 @@ def _fixed_tower(config: Any) -> FixedVisionCost:
     """LLaVA's CLIP or SigLIP tower. All its layers run, also those past the features'."""
     tower = config.vision_config
     if tower.model_type not in TOWERS:
-        raise UnsupportedModelError(
-            f"no cost for vision tower {tower.model_type!r}; supported: {', '.join(TOWERS)}"
-        )
+        raise UnsupportedModelError(f"no cost for vision tower {tower.model_type!r}; supported: {', '.join(TOWERS)}")
     width, layers = tower.hidden_size, tower.num_hidden_layers
     (image_h, image_w), (patch_h, patch_w) = _pair(tower.image_size), _pair(tower.patch_size)
     return FixedVisionCost(
@@ -281,9 +273,7 @@ def _llava(config: Any) -> ModelCost:
     return _model(config, vision, features * width + width * width)
 
 
-def _qwen(
-    config: Any, blocks: TransformerCost, out_width: int, window: int | None, full: Sequence[int]
-) -> ModelCost:
+def _qwen(config: Any, blocks: TransformerCost, out_width: int, window: int | None, full: Sequence[int]) -> ModelCost:
     tower = config.vision_config
     patch_h, patch_w = _pair(tower.patch_size)
     frames = tower.temporal_patch_size
