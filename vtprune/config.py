@@ -107,13 +107,21 @@ def _from_method(data: object) -> Pruner:
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise VTPruneError(f'a method is {{"method": name, **options}}, got {data!r}')
     options = {key: value for key, value in data.items() if key != "method"}
-    hints = typing.get_type_hints(pruner_class(data["method"]))
+    hints = _hints(pruner_class(data["method"]))
     for option, value in options.items():
         hint = hints.get(option, Any)
         options[option] = value = _as_tuple(value, hint)
         if not _fits(value, hint):
             raise VTPruneError(f"{data['method']}: {option} is of type {_readable(hint)}, got {value!r}")
     return create(data["method"], **options)
+
+
+def _hints(cls: type[Pruner]) -> dict[str, Any]:
+    """Types of the fields; those of a plugin that names types only a type checker imports go unchecked."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:
+        return {}
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -157,7 +165,8 @@ def _items_fit(items: tuple[object, ...], hints: tuple[Any, ...]) -> bool:
 
 
 def _readable(hint: Any) -> str:
-    return " | ".join(part.__name__ if isinstance(part, type) else str(part) for part in _alternatives(hint))
+    names = (part.__name__ if isinstance(part, type) else str(part) for part in _alternatives(hint))
+    return " | ".join("None" if name == "NoneType" else name for name in names)
 
 
 def _refuse_constant(name: str) -> float:

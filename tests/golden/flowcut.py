@@ -11,7 +11,8 @@ from tests.golden import towers
 from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
 from vtprune.pruners import FlowCut
 from vtprune.pruners.anyres import restore_crops
-from vtprune.pruners.flowcut import DECODER_LAYER, MEMORY, flow_score, prune_count
+from vtprune.pruners.flow import flow_score, prune_count
+from vtprune.pruners.flowcut import DECODER_LAYER, MEMORY
 from vtprune.stream import DecoderLayer, EncoderLayer
 
 RELEASED = FlowCut(variant="released", stages=2)
@@ -148,9 +149,7 @@ def expect_equal_if_there(case: Case, name: str, got: Tensor) -> None:
         expect_equal(name, got, case[name])
 
 
-def prune_qwen(
-    tower: torch.nn.Module, pixels: Tensor, grid: Tensor, budget: int
-) -> tuple[Tensor, list[Tensor]]:
+def prune_qwen(tower: torch.nn.Module, pixels: Tensor, grid: Tensor, budget: int) -> tuple[Tensor, list[Tensor]]:
     """The merged features of the first stage patch by patch, as released, and the survivors of each prune."""
     inputs = towers.qwen_block_inputs(tower, pixels, grid)
     hidden, rotary, ends = inputs["hidden_states"], inputs["position_embeddings"], inputs["cu_seqlens"]
@@ -181,9 +180,7 @@ def check_qwen_vision(case: Case) -> None:
     merged, survivors = prune_qwen(tower, case["pixel_values"], case["grid_thw"], budget)
     recorded = sorted(name for name in case.tensors if name.startswith("keep_patches_prune"))
     sizes = [case["pixel_values"].shape[0], *(case[name].numel() for name in recorded)]
-    recorded = [
-        name for name, before, after in zip(recorded, sizes, sizes[1:], strict=False) if after < before
-    ]
+    recorded = [name for name, before, after in zip(recorded, sizes, sizes[1:], strict=False) if after < before]
     if len(recorded) != len(survivors):
         raise Mismatch(f"{len(survivors)} prunes, recorded {len(recorded)}")
     for name, alive in zip(recorded, survivors, strict=True):
@@ -191,9 +188,7 @@ def check_qwen_vision(case: Case) -> None:
     expect_close("merged_tokens", merged, case["merged_tokens"], **FEATURES)
 
 
-def decoder_kept(
-    model: torch.nn.Module, hidden: Tensor, positions: Tensor, span: Tensor, last: int, budget: int
-):
+def decoder_kept(model: torch.nn.Module, hidden: Tensor, positions: Tensor, span: Tensor, last: int, budget: int):
     """Hidden states after the scoring layer, and the kept places inside the image's span, row by row."""
     for index in range(DECODER_LAYER + 1):
         hidden = towers.run_decoder_layer(model, index, hidden, positions)

@@ -126,9 +126,7 @@ def run_decoder_layer(model: Any, index: int, hidden: Tensor, positions: Tensor)
     """(B, n, D) after decoder layer `index`; positions: (B, n), or (3, B, n) on Qwen."""
     RECORDER.chunks.clear()
     rotary = model.rotary_emb(hidden, positions)
-    return model.layers[index](
-        hidden, attention_mask=causal_mask(hidden.shape[1]), position_embeddings=rotary
-    )
+    return model.layers[index](hidden, attention_mask=causal_mask(hidden.shape[1]), position_embeddings=rotary)
 
 
 def qwen_block_inputs(tower: Any, pixels: Tensor, grid: Tensor) -> dict[str, Any]:

@@ -56,9 +56,7 @@ def select_strips(
     features: (N, D); attention: (N,). Raises ScoreError for NaN.
     """
     attention = check_scores(attention, "holov")
-    runs = torch.arange(attention.numel(), device=attention.device).tensor_split(
-        min(strips, attention.numel())
-    )
+    runs = torch.arange(attention.numel(), device=attention.device).tensor_split(min(strips, attention.numel()))
     scores = torch.stack(
         [
             holistic_score(features[run], 1000 * attention[run], alpha).mean()

@@ -41,9 +41,7 @@ class Pool(Pruner):
         check_whole_grid(self.name, stream)
         shape = cell_grid(stream.grid, stream.budget)
         cells = cut(stream.grid, shape)
-        merges = (
-            Merge(cell.centre, cell.members, (1 / len(cell.members),) * len(cell.members)) for cell in cells
-        )
+        merges = (Merge(cell.centre, cell.members, (1 / len(cell.members),) * len(cell.members)) for cell in cells)
         return Selection(
             kept=torch.tensor([cell.centre for cell in cells], device=stream.features.device),
             vectors=pool_features(stream.features, stream.grid, shape),
