@@ -57,12 +57,8 @@ class Size(StrEnum):
 
 # base has 269 million parameters, and the decoder is 89% of its prefill FLOPs.
 SIZES = {
-    Size.base: ModelSize(
-        vision_width=384, vision_layers=12, width=1024, layers=14, mlp_width=2816, vocabulary=32000
-    ),
-    Size.small: ModelSize(
-        vision_width=192, vision_layers=6, width=384, layers=8, mlp_width=1024, vocabulary=4000
-    ),
+    Size.base: ModelSize(vision_width=384, vision_layers=12, width=1024, layers=14, mlp_width=2816, vocabulary=32000),
+    Size.small: ModelSize(vision_width=192, vision_layers=6, width=384, layers=8, mlp_width=1024, vocabulary=4000),
 }
 
 

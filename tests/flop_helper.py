@@ -73,9 +73,7 @@ def llava_config(tower: str = "clip", **changes: Any) -> LlavaConfig:
         head_dim=16,
     )
     select = {"vision_feature_select_strategy": "default" if tower == "clip" else "full"}
-    return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, **(select | changes)
-    )
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, **(select | changes))
 
 
 def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig:

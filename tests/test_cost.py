@@ -90,9 +90,7 @@ def test_tower_that_drops_patches_equals_the_measured_flops() -> None:
     config = llava_config()
     tower = build(config).model.vision_tower
     for layer, left in ((1, 41), (2, 18)):
-        tower.encoder.layers[layer].register_forward_pre_hook(
-            lambda _, args, n=left: (args[0][:, :n], *args[1:])
-        )
+        tower.encoder.layers[layer].register_forward_pre_hook(lambda _, args, n=left: (args[0][:, :n], *args[1:]))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(torch.randn(1, 3, 48, 48))
     kwargs = {"text_tokens": 5, "images": 1}
@@ -138,9 +136,7 @@ def test_kv_bytes_equal_the_cache(name: str, dtype: torch.dtype) -> None:
 # ---- the papers' formulas and their numbers
 
 VICUNA_7B = LlamaConfig()
-VICUNA_13B = LlamaConfig(
-    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
-)
+VICUNA_13B = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
 TOWER = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -183,9 +179,7 @@ def test_llava_7b_in_every_convention(
 def test_exact_decoder_is_twice_3ndm_without_grouped_queries() -> None:
     lengths = [7 * i + 1 for i in range(32)]
     for config in (LLAVA_7B, LlavaConfig(text_config=LlamaConfig(head_dim=128), vision_config=TOWER)):
-        exact, published = (
-            flops(config, lengths, text_tokens=9, images=1, convention=c) for c in ("exact", "3ndm")
-        )
+        exact, published = (flops(config, lengths, text_tokens=9, images=1, convention=c) for c in ("exact", "3ndm"))
         assert exact.decoder == 2 * published.decoder
         assert published.total == published.decoder
 

@@ -98,9 +98,7 @@ def flops(
     )
 
 
-def _alive(
-    given: Sequence[Sequence[Alive]] | None, images: int, layers: int
-) -> Sequence[Sequence[Alive] | None]:
+def _alive(given: Sequence[Sequence[Alive]] | None, images: int, layers: int) -> Sequence[Sequence[Alive] | None]:
     """One entry an image: None, or what is alive in each encoder layer."""
     if given is None:
         return [None] * images
@@ -120,9 +118,7 @@ def kv_bytes(config: Any, kv_tokens_per_layer: int | Sequence[int], dtype: torch
     """
     kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype):
-        raise VTPruneError(
-            f"dtype is a torch dtype or its name, such as 'float16' or 'bfloat16', got {dtype!r}"
-        )
+        raise VTPruneError(f"dtype is a torch dtype or its name, such as 'float16' or 'bfloat16', got {dtype!r}")
     decoder = model_cost(config).decoder
     entries = sum(_per_layer("kv_tokens_per_layer", kv_tokens_per_layer, decoder.layers))
     return 2 * decoder.kv_width * entries * kind.itemsize
