@@ -97,6 +97,25 @@ def test_nan_scores_raise(pruner, prefix):
         pruner.select(with_nan(stream(prefix=prefix)))
 
 
+@pytest.mark.parametrize("pruner", SELECTING, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_are_computed_in_fp32(pruner, dtype):
+    whole = stream()
+    parts = (whole.signals.query, whole.signals.key, whole.signals.value)
+    query, key, value = (states.to(dtype) for states in parts)
+    low = replace(
+        whole,
+        features=whole.features.to(dtype),
+        signals=replace(whole.signals, query=query, key=key, value=value),
+    )
+    high = replace(
+        low,
+        features=low.features.float(),
+        signals=replace(whole.signals, query=query.float(), key=key.float(), value=value.float()),
+    )
+    assert torch.equal(pruner.select(low).kept, pruner.select(high).kept)
+
+
 def test_nan_features_raise():
     whole = stream()
     whole.features[3, 0] = float("nan")
