@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.golden.runner import case_files, main, run_case, run_folder
 
 CASES = Path(__file__).parent / "golden" / "cases"
-FILES = [path for folder in sorted(CASES.iterdir()) for path in case_files(folder)]
+FILES = [path for folder in sorted(CASES.iterdir()) if folder.is_dir() for path in case_files(folder)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
