@@ -35,14 +35,16 @@ def holistic_score(features: Tensor, attention: Tensor, alpha: float) -> Tensor:
 def capped_quotas(weights: list[float], sizes: list[int], budget: int) -> list[int]:
     """Tokens of each crop: in proportion to the weights, never more than the crop holds, `budget` in all.
 
-    Shares are rounded down and the shortfall goes to the heaviest crop; what exceeds a crop is handed on in
-    proportion to weight times room, until all is placed. Crops of weight 0 get only what no other can hold.
+    Shares are rounded down and the remainder goes to the heaviest crops, one each. What exceeds a crop is
+    handed on in proportion to weight times room, again and again; what rounding leaves of that goes to the
+    heaviest crop with room. Crops of weight 0 get only what no other can hold.
     """
     budget = min(budget, sum(sizes))
-    heaviest = max(range(len(sizes)), key=weights.__getitem__)
+    heaviest = sorted(range(len(sizes)), key=weights.__getitem__, reverse=True)
     total = sum(weights) or 1.0
     quotas = [int(budget * weight / total) for weight in weights]
-    quotas[heaviest] += budget - sum(quotas)
+    for crop in heaviest[: budget - sum(quotas)]:
+        quotas[crop] += 1
     quotas = [min(quota, size) for quota, size in zip(quotas, sizes, strict=True)]
     while left := budget - sum(quotas):
         room = [size - quota for quota, size in zip(quotas, sizes, strict=True)]
@@ -50,8 +52,8 @@ def capped_quotas(weights: list[float], sizes: list[int], budget: int) -> list[i
         shares = shares if sum(shares) > 0 else [float(free) for free in room]
         added = [min(free, int(left * share / sum(shares))) for free, share in zip(room, shares, strict=True)]
         if not any(added):
-            roomiest = max((c for c, free in enumerate(room) if free), key=weights.__getitem__)
-            added[roomiest] = min(left, room[roomiest])
+            first = next(crop for crop in heaviest if room[crop])
+            added[first] = min(left, room[first])
         quotas = [quota + more for quota, more in zip(quotas, added, strict=True)]
     return quotas
 

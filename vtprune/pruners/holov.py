@@ -97,7 +97,9 @@ class HoloV(Pruner):
     0.09). tau: sharpness of the crops' weights. `default_keep` is the authors' 64 of 576.
 
     The default is the method section: 2-D crops, each with a quota in proportion to its mean holistic score,
-    capped at its size and redistributed; tokens by that score inside; raster order. gamma is taken per crop,
+    capped at its size and redistributed; tokens by that score inside; raster order. What rounding leaves over
+    goes to the heaviest crops one by one, as in the released code (the paper gives it to the heaviest, which
+    would leave most crops empty at budgets near the number of crops). gamma is taken per crop,
     as the released code does, so diversity decides inside a crop but hardly between crops. The paper's
     visual context refetching is not part of this (the authors' code has none either).
 
