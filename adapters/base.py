@@ -86,6 +86,7 @@ class Adapter(ABC):
     def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
         """The pixels of each image."""
 
+    @abstractmethod
     def check(self) -> None:
         """Raises VTPruneError for a configuration of the model that cannot be pruned rightly."""
 
@@ -106,7 +107,8 @@ class Adapter(ABC):
     @property
     def decoder_scale(self) -> float:
         """Softmax scale of the decoder."""
-        return float(next(iter(self.decoder_layers)).self_attn.scaling)
+        layer: Any = next(iter(self.decoder_layers))
+        return float(layer.self_attn.scaling)
 
     def decoder_states(
         self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]
@@ -135,7 +137,8 @@ class Adapter(ABC):
         return []
 
     def remember(self, layers: list[PrunedLayer], prompt: PromptInfo) -> None:
-        """Stores with the cache what later forwards need (M-RoPE deltas)."""
+        """Stores with the cache what later forwards need (M-RoPE deltas); nothing by default."""
+        return
 
     def rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embeddings of (B, n) 1-D positions."""

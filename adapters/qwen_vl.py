@@ -16,6 +16,7 @@ from vtprune.adapters.base import Adapter, Projections, rotate
 from vtprune.cache import PrunedLayer, is_adopted
 from vtprune.decoding import PromptInfo
 from vtprune.encoding import Call, Encoding
+from vtprune.errors import UnsupportedModelError
 from vtprune.pruner import ModelFacts
 
 ROPE_DELTA = "rope_delta"
@@ -121,6 +122,14 @@ class QwenVLAdapter(Adapter):
     name = "qwen2_5_vl"
     models = ("Qwen2_5_VLForConditionalGeneration",)
     notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+
+    def check(self) -> None:
+        blocks = self.model.config.vision_config.fullatt_block_indexes
+        if self.model.config.vision_config.depth - 1 not in blocks:
+            raise UnsupportedModelError(
+                "the last block of the vision tower attends within windows only, so no attention of it ranks the "
+                f"tokens of a whole image; full-attention blocks are {blocks}"
+            )
 
     @property
     def vision_tower(self) -> nn.Module:

@@ -30,7 +30,7 @@ def label(pruner: Pruner) -> str:
     return "-".join(str(value) for value in pruner.to_dict().values() if value is not None)
 
 
-def _kept(indices: Tensor, total: int, count: int, seed: int) -> Tensor:
+def kept_tokens(indices: Tensor, total: int, count: int, seed: int) -> Tensor:
     """A fixed pseudo-random choice of `count` of an image's tokens, whatever else is in the batch."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + total))
     rank = order.argsort()[indices.cpu()]
@@ -67,17 +67,17 @@ class Drops(Pruner):
         stage = self.encoder.index(layer.index) + 1
         for row, valid in enumerate(layer.valid):
             count = max(1, round(int(layer.total[row]) * 0.75**stage))
-            keep[row, _kept(torch.arange(int(valid.sum())), int(layer.total[row]), count, layer.index)] = True
+            keep[row, kept_tokens(torch.arange(int(valid.sum())), int(layer.total[row]), count, layer.index)] = True
         return keep
 
     def select(self, stream: VisionStream) -> Selection | None:
-        return Selection(_kept(stream.indices, stream.total, stream.budget, 99)) if self.first else None
+        return Selection(kept_tokens(stream.indices, stream.total, stream.budget, 99)) if self.first else None
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         return self.layers
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
-        return Selection(_kept(layer.indices, layer.total, layer.budget, layer.index))
+        return Selection(kept_tokens(layer.indices, layer.total, layer.budget, layer.index))
 
 
 # Drops before decoder layers 0, 1, the middle one and the last, alone and together; and in the encoder.

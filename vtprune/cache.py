@@ -30,7 +30,7 @@ class PrunedLayer(DynamicLayer):
     def adopt(cls, layer: DynamicLayer) -> PrunedLayer:
         """A PrunedLayer with the keys and values of an ordinary dynamic layer."""
         new = cls()
-        if layer.is_initialized and layer.keys is not None:
+        if layer.is_initialized and layer.keys is not None and layer.values is not None:
             new.lazy_initialization(layer.keys, layer.values)
             new.keys, new.values = layer.keys, layer.values
             new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
@@ -76,7 +76,7 @@ class PrunedLayer(DynamicLayer):
         """Removes the last `-tokens_to_remove` logical places."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number of tokens to remove")
-        if tokens_to_remove == 0 or not self.is_initialized:
+        if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
         self.length = max(0, self.length + tokens_to_remove)
         if self.slots is None:
@@ -88,7 +88,7 @@ class PrunedLayer(DynamicLayer):
         columns = used.nonzero().flatten().to(self.keys.device)
         self.keys, self.values = self.keys.index_select(-2, columns), self.values.index_select(-2, columns)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the rows `beam_idx`, as beam search does."""
         super().reorder_cache(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
@@ -119,12 +119,13 @@ def adopt_cache(cache: Cache, depth: int) -> list[PrunedLayer]:
     reason = unsupported_reason(cache)
     if reason is not None:
         raise unsupported_cache(reason)
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         if not isinstance(layer, PrunedLayer):
-            cache.layers[index] = PrunedLayer.adopt(layer)
-    while len(cache.layers) < depth:
-        cache.layers.append(PrunedLayer())
-    return list(cache.layers)
+            layers[index] = PrunedLayer.adopt(layer)
+    while len(layers) < depth:
+        layers.append(PrunedLayer())
+    return list(layers)
 
 
 def unsupported_cache(reason: str) -> UnsupportedCacheError:
@@ -152,8 +153,8 @@ def unsupported_reason(cache: Cache) -> str | None:
 
 def is_adopted(cache: object) -> bool:
     """Whether a wrapped model has filled this cache."""
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and isinstance(layers[0], PrunedLayer)
+    layers: list[Any] = getattr(cache, "layers", None) or [None]
+    return isinstance(layers[0], PrunedLayer)
 
 
 def logical_length(cache: Cache | None) -> int:

@@ -98,7 +98,7 @@ def _mask_from_places(queries: Tensor | None, keys: Tensor, offset: int, flash: 
 
 
 def _cut_4d(mask: Tensor, queries: Tensor | None, keys: Tensor) -> Tensor:
-    batch, width = keys.shape
+    batch = keys.shape[0]
     keys = keys.to(mask.device)
     mask = mask.expand(batch, *mask.shape[1:])
     if queries is None:

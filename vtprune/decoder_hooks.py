@@ -169,11 +169,11 @@ class DecoderHooks:
         text = prompt.real().sum(dim=1)
         for span in run.spans:
             text[span.row] -= span.image.total
-        if known is not None and prompt.offset > 0:
-            spans = known.spans + spans
+        earlier = known.spans if known is not None and prompt.offset > 0 else []
         generation = Generation(
-            self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, spans, text.tolist()
-        )
+            self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + spans,
+            text.tolist(), len(earlier),
+        )  # fmt: skip
         if cache is not None:
             setattr(cache, GENERATION, generation)
         return generation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ class Encoding(ABC):
     def images(self, pixels: list[Tensor]) -> list[EncodedImage]:
         """What the decoder side has to know, image by image."""
         alive = [row[valid] for row, valid in zip(self.alive, self.valid, strict=True)]
-        signals = self.signals or [None] * len(self.grids)
+        signals: Sequence[LayerSignals | None] = self.signals or [None] * len(self.grids)
         return [
             EncodedImage(*parts, tuple(self.scored))
             for parts in zip(self.grids, alive, signals, pixels, self.segments, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.model_cost import model_cost
 from vtprune.pruner import Pruner, ScoringWork
 
 
@@ -86,7 +87,11 @@ CachedLayer = tuple[Tensor | None, int, int]
 
 @dataclass
 class Generation:
-    """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked."""
+    """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked.
+
+    spans: every image in the cache; the first `earlier` of them came with earlier turns. text: text tokens of
+    this turn's prompt in each row.
+    """
 
     config: Any
     pruners: list[Pruner]
@@ -95,6 +100,7 @@ class Generation:
     dtype: torch.dtype
     spans: list[ImageSpan]
     text: list[int]
+    earlier: int = 0
     steps: int = 0
     _prefill: list[CachedLayer] = field(default_factory=list)
     _layers: list[CachedLayer] = field(default_factory=list)
@@ -126,11 +132,8 @@ class Generation:
 
     def build(self) -> Report:
         """The report as of now."""
-        tokens = [[0] * self.rows for _ in range(self.depth)]
-        for span in self.spans:
-            for layer in range(self.depth):
-                tokens[layer][span.row] += int(span.kept_at(layer).numel())
-        breakdown, full = self._flops(tokens)
+        tokens = self._tokens(self.spans)
+        breakdown, full = self._flops()
         live = self._live_layers()
         kv = self._kv_tokens(live)
         dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in tokens]
@@ -155,6 +158,13 @@ class Generation:
             kv_bytes_full=self._bytes_of(full_kv),
             kv_bytes_allocated=sum(size for _, _, size in live),
         )
+
+    def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
+        tokens = [[0] * self.rows for _ in range(self.depth)]
+        for span in spans:
+            for layer in range(self.depth):
+                tokens[layer][span.row] += int(span.kept_at(layer).numel())
+        return tokens
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -181,31 +191,57 @@ class Generation:
         ]
         return SampleReport(images, self.text[row])
 
-    def _flops(self, tokens: list[list[int]]) -> tuple[FlopsBreakdown, FlopsBreakdown]:
+    def _flops(self) -> tuple[FlopsBreakdown, FlopsBreakdown]:
+        """FLOPs of this turn's prefill, pruned and unpruned."""
         pruned, full = [], []
+        new = self.spans[self.earlier :]
+        tokens = self._tokens(new)
+        entries = self._kv_tokens(self._prefill)
         encoded: set[int] = set()
         for row in range(self.rows):
-            spans = [span for span in self.spans if span.row == row]
+            spans = [span for span in new if span.row == row]
             # Rows of one sample under beams share its images: the tower ran on each of them once.
             fresh = [span for span in spans if id(span.image) not in encoded]
             encoded.update(id(span.image) for span in spans)
             grids = [span.image.grid for span in fresh]
+            text, whole = self.text[row], sum(span.image.total for span in spans)
+            own = [layer[row] for layer in tokens]
             alone = flops(
                 self.config,
-                [layer[row] for layer in tokens],
-                text_tokens=self.text[row],
+                own,
+                text_tokens=text,
                 images=grids,
                 encoder_tokens_per_layer=[span.image.segments for span in fresh],
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
                 scoring=sum(self._scoring(span, row) for span in spans),
             )
+            unpruned = flops(self.config, whole, text_tokens=text, images=grids)
+            if entries and self.earlier:
+                past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
+                dropped = self._dropped_earlier(row)
+                alone = self._attend(alone, [v + text for v in own], past)
+                unpruned = self._attend(
+                    unpruned, [whole + text] * self.depth, [p + d for p, d in zip(past, dropped, strict=True)]
+                )
             pruned.append(alone)
-            full.append(flops(self.config, self._total(row), text_tokens=self.text[row], images=grids))
+            full.append(unpruned)
         return _sum(pruned), _sum(full)
+
+    def _dropped_earlier(self, row: int) -> list[int]:
+        spans = [span for span in self.spans[: self.earlier] if span.row == row]
+        return [sum(s.image.total - s.kept_at(layer).numel() for s in spans) for layer in range(self.depth)]
+
+    def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
+        """Adds the attention of this turn's tokens to what the cache held before."""
+        text = self.config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        pairs = sum(q * p for q, p in zip(queries, past, strict=True))
+        return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
 
     def _scoring(self, span: ImageSpan, row: int) -> int:
         config, text = self.config.vision_config, self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        width = model_cost(self.config).vision.blocks.width
         total = 0
         for pruner in self.pruners:
             if pruner.budget(span.image.total) >= span.image.total:
@@ -214,7 +250,7 @@ class Generation:
                 patches=span.image.total * self.facts.group,
                 tokens=span.image.total,
                 kept=int(span.kept_at(0).numel()),
-                encoder_width=config.hidden_size,
+                encoder_width=width,
                 encoder_heads=heads,
                 decoder_width=text.hidden_size,
                 decoder_heads=text.num_attention_heads,
@@ -223,6 +259,7 @@ class Generation:
                 encoder_patches=tuple(sum(layer) for layer in span.image.segments),
                 encoder_layers=span.image.scored,
                 decoder_layers=pruner.decoder_layers(self.depth),
+                has_cls=self.facts.has_cls,
             )
             total += pruner.scoring_flops(work)
         return total

@@ -33,7 +33,7 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 
 
 
 def attention_given(query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True) -> Tensor:
-    """Mean over heads and keys (without the `skip` leading ones) of the attention that each query gives: (N - skip,)."""
+    """Mean over heads and keys (the `skip` leading ones left out) of what each query gives: (N - skip,)."""
     return _accumulate(query, key, scale, skip, softmax)[1]
 
 

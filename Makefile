@@ -1,0 +1,45 @@
+# `make bench` and `make test` do all the set-up: each creates .venv and installs vtprune into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+
+.PHONY: bench bench-all test test-all test-lowest lint format clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[eval,clip,dev]'
+	@touch $(STAMP)
+
+bench: $(STAMP)
+	$(BIN)/vtprune bench --output bench
+
+bench-all: $(STAMP)
+	$(BIN)/vtprune bench --all --output bench-all
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(STAMP) test-lowest
+	$(BIN)/python -m pytest -n 2
+
+# The lowest transformers release that vtprune supports, beside the newest one.
+test-lowest: $(STAMP)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,dev]' 'transformers==5.18.0'
+	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(LOWEST) build *.egg-info

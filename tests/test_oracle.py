@@ -1,0 +1,54 @@
+"""Dropping tokens equals the unpruned model with those tokens masked out of attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vtprune
+from tests.models import MODELS, ROWS, make, prompt
+from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
+from tests.pruners import DROPS, PRUNERS, label
+from vtprune.pruner import Pruner
+
+BATCHES = {"alone": ([0], "left"), "ragged-left": ([0, 1, 2], "left"), "ragged-right": ([0, 1, 2], "right")}
+
+
+def _features(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Features of the wrapped model, zeros where its encoder dropped tokens."""
+    grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
+    with torch.no_grad():
+        return [one.clone() for one in model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("pruner", DROPS + PRUNERS, ids=label)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_dropping_equals_masking_in_prefill_and_decode(
+    kind: str, attention: str, pruner: Pruner, batch: str
+) -> None:
+    rows, padding = BATCHES[batch]
+    inputs = prompt(kind, [ROWS[kind][row] for row in rows], padding)
+    model = make(kind, attention)
+    vtprune.wrap(model, pruner)
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    features = _features(model, inputs)
+    vtprune.unwrap(model)
+    expected = run_masked(kind, model, inputs, report, features)
+    assert compare(logits, expected, inputs) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_oracle_notices_a_wrong_selection(kind: str) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = make(kind)
+    vtprune.wrap(model, vtprune.Random(keep=9))
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    vtprune.unwrap(model)
+    image = report.samples[0].images[0]
+    for kept in image.kept_per_layer:
+        kept[0] = next(token for token in range(image.tokens) if token not in kept)
+    assert compare(logits, run_masked(kind, model, inputs, report), inputs) > 100 * TOLERANCE

@@ -1,0 +1,178 @@
+"""Properties that hold for every pruner on every model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import vtprune
+from tests.models import MODELS, ROWS, TEXT, make, prompt
+from tests.oracle import TOLERANCE, next_tokens, run_wrapped
+from tests.pruners import DROPS, PRUNERS, label
+from vtprune.pruner import Pruner
+
+ALL = DROPS[-1:] + PRUNERS
+every_model = pytest.mark.parametrize("kind", MODELS)
+every_pruner = pytest.mark.parametrize("pruner", ALL, ids=label)
+
+
+def _kept(report: vtprune.Report) -> list[list[list[int]]]:
+    return [image.kept_per_layer for sample in report.samples for image in sample.images]
+
+
+def _whole(pruner: Pruner) -> Pruner:
+    """The same method, asked to keep everything."""
+    return dataclasses.replace(pruner, keep=1.0)
+
+
+@every_model
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pruner", [_whole(one) for one in PRUNERS], ids=label)
+def test_keeping_everything_is_the_unpruned_model_bit_for_bit(kind: str, attention: str, pruner: Pruner) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = make(kind, attention)
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True)
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    with vtprune.wrapped(model, pruner), torch.no_grad():
+        actual = model(**inputs, output_hidden_states=True)
+        assert torch.equal(actual.logits, expected.logits)
+        assert all(map(torch.equal, actual.hidden_states, expected.hidden_states))
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+        report = vtprune.report(model)
+    assert report.achieved_keep == 1.0
+    assert report.flops == report.flops_full
+
+
+@every_model
+@every_pruner
+def test_a_ragged_batch_equals_each_row_alone(kind: str, pruner: Pruner) -> None:
+    model = vtprune.wrap(make(kind), pruner)
+    inputs = prompt(kind, ROWS[kind])
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    steps = next_tokens(len(ROWS[kind]))
+    for index, row in enumerate(ROWS[kind]):
+        own = prompt(kind, [row])
+        length = own["input_ids"].shape[1]
+        out, alone = _teacher_forced(model, own, steps[index : index + 1])
+        assert _kept(alone) == [image.kept_per_layer for image in report.samples[index].images]
+        ours = torch.cat([logits[index, : -steps.shape[1]][-length:], logits[index, -steps.shape[1] :]])
+        text = torch.cat([own["input_ids"][0] < 90, torch.ones(steps.shape[1], dtype=torch.bool)])
+        assert float((out[0] - ours)[text].abs().max()) < TOLERANCE
+
+
+def _teacher_forced(
+    model: Any, inputs: dict[str, torch.Tensor], steps: torch.Tensor
+) -> tuple[torch.Tensor, vtprune.Report]:
+    with torch.no_grad():
+        out = model(**inputs)
+        report = vtprune.report(model)
+        logits, cache = [out.logits], out.past_key_values
+        for step in range(steps.shape[1]):
+            logits.append(model(input_ids=steps[:, step : step + 1], past_key_values=cache).logits)
+    return torch.cat(logits, dim=1), report
+
+
+@every_model
+@every_pruner
+def test_sdpa_and_eager_keep_the_same_tokens_and_agree(kind: str, pruner: Pruner) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    sdpa, first, _ = run_wrapped(kind, vtprune.wrap(make(kind, "sdpa"), pruner), inputs)
+    eager, second, _ = run_wrapped(kind, vtprune.wrap(make(kind, "eager"), pruner), inputs)
+    assert _kept(first) == _kept(second)
+    real = inputs["attention_mask"].bool() & (inputs["input_ids"] < 90)
+    assert float((sdpa - eager)[:, : real.shape[1]][real].abs().max()) < TOLERANCE
+
+
+@every_model
+@every_pruner
+def test_two_runs_are_the_same(kind: str, pruner: Pruner) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = vtprune.wrap(make(kind), pruner)
+    with torch.no_grad():
+        first = model(**inputs).logits
+        kept = _kept(vtprune.report(model))
+        assert torch.equal(first, model(**inputs).logits)
+    assert _kept(vtprune.report(model)) == kept
+
+
+def _traces(model: Any) -> dict[str, Any]:
+    """Every hook, instance attribute and config value of a model and its modules."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs",
+             "_forward_pre_hooks_with_kwargs")  # fmt: skip
+    found: dict[str, Any] = {"config": model.config.to_dict(), "class": type(model)}
+    for name, module in model.named_modules():
+        found[name] = sorted(module.__dict__), [list(getattr(module, kind)) for kind in hooks]
+    return found
+
+
+@every_model
+@every_pruner
+def test_unwrap_leaves_nothing_behind(kind: str, pruner: Pruner) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = make(kind)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        before = _traces(model)
+        vtprune.wrap(model, pruner)
+        model(**inputs)
+        model.generate(**inputs, max_new_tokens=2)
+        assert vtprune.unwrap(model) is model
+        assert _traces(model) == before
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@every_model
+def test_wrapped_unwraps_when_its_block_raises(kind: str) -> None:
+    model = make(kind)
+    before = _traces(model)
+    with pytest.raises(RuntimeError, match="stop"), vtprune.wrapped(model, "random", keep=3):
+        raise RuntimeError("stop")
+    assert _traces(model) == before
+
+
+@every_model
+def test_models_with_different_pruners_do_not_disturb_each_other(kind: str) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    plain, first, second = make(kind), make(kind), make(kind)
+    with torch.no_grad():
+        expected = plain(**inputs).logits
+        vtprune.wrap(first, "random", keep=5)
+        alone = first(**inputs).logits
+        vtprune.wrap(second, "flowcut", keep=7)
+        assert torch.equal(plain(**inputs).logits, expected)
+        second(**inputs)
+        assert torch.equal(first(**inputs).logits, alone)
+    assert {len(kept[0]) for kept in _kept(vtprune.report(first))} == {5}
+
+
+@every_model
+@every_pruner
+def test_a_prompt_without_images_is_left_alone(kind: str, pruner: Pruner) -> None:
+    inputs = {"input_ids": prompt(kind, [TEXT])["input_ids"]}
+    model = make(kind)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    vtprune.wrap(model, pruner)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+    assert vtprune.report(model).samples[0].images == []
+
+
+@every_model
+@pytest.mark.parametrize("keep", [1, 4, 0.3, 10_000])
+@pytest.mark.parametrize("name", ["random", "grid", "pool", "fopru", "flowcut", "holov"])
+def test_what_was_kept_is_at_most_what_was_asked(kind: str, name: str, keep: int | float) -> None:
+    model = vtprune.wrap(make(kind), name, keep=keep)
+    with torch.no_grad():
+        model(**prompt(kind, ROWS[kind]))
+    for sample in vtprune.report(model).samples:
+        for image in sample.images:
+            asked = min(keep, image.tokens) if isinstance(keep, int) else max(1, round(keep * image.tokens))
+            final = image.kept_per_layer[-1]
+            assert 1 <= len(final) <= asked
+            assert final == sorted(set(final))
+            assert set(final) <= set(image.kept)
+            if keep == 10_000:
+                assert image.kept == list(range(image.tokens))
