@@ -11,9 +11,10 @@ from vtprune.report import Report
 class RowCost:
     """The cost of one sample.
 
-    visual_tokens: before pruning; kept_tokens: what the report calls achieved, as a count; flops: of the
-    prefill, the vision tower included; kv_bytes: what the prompt leaves in the cache; `_full`: the same
-    without pruning; prefill_ms: the batch's time to its first token, shared evenly among its rows.
+    visual_tokens: before pruning; kept_tokens: what the report calls achieved, as a count; flops: of the prefill,
+    the vision tower included; kv_bytes: what the prompt leaves in the cache; `_full`: the same without pruning.
+    All but the tokens are means of the rows that were answered together. prefill_ms: the batch's time to its
+    first token, divided by its rows.
     """
 
     visual_tokens: int

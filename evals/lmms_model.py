@@ -12,6 +12,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import simple_parse_args_string
 
 import vtprune
 
@@ -20,7 +21,7 @@ from .failures import InputError, SampleError
 from .generation import Answer, answer_batch
 from .journal import Journal, request_key
 from .loading import first_line, load_model
-from .prompts import Message, encode, images_of, open_image
+from .prompts import Message, encode, images_of, open_image, whole_images
 from .settings import parse_keep, parse_value
 
 MAX_NEW_TOKENS = 128
@@ -84,6 +85,12 @@ class VTPrune(lmms):
             chosen = parse_keep(keep) if isinstance(keep, str) else keep
             given = {name: parse_value(v) if isinstance(v, str) else v for name, v in options.items()}
             vtprune.wrap(self.model, method, keep=chosen, **given)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:
+        """From `--model_args`, which may set what lmms-eval has a flag for (batch_size, device) too."""
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**flags, **simple_parse_args_string(arg_string)})
 
     @property
     def device(self) -> Any:
@@ -162,8 +169,9 @@ class VTPrune(lmms):
     def _chat(self, request: Instance) -> list[Message]:
         _, to_messages, _, doc_id, task, split = request.args
         try:
-            doc = self.task_dict[task][split][doc_id]
-            chat = ChatMessages(messages=to_messages(doc)).to_hf_messages()
+            with whole_images():
+                doc = self.task_dict[task][split][doc_id]
+                chat = ChatMessages(messages=to_messages(doc)).to_hf_messages()
             for message in chat:
                 for part in message["content"]:
                     if part["type"] == "image":

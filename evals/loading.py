@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 from vtprune.assets import TINY_LLAVA
 
 from .failures import InputError
@@ -50,6 +51,8 @@ def load_model(
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name) / "config.json").is_file():
         raise InputError(f"model: {name} is not a folder with a checkpoint (no config.json in it)")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

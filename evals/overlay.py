@@ -13,7 +13,10 @@ from vtprune.report import ImageReport
 
 # Longest side aimed at, and bounds of a cell's side, in pixels.
 LONGEST, SMALLEST_CELL, LARGEST_CELL = 640, 6, 48
-DIMMEST = 0.18
+# What is left of a dropped patch, and of one that was merged into another.
+DROPPED, MERGED = 0.18, 0.6
+# A picture darker than this fades to white, a lighter one to black.
+DARK = 96
 GAP = 16
 TINT = 0.45
 
@@ -53,9 +56,14 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     frames, height, width = report.grid
     cell = cell_size(height, width)
     base = image.convert("RGB").resize((width * cell, height * cell), _filter(image, width * cell))
-    canvas = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
-    brightness = DIMMEST + (1 - DIMMEST) * survival(report).reshape(frames * height, width)
-    canvas *= brightness.repeat(cell, 0).repeat(cell, 1)[:, :, None]
+    canvas: Any = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
+    strength = DROPPED + (1 - DROPPED) * survival(report)
+    for merge in report.merged:
+        members = list(merge.members)
+        strength[members] = np.maximum(strength[members], MERGED)
+    fade = 255.0 if canvas.mean() < DARK else 0.0
+    shown = strength.reshape(frames * height, width).repeat(cell, 0).repeat(cell, 1)[:, :, None]
+    canvas = fade + (canvas - fade) * shown
     for index, merge in enumerate(report.merged):
         colour = np.array(_colour(index, len(report.merged)), dtype=np.float32)
         for member in merge.members:

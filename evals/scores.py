@@ -39,6 +39,11 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def all_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """Everything that lmms-eval has a number for, under its own names."""
+    return {key: float(value) for key, value in results.items() if "," in key and _number(value) is not None}
+
+
 def main_metric(task: str, results: dict[str, Any]) -> tuple[str, float, float | None]:
     """The first metric of a task that has a number: (name, value, standard error)."""
     for key, value in results.items():

@@ -45,12 +45,9 @@ def silence_loggers() -> None:
     """Sends only errors of lmms-eval to stderr: it logs warnings to stdout, among the results."""
     import lmms_eval.models  # noqa: F401  (it installs its own handler when imported)
     from loguru import logger
-    from transformers.utils import logging as transformers_logging
 
     logger.remove()
     logger.add(sys.stderr, level="ERROR", format="lmms-eval: {message}")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
 

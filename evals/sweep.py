@@ -18,7 +18,7 @@ from .journal import Journal
 from .lmms_model import VTPrune
 from .loading import first_line
 from .results import Results
-from .scores import sample_scores, task_scores
+from .scores import all_metrics, sample_scores, task_scores
 from .settings import UNPRUNED, Setting
 from .suite import Suite
 from .timing import measure_prefill
@@ -93,6 +93,7 @@ class Sweep:
             "stage": available()[setting.method].stage,
             "pruner": setting.pruner().to_dict(),
             "scores": [score.to_dict() for score in scores],
+            "metrics": {task: all_metrics(raw["results"][task]) for task in raw["samples"]},
             **summarise(costs),
             "answers": answers,
             "correct": numbers,
@@ -164,13 +165,14 @@ def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _told(setting: Setting) -> Any:
-    """Names the setting in whatever goes wrong."""
+    """Names the setting in whatever goes wrong: on the way it is a failure, no longer bad input."""
     try:
         yield
     except RunError as error:
         raise RunError(f"{setting.label} at keep={setting.keep}: {error}") from error
-    except OSError as error:
-        raise RunError(f"{setting.label} at keep={setting.keep}: {error.strerror or error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RunError(f"{setting.label} at keep={setting.keep}: {reason}") from error
 
 
 def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) -> tuple[list[Setting], dict[str, str]]:

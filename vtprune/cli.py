@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -61,8 +61,12 @@ def _one_line_errors(traceback: bool) -> Iterator[None]:
         raise _stop(f"{type(error).__name__}: {reason}{hint}", FAILURE) from error
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _split(text: str, name: str) -> list[str]:
+    """The parts between commas; raises VTPruneError if there are none."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise VTPruneError(f"{name}: give at least one")
+    return parts
 
 
 def _show_version(value: bool) -> None:
@@ -82,70 +86,77 @@ def _options(
     pass
 
 
+PANEL = "What to run"
 Model = Annotated[
     str | None,
     typer.Option(help="A model id or a folder with a checkpoint.", show_default="the bundled tiny LLaVA"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto.", show_default="a GPU if there is one")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, …")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")]
+Tasks = Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas.", rich_help_panel=PANEL)]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`.",
+        show_default="the baselines and two methods of each stage",
+        rich_help_panel=PANEL,
+    ),
+]
+Keeps = Annotated[
+    str | None,
+    typer.Option(
+        help="Separated by commas: counts of tokens (64), fractions (0.25) or percentages (11%).",
+        show_default="0.25,0.11",
+        rich_help_panel=PANEL,
+    ),
+]
+Everything = Annotated[
+    bool,
+    typer.Option(
+        "--all",
+        help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question; those that the model cannot take are "
+        "left out and named.",
+        rich_help_panel=PANEL,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="Questions per task: a stratified sample of the bundled task, the first ones of others; 0 for all.",
+        show_default="400 of the bundled task, all of others",
+        rich_help_panel=PANEL,
+    ),
+]
+IncludePath = Annotated[
+    Path | None, typer.Option(help="A folder with lmms-eval task files of your own.", rich_help_panel=PANEL)
+]
+Seed = Annotated[int, typer.Option(help="Of the sample of questions.", rich_help_panel=PANEL)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows that are answered together.", show_default="16 in float32 on a CPU, else 1"),
+]
+Resume = Annotated[bool, typer.Option(help="Go on with the results in the output folder, or start afresh.")]
 
 
 @app.command()
 def bench(
     model: Model = None,
-    tasks: Annotated[
-        str, typer.Option(help="lmms-eval tasks, separated by commas.", rich_help_panel="What to run")
-    ] = "vtprune_shapes",
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`.",
-            show_default="the baselines and two methods of each stage",
-            rich_help_panel="What to run",
-        ),
-    ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="Separated by commas: counts of tokens (64), fractions (0.25) or percentages (11%).",
-            show_default="0.25,0.11",
-            rich_help_panel="What to run",
-        ),
-    ] = None,
-    everything: Annotated[
-        bool,
-        typer.Option(
-            "--all",
-            help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question; those that the model cannot "
-            "take are left out and named.",
-            rich_help_panel="What to run",
-        ),
-    ] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="Questions per task: a stratified sample of the bundled task, the first ones of others; "
-            "0 for all of them.",
-            show_default="400",
-            rich_help_panel="What to run",
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option(help="A folder with lmms-eval task files of your own.", rich_help_panel="What to run"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample of questions.", rich_help_panel="What to run")] = 0,
+    tasks: Tasks = "vtprune_shapes",
+    methods: Methods = None,
+    keep: Keeps = None,
+    everything: Everything = False,
+    limit: Limit = None,
+    include_path: IncludePath = None,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
-    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, …")] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows that are answered together.", show_default="16 in float32 on a CPU, else 1"),
-    ] = None,
+    attn_implementation: Attention = None,
+    batch_size: BatchSize = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a task sets none.")] = 128,
     output: Annotated[Path, typer.Option(help="Folder for results.json, table.md and pareto.png.")] = Path("bench"),
-    resume: Annotated[bool, typer.Option(help="Go on with the results in the output folder, or start afresh.")] = True,
+    resume: Resume = True,
     traceback: Traceback = False,
 ) -> None:
     """Compare methods: accuracy with standard errors, tokens, FLOPs, KV cache and prefill time.
@@ -153,22 +164,12 @@ def bench(
     A run that was interrupted goes on where it stopped when the same command is given again.
     """
     with _one_line_errors(traceback):
-        from vtprune.evals import settings
-        from vtprune.evals.bench import DEFAULT_LIMIT, BenchConfig, run_bench
+        from vtprune.evals.bench import BenchConfig, run_bench
 
-        chosen = _split(methods) if methods is not None else None
-        if chosen is None:
-            chosen = settings.all_methods() if everything else settings.default_methods()
-        keeps = [settings.parse_keep(part) for part in _split(keep)] if keep is not None else None
-        if limit is None:
-            limit = 0 if everything else DEFAULT_LIMIT
         config = BenchConfig(
-            methods=tuple(chosen),
-            keeps=tuple(keeps or (settings.ALL_KEEPS if everything else settings.DEFAULT_KEEPS)),
+            **_what_to_run(tasks, methods, keep, everything, limit),
             output=output,
             model=model,
-            tasks=tuple(_split(tasks)),
-            limit=limit or None,
             device=device,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -177,9 +178,36 @@ def bench(
             include_path=include_path,
             seed=seed,
             resume=resume,
-            lenient=everything and methods is None,
         )
         run_bench(config, _console())
+
+
+def _what_to_run(
+    tasks: str, methods: str | None, keep: str | None, everything: bool, limit: int | None
+) -> dict[str, Any]:
+    """The settings and questions that the options stand for, as fields of a BenchConfig."""
+    from vtprune.evals import settings
+    from vtprune.evals.bench import DEFAULT_LIMIT
+    from vtprune.evals.suite import BUNDLED_TASK
+
+    names = _split(tasks, "tasks")
+    if methods is not None:
+        chosen = _split(methods, "methods")
+    else:
+        chosen = settings.all_methods() if everything else settings.default_methods()
+    if keep is not None:
+        keeps = tuple(settings.parse_keep(part) for part in _split(keep, "keep"))
+    else:
+        keeps = settings.ALL_KEEPS if everything else settings.DEFAULT_KEEPS
+    if limit is None and not everything and names == [BUNDLED_TASK]:
+        limit = DEFAULT_LIMIT
+    return {
+        "tasks": tuple(names),
+        "methods": tuple(chosen),
+        "keeps": keeps,
+        "limit": limit or None,
+        "lenient": everything and methods is None,
+    }
 
 
 @app.command()

@@ -1,0 +1,286 @@
+"""The sweep: what it writes, that it goes on after an interruption, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+from vtprune.evals import lmms_model, results
+from vtprune.evals.plots import pareto_png
+from vtprune.evals.scores import main_metric, standard_error, task_scores
+from vtprune.evals.settings import Setting
+from vtprune.evals.shapes_task import process_results
+from vtprune.evals.tables import kept_score, markdown_table, quality_columns
+
+import vtprune
+from tests.checkpoint import png, random_checkpoint, write_task
+from vtprune import adapters
+from vtprune.cli import app
+
+METHODS = ("--methods", "grid,flowcut", "--keep", "0.25")
+SETTINGS = [Setting("none"), Setting("grid", 0.25), Setting("flowcut", 0.25)]
+# What must be the same however often a run was interrupted: all but the times.
+NUMBERS = ("pruner", "scores", "tokens", "flops", "kv", "answers", "correct", "kept_tokens")
+
+
+@pytest.fixture(autouse=True)
+def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def bench(output: Path, *arguments: str | Path) -> Result:
+    words = ["bench", "--model", random_checkpoint(), "--output", output, "--limit", "10", *arguments]
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
+
+
+def read(output: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((output / "results.json").read_text())
+    return data
+
+
+def numbers(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: {name: record[name] for name in NUMBERS} for key, record in data["settings"].items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(output / "cache"))
+        result = bench(output, *METHODS)
+    assert result.exit_code == 0, result.output
+    assert "Accuracy" in result.output
+    assert "it/s" not in result.output + result.stderr
+    return output
+
+
+def test_results_hold_achieved_costs_and_every_answer(finished: Path) -> None:
+    data = read(finished)
+    assert list(data["settings"]) == [setting.key() for setting in SETTINGS]
+    assert {"vtprune", "torch", "transformers", "lmms-eval"} <= data["versions"].keys()
+    assert data["machine"]["dtype"] == "float32"
+    assert len(data["questions"]) == 10
+    none, grid, flowcut = data["settings"].values()
+    assert (none["tokens"]["kept"], none["flops"]["share"], none["kv"]["share"]) == (144, 1.0, 1.0)
+    for record in (grid, flowcut):
+        assert record["tokens"]["before"] == 144
+        assert record["tokens"]["kept"] == 36
+        assert 0 < record["flops"]["share"] < 1
+        assert 0.25 < record["kv"]["share"] < 0.5
+    assert flowcut["flops"]["scoring_share"] > grid["flops"]["scoring_share"] == 0
+    assert flowcut["prefill"]["over_scoreless_ms"] is not None
+    for record in (none, grid, flowcut):
+        assert len(record["answers"]) == len(record["correct"]) == len(record["kept_tokens"]) == 10
+        assert record["prefill"]["ms"] == pytest.approx(record["prefill"]["ratio"] * record["prefill"]["unpruned_ms"])
+        assert {score["name"] for score in record["scores"]} == {
+            "vtprune_shapes", "attribute", "counting", "existence", "position", "reading"
+        }  # fmt: skip
+    assert not list(finished.glob(".*"))
+
+
+def test_table_and_picture_are_written(finished: Path) -> None:
+    table = (finished / "table.md").read_text()
+    for word in ("flowcut", "± ", "36.0 of 144.0", "counting", "Versions: python"):
+        assert word in table
+    assert Image.open(finished / "pareto.png").width > 1000
+
+
+def test_pruned_answers_are_those_of_the_method(finished: Path) -> None:
+    record = read(finished)["settings"][Setting("flowcut", 0.25).key()]
+    lm = lmms_model.VTPrune(random_checkpoint(), method="flowcut", keep=0.25)
+    with results_suite() as suite:
+        from lmms_eval.evaluator import simple_evaluate
+
+        raw = simple_evaluate(
+            model=lm, tasks=list(suite.tasks), task_manager=suite.manager, limit=suite.limit, bootstrap_iters=0
+        )
+    samples = raw["samples"]["vtprune_shapes"]
+    assert [sample["filtered_resps"][0] for sample in samples] == record["answers"]
+
+
+def results_suite() -> Any:
+    from vtprune.evals.suite import open_suite
+
+    return open_suite(["vtprune_shapes"], 10, 0)
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, batches: int, error: BaseException) -> list[int]:
+    """Lets so many batches be answered and then raises; returns a list that counts them."""
+    answered: list[int] = []
+    answer = lmms_model.answer_batch
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if len(answered) == batches:
+            raise error
+        answered.append(1)
+        return answer(*arguments, **options)
+
+    patch.setattr(lmms_model, "answer_batch", counted)
+    return answered
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = (*METHODS, "--batch-size", "4")  # three batches a setting
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 5, KeyboardInterrupt())
+        result = bench(output, *options)
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
+    first = read(output)
+    assert list(first["settings"]) == [SETTINGS[0].key()]
+    with pytest.MonkeyPatch.context() as patch:
+        answered = interrupt_after(patch, 100, KeyboardInterrupt())
+        result = bench(output, *options)
+    assert result.exit_code == 0, result.output
+    assert "1 of 3 settings are in" in result.output
+    assert len(answered) == 4  # one batch was left of the second setting, three of the third
+    data = read(output)
+    assert data["settings"][SETTINGS[0].key()] == first["settings"][SETTINGS[0].key()]
+    assert data["questions"] == read(finished)["questions"]
+    again = numbers(data)
+    for key, record in numbers(read(finished)).items():
+        # Batches of another size put other rows together, which moves per-row means in their last digits.
+        for name in ("pruner", "scores", "answers", "correct", "kept_tokens"):
+            assert again[key][name] == record[name]
+        assert again[key]["flops"]["share"] == pytest.approx(record["flops"]["share"], rel=1e-12)
+
+
+def test_a_finished_run_computes_nothing_again(finished: Path) -> None:
+    before = numbers(read(finished))
+    with pytest.MonkeyPatch.context() as patch:
+        answered = interrupt_after(patch, 0, AssertionError("nothing is to be answered"))
+        result = bench(finished, *METHODS)
+    assert result.exit_code == 0, result.output
+    assert not answered
+    assert numbers(read(finished)) == before
+
+
+def test_another_run_is_not_mixed_in(finished: Path) -> None:
+    result = bench(finished, *METHODS, "--seed", "1")
+    assert result.exit_code == 2
+    assert "seed was 0 and is now 1" in result.stderr
+    assert "--no-resume" in result.stderr
+
+
+def test_no_resume_starts_afresh(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{")
+    (tmp_path / ".answers-old.jsonl").write_text("{}")
+    result = bench(tmp_path, "--methods", "grid", "--keep", "9")
+    assert result.exit_code == 2
+    assert "is not a results file" in result.stderr
+    result = bench(tmp_path, "--methods", "grid", "--keep", "9", "--no-resume", "--seed", "1")
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path)["settings"][Setting("grid", 9).key()]["tokens"]["kept"] == 9
+    assert not list(tmp_path.glob(".answers-*"))
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    replace, calls = os.replace, []
+
+    def full(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(results.os, "replace", full)
+    result = bench(output, *METHODS)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(read(output)["settings"]) == [SETTINGS[0].key()]
+    assert not list(output.glob("*.part"))
+
+
+def test_a_broken_sample_is_named_and_answers_are_kept(tmp_path: Path) -> None:
+    output, whole = tmp_path / "out", png(200, 200, "blue")
+    images = [png(96, 96), png(1, 1), whole[: len(whole) // 2], png(20000, 10)]
+    write_task(tmp_path, "vtprune_broken", images)
+    options = ("--tasks", "vtprune_broken", "--include-path", tmp_path, "--methods", "grid", "--batch-size", "2")
+    result = bench(output, *options)
+    assert result.exit_code == 1
+    assert "vtprune_broken, sample 2 (picture-2): cannot be read: image file is truncated" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    images[2] = whole
+    write_task(tmp_path, "vtprune_broken", images)
+    with pytest.MonkeyPatch.context() as patch:
+        answered = interrupt_after(patch, 100, KeyboardInterrupt())
+        result = bench(output, *options, "--keep", "0.5")
+    assert result.exit_code == 0, result.output
+    assert len(answered) == 1 + 2
+    assert len(read(output)["settings"]) == 2
+
+
+def test_a_model_without_an_adapter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "ADAPTERS", adapters.ADAPTERS[1:])
+    result = bench(tmp_path, *METHODS)
+    assert result.exit_code == 2
+    assert "no adapter for LlavaForConditionalGeneration" in result.stderr
+
+
+def test_a_method_that_the_model_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, facts: Any) -> Any:
+        raise vtprune.VTPruneError("needs what this model has not")
+
+    monkeypatch.setattr(vtprune.FlowCut, "for_model", refuse)
+    result = bench(tmp_path, *METHODS)
+    assert result.exit_code == 2
+    assert "flowcut: needs what this model has not" in result.stderr
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr("vtprune.evals.settings.all_methods", lambda: ["grid", "flowcut"])
+    result = bench(tmp_path, "--all", "--keep", "0.25")
+    assert result.exit_code == 0, result.output
+    assert "Left out: flowcut: needs what this model has not." in result.output
+
+
+def test_scores_and_their_errors() -> None:
+    assert standard_error([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5 * 0.5 / 4) ** 0.5)
+    assert standard_error([1.0]) is None
+    found = {"alias": "a task", "mme,none": 1200.5, "mme_stderr,none": "N/A", "mme_stderr_clt,none": 3.5}
+    assert main_metric("mme", found) == ("mme", 1200.5, 3.5)
+    samples = [{"doc": {"category": "ab"[i % 2]}, "accuracy": float(i < 3)} for i in range(8)]
+    scores = task_scores("shapes", {"accuracy,none": 0.375}, samples)
+    assert [(score.name, score.value, score.count) for score in scores] == [
+        ("shapes", 0.375, 8),
+        ("a", 0.5, 4),
+        ("b", 0.25, 4),
+    ]
+
+
+@pytest.mark.parametrize("answer", ["Top left", " top  left. ", "TOP-left!"[:3] + " left"])
+def test_exact_match_forgives_case_spaces_and_punctuation(answer: str) -> None:
+    assert process_results({"answer": "top left"}, [answer]) == {"accuracy": 1.0}
+    assert process_results({"answer": "top right"}, [answer]) == {"accuracy": 0.0}
+
+
+def record(method: str, share: float, value: float) -> dict[str, Any]:
+    score = {"name": "t", "task": "t", "metric": "accuracy", "value": value, "stderr": 0.02, "count": 9}
+    part = {"share": share}
+    return {"method": method, "label": method, "keep": share, "scores": [score], "flops": part, "kv": part}
+
+
+def test_the_pareto_plot_takes_many_methods_and_none() -> None:
+    records = [record("none", 1.0, 0.9)]
+    assert pareto_png(records, "one").startswith(b"\x89PNG")
+    names = ["random", "grid", "pool", *(f"method_{i}" for i in range(20))]
+    records += [record(name, share, 0.4 + share / 2) for name in names for share in (0.1, 0.25, 0.5)]
+    assert Image.open(io.BytesIO(pareto_png(records, "many"))).size == (1725, 720)
+
+
+def test_tables_compare_with_the_unpruned_model() -> None:
+    records = [record("none", 1.0, 0.8), record("grid", 0.25, 0.4)]
+    assert kept_score(records[1], records[0]) == pytest.approx(0.5)
+    table = markdown_table(quality_columns(records), records)
+    assert "| grid | 25% | 40.0 ± 2.0 | 50.0 |" in table
