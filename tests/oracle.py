@@ -52,23 +52,30 @@ def run_wrapped(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
 
 @torch.no_grad()
 def run_masked(
-    kind: str, model: Any, inputs: dict[str, Tensor], report: vtprune.Report, features: Any = None
+    kind: str,
+    model: Any,
+    inputs: dict[str, Tensor],
+    report: vtprune.Report,
+    features: Any = None,
+    *,
+    compact: bool = False,
 ) -> Tensor:
     """Logits (B, L + STEPS, V) of the unwrapped model in one pass, with the report's dropped tokens masked.
 
     features: image features to feed instead of the model's own (from an encoder that dropped tokens).
+    compact: whether each layer numbers the tokens alive in it without gaps.
     """
     ids = torch.cat([inputs["input_ids"], next_tokens(inputs["input_ids"].shape[0])], dim=1)
-    batch, length = ids.shape
     embeds = _embeddings(model, inputs, ids, report, features)
-    masks = _layer_masks(ids, full_mask(inputs, STEPS).bool(), report)
-    handles = [
-        layer.register_forward_pre_hook(_set_mask(mask), with_kwargs=True)
-        for layer, mask in zip(model.model.language_model.layers, masks, strict=True)
-    ]
-    positions = _positions(kind, model, inputs, length)
+    decoder = model.model.language_model
+    handles = []
+    for layer, alive in zip(decoder.layers, _alive(ids, full_mask(inputs, STEPS).bool(), report), strict=True):
+        numbers = (alive.cumsum(dim=1) - 1).clamp(min=0)
+        embeddings = decoder.rotary_emb(embeds, numbers) if compact else None
+        handles.append(layer.register_forward_pre_hook(_replace(_mask(alive), embeddings), with_kwargs=True))
+    positions = _positions(kind, model, inputs, ids.shape[1])
     try:
-        out = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+        out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -109,11 +116,9 @@ def _embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, report: vtpr
     return embeds
 
 
-def _layer_masks(ids: Tensor, real: Tensor, report: vtprune.Report) -> list[Tensor]:
-    """Additive (B, 1, L, L) masks, one a layer: causal, without padding, without the dropped tokens."""
-    batch, length = ids.shape
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    masks = []
+def _alive(ids: Tensor, real: Tensor, report: vtprune.Report) -> list[Tensor]:
+    """(B, L) for each layer: neither padding nor dropped."""
+    found = []
     for layer in range(len(report.tokens_per_layer)):
         alive = real.clone()
         for row, sample in enumerate(report.samples):
@@ -124,15 +129,24 @@ def _layer_masks(ids: Tensor, real: Tensor, report: vtprune.Report) -> list[Tens
                 alive[row, own] = False
                 alive[row, own[image.kept_per_layer[layer]]] = True
                 first += image.tokens
-        allowed = causal & alive[:, None, :]
-        allowed = allowed | torch.eye(length, dtype=torch.bool)
-        masks.append(torch.zeros(batch, 1, length, length).masked_fill(~allowed[:, None], float("-inf")))
-    return masks
+        found.append(alive)
+    return found
 
 
-def _set_mask(mask: Tensor) -> Any:
+def _mask(alive: Tensor) -> Tensor:
+    """Additive (B, 1, L, L): causal, without padding and dropped tokens; every token sees itself."""
+    batch, length = alive.shape
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = (causal & alive[:, None, :]) | torch.eye(length, dtype=torch.bool)
+    return torch.zeros(batch, 1, length, length).masked_fill(~allowed[:, None], float("-inf"))
+
+
+def _replace(mask: Tensor, embeddings: Any) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "attention_mask": mask}
+        new = {"attention_mask": mask}
+        if embeddings is not None:
+            new["position_embeddings"] = embeddings
+        return args, {**kwargs, **new}
 
     return hook
 

@@ -24,6 +24,13 @@ PRUNERS: list[Pruner] = [
     vtprune.HoloV(keep=0.25),
 ]
 
+# What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
+RELEASED: list[Pruner] = [
+    vtprune.FlowCut(keep=8, variant="released"),
+    vtprune.FlowCut(keep=6, stages=2, variant="released"),
+    vtprune.HoloV(keep=9, variant="released"),
+]
+
 
 def label(pruner: Pruner) -> str:
     """A test id."""

@@ -66,9 +66,7 @@ def test_assisted_decoding_gives_the_greedy_tokens(kind: str) -> None:
     model = vtprune.wrap(make(kind), EVERYWHERE)
     greedy = model.generate(**inputs, **NO_MEDIA, max_new_tokens=12, do_sample=False)
     looked_up = model.generate(**inputs, **NO_MEDIA, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
-    assisted = model.generate(
-        **inputs, **NO_MEDIA, max_new_tokens=12, do_sample=False, assistant_model=make(kind)
-    )
+    assisted = model.generate(**inputs, **NO_MEDIA, max_new_tokens=12, do_sample=False, assistant_model=make(kind))
     assert torch.equal(looked_up, greedy)
     assert torch.equal(assisted, greedy)
 
@@ -100,9 +98,7 @@ def test_later_turns_continue_the_cache_and_prune_new_images(kind: str) -> None:
 
     report = vtprune.report(cache)
     fresh = vtprune.report(model)
-    assert [i.kept_per_layer for i in report.samples[0].images] == [
-        i.kept_per_layer for i in fresh.samples[0].images
-    ]
+    assert [i.kept_per_layer for i in report.samples[0].images] == [i.kept_per_layer for i in fresh.samples[0].images]
     assert report.kv_tokens_per_layer == fresh.kv_tokens_per_layer
     assert report.flops < fresh.flops
 
@@ -181,7 +177,11 @@ class QuantizedLookalike(DynamicCache):
 @every_model
 @pytest.mark.parametrize(
     ("cache", "name"),
-    [(_static, "StaticCache"), (_sliding, "DynamicSlidingWindowLayer"), (lambda config: QuantizedLookalike(), "Quant")],
+    [
+        (_static, "StaticCache"),
+        (_sliding, "DynamicSlidingWindowLayer"),
+        (lambda config: QuantizedLookalike(), "Quant"),
+    ],
     ids=["static", "sliding", "other"],
 )
 def test_caches_that_cannot_be_cut_are_refused_by_name(kind: str, cache: Any, name: str) -> None:

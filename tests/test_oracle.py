@@ -10,7 +10,7 @@ import torch
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
-from tests.pruners import DROPS, PRUNERS, label
+from tests.pruners import DROPS, PRUNERS, RELEASED, label
 from vtprune.pruner import Pruner
 
 BATCHES = {"alone": ([0], "left"), "ragged-left": ([0, 1, 2], "left"), "ragged-right": ([0, 1, 2], "right")}
@@ -27,9 +27,7 @@ def _features(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]
 @pytest.mark.parametrize("pruner", DROPS + PRUNERS, ids=label)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_dropping_equals_masking_in_prefill_and_decode(
-    kind: str, attention: str, pruner: Pruner, batch: str
-) -> None:
+def test_dropping_equals_masking_in_prefill_and_decode(kind: str, attention: str, pruner: Pruner, batch: str) -> None:
     rows, padding = BATCHES[batch]
     inputs = prompt(kind, [ROWS[kind][row] for row in rows], padding)
     model = make(kind, attention)
@@ -38,6 +36,33 @@ def test_dropping_equals_masking_in_prefill_and_decode(
     features = _features(model, inputs)
     vtprune.unwrap(model)
     expected = run_masked(kind, model, inputs, report, features)
+    assert compare(logits, expected, inputs) < TOLERANCE
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("pruner", RELEASED + DROPS[-1:] + PRUNERS[1:2], ids=label)
+@pytest.mark.parametrize("kind", ["llava-clip", "llava-siglip"])
+def test_renumbered_positions_have_no_gaps_at_any_layer(kind: str, pruner: Pruner, batch: str) -> None:
+    rows, padding = BATCHES[batch]
+    inputs = prompt(kind, [ROWS[kind][row] for row in rows], padding)
+    model = make(kind)
+    options = {} if pruner.compact_positions else {"positions": "compact"}
+    vtprune.wrap(model, pruner, **options)
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    features = _features(model, inputs)
+    vtprune.unwrap(model)
+    expected = run_masked(kind, model, inputs, report, features, compact=True)
+    assert compare(logits, expected, inputs) < TOLERANCE
+
+
+@pytest.mark.parametrize("pruner", RELEASED, ids=label)
+def test_released_variants_keep_m_rope_positions(pruner: Pruner) -> None:
+    kind = "qwen2.5-vl"
+    inputs = prompt(kind, ROWS[kind])
+    model = vtprune.wrap(make(kind), pruner)
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    features = _features(model, inputs)
+    expected = run_masked(kind, vtprune.unwrap(model), inputs, report, features)
     assert compare(logits, expected, inputs) < TOLERANCE
 
 

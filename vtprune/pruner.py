@@ -140,7 +140,7 @@ class Pruner:
         return None
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """FLOPs (2 a multiply-accumulate) of the method's own arithmetic for one image; 0 if negligible."""
+        """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
         return 0
 
     def to_dict(self) -> dict[str, Any]:

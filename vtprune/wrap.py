@@ -42,12 +42,14 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     adapter = adapter_for(model)
     facts = adapter.facts()
     pruners = [one.for_model(facts) for one in pruners]
-    compact = positions == "compact" or any(one.compact_positions for one in pruners)
-    if compact and not adapter.renumbers:
+    if positions == "compact" and not adapter.renumbers:
         raise VTPruneError(
             f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
             "'original'"
         )
+    # The released code of a method may renumber; on M-RoPE models the authors' own ports keep or garble positions.
+    released = any(one.compact_positions for one in pruners) and adapter.renumbers
+    compact = positions == "compact" or released
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree.
     core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact)
     return model

@@ -112,6 +112,10 @@ class FlowCut(Pruner):
         """Decoder layer 1 where there is a second stage."""
         return (DECODER_LAYER,) if self.stages == 2 else ()
 
+    def achieved(self, counts: list[int]) -> float:
+        """The tokens that are left in the end, whatever entered the decoder."""
+        return float(counts[-1])
+
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the budget's best by the last prompt token; raises ScoreError for NaN."""
         if layer.vision.numel() <= layer.budget:
@@ -119,11 +123,7 @@ class FlowCut(Pruner):
         return Selection(top(check_scores(decoder_score(layer), self.name), layer.budget))
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """6 a value and layer (two rows of products, mean over heads, density), 5 a softmaxed entry.
-
-        The mean query that stands in for CLS costs a little less than the second row.
-        """
-        per_patch = 6 * work.encoder_width + 10 * work.encoder_heads
-        encoder = sum(work.encoder_patches[i] for i in work.encoder_layers) * per_patch
-        decoder = work.kept * (6 * work.decoder_width + 10 * work.decoder_heads)
-        return encoder + len(work.decoder_layers) * decoder
+        """A row of attention a layer and, with CLS and in the decoder, a row of value products."""
+        rows = 2 if work.has_cls else 1
+        encoder = sum(work.encoder_patches[i] for i in work.encoder_layers) * rows * 2 * work.encoder_width
+        return encoder + len(work.decoder_layers) * work.kept * 2 * 2 * work.decoder_width

@@ -99,6 +99,5 @@ class FoPru(Pruner):
         return Selection(top_rows(self.significance(stream), stream.grid[-1], stream.budget))
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """The logits of one layer's full map, its softmax (5 an entry), and its row and column sums."""
-        entries = work.patches**2
-        return 2 * entries * work.encoder_width + (5 * self.softmax + 2) * entries * work.encoder_heads
+        """The logits of one layer's full map."""
+        return 2 * work.patches * (work.patches + work.has_cls) * work.encoder_width

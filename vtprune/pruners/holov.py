@@ -158,10 +158,10 @@ class HoloV(Pruner):
         return Selection(select_crops(features, attention, crops, stream.budget, alpha, self.tau))
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """The attention row (all rows without CLS), and similarities and their variance inside the crops."""
+        """The attention row (all rows without CLS), and the similarities inside the crops."""
         rows = 1 if work.has_cls else work.patches
-        attention = rows * work.patches * (2 * work.encoder_width + 6 * work.encoder_heads)
+        attention = 2 * rows * (work.patches + work.has_cls) * work.encoder_width
         released = self.variant == "released"
         crops = self.strips(work.tokens, work.kept) if released else (self.crops or CROPS) ** 2
         pairs = work.tokens * max(1, work.tokens // crops)
-        return attention + 3 * work.tokens * work.decoder_width + pairs * (2 * work.decoder_width + 4)
+        return attention + 2 * pairs * work.decoder_width

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruner import Pruner
 from vtprune.pruners.cells import Grid3, cell_grid, cut
 from vtprune.pruners.checks import check_whole_grid
 from vtprune.registry import register
@@ -47,7 +47,3 @@ class Pool(Pruner):
             vectors=pool_features(stream.features, stream.grid, shape),
             merges=tuple(merge for merge in merges if len(merge.members) > 1),
         )
-
-    def scoring_flops(self, work: ScoringWork) -> int:
-        """One addition a value of every token, one division a value of every cell."""
-        return (work.tokens + work.kept) * work.decoder_width
