@@ -21,19 +21,19 @@ from .overlay import compare, seen_image
 from .prompts import encode, open_image, question
 from .results import check_writable, write_atomically
 from .settings import UNPRUNED, build_settings
-from .timing import measure_prefill
+from .timing import PrefillTimes, measure_prefill
 
 STOPS = ("\n\n",)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Both answers, the report of the pruned one, median prefill milliseconds of both, and the picture."""
+    """Both answers, the report of the pruned one, prefill times of both, and the picture."""
 
     unpruned: Answer
     pruned: Answer
     report: Report
-    prefill_ms: dict[str, float]
+    prefill: PrefillTimes
     picture: Image.Image
 
 
@@ -75,38 +75,20 @@ def compare_answers(
 
 def table(asked: Asked, label: str) -> Table:
     """What both answers cost."""
-    full, pruned = asked.unpruned.cost, asked.pruned.cost
-    rows = [
-        ("answer", asked.unpruned.text.strip(), asked.pruned.text.strip(), ""),
-        (
-            "vision tokens",
-            f"{full.kept_tokens:.0f}",
-            f"{pruned.kept_tokens:.1f}",
-            (pruned.kept_tokens, full.kept_tokens),
-        ),
-        (
-            "prefill GFLOPs",
-            f"{full.flops / 1e9:.3f}",
-            f"{pruned.flops / 1e9:.3f}",
-            (pruned.flops, full.flops),
-        ),
-        (
-            "KV cache kB",
-            f"{full.kv_bytes / 1e3:.1f}",
-            f"{pruned.kv_bytes / 1e3:.1f}",
-            (pruned.kv_bytes, full.kv_bytes),
-        ),
-    ]
-    times = asked.prefill_ms
-    milliseconds = (times["pruned"], times["unpruned"])
-    rows.append(("prefill ms", f"{times['unpruned']:.1f}", f"{times['pruned']:.1f}", milliseconds))
+    full, pruned, prefill = asked.unpruned.cost, asked.pruned.cost, asked.prefill
     result = Table()
     result.add_column("")
     for heading in ("unpruned", label, "share"):
         result.add_column(heading, justify="right")
-    for name, before, after, ratio in rows:
-        share = f"{100 * ratio[0] / ratio[1]:.1f}%" if isinstance(ratio, tuple) and ratio[1] else ""
-        result.add_row(name, before, after, share)
+    result.add_row("answer", asked.unpruned.text.strip(), asked.pruned.text.strip(), "")
+    for name, before, after, digits in (
+        ("vision tokens", full.kept_tokens, pruned.kept_tokens, 1),
+        ("prefill GFLOPs", full.flops / 1e9, pruned.flops / 1e9, 3),
+        ("KV cache kB", full.kv_bytes / 1e3, pruned.kv_bytes / 1e3, 1),
+    ):
+        result.add_row(name, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{100 * after / before:.1f}%")
+    times = (f"{prefill.median(name):.1f}" for name in ("unpruned", "pruned"))
+    result.add_row("prefill ms", *times, f"{100 * prefill.ratio('pruned', 'unpruned'):.1f}%")
     return result
 
 

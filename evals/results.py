@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -23,7 +24,7 @@ UNFINISHED = ".answers-"
 # Above this size a checkpoint file is known by its size and time, not by its content.
 HASHED_WHOLE = 1 << 26
 # How a message names the parts of `config` that are fingerprints.
-WORDS = {"code": "vtprune's source code", "data": "the bundled data", "model_files": "the checkpoint"}
+WORDS = {"data": "the bundled data", "model_files": "the checkpoint"}
 PACKAGES = ("vtprune", "torch", "torchvision", "transformers", "lmms-eval")
 
 
@@ -78,11 +79,11 @@ def model_fingerprint(pretrained: str) -> str:
 
 
 def code_fingerprint() -> str:
-    """Identifies vtprune's own source: after a change to a method its old numbers do not count."""
+    """Identifies vtprune's source and the libraries' versions: after a change old numbers do not count."""
     import vtprune
     from vtprune import adapters
 
-    digest = sha256()
+    digest = sha256(json.dumps(versions()).encode())
     for package in (vtprune, adapters):
         for folder in package.__path__:
             for path in sorted(Path(folder).rglob("*.py")):
@@ -118,7 +119,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 class Results:
     """The content of results.json, kept on disk as it grows.
 
-    config: what every number in the file depends on; settings: {key of a Setting: its record}.
+    config: what every number in the file depends on; settings: {key of a Setting: its record}; moved: where
+    results of other code were put, if there were any. Raises InputError for results of another configuration.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], *, resume: bool) -> None:
@@ -132,8 +134,13 @@ class Results:
             "questions": [],
             "settings": {},
         }
+        self.moved: Path | None = None
         if resume and self.path.exists():
-            self.data = self._load()
+            old = self._load()
+            if old["config"]["code"] == config["code"]:
+                self.data = old
+            else:
+                self.moved = self._move_away(old)
         if not resume:
             for path in folder.glob(f"{UNFINISHED}*"):
                 path.unlink()
@@ -142,7 +149,8 @@ class Results:
         again = "; give another --output, or --no-resume to start afresh"
         try:
             data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            old = data["config"]
+            old = {"code": "", **data["config"]}
+            data["config"] = old
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"output: {self.path} is not a results file ({first_line(error)}){again}") from error
         if data.get("format") != FORMAT:
@@ -150,11 +158,21 @@ class Results:
         changed = [
             f"{WORDS.get(name, name)} was {old.get(name)!r} and is now {self.config.get(name)!r}"
             for name in sorted(old.keys() | self.config.keys())
-            if old.get(name) != self.config.get(name)
+            if name != "code" and old.get(name) != self.config.get(name)
         ]
         if changed:
             raise InputError(f"output: {self.path} holds another run ({'; '.join(changed)}){again}")
         return data
+
+    def _move_away(self, old: dict[str, Any]) -> Path:
+        """Keeps the results of other code under another name: they are not to be compared with new ones."""
+        stamp = re.sub(r"[^0-9]", "", str(old.get("created", "")))[:14]
+        target = self.path.with_name(f"results-{stamp}.json")
+        try:
+            self.path.rename(target)
+        except OSError as error:
+            raise InputError(f"output: cannot rename {self.path}: {error.strerror or error}") from error
+        return target
 
     def unfinished(self, key: str) -> Path:
         """Where the answers of a setting are noted until its record is written."""

@@ -117,10 +117,10 @@ class Sweep:
             pruners["scoreless"] = create(SCORELESS, keep=setting.keep)
         times = measure_prefill(self.lm.model, inputs, pruners)
         return {
-            "ms": times["ours"],
-            "unpruned_ms": times["unpruned"],
-            "ratio": times["ours"] / times["unpruned"],
-            "over_scoreless_ms": times["ours"] - times["scoreless"] if scored else None,
+            "ms": times.median("ours"),
+            "unpruned_ms": times.median("unpruned"),
+            "ratio": times.ratio("ours", "unpruned"),
+            "over_scoreless_ms": times.difference("ours", "scoreless") if scored else None,
         }
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,32 +20,48 @@ from .prompts import place
 ROUNDS = 4
 
 
+@dataclass(frozen=True)
+class PrefillTimes:
+    """Milliseconds under each pruner; entry i of every list was measured on the same prompt, one after another."""
+
+    milliseconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """The median under one pruner."""
+        return statistics.median(self.milliseconds[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """The median of the ratios of neighbours: what slows the machine down for a while slows both."""
+        pairs = zip(self.milliseconds[name], self.milliseconds[base], strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    def difference(self, name: str, base: str) -> float:
+        """The median of the differences of neighbours."""
+        pairs = zip(self.milliseconds[name], self.milliseconds[base], strict=True)
+        return statistics.median(one - other for one, other in pairs)
+
+
 @torch.inference_mode()
-def prefill_seconds(model: Any, inputs: Sequence[Any]) -> list[float]:
-    """Seconds of one forward pass over each prompt, to the logits of its last token."""
-    seconds = []
-    for one in inputs:
-        synchronise(model.device)
-        start = time.perf_counter()
-        model(**one, use_cache=True, logits_to_keep=1)
-        synchronise(model.device)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def prefill_seconds(model: Any, inputs: Any) -> float:
+    """Seconds of one forward pass over a prompt, to the logits of its last token."""
+    synchronise(model.device)
+    start = time.perf_counter()
+    model(**inputs, use_cache=True, logits_to_keep=1)
+    synchronise(model.device)
+    return time.perf_counter() - start
 
 
 def measure_prefill(
     model: Any, inputs: Sequence[Any], pruners: Mapping[str, Pruner | None], rounds: int = ROUNDS
-) -> dict[str, float]:
-    """Median milliseconds at batch 1 under each pruner; None is the model as it came, unwrapped.
-
-    The pruners take turns within each round: what slows the machine down for a while slows all of them.
-    """
+) -> PrefillTimes:
+    """Times each prompt at batch 1 under each pruner in turn; None is the model as it came, unwrapped."""
     placed = [place(one, model) for one in inputs]
     times: dict[str, list[float]] = {name: [] for name in pruners}
     for turn in range(rounds + 1):
-        for name, pruner in pruners.items():
-            with nullcontext() if pruner is None else vtprune.wrapped(model, pruner):
-                measured = prefill_seconds(model, placed if turn else placed[:1])
-            if turn:  # turn 0 only warms up
-                times[name] += measured
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+        for one in placed if turn else placed[:1]:
+            for name, pruner in pruners.items():
+                with nullcontext() if pruner is None else vtprune.wrapped(model, pruner):
+                    seconds = prefill_seconds(model, one)
+                if turn:  # turn 0 only warms up
+                    times[name].append(1000 * seconds)
+    return PrefillTimes(times)

@@ -125,7 +125,7 @@ Limit = Annotated[
     int | None,
     typer.Option(
         help="Questions per task: a stratified sample of the bundled task, the first ones of others; 0 for all.",
-        show_default="400 of the bundled task, all of others",
+        show_default="500 of the bundled task, all of others",
         rich_help_panel=PANEL,
     ),
 ]
