@@ -74,7 +74,8 @@ def pareto_png(records: Sequence[Record], title: str) -> bytes:
     for record in records:
         if record["method"] != UNPRUNED:
             groups.setdefault(record["label"], []).append(record)
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained", dpi=150)
+    # A long legend needs a taller figure.
+    figure = Figure(figsize=(11.5, max(4.8, 1.0 + 0.3 * len(groups))), layout="constrained", dpi=150)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (part, label) in zip(panels, PANELS, strict=True):
         _draw(axes, part, groups, unpruned)

@@ -288,7 +288,7 @@ def test_the_pareto_plot_takes_many_methods_and_none() -> None:
     assert pareto_png(records, "one").startswith(b"\x89PNG")
     names = ["random", "grid", "pool", *(f"method_{i}" for i in range(20))]
     records += [record(name, share, 0.4 + share / 2) for name in names for share in (0.1, 0.25, 0.5)]
-    assert Image.open(io.BytesIO(pareto_png(records, "many"))).size == (1725, 720)
+    assert Image.open(io.BytesIO(pareto_png(records, "many"))).size == (1725, 1185)
 
 
 def test_tables_compare_with_the_unpruned_model() -> None:
