@@ -29,7 +29,7 @@ test-all: $(STAMP) test-lowest
 test-lowest: $(STAMP)
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
-	$(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,dev]' 'transformers==5.18.0'
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,dev]' 'transformers==5.20.0'
 	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow"
 
 lint: $(STAMP)

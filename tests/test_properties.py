@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import vtprune
 from tests.models import MODELS, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
-from tests.pruners import DROPS, PRUNERS, label
+from tests.pruners import DROPS, PRUNERS, Drops, label
 from vtprune.pruner import Pruner
 
 ALL = DROPS[-1:] + PRUNERS
@@ -158,6 +159,39 @@ def test_a_prompt_without_images_is_left_alone(kind: str, pruner: Pruner) -> Non
     vtprune.wrap(model, pruner)
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
     assert vtprune.report(model).samples[0].images == []
+
+
+@every_model
+@every_pruner
+def test_a_saved_config_prunes_the_same(kind: str, pruner: Pruner, tmp_path: Path) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = make(kind)
+    vtprune.save_config(pruner, tmp_path)
+    found = []
+    for given in (pruner, str(tmp_path), tmp_path, [pruner], vtprune.load_config(tmp_path)):
+        with vtprune.wrapped(model, given), torch.no_grad():
+            model(**inputs)
+            found.append(_kept(vtprune.report(model)))
+    assert all(kept == found[0] for kept in found)
+
+
+@every_model
+def test_stages_compose_each_within_its_own_budget(kind: str) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    stages = [vtprune.FlowCut(keep=11, stages=1), vtprune.Random(keep=8), Drops(layers=(0, 1, 2))]
+    model = vtprune.wrap(make(kind), stages)
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    for kept in _kept(report):
+        assert len(kept[0]) <= 8
+        assert set(kept[-1]) < set(kept[0])
+    assert report.asked_keep == [11, 8, Drops.default_keep]
+    assert report.method == "flowcut+random+test_drops"
+    assert logits.isfinite().all()
+
+
+def test_an_order_that_tokens_cannot_meet_is_refused() -> None:
+    with pytest.raises(vtprune.VTPruneError, match="flowcut acts in the encoder, random only before the decoder"):
+        vtprune.wrap(make("llava-clip"), [vtprune.Random(keep=8), vtprune.FlowCut(keep=4)])
 
 
 @every_model

@@ -29,7 +29,9 @@ class EncoderHooks:
         self._features_signature = inspect.signature(adapter.inner.get_image_features)
 
     def _budget(self, tokens: int) -> int:
-        return min(pruner.encoder_budget(tokens) for pruner in self.pruners)
+        depth = self.facts.encoder_depth
+        budgets = [pruner.encoder_budget(tokens) for pruner in self.pruners if pruner.encoder_layers(depth)]
+        return min(budgets, default=tokens)
 
     def image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from vtprune.adapters import adapter_for, core_model
 from vtprune.config import from_dict, load_config
 from vtprune.errors import VTPruneError
 from vtprune.hooks import Wrapping
-from vtprune.pruner import Pruner
+from vtprune.pruner import ModelFacts, Pruner
 from vtprune.registry import create
 from vtprune.report import Generation, Report
 
@@ -42,6 +43,7 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     adapter = adapter_for(model)
     facts = adapter.facts()
     pruners = [one.for_model(facts) for one in pruners]
+    check_order(pruners, facts)
     if positions == "compact" and not adapter.renumbers:
         raise VTPruneError(
             f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
@@ -87,6 +89,23 @@ def report(source: Any) -> Report:
     if last is None:
         raise VTPruneError("nothing to report: run forward() or generate() on the wrapped model first")
     return last.build()
+
+
+def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
+    """Raises VTPruneError unless each pruner starts where the ones before it have started, or later."""
+
+    def start(pruner: Pruner) -> int:
+        if pruner.encoder_layers(facts.encoder_depth):
+            return 0
+        return 2 if pruner.decoder_layers(facts.decoder_depth) and not pruner.selects else 1
+
+    for first, second in itertools.pairwise(pruners):
+        if start(second) < start(first):
+            places = ("in the encoder", "before the decoder", "inside the decoder")
+            raise VTPruneError(
+                f"{second.name} acts {places[start(second)]}, {first.name} only {places[start(first)]}: "
+                "list pruners in the order in which tokens meet them"
+            )
 
 
 def resolve(pruner: Any, **options: Any) -> list[Pruner]:
