@@ -65,7 +65,14 @@ def compare_answers(
     answers = []
     for chosen in (vtprune.NoPruning(), pruner):
         with vtprune.wrapped(model, chosen):
-            answers += answer_batch(model, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, stops=STOPS)
+            answers += answer_batch(
+                model,
+                processor.tokenizer,
+                inputs,
+                achieved=chosen.achieved,
+                max_new_tokens=max_new_tokens,
+                stops=STOPS,
+            )
             report = vtprune.report(model)
     times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
     seen = seen_image(image, processor, inputs.get("pixel_values"))

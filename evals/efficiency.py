@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from vtprune.report import Report
@@ -11,7 +12,7 @@ from vtprune.report import Report
 class RowCost:
     """The cost of one sample.
 
-    visual_tokens: before pruning; kept_tokens: what the report calls achieved, as a count; flops: of the prefill,
+    visual_tokens: before pruning; kept_tokens: what the method counts as achieved; flops: of the prefill,
     the vision tower included; kv_bytes: what the prompt leaves in the cache; `_full`: the same without pruning.
     All but the tokens are means of the rows that were answered together. prefill_ms: the batch's time to its
     first token, divided by its rows.
@@ -31,19 +32,18 @@ class RowCost:
         return asdict(self)
 
 
-def row_costs(report: Report, prefill_seconds: float) -> list[RowCost]:
-    """The costs of the rows of the generation that `report` describes."""
+def row_costs(report: Report, achieved: Callable[[list[int]], float], prefill_seconds: float) -> list[RowCost]:
+    """The costs of the rows of the generation that `report` describes.
+
+    achieved: how the method counts what it kept of an image, from its tokens at each decoder layer
+    (`Pruner.achieved`).
+    """
     rows = len(report.samples)
-    images = sum(len(sample.images) for sample in report.samples)
-    layers = report.tokens_per_layer
-    means = [sum(layer[row] for layer in layers) / len(layers) for row in range(rows)]
-    # A method counts what it kept in its own way (`achieved`); over the batch that is `kept_tokens`.
-    scale = report.kept_tokens * images / sum(means) if sum(means) else 0.0
     decoded = report.kv_bytes - report.kv_bytes_prefill
     return [
         RowCost(
-            visual_tokens=sum(image.tokens for image in report.samples[row].images),
-            kept_tokens=means[row] * scale,
+            visual_tokens=sum(image.tokens for image in sample.images),
+            kept_tokens=sum(achieved([len(kept) for kept in image.kept_per_layer]) for image in sample.images),
             flops=report.flops / rows,
             flops_full=report.flops_full / rows,
             scoring_flops=report.flops_breakdown.scoring / rows,
@@ -51,5 +51,5 @@ def row_costs(report: Report, prefill_seconds: float) -> list[RowCost]:
             kv_bytes_full=(report.kv_bytes_full - decoded) / rows,
             prefill_ms=1000 * prefill_seconds / rows,
         )
-        for row in range(rows)
+        for sample in report.samples
     ]

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -15,6 +16,7 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 
 import vtprune
+from vtprune.wrap import resolve
 
 from .efficiency import RowCost
 from .failures import InputError, SampleError
@@ -44,7 +46,7 @@ class VTPrune(lmms):
     pretrained: a model id or folder (default: the bundled one); method, keep and any further option: as
     `vtprune.wrap` takes them; config: a folder with vtprune_config.json instead; batch_size: rows that are
     answered together; max_new_tokens: where a task sets none. `model` and `processor` hand in a loaded model,
-    which is left as it is: its owner wraps it.
+    which is left as it is: its owner wraps it, and sets `achieved` to its pruner's.
     """
 
     is_simple = False
@@ -55,6 +57,7 @@ class VTPrune(lmms):
         method: str = "none",
         keep: int | float | str | None = None,
         config: str | None = None,
+        positions: str = "original",
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
@@ -71,6 +74,7 @@ class VTPrune(lmms):
         self.journal: Journal | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
         self.requests: list[Instance] = []
+        self.achieved: Callable[[list[int]], float] = vtprune.NoPruning().achieved
         if model is not None:
             self.model, self.processor = model, processor
             return
@@ -80,11 +84,13 @@ class VTPrune(lmms):
         if config is not None:
             if method != "none" or keep is not None or options:
                 raise InputError("config: a folder says all of method, keep and options; give no others")
-            vtprune.wrap(self.model, vtprune.load_config(config))
+            pruners = resolve(Path(config))
         else:
             chosen = parse_keep(keep) if isinstance(keep, str) else keep
             given = {name: parse_value(v) if isinstance(v, str) else v for name, v in options.items()}
-            vtprune.wrap(self.model, method, keep=chosen, **given)
+            pruners = resolve(method, keep=chosen, **given)
+        vtprune.wrap(self.model, pruners, positions=positions)
+        self.achieved = pruners[-1].achieved
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:
@@ -162,6 +168,7 @@ class VTPrune(lmms):
             self.model,
             self.processor.tokenizer,
             inputs,
+            achieved=self.achieved,
             max_new_tokens=int(options.get("max_new_tokens") or self.max_new_tokens),
             stops=[stops] if isinstance(stops, str) else list(stops),
         )

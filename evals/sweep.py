@@ -42,7 +42,9 @@ class Sweep:
         journal = Journal(self.results.unfinished(setting.key()))
         started = time.perf_counter()
         with _told(setting):
-            with vtprune.wrapped(self.lm.model, setting.pruner()):
+            pruner = setting.pruner()
+            self.lm.achieved = pruner.achieved
+            with vtprune.wrapped(self.lm.model, pruner):
                 raw = self._evaluate(setting, journal)
             record = self._record(setting, raw)
             record["prefill"] = self._time(setting)

@@ -1,4 +1,4 @@
-"""A LLaVA of random weights on disk, with the bundled model's processor, for tests that load one."""
+"""Tiny models of random weights on disk, with processors, and tasks over pictures, for tests that load them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 from vtprune.evals.training.architecture import build_model, build_processor
 
 
@@ -20,6 +30,62 @@ def random_checkpoint() -> str:
     folder = mkdtemp(prefix="vtprune-checkpoint-")
     processor = build_processor()
     build_model(processor.tokenizer, seed=0).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen_processor() -> Qwen2_5_VLProcessor:
+    """Byte-level text; images of any size between 4 and 64 vision tokens."""
+    specials = [*QWEN_TOKENS, "<|video_pad|>"]
+    pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in specials])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=specials[0],
+        eos_token=specials[2],
+        additional_special_tokens=specials[1:],
+    )
+    images = Qwen2VLImageProcessor(patch_size=14, min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
+    videos = Qwen2VLVideoProcessor(patch_size=14)
+    return Qwen2_5_VLProcessor(
+        image_processor=images, tokenizer=fast, video_processor=videos, chat_template=QWEN_TEMPLATE
+    )
+
+
+@cache
+def random_qwen_checkpoint() -> str:
+    """The folder of a tiny Qwen2.5-VL, written once a process."""
+    folder = mkdtemp(prefix="vtprune-qwen-checkpoint-")
+    processor = _qwen_processor()
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "depth": 4, "num_heads": 4, "patch_size": 14,
+            "window_size": 112, "fullatt_block_indexes": [1, 3], "out_hidden_size": 32,
+        },
+        text_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": len(processor.tokenizer), "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

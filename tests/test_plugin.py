@@ -21,7 +21,7 @@ from vtprune.evals.prompts import encode, place, question
 from vtprune.evals.suite import BUNDLED_TASK, open_suite, stratified
 
 import vtprune
-from tests.checkpoint import png, random_checkpoint, write_task
+from tests.checkpoint import png, random_checkpoint, random_qwen_checkpoint, write_task
 
 SIZES = [(96, 96), (1, 1), (20000, 10), (10, 3000), (640, 480)]
 
@@ -126,18 +126,27 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
         evaluate(VTPrune(random_checkpoint()), manager, "vtprune_broken")
 
 
-def test_a_picture_that_the_processor_refuses_is_named(pictures: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = VTPrune(random_checkpoint(), batch_size=8)
-    take = lm.processor.__class__.__call__
-
-    def picky(self: Any, images: Any, **options: Any) -> Any:
-        if any(image.width > 200 * image.height for image in images):
-            raise ValueError("absolute aspect ratio must be smaller than 200")
-        return take(self, images=images, **options)
-
-    monkeypatch.setattr(lm.processor.__class__, "__call__", picky)
+def test_a_picture_that_the_processor_refuses_is_named(pictures: TaskManager) -> None:
     with pytest.raises(SampleError, match=r"sample 2 \(picture-2\).*20000x10.*aspect ratio"):
-        evaluate(lm, pictures)
+        evaluate(VTPrune(random_qwen_checkpoint(), batch_size=8), pictures)
+
+
+@pytest.mark.parametrize("method", ["none", "flowcut", "pool"])
+def test_pictures_of_many_sizes_share_a_batch(tmp_path: Path, method: str) -> None:
+    sizes = [(96, 96), (1, 1), (300, 100), (200, 410), (640, 480)]
+    write_task(tmp_path, "vtprune_sizes", [png(*size) for size in sizes])
+    manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
+    found = []
+    for batch in (1, 5):
+        lm = VTPrune(random_qwen_checkpoint(), method=method, keep=8, batch_size=batch)
+        samples = evaluate(lm, manager, "vtprune_sizes")["samples"]["vtprune_sizes"]
+        counts = [sample["token_counts"][0] for sample in samples]
+        found.append(
+            [(s["filtered_resps"], c["visual_tokens"], c["kept_tokens"]) for s, c in zip(samples, counts, strict=True)]
+        )
+    assert found[0] == found[1]
+    assert len({visual for _, visual, _ in found[0]}) > 2
+    assert all(kept == visual if method == "none" else kept <= min(8, visual) for _, visual, kept in found[0])
 
 
 def test_until_and_max_new_tokens_are_respected(tmp_path: Path) -> None:
