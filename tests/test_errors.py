@@ -10,6 +10,7 @@ import torch
 
 import vtprune
 from tests.models import MODELS, ROWS, Row, make, prompt
+from vtprune import registry
 from vtprune.pruner import Pruner
 from vtprune.selection import Selection
 from vtprune.stream import VisionStream
@@ -132,6 +133,17 @@ def test_a_selection_that_breaks_the_contract_is_refused(kept: tuple[int, ...], 
     model = vtprune.wrap(make("llava-clip"), Greedy(keep=9, kept=kept))
     with pytest.raises(vtprune.VTPruneError, match=message):
         model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
+
+
+def test_methods_of_other_packages_come_through_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        def load(self) -> None:
+            vtprune.register("test_plugged_in", paper="elsewhere")(type("Elsewhere", (Greedy,), {}))
+
+    monkeypatch.setattr(registry, "_plugins_loaded", False)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry()] if group == "vtprune.pruners" else [])
+    assert vtprune.available()["test_plugged_in"].paper == "elsewhere"
+    assert vtprune.wrap(make("llava-clip"), "test_plugged_in", kept=(1, 2), keep=2)
 
 
 def test_a_registered_name_cannot_be_taken_again() -> None:

@@ -167,6 +167,9 @@ def test_a_saved_config_prunes_the_same(kind: str, pruner: Pruner, tmp_path: Pat
     inputs = prompt(kind, ROWS[kind])
     model = make(kind)
     vtprune.save_config(pruner, tmp_path)
+    with vtprune.wrapped(model, pruner):
+        vtprune.save_config(model, tmp_path / "of the model")
+    assert vtprune.load_config(tmp_path / "of the model") == vtprune.load_config(tmp_path) == pruner
     found = []
     for given in (pruner, str(tmp_path), tmp_path, [pruner], vtprune.load_config(tmp_path)):
         with vtprune.wrapped(model, given), torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from vtprune.config import load_config, save_config
+from vtprune.config import load_config
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.errors import (
     ScoreError,
@@ -19,7 +19,7 @@ from vtprune.registry import available, register
 from vtprune.report import Report
 from vtprune.selection import Merge, Selection
 from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
-from vtprune.wrap import report, unwrap, wrap, wrapped
+from vtprune.wrap import report, save_config, unwrap, wrap, wrapped
 
 try:
     __version__ = version("vtprune")

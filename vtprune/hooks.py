@@ -22,9 +22,11 @@ from vtprune.taps import Taps
 class Wrapping:
     """The hooks and overrides of one wrapped model, all on its instance, none on a class."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, *, compact: bool) -> None:
+    def __init__(
+        self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, *, compact: bool, given: list[Pruner]
+    ) -> None:
+        self.given = given
         self.name = "+".join(pruner.name for pruner in pruners)
-        self.pruners = pruners
         self._handles: list[RemovableHandle] = []
         self._overridden: list[tuple[Any, str]] = []
         state = ThreadState()

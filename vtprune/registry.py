@@ -22,8 +22,8 @@ P = TypeVar("P", bound=type[Pruner])
 def register(
     name: str,
     *,
-    stage: str,
-    paper: str,
+    stage: str = "before decoder",
+    paper: str = "",
     arxiv: str = "",
     licence: str = "",
     needs: str = "vision tokens",

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from transformers.cache_utils import Cache
 
+from vtprune import config
 from vtprune.adapters import adapter_for, core_model
-from vtprune.config import from_dict, load_config
 from vtprune.errors import VTPruneError
 from vtprune.hooks import Wrapping
 from vtprune.pruner import ModelFacts, Pruner
@@ -39,10 +39,10 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
         raise VTPruneError(f"this model is already wrapped with {current}; call vtprune.unwrap(model) first")
     if positions not in POSITIONS:
         raise VTPruneError(f"positions is 'original' or 'compact', got {positions!r}")
-    pruners = resolve(pruner, **options)
+    given = resolve(pruner, **options)
     adapter = adapter_for(model)
     facts = adapter.facts()
-    pruners = [one.for_model(facts) for one in pruners]
+    pruners = [one.for_model(facts) for one in given]
     check_order(pruners, facts)
     if positions == "compact" and not adapter.renumbers:
         raise VTPruneError(
@@ -53,7 +53,7 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     released = any(one.compact_positions for one in pruners) and adapter.renumbers
     compact = positions == "compact" or released
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree.
-    core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact)
+    core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact, given=given)
     return model
 
 
@@ -108,12 +108,23 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
             )
 
 
+def save_config(source: Any, folder: str | Path) -> Path:
+    """Writes the pruners of `source` (a Pruner, a list of them or a wrapped model) to vtprune_config.json.
+
+    Returns the file's path. Raises VTPruneError for anything else, and for a folder that cannot be written.
+    """
+    if isinstance(source, Pruner | list | tuple):
+        return config.save_config(source, folder)
+    given = _wrapping(core_model(source), "save the config").given
+    return config.save_config(given[0] if len(given) == 1 else given, folder)
+
+
 def resolve(pruner: Any, **options: Any) -> list[Pruner]:
     """The pruners that a name, Pruner, list, config dict or folder stands for, in stage order."""
     if (isinstance(pruner, str) and not options and (os.sep in pruner or Path(pruner).is_dir())) or isinstance(
         pruner, Path
     ):
-        pruner = load_config(pruner)
+        pruner = config.load_config(pruner)
     elif isinstance(pruner, str):
         return [create(pruner, **options)]
     if options:
@@ -121,7 +132,7 @@ def resolve(pruner: Any, **options: Any) -> list[Pruner]:
             f"options ({', '.join(sorted(options))}) go with a method's name; set them on the Pruner itself"
         )
     if isinstance(pruner, dict):
-        pruner = from_dict(pruner)
+        pruner = config.from_dict(pruner)
     found = list(pruner) if isinstance(pruner, list | tuple) else [pruner]
     if not found or not all(isinstance(one, Pruner) for one in found):
         raise VTPruneError(
