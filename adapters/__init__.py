@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
 from vtprune.adapters.qwen_vl import QwenVLAdapter
-
 from vtprune.errors import UnsupportedModelError
 
 ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, QwenVLAdapter)

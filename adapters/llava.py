@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from vtprune.adapters.base import Adapter, Projections
 
+from vtprune.adapters.base import Adapter, Projections
 from vtprune.encoding import Encoding, PaddedEncoding
 from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.pruner import ModelFacts

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
-from vtprune.adapters.base import Adapter, Projections, rotate
 
+from vtprune.adapters.base import Adapter, Projections, rotate
 from vtprune.cache import PrunedLayer, is_adopted
 from vtprune.decoding import PromptInfo
 from vtprune.encoding import Call, Encoding

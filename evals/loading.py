@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
+
 from vtprune.assets import TINY_LLAVA
 
 from .failures import InputError

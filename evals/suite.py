@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from vtprune.assets import SHAPES_EVAL
 
 from .failures import InputError

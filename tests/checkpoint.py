@@ -21,6 +21,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+
 from vtprune.evals.training.architecture import build_model, build_processor
 
 

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
+
+import vtprune
+from tests.checkpoint import png, random_checkpoint, write_task
+from vtprune import adapters
+from vtprune.cli import app
 from vtprune.evals import lmms_model, results
 from vtprune.evals.plots import pareto_png
 from vtprune.evals.scores import main_metric, standard_error, task_scores
 from vtprune.evals.settings import Setting
 from vtprune.evals.shapes_task import process_results
 from vtprune.evals.tables import kept_score, markdown_table, quality_columns
-
-import vtprune
-from tests.checkpoint import png, random_checkpoint, write_task
-from vtprune import adapters
-from vtprune.cli import app
 
 METHODS = ("--methods", "grid,flowcut", "--keep", "0.25")
 SETTINGS = [Setting("none"), Setting("grid", 0.25), Setting("flowcut", 0.25)]

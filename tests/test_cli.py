@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
+
+import vtprune
+from tests.checkpoint import png, random_checkpoint
 from vtprune.adapters import adapters
+from vtprune.cli import app
 from vtprune.evals.failures import InputError
 from vtprune.evals.overlay import draw_kept, survival
 from vtprune.evals.settings import (
@@ -18,10 +22,6 @@ from vtprune.evals.settings import (
     parse_method,
     show_keep,
 )
-
-import vtprune
-from tests.checkpoint import png, random_checkpoint
-from vtprune.cli import app
 from vtprune.report import ImageReport, MergeReport
 
 

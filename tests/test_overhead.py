@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from typer.testing import CliRunner
-from vtprune.evals import overhead
-from vtprune.evals.overhead import ModelSize, Pairs, Size, build_inputs, build_model, measure
 
 from vtprune.cost import flops
 from vtprune.errors import VTPruneError
+from vtprune.evals import overhead
+from vtprune.evals.overhead import ModelSize, Pairs, Size, build_inputs, build_model, measure
 
 TINY = ModelSize(
     vision_width=32,

@@ -13,15 +13,15 @@ import torch
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
+
+import vtprune
+from tests.checkpoint import png, random_checkpoint, random_qwen_checkpoint, write_task
 from vtprune.evals.failures import SampleError
 from vtprune.evals.generation import StopAtText, cut
 from vtprune.evals.lmms_model import VTPrune
 from vtprune.evals.loading import load_model
 from vtprune.evals.prompts import encode, place, question
 from vtprune.evals.suite import BUNDLED_TASK, open_suite, stratified
-
-import vtprune
-from tests.checkpoint import png, random_checkpoint, random_qwen_checkpoint, write_task
 
 SIZES = [(96, 96), (1, 1), (20000, 10), (10, 3000), (640, 480)]
 
