@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.flop_helper import measured_flops
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import run_wrapped
 from tests.pruners import DROPS, PRUNERS, label
+from vtprune.encoding import EncodedImage
 from vtprune.pruner import Pruner
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -102,6 +104,17 @@ def test_tokens_per_layer_follow_the_drops(kind: str) -> None:
             assert report.kv_tokens_per_layer[layer][row] == tokens + report.samples[row].text_tokens
     columns = list(zip(*report.tokens_per_layer, strict=True))
     assert all(list(column) == sorted(column, reverse=True) for column in columns)
+
+
+@every_model
+def test_what_a_report_keeps_alive_is_small(kind: str) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = vtprune.wrap(make(kind), vtprune.FlowCut(keep=5, stages=2))
+    model.generate(**inputs, max_new_tokens=3)
+    gc.collect()
+    images = [image for image in gc.get_objects() if type(image) is EncodedImage]
+    assert images
+    assert all(image.signals is None and image.pixels is None for image in images)
 
 
 @every_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class DecoderHooks:
         if layers is not None and (prompt.offset == 0 or spans):
             self.adapter.remember(layers, prompt)
         self._select(run, embeds)
+        _forget_tensors(spans)
         run.generation = self._generation(run)
         return args, {**kwargs, "past_key_values": cache, RUN: run}
 
@@ -136,6 +138,7 @@ class DecoderHooks:
                 if not pruner.selects or budget >= span.kept.numel():
                     continue
                 places = span.places[span.kept]
+                assert span.image.pixels is not None
                 stream = VisionStream(
                     embeds[span.row, places], span.image.grid, span.kept, span.image.total, budget,
                     span.image.signals, span.image.pixels, text[span.row],
@@ -246,3 +249,10 @@ class DecoderHooks:
                 run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
             )
         return output
+
+
+def _forget_tensors(spans: list[ImageSpan]) -> None:
+    """Leaves the signals and pixels of images behind once they are selected from: the report outlives them."""
+    slim = {id(span.image): replace(span.image, signals=None, pixels=None) for span in spans}
+    for span in spans:
+        span.image = slim[id(span.image)]

@@ -28,7 +28,7 @@ class EncodedImage:
     grid: tuple[int, int, int]
     alive: Tensor
     signals: LayerSignals | None
-    pixels: Tensor
+    pixels: Tensor | None
     segments: list[list[int]]
     scored: tuple[int, ...]
 
