@@ -108,11 +108,11 @@ class VTPrune(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not supported: benchmarks of vision-language models generate."""
-        raise NotImplementedError("vtprune answers generate_until tasks, not loglikelihood ones")
+        raise InputError("vtprune answers generate_until tasks, not loglikelihood ones")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not supported."""
-        raise NotImplementedError("vtprune answers generate_until tasks, not multi-round ones")
+        raise InputError("vtprune answers generate_until tasks, not multi-round ones")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One greedy answer per request, in the order of the requests."""

@@ -176,9 +176,9 @@ def test_stop_texts() -> None:
 
 def test_other_kinds_of_request_are_refused() -> None:
     lm = VTPrune(random_checkpoint())
-    with pytest.raises(NotImplementedError, match="generate_until"):
+    with pytest.raises(vtprune.VTPruneError, match="generate_until"):
         lm.loglikelihood([])
-    with pytest.raises(NotImplementedError, match="generate_until"):
+    with pytest.raises(vtprune.VTPruneError, match="generate_until"):
         lm.generate_until_multi_round([])
 
 
