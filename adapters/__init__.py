@@ -20,11 +20,9 @@ def adapters() -> list[tuple[str, tuple[str, ...], str]]:
 
 
 def core_model(model: Any) -> nn.Module:
-    """The generation model itself, out of a PEFT wrapper or a data-parallel one."""
-    seen = model
-    if hasattr(seen, "get_base_model"):
-        seen = seen.get_base_model()
-    return seen
+    """The generation model itself, out of a compiled module or a PEFT wrapper."""
+    seen = getattr(model, "_orig_mod", model)
+    return seen.get_base_model() if hasattr(seen, "get_base_model") else seen
 
 
 def adapter_for(model: Any) -> Adapter:

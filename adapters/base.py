@@ -48,7 +48,7 @@ class Adapter(ABC):
     @classmethod
     def takes(cls, model: object) -> bool:
         """Whether this adapter knows the model's class."""
-        return type(model).__name__ in cls.models
+        return any(base.__name__ in cls.models for base in type(model).__mro__)
 
     @property
     @abstractmethod
@@ -89,6 +89,10 @@ class Adapter(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises VTPruneError for a configuration of the model that cannot be pruned rightly."""
+
+    def check_stages(self, *, encoder: bool) -> None:
+        """Raises VTPruneError where this model cannot be pruned at a stage; `encoder`: inside its encoder."""
+        return
 
     @property
     def language_model(self) -> nn.Module:

@@ -41,6 +41,20 @@ class LlavaAdapter(Adapter):
                 "only 'full' is supported with a SigLIP tower"
             )
 
+        if self.depth < 1:
+            raise UnsupportedModelError(
+                f"vision_feature_layer={config.vision_feature_layer!r} reads the patch embeddings; the features must "
+                "come from one of the tower's layers"
+            )
+
+    def check_stages(self, *, encoder: bool) -> None:
+        layers = self.model.config.vision_feature_layer
+        if encoder and not isinstance(layers, int):
+            raise UnsupportedModelError(
+                f"the features are read at several layers ({layers!r}), where different tokens would be left; use a "
+                "method that prunes after the encoder"
+            )
+
     @property
     def _prefix(self) -> int:
         return 1 if self.model.config.vision_config.model_type == "clip_vision_model" else 0

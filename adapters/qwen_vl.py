@@ -37,13 +37,16 @@ class PackedEncoding(Encoding):
         self._alive = self._full
         self._applied = self._full
         self._cuts: dict[int, tuple[Tensor | None, Tensor]] = {}
+        # Blocks of one kind share their boundaries; reading them off once spares a transfer from the device.
+        self._listed: tuple[Any, list[list[int]]] = (None, [])
 
     def states(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         split = rearrange(self.taps["qkv"], "s (three h d) -> three h s d", three=3, h=self.heads)
         cos, sin = (part.float() for part in kwargs["position_embeddings"])
         query, key = rotate(split[0].float(), cos, sin), rotate(split[1].float(), cos, sin)
         places = self._places()
-        return self._pick(query, places), self._pick(key, places), self._pick(split[2].float(), places)
+        dtype = split.dtype
+        return self._pick(query.to(dtype), places), self._pick(key.to(dtype), places), self._pick(split[2], places)
 
     def _places(self) -> Tensor:
         """(B, N) where each token alive stands among the groups of the sequence now."""
@@ -67,7 +70,7 @@ class PackedEncoding(Encoding):
         states = args[0]
         if change is not None:
             states = self._rows(states, change)
-        if bool(alive.all()):
+        if alive is self._full:
             return (states, *args[1:]), kwargs
         kwargs = dict(kwargs)
         kwargs["cu_seqlens"] = self._segments(kwargs["cu_seqlens"], alive)
@@ -104,6 +107,8 @@ class PackedEncoding(Encoding):
 
     def layer_segments(self, kwargs: dict[str, Any]) -> list[list[int]]:
         boundaries = kwargs["cu_seqlens"]
+        if boundaries is self._listed[0]:
+            return self._listed[1]
         lengths = boundaries.diff().tolist()
         ends = boundaries[1:].tolist()
         limits = pad(self.valid.sum(dim=1).cumsum(0) * self.group, (1, 0)).tolist()
@@ -113,6 +118,7 @@ class PackedEncoding(Encoding):
             while end > limits[image + 1]:
                 image += 1
             found[image].append(length)
+        self._listed = (boundaries, found)
         return found
 
 
@@ -264,28 +270,31 @@ class QwenVLAdapter(Adapter):
         positions, _ = self.inner.get_rope_index(
             input_ids, mm_token_type_ids=types, image_grid_thw=grid_thw, attention_mask=own_mask
         )
-        return positions + (text[:, :1] + delta.to(text.device))[None]
+        # Padding may stand between turns: what counts is how many real tokens came before.
+        before = text[:, :1] if own_mask is None or mask is None else mask[:, :-length].sum(dim=1, keepdim=True)
+        return positions + (before + delta).to(text.device)[None]
 
     def remember(self, layers: list[PrunedLayer], prompt: PromptInfo) -> None:
         """Keeps the row's M-RoPE delta (next position minus text length) with the cache."""
         positions = prompt.positions
         if positions is None:
-            delta = torch.zeros(prompt.batch, 1, dtype=torch.long, device=prompt.device)
-        else:
-            planes = positions if positions.ndim == 3 else positions[None]
-            last = prompt.last_places()[:, None]
-            spatial = planes[-3:].amax(dim=0).expand(prompt.batch, -1)
-            mask = prompt.mask if prompt.mask is not None and prompt.mask.ndim == 2 else None
-            text = _text_positions(mask, prompt.batch, prompt.offset, prompt.length, prompt.device)
-            delta = spatial.gather(1, last) - text.gather(1, last)
-        layers[0].aux[ROPE_DELTA] = delta
+            # Without position ids the model numbers all places, padding included.
+            positions = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)[None, None]
+        planes = positions if positions.ndim == 3 else positions[None]
+        spatial = planes[-3:].amax(dim=0).expand(prompt.batch, -1).cummax(dim=1).values
+        mask = prompt.mask if prompt.mask is not None and prompt.mask.ndim == 2 else None
+        text = _text_positions(mask, prompt.batch, prompt.offset, prompt.length, prompt.device)
+        # Padding after a row's last token repeats what holds there.
+        place = torch.arange(prompt.length, device=prompt.device).expand_as(text)
+        held = place.masked_fill(~prompt.real(), 0).cummax(dim=1).values
+        layers[0].extend(ROPE_DELTA, (spatial - text).gather(1, held), prompt.offset)
 
 
 def _delta(cache: Cache | None) -> Tensor | None:
     if cache is None or not is_adopted(cache) or cache.get_seq_length() == 0:
         return None
     layer: Any = cache.layers[0]
-    return layer.aux.get(ROPE_DELTA)
+    return layer.at_end(ROPE_DELTA)
 
 
 def _text_positions(mask: Tensor | None, batch: int, past: int, length: int, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class PrunedLayer(DynamicLayer):
 
     slots: (B, K) the logical place of each entry in the unpruned sequence, -1 where an entry is padding, or
     None while entry i is place i. length: logical length; this is what `get_seq_length` answers.
-    aux: (B, ...) tensors that belong to the rows (the M-RoPE delta, the shift of renumbered positions).
+    aux: (B, n) tensors that belong to the rows, by name: a value for each of the first n places, the last one
+    holding on (the M-RoPE delta, the shift of renumbered positions), or one for the row (n = 1).
     """
 
     def __init__(self) -> None:
@@ -50,14 +52,31 @@ class PrunedLayer(DynamicLayer):
         self._announced = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends (B, H, q, d) keys and values; raises VTPruneError outside a wrapped model."""
+        """Appends (B, H, q, d) keys and values; raises VTPruneError for a pruned layer outside a wrapped model."""
         if not self._announced:
-            raise VTPruneError(
-                "this KV cache was filled by a model wrapped with vtprune and holds a pruned prompt; continue "
-                "with the wrapped model, or start a new cache after unwrap()"
-            )
+            if self.slots is not None:
+                raise VTPruneError(
+                    "this KV cache was filled by a model wrapped with vtprune and holds a pruned prompt; continue "
+                    "with the wrapped model, or start a new cache after unwrap()"
+                )
+            self.length += key_states.shape[-2]
         self._announced = False
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def at_end(self, name: str) -> Tensor | None:
+        """(B, 1) the value of an aux tensor that holds after the last place."""
+        values = self.aux.get(name)
+        return None if values is None else values[:, -1:]
+
+    def extend(self, name: str, values: Tensor, offset: int) -> None:
+        """Appends (B, q) values of the places from `offset` on to an aux tensor."""
+        past = self.aux.get(name)
+        if past is None:
+            past = torch.zeros_like(values[:, :1])
+        if offset:
+            places = torch.arange(offset, device=past.device).clamp(max=past.shape[1] - 1)
+            values = torch.cat([past[:, places].to(values.device), values], dim=1)
+        self.aux[name] = values
 
     def get_seq_length(self) -> int:
         """The logical length: tokens of the sequence so far, dropped ones included."""
@@ -79,34 +98,45 @@ class PrunedLayer(DynamicLayer):
         if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
         self.length = max(0, self.length + tokens_to_remove)
+        self.aux = {name: values[:, : max(1, self.length)] for name, values in self.aux.items()} if self.length else {}
         if self.slots is None:
             self.keys, self.values = self.keys[..., : self.length, :], self.values[..., : self.length, :]
             return
-        self.slots = self.slots.masked_fill(self.slots >= self.length, -1)
-        used = (self.slots >= 0).any(dim=0)
-        self.slots = self.slots[:, used]
+        slots = self.slots.masked_fill(self.slots >= self.length, -1)
+        used = (slots >= 0).any(dim=0)
+        self.slots = _shared(self.slots, self.length, lambda: slots[:, used])
         columns = used.nonzero().flatten().to(self.keys.device)
         self.keys, self.values = self.keys.index_select(-2, columns), self.values.index_select(-2, columns)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the rows `beam_idx`, as beam search does."""
         super().reorder_cache(beam_idx)
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)), beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
         super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0), repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows."""
         super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices])
+        self._map_rows(lambda rows: rows[indices], indices)
 
-    def _map_rows(self, change: Any) -> None:
-        if self.slots is not None:
-            self.slots = change(self.slots)
+    def _map_rows(self, change: Callable[[Tensor], Tensor], key: object) -> None:
+        slots = self.slots
+        if slots is not None:
+            self.slots = _shared(slots, key, lambda: change(slots))
         self.aux = {name: change(value) for name, value in self.aux.items()}
+
+
+def _shared(slots: Tensor, key: object, change: Callable[[], Tensor]) -> Tensor:
+    """`change()`, made once for all layers that share `slots`, so that they go on sharing them (and masks)."""
+    known = getattr(slots, "_vtprune_changed", None)
+    if known is None or known[0] is not key:
+        known = (key, change())
+        slots._vtprune_changed = known  # type: ignore[attr-defined]
+    return known[1]
 
 
 def adopt_cache(cache: Cache, depth: int) -> list[PrunedLayer]:
@@ -131,8 +161,8 @@ def adopt_cache(cache: Cache, depth: int) -> list[PrunedLayer]:
 def unsupported_cache(reason: str) -> UnsupportedCacheError:
     """The exception for a cache that cannot be pruned, `reason` naming it."""
     return UnsupportedCacheError(
-        f"{reason} cannot hold layers of different lengths; pass a DynamicCache, or let generate() make one "
-        "(cache_implementation=None)"
+        f"{reason} cannot hold layers of different lengths; pass past_key_values=DynamicCache() (made without a "
+        "config where the model's own has sliding windows)"
     )
 
 

@@ -19,7 +19,7 @@ from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.report import Generation
 from vtprune.selection import Selection
-from vtprune.state import GENERATION, RECORD, RUN, Frame, ThreadState
+from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import DecoderLayer, VisionStream
 
 
@@ -27,40 +27,48 @@ class DecoderHooks:
     """The decoder's side of a wrapped model."""
 
     def __init__(
-        self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, state: ThreadState, *, compact: bool
+        self,
+        adapter: Adapter,
+        pruners: list[Pruner],
+        facts: ModelFacts,
+        state: ThreadState,
+        *,
+        compact: bool,
+        maker: object,
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
+        self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
+        self._maker = maker
         self.last: Generation | None = None
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
 
-    def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
         frame = Frame(inputs)
-        self.state.frames.append(frame)
+        self.state.frame = frame
         given = inputs.get("mm_encoder_outputs") or {}
         if inputs.get("pixel_values_videos") is not None or given.get("video") is not None:
             raise VTPruneError("video inputs are not supported; pass images, or unwrap the model for videos")
         encoded = given.get("image")
         if encoded is not None:
-            frame.images = [self._record(tensor) for tensor in encoded.pooler_output]
+            records = [getattr(tensor, RECORD, None) for tensor in encoded.pooler_output]
+            frame.images = self._known(records)
+        return args, {**kwargs, FRAME: frame}
 
-    def _record(self, tensor: Tensor) -> EncodedImage:
-        image = getattr(tensor, RECORD, None)
-        if image is None:
-            raise VTPruneError(
-                "these image features were not made by this wrapped model's get_image_features (or were cut by "
-                "prefill_chunk_size, which is not supported); pass pixel_values instead"
-            )
-        return image
-
-    def close_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self.state.frames:
-            self.state.frames.pop()
+    def _known(self, records: list[EncodedImage | None]) -> list[EncodedImage]:
+        known = [image for image in records if image is not None and image.maker is self._maker]
+        if len(known) == len(records):
+            return known
+        if all(pruner.name == "none" for pruner in self.pruners):
+            return []
+        raise VTPruneError(
+            "these image features were not made by this wrapped model's get_image_features (or were cut by "
+            "prefill_chunk_size, which is not supported); pass pixel_values instead"
+        )
 
     def open_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.state.decoder.append(None)
-        frame = self.state.frames[-1] if self.state.frames else None
+        frame = kwargs.pop(FRAME, None)
         if frame is None or kwargs.get("inputs_embeds") is None:
             return None
         embeds = kwargs["inputs_embeds"]
@@ -69,11 +77,12 @@ class DecoderHooks:
         spans = self._spans(frame, embeds, prompt)
         layers = self._adopt(cache, spans)
         if layers is None and not spans:
-            return None
+            return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
         flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
-        self.state.decoder[-1] = run
+        if layers is not None and prompt.offset == 0:
+            layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         if layers is not None and (prompt.offset == 0 or spans):
             self.adapter.remember(layers, prompt)
         self._select(run, embeds)
@@ -103,7 +112,8 @@ class DecoderHooks:
         """Where each image of this forward stands: features fill placeholders in row-major order."""
         if not frame.images:
             return []
-        marks = self.adapter.placeholders(frame.inputs.get("input_ids"), embeds)
+        given = frame.inputs.get("inputs_embeds")
+        marks = self.adapter.placeholders(frame.inputs.get("input_ids"), embeds if given is None else given)
         rows, places = marks.nonzero(as_tuple=True)
         spans, first = [], 0
         for image in frame.images:
@@ -114,7 +124,7 @@ class DecoderHooks:
                     f"{sum(one.total for one in frame.images)} in unbroken rows"
                 )
             alive = image.alive.to(embeds.device)
-            spans.append(ImageSpan(int(rows[first]), places[first:last], image, alive))
+            spans.append(ImageSpan(int(rows[first]), places[first:last], image, alive, prompt.offset))
             first = last
         return spans
 
@@ -138,10 +148,11 @@ class DecoderHooks:
                 if not pruner.selects or budget >= span.kept.numel():
                     continue
                 places = span.places[span.kept]
-                assert span.image.pixels is not None
+                image = span.image
+                assert image.pixels is not None
                 stream = VisionStream(
-                    embeds[span.row, places], span.image.grid, span.kept, span.image.total, budget,
-                    span.image.signals, span.image.pixels, text[span.row],
+                    embeds[span.row, places], image.grid, span.kept, image.total, budget, image.signals, image.pixels,
+                    text[span.row],
                 )  # fmt: skip
                 self._apply(run, span, pruner, pruner.select(stream), budget, 0)
 
@@ -168,14 +179,17 @@ class DecoderHooks:
         known = getattr(cache, GENERATION, None) if cache is not None else None
         if known is not None and prompt.offset > 0 and not run.spans:
             return known
-        spans = list(run.spans)
         text = prompt.real().sum(dim=1)
         for span in run.spans:
             text[span.row] -= span.image.total
-        earlier = known.spans if known is not None and prompt.offset > 0 else []
+        earlier: list[ImageSpan] = []
+        if known is not None and run.layers is not None and prompt.offset > 0:
+            # Rows may have been reordered or repeated since; from here on they count as they stand.
+            earlier = known.live_spans(known.origins(run.layers), prompt.offset)
+            run.layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         generation = Generation(
-            self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + spans,
-            text.tolist(), len(earlier),
+            self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
+            text.tolist(), len(earlier), prompt.offset,
         )  # fmt: skip
         if cache is not None:
             setattr(cache, GENERATION, generation)
@@ -187,13 +201,14 @@ class DecoderHooks:
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         run = kwargs.pop(RUN, None)
-        self.state.runs.append(run)
+        if index in self.tapped:
+            self.state.enter(run)
         if run is None:
             return None
         return run.layer_inputs(index, args, kwargs)
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        run = self.state.runs.pop() if self.state.runs else None
+        run = self.state.leave()
         if not isinstance(run, DecoderRun) or output is None or not run.spans or index <= run.decided:
             return
         run.decided = index
@@ -225,7 +240,7 @@ class DecoderHooks:
                 self._apply(run, span, pruner, pruner.prune_decoder(layer), budget, index + 1)
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        run = self.state.decoder.pop() if self.state.decoder else None
+        run = kwargs.get(RUN)
         if run is None or output is None:
             return None
         generation = run.generation

@@ -15,6 +15,9 @@ from vtprune.compaction import fill_index, gather_tokens, layer_mask, places_of,
 from vtprune.encoding import Call, EncodedImage
 from vtprune.selection import Merge, Selection
 
+# How many tokens were dropped before each place, in a layer whose positions are renumbered.
+SHIFT = "position_shift"
+
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -22,16 +25,23 @@ Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class ImageSpan:
     """One image in one row of the batch, and what is left of it.
 
-    places: (total,) places of its tokens in the row's current input; kept: tokens alive now, indices into the
-    whole image; history: (layer, kept) at every change; merges: (layer, Merge) with whole-image indices.
+    places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept:
+    tokens alive now, indices into the whole image; history: (layer, kept) at every change; merges: (layer, Merge)
+    with whole-image indices.
     """
 
     row: int
     places: Tensor
     image: EncodedImage
     kept: Tensor
+    offset: int = 0
     history: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: list[tuple[int, Merge]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The place after its last token in the whole sequence."""
+        return self.offset + int(self.places[-1]) + 1
 
     def kept_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer `layer` processes."""
@@ -70,9 +80,13 @@ class PromptInfo:
 
     def real(self) -> Tensor:
         """(B, length) True where a token of this input is not padding."""
-        if self.mask is None or self.mask.ndim != 2:
+        if not isinstance(self.mask, Tensor):
             return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
-        return self.mask[:, -self.length :].to(self.device).bool()
+        mask = self.mask
+        if mask.ndim == 4:
+            # What the last query sees is real.
+            mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+        return mask[:, -self.length :].to(self.device).bool().expand(self.batch, -1)
 
     def last_places(self) -> Tensor:
         """(B,) place of each row's last real token."""
@@ -100,7 +114,7 @@ class DecoderRun:
         self.alive: Tensor | None = None
         self._changed: list[tuple[int, Tensor, Tensor]] = []
         self._layouts: dict[int, Layout] = {}
-        self._masks: dict[tuple[int, int], Tensor | None] = {}
+        self._masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
         self._slots: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
         self._announced: set[int] = set()
         self.decided = -1
@@ -207,11 +221,12 @@ class DecoderRun:
         return self._slots[key][1]
 
     def _mask(self, mask: Tensor | None, layout: Layout, slots: Tensor | None) -> Tensor | None:
-        key = (id(layout.places), id(slots))
+        # Layers of another type (sliding windows) come with another mask.
+        key = (id(mask), id(layout.places), id(slots))
         if key not in self._masks:
             offset = self.prompt.offset
-            self._masks[key] = layer_mask(mask, layout.places, slots, offset, flash=self.flash)
-        return self._masks[key]
+            self._masks[key] = (mask, layer_mask(mask, layout.places, slots, offset, flash=self.flash))
+        return self._masks[key][1]
 
     def _embeddings(
         self, index: int, layout: Layout, states: Tensor, full: tuple[Tensor, Tensor]
@@ -231,7 +246,7 @@ class DecoderRun:
         """Rotary embeddings of positions renumbered without the dropped tokens, layer by layer."""
         assert self.rotary is not None
         layer = self.layers[index] if self.layers is not None else None
-        shift = None if layer is None else layer.aux.get("position_shift")
+        shift = None if layer is None else layer.at_end(SHIFT)
         if layout.places is None and shift is None:
             return full
         if layout.embeddings is None:
@@ -245,9 +260,9 @@ class DecoderRun:
             before = gone if shift is None else gone + shift.to(gone.device)
             positions = self._positions() - before
             layout.embeddings = self.rotary(states, gather_tokens(positions, places).clamp(min=0))
-            layout.shift = before[:, -1:]
+            layout.shift = before
         if layer is not None and layout.shift is not None:
-            layer.aux["position_shift"] = layout.shift
+            layer.extend(SHIFT, layout.shift, self.prompt.offset)
         return layout.embeddings
 
     def _positions(self) -> Tensor:

@@ -22,7 +22,8 @@ class EncodedImage:
     """What the decoder side has to know of one encoded image.
 
     grid: (t, h, w) in vision tokens; alive: (N,) tokens that the encoder left; segments: attention segment
-    lengths (in patches, CLS included) in each encoder layer; scored: the layers after which a pruner scored.
+    lengths (in patches, CLS included) in each encoder layer, empty if no pruner acts there; scored: the layers
+    after which a pruner scored; maker: who will know it again.
     """
 
     grid: tuple[int, int, int]
@@ -31,6 +32,7 @@ class EncodedImage:
     pixels: Tensor | None
     segments: list[list[int]]
     scored: tuple[int, ...]
+    maker: object
 
     @property
     def total(self) -> int:
@@ -160,12 +162,12 @@ class Encoding(ABC):
                 # Layers past the features see what the features' layer saw.
                 image.append(segments if index < self.depth else image[-1])
 
-    def images(self, pixels: list[Tensor]) -> list[EncodedImage]:
-        """What the decoder side has to know, image by image."""
+    def images(self, pixels: list[Tensor], maker: object) -> list[EncodedImage]:
+        """What the decoder side has to know, image by image; `maker` is who will know them again."""
         alive = [row[valid] for row, valid in zip(self.alive, self.valid, strict=True)]
         signals: Sequence[LayerSignals | None] = self.signals or [None] * len(self.grids)
         return [
-            EncodedImage(*parts, tuple(self.scored))
+            EncodedImage(*parts, tuple(self.scored), maker)
             for parts in zip(self.grids, alive, signals, pixels, self.segments, strict=True)
         ]
 

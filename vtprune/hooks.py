@@ -13,10 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.base import Adapter
 from vtprune.decoder_hooks import DecoderHooks
 from vtprune.encoder_hooks import EncoderHooks
+from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.report import Generation
 from vtprune.state import ThreadState
 from vtprune.taps import Taps
+
+MISSING = object()
 
 
 class Wrapping:
@@ -28,13 +31,18 @@ class Wrapping:
         self.given = given
         self.name = "+".join(pruner.name for pruner in pruners)
         self._handles: list[RemovableHandle] = []
-        self._overridden: list[tuple[Any, str]] = []
+        self._overridden: list[tuple[Any, str, Any]] = []
         state = ThreadState()
-        self._taps = _taps(adapter, pruners, facts, state)
+        self._taps = Taps(state.sink)
         self._encoder = EncoderHooks(adapter, pruners, facts, state, self._taps)
-        self._decoder = DecoderHooks(adapter, pruners, facts, state, compact=compact)
-        self._install_encoder(adapter)
-        self._install_decoder(adapter)
+        self._decoder = DecoderHooks(adapter, pruners, facts, state, compact=compact, maker=self._encoder.token)
+        try:
+            self._install_taps(adapter)
+            self._install_encoder(adapter)
+            self._install_decoder(adapter)
+        except AttributeError as error:
+            self.remove()
+            raise UnsupportedModelError(f"the {adapter.name} adapter does not fit this model: {error}") from error
 
     @property
     def last(self) -> Generation | None:
@@ -47,8 +55,10 @@ class Wrapping:
         self._override(adapter.inner, "get_image_features", hooks.image_features(original))
         self._before(adapter.vision_tower, hooks.open_encoder)
         for index, layer in enumerate(adapter.encoder_layers):
-            self._before(layer, functools.partial(hooks.before_layer, index))
-            self._after(layer, functools.partial(hooks.after_layer, index))
+            if hooks.prunes or index in hooks.tapped:
+                self._before(layer, functools.partial(hooks.before_layer, index))
+            if index in hooks.tapped:
+                self._after(layer, functools.partial(hooks.after_layer, index))
         self._before(adapter.projector, hooks.before_projector)
         self._after(adapter.projector, hooks.after_projector)
 
@@ -57,16 +67,22 @@ class Wrapping:
         for owner, name, replacement in adapter.overrides():
             self._override(owner, name, replacement)
         self._before(adapter.inner, hooks.open_frame)
-        self._after(adapter.inner, hooks.close_frame)
         self._before(adapter.language_model, hooks.open_decoder)
         self._after(adapter.language_model, hooks.close_decoder)
         for index, layer in enumerate(adapter.decoder_layers):
             self._before(layer, functools.partial(hooks.before_layer, index))
-            self._after(layer, functools.partial(hooks.after_layer, index))
+            if index in hooks.tapped:
+                self._after(layer, functools.partial(hooks.after_layer, index))
+
+    def _install_taps(self, adapter: Adapter) -> None:
+        encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)
+        projections = [adapter.encoder_projections(encoder_layers[index]) for index in sorted(self._encoder.tapped)]
+        projections += [adapter.decoder_projections(decoder_layers[index]) for index in sorted(self._decoder.tapped)]
+        self._taps.follow([one.modules for one in projections])
 
     def _override(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        self._overridden.append((owner, name, owner.__dict__.get(name, MISSING)))
         owner.__dict__[name] = torch.compiler.disable(replacement)
-        self._overridden.append((owner, name))
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         # Shapes depend on the data, so a compiler must not trace the hooks; it breaks its graph around them.
@@ -82,18 +98,14 @@ class Wrapping:
         self._taps.remove()
         for handle in self._handles:
             handle.remove()
-        for owner, name in self._overridden:
-            owner.__dict__.pop(name, None)
+        for owner, name, before in reversed(self._overridden):
+            if before is MISSING:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
 
+    def __reduce__(self) -> Any:
+        raise VTPruneError("a wrapped model cannot be copied or pickled; call vtprune.unwrap(model) first")
 
-def _taps(adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, state: ThreadState) -> Taps:
-    """Taps on the projections of the layers that some pruner scores."""
-    depth = facts.encoder_depth
-    scored = {index for pruner in pruners for index in pruner.encoder_layers(depth)}
-    if any(pruner.reads_encoder for pruner in pruners):
-        scored.add(depth - 1)
-    after = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
-    encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)
-    projections = [adapter.encoder_projections(encoder_layers[index]) for index in sorted(scored)]
-    projections += [adapter.decoder_projections(decoder_layers[index]) for index in sorted(after)]
-    return Taps([one.modules for one in projections], state.sink)
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__reduce__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -36,9 +37,9 @@ def check_keep(keep: object) -> None:
     if keep is None:
         return
     hint = "keep takes a count of vision tokens per image (an int of at least 1) or a fraction (a float in (0, 1])"
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
+    if isinstance(keep, bool) or not isinstance(keep, Integral | float):
         raise VTPruneError(f"{hint}, got {keep!r}")
-    if isinstance(keep, int) and keep < 1:
+    if isinstance(keep, Integral) and keep < 1:
         raise VTPruneError(f"{hint}, got {keep!r}")
     if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
         raise VTPruneError(f"{hint}, got {keep!r}")
@@ -66,6 +67,8 @@ class Pruner:
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        if isinstance(self.keep, Integral):
+            object.__setattr__(self, "keep", int(self.keep))
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
 from vtprune.model_cost import model_cost
 from vtprune.pruner import Pruner, ScoringWork
+from vtprune.state import ROWS
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Generation:
     """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked.
 
     spans: every image in the cache; the first `earlier` of them came with earlier turns. text: text tokens of
-    this turn's prompt in each row.
+    this turn's prompt in each row; offset: places that the cache held before it.
     """
 
     config: Any
@@ -101,10 +102,12 @@ class Generation:
     spans: list[ImageSpan]
     text: list[int]
     earlier: int = 0
+    offset: int = 0
     steps: int = 0
     _prefill: list[CachedLayer] = field(default_factory=list)
     _layers: list[CachedLayer] = field(default_factory=list)
     _mask: Tensor | None = None
+    _noted: list[int] = field(default_factory=list)
     _cache: weakref.ReferenceType[Cache] | None = None
 
     @property
@@ -116,25 +119,62 @@ class Generation:
         """Remembers what the cache holds after a forward; nothing is computed until a report is asked for."""
         mask = run.prompt.mask
         self._mask = mask if mask is not None and mask.ndim == 2 else None
+        self._noted = list(range(self.rows))
         if run.cache is None or run.layers is None:
             return
         self._cache = weakref.ref(run.cache)
         self._layers = [_cached(layer) for layer in run.layers]
+        self._noted = self.origins(run.layers)
         self._prefill = self._prefill or self._layers
 
-    def _live_layers(self) -> list[CachedLayer]:
-        cache = self._cache() if self._cache is not None else None
-        return self._layers if cache is None else [_cached(layer) for layer in cache.layers]
+    def origins(self, layers: list[Any]) -> list[int]:
+        """Which row of the prompt each row of the cache is: they are reordered, repeated and dropped."""
+        rows = layers[0].aux.get(ROWS) if layers else None
+        return list(range(self.rows)) if rows is None else rows[:, 0].tolist()
+
+    def live_spans(self, origins: list[int], length: int) -> list[ImageSpan]:
+        """The images that are still in the cache, as rows stand now."""
+        return [
+            replace(span, row=row)
+            for span in self.spans
+            for row, origin in enumerate(origins)
+            if span.row == origin and (span.end <= length or not length)
+        ]
+
+    def _as_of_now(self, cache: Any) -> Generation:
+        """This generation with the rows, images and entries that the cache has now."""
+        layers = cache.layers if cache is not None else []
+        origins = self.origins(layers) if layers else self._noted
+        length = layers[0].length if layers else 0
+        noted = [self._noted.index(origin) for origin in origins]
+        earlier = replace(self, spans=self.spans[: self.earlier]).live_spans(origins, length)
+        return replace(
+            self,
+            spans=self.live_spans(origins, length),
+            earlier=len(earlier),
+            text=[self.text[origin] for origin in origins],
+            _layers=[_cached(layer) for layer in layers] if layers else self._layers,
+            _prefill=[_rows(layer, origins) for layer in self._prefill],
+            _mask=None if self._mask is None else self._mask[noted],
+        )
 
     def _kv_tokens(self, layers: list[CachedLayer]) -> list[list[int]]:
         """Entries in the cache, [layer][row], padding left out."""
         return [_real_entries(slots, length, self._mask, self.rows) for slots, length, _ in layers]
 
-    def build(self) -> Report:
-        """The report as of now."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def build(self, cache: Cache | None = None) -> Report:
+        """The report as of now; `cache`: the one that this generation filled, or a copy of it."""
+        if cache is None and self._cache is not None:
+            cache = self._cache()
+        return self._as_of_now(cache)._build()
+
+    def _build(self) -> Report:
         tokens = self._tokens(self.spans)
         breakdown, full = self._flops()
-        live = self._live_layers()
+        live = self._layers
         kv = self._kv_tokens(live)
         dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in tokens]
         full_kv = [[k + d for k, d in zip(a, b, strict=True)] for a, b in zip(kv, dropped, strict=False)]
@@ -211,12 +251,12 @@ class Generation:
                 own,
                 text_tokens=text,
                 images=grids,
-                encoder_tokens_per_layer=[span.image.segments for span in fresh],
+                encoder_tokens_per_layer=_segments(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
                 scoring=sum(self._scoring(span, row) for span in spans),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
-            if entries and self.earlier:
+            if entries and self.offset:
                 past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
                 dropped = self._dropped_earlier(row)
                 alone = self._attend(alone, [v + text for v in own], past)
@@ -241,22 +281,24 @@ class Generation:
     def _scoring(self, span: ImageSpan, row: int) -> int:
         config, text = self.config.vision_config, self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
-        width = model_cost(self.config).vision.blocks.width
+        blocks = model_cost(self.config).vision.blocks
+        patches = span.image.total * self.facts.group
+        alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
         for pruner in self.pruners:
             if pruner.budget(span.image.total) >= span.image.total:
                 continue
             work = ScoringWork(
-                patches=span.image.total * self.facts.group,
+                patches=patches,
                 tokens=span.image.total,
                 kept=int(span.kept_at(0).numel()),
-                encoder_width=width,
+                encoder_width=blocks.width,
                 encoder_heads=heads,
                 decoder_width=text.hidden_size,
                 decoder_heads=text.num_attention_heads,
                 prompt=self.text[row] + self._total(row),
                 text=self.text[row],
-                encoder_patches=tuple(sum(layer) for layer in span.image.segments),
+                encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
                 decoder_layers=pruner.decoder_layers(self.depth),
                 has_cls=self.facts.has_cls,
@@ -268,6 +310,16 @@ class Generation:
 def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:
     names = [f.name for f in fields(FlopsBreakdown)]
     return FlopsBreakdown(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+
+def _segments(spans: list[ImageSpan]) -> list[list[list[int]]] | None:
+    """Attention segments by image and encoder layer, or None where no pruner acts in the encoder."""
+    return [span.image.segments for span in spans] if any(span.image.segments for span in spans) else None
+
+
+def _rows(layer: CachedLayer, rows: list[int]) -> CachedLayer:
+    slots, length, size = layer
+    return (None if slots is None else slots[rows]), length, size
 
 
 def _cached(layer: Any) -> CachedLayer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,12 @@ from vtprune.encoding import EncodedImage, Encoding
 
 # The argument that carries a run through the layers' keyword arguments.
 RUN = "vtprune_run"
+# The argument that carries a forward's Frame to the decoder.
+FRAME = "vtprune_frame"
 # The attribute of an image's feature tensor that holds its EncodedImage.
 RECORD = "_vtprune_image"
+# The aux tensor of a cache that says which row of the prompt each row was.
+ROWS = "rows"
 # The attribute of a cache that holds its Generation.
 GENERATION = "_vtprune"
 
@@ -28,15 +33,37 @@ class Frame:
 
 
 class ThreadState(threading.local):
-    """What is under way in this thread: forwards, the encoding, and the layers being run."""
+    """What is under way in this thread: the forward, the encoding, and the tapped layers being run.
+
+    Frames and runs travel in the arguments of the calls that they belong to; here they are only remembered
+    weakly, so that nothing survives a call that was interrupted.
+    """
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []
         self.encoding: Encoding | None = None
-        self.runs: list[Encoding | DecoderRun | None] = []
-        self.decoder: list[DecoderRun | None] = []
+        self._frame: weakref.ReferenceType[Frame] | None = None
+        self._runs: list[weakref.ReferenceType[Encoding | DecoderRun] | None] = []
+
+    @property
+    def frame(self) -> Frame | None:
+        """The multimodal forward under way."""
+        return None if self._frame is None else self._frame()
+
+    @frame.setter
+    def frame(self, frame: Frame) -> None:
+        self._frame = weakref.ref(frame)
+
+    def enter(self, run: Encoding | DecoderRun | None) -> None:
+        """Notes that a tapped layer of this run is about to run."""
+        self._runs.append(None if run is None else weakref.ref(run))
+
+    def leave(self) -> Encoding | DecoderRun | None:
+        """The run of the tapped layer that has just ended."""
+        run = self._runs.pop() if self._runs else None
+        return None if run is None else run()
 
     def sink(self) -> dict[str, Tensor] | None:
         """Where the projections of the layer being run put their outputs."""
-        run = self.runs[-1] if self.runs else None
-        return None if run is None else run.taps
+        run = self._runs[-1] if self._runs else None
+        alive = None if run is None else run()
+        return None if alive is None else alive.taps

@@ -15,10 +15,15 @@ Sink = Callable[[], dict[str, Tensor] | None]
 class Taps:
     """Hooks on the projections of some layers; `refresh` follows modules that PEFT or a quantiser replaced."""
 
-    def __init__(self, find: list[Callable[[], dict[str, nn.Module]]], sink: Sink) -> None:
-        self._find, self._sink = find, sink
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._find: list[Callable[[], dict[str, nn.Module]]] = []
         self._hooked: dict[tuple[int, str], tuple[nn.Module, RemovableHandle]] = {}
         self._lock = threading.Lock()
+
+    def follow(self, find: list[Callable[[], dict[str, nn.Module]]]) -> None:
+        """Hooks the modules that these functions find, now and at every refresh."""
+        self._find = find
         self.refresh()
 
     def refresh(self) -> None:

@@ -15,6 +15,7 @@ from vtprune import config
 from vtprune.adapters import adapter_for, core_model
 from vtprune.errors import VTPruneError
 from vtprune.hooks import Wrapping
+from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.registry import create
 from vtprune.report import Generation, Report
@@ -33,7 +34,7 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     "compact" renumbers them. Raises VTPruneError (or a subclass) for an unknown method or option, a model
     without an adapter, and a model that is wrapped already.
     """
-    core = core_model(model)
+    core: Any = core_model(model)
     if hasattr(core, ATTRIBUTE):
         current = getattr(core, ATTRIBUTE).name
         raise VTPruneError(f"this model is already wrapped with {current}; call vtprune.unwrap(model) first")
@@ -42,8 +43,11 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     given = resolve(pruner, **options)
     adapter = adapter_for(model)
     facts = adapter.facts()
+    # What cannot be accounted for is refused now, not when a report is asked for.
+    model_cost(core.config)
     pruners = [one.for_model(facts) for one in given]
     check_order(pruners, facts)
+    adapter.check_stages(encoder=any(one.encoder_layers(facts.encoder_depth) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
         raise VTPruneError(
             f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
@@ -72,7 +76,9 @@ def wrapped(model: M, pruner: Any, *, positions: str = "original", **options: An
     try:
         yield model
     finally:
-        unwrap(model)
+        # The block may have unwrapped the model itself.
+        if hasattr(core_model(model), ATTRIBUTE):
+            unwrap(model)
 
 
 def report(source: Any) -> Report:
@@ -84,7 +90,7 @@ def report(source: Any) -> Report:
         generation = getattr(source, ATTRIBUTE, None)
         if not isinstance(generation, Generation):
             raise VTPruneError("no wrapped model has filled this cache with a prompt yet")
-        return generation.build()
+        return generation.build(source)
     last = _wrapping(core_model(source), "report").last
     if last is None:
         raise VTPruneError("nothing to report: run forward() or generate() on the wrapped model first")
