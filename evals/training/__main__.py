@@ -24,7 +24,7 @@ def main(
     stage1_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone.")] = 1000,
     stage2_steps: Annotated[int, typer.Option(help="Steps of projector and decoder on few patches.")] = 1000,
     stage3_steps: Annotated[int, typer.Option(help="Steps of projector and decoder on all patches.")] = 1200,
-    stage4_steps: Annotated[int, typer.Option(help="Steps of everything together.")] = 3000,
+    stage4_steps: Annotated[int, typer.Option(help="Steps of everything together.")] = 4500,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
     check_every: Annotated[int, typer.Option(help="Steps between validations.")] = 250,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = False,
