@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 
+# One thread a test process: tiny models gain nothing from more, and two processes share two cores.
+test test-all test-lowest: export OMP_NUM_THREADS := 1
+
 .PHONY: bench bench-all test test-all test-lowest lint format clean
 
 $(STAMP): pyproject.toml
