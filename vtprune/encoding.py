@@ -157,10 +157,11 @@ class Encoding(ABC):
 
     def note_layer(self, index: int, kwargs: dict[str, Any]) -> None:
         """Records the attention segments of a layer that is about to run, for the accounting."""
+        if index < len(self.segments[0]):
+            return  # run again by gradient checkpointing
         for image, segments in zip(self.segments, self.layer_segments(kwargs), strict=True):
-            if index == len(image):
-                # Layers past the features see what the features' layer saw.
-                image.append(segments if index < self.depth else image[-1])
+            # Layers past the features see what the features' layer saw.
+            image.append(segments if index < self.depth else image[-1])
 
     def images(self, pixels: list[Tensor], maker: object) -> list[EncodedImage]:
         """What the decoder side has to know, image by image; `maker` is who will know them again."""

@@ -257,7 +257,8 @@ def _fixed_tower(config: Any) -> FixedVisionCost:
         side=(image_h // patch_h, image_w // patch_w),
         extra=TOWERS[tower.model_type],
         dropped=1 if config.vision_feature_select_strategy == "default" else 0,
-        pooling=getattr(tower, "vision_use_head", False),
+        # Before transformers 5.23 a config without the switch still means a head.
+        pooling=tower.model_type == "siglip_vision_model" and getattr(tower, "vision_use_head", True),
     )
 
 
