@@ -38,13 +38,6 @@ class PrunedLayer(DynamicLayer):
             new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
         return new
 
-    @property
-    def entries(self) -> int:
-        """Entries that the tensors hold, padding included."""
-        if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
-            return 0
-        return int(self.keys.shape[-2])
-
     def announce(self, slots: Tensor | None, new_length: int) -> None:
         """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None."""
         self.slots = slots

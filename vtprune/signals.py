@@ -32,15 +32,10 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 
     return _accumulate(query, key, scale, skip, softmax)[0]
 
 
-def attention_given(query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True) -> Tensor:
-    """Mean over heads and keys (the `skip` leading ones left out) of what each query gives: (N - skip,)."""
-    return _accumulate(query, key, scale, skip, softmax)[1]
-
-
 def attention_received_and_given(
     query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Both means of `attention_received` and `attention_given` in one pass, each (N - skip,)."""
+    """Both means of `attention_received` and of what each query gives, in one pass, each (N - skip,)."""
     return _accumulate(query, key, scale, skip, softmax)
 
 
@@ -95,10 +90,6 @@ class LayerSignals:
     def saliency(self) -> Tensor:
         """CLS attention where the encoder has a CLS token, received attention where it has none: (N,)."""
         return self.cls_attention() if self.has_cls else self.received_attention()
-
-    def token_mean(self, states: Tensor) -> Tensor:
-        """Mean over each vision token's patches of (H, P + N * group, d) states, prefix dropped: (H, N, d)."""
-        return reduce(states[:, self.prefix :], "h (n g) d -> h n d", "mean", g=self.group)
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

@@ -1,0 +1,57 @@
+"""Random streams of vision tokens that the tests of methods share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from vtprune.pruner import Pruner
+from vtprune.pruners import FoPru, Grid, HoloV, Pool, Random
+from vtprune.signals import LayerSignals
+from vtprune.stream import VisionStream
+
+few = settings(max_examples=40, deadline=None)
+grids = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9))
+
+SELECTING: list[Pruner] = [
+    Random(),
+    Grid(),
+    Pool(),
+    FoPru(),
+    FoPru(softmax=False),
+    FoPru(strategy="row"),
+    HoloV(),
+    HoloV(crops=3, tau=2.0, alpha=0.5),
+    HoloV(variant="released"),
+]
+
+
+def stream(
+    grid: tuple[int, int, int] = (1, 6, 6), budget: int = 9, *, seed: int = 0, prefix: int = 1, group: int = 1
+) -> VisionStream:
+    """A stream of random vectors with the signals of a random layer of 2 heads."""
+    generator = torch.Generator().manual_seed(seed)
+    total = math.prod(grid)
+    states = torch.randn(3, 2, prefix + total * group, 4, generator=generator)
+    return VisionStream(
+        features=torch.randn(total, 5, generator=generator),
+        grid=grid,
+        indices=torch.arange(total),
+        total=total,
+        budget=budget,
+        signals=LayerSignals(*states.unbind(), scale=0.5, prefix=prefix, group=group),
+        pixels=torch.randn(3, 8, 8, generator=generator),
+        text=torch.zeros(2, 5),
+    )
+
+
+def with_nan(whole: VisionStream) -> VisionStream:
+    """The stream with one NaN in a key."""
+    assert whole.signals is not None
+    key = whole.signals.key.clone()
+    key[0, -1, 0] = float("nan")
+    return replace(whole, signals=replace(whole.signals, key=key))
