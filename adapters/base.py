@@ -16,6 +16,7 @@ from vtprune.decoding import PromptInfo
 from vtprune.encoding import Encoding
 from vtprune.pruner import ModelFacts
 from vtprune.signals import split_heads
+from vtprune.source import image_statistics
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,27 @@ class Adapter(ABC):
     @abstractmethod
     def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
         """The pixels of each image."""
+
+    @abstractmethod
+    def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(t, 3, H, W) the pixels of one image as the encoder got them, in [0, 1]."""
+
+    @property
+    def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation (RGB) that the family's published processors normalise with: CLIP's."""
+        return (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def real_colours(self, pixels: Tensor) -> Tensor:
+        """(t, 3, H, W) normalised pixels put back into [0, 1], by the statistics of the model's own processor where
+        it is on this machine."""
+        known = image_statistics(self.source) or self.published_statistics
+        mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in known)
+        return (pixels.float() * std + mean).clamp(0, 1)
+
+    @property
+    def source(self) -> str:
+        """The folder or hub id that the model came from, "" if it is not known."""
+        return str(getattr(self.model.config, "_name_or_path", "") or "")
 
     @abstractmethod
     def check(self) -> None:

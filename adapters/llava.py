@@ -89,7 +89,7 @@ class LlavaAdapter(Adapter):
 
     def facts(self) -> ModelFacts:
         text = self.model.config.get_text_config()
-        return ModelFacts(bool(self._prefix), self.depth, text.num_hidden_layers, 1)
+        return ModelFacts(bool(self._prefix), self.depth, text.num_hidden_layers, 1, self.source)
 
     def encoder_projections(self, layer: Any) -> Projections:
         return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
@@ -120,3 +120,10 @@ class LlavaAdapter(Adapter):
 
     def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
         return list(arguments["pixel_values"])
+
+    def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        return self.real_colours(pixels[None])
+
+    @property
+    def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return super().published_statistics if self._prefix else ((0.5,) * 3, (0.5,) * 3)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter, Projections, rotate
-from vtprune.cache import PrunedLayer, is_adopted
+from vtprune.cache import PrunedLayer, cache_in, is_adopted
 from vtprune.decoding import PromptInfo
 from vtprune.encoding import Call, Encoding
 from vtprune.errors import UnsupportedModelError
@@ -164,7 +164,7 @@ class QwenVLAdapter(Adapter):
     def facts(self) -> ModelFacts:
         config = self.model.config
         return ModelFacts(
-            False, config.vision_config.depth, config.get_text_config().num_hidden_layers, self._merge**2
+            False, config.vision_config.depth, config.get_text_config().num_hidden_layers, self._merge**2, self.source
         )
 
     def encoder_projections(self, layer: Any) -> Projections:
@@ -196,6 +196,17 @@ class QwenVLAdapter(Adapter):
         counts = arguments["image_grid_thw"].prod(dim=-1).tolist()
         return list(arguments["pixel_values"].split(counts))
 
+    def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        vision, merge = self.model.config.vision_config, self._merge
+        frames, height, width = grid
+        # An image is repeated to fill the patch's depth in time; the first of these is the picture.
+        pattern = "(t h w gh gw) (c time ph pw) -> time t c (h gh ph) (w gw pw)"
+        sizes = {"t": frames, "h": height, "w": width, "gh": merge, "gw": merge}
+        size = vision.patch_size
+        return self.real_colours(
+            rearrange(pixels, pattern, **sizes, time=vision.temporal_patch_size, ph=size, pw=size)[0]
+        )
+
     def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         return [
             (self.inner, "compute_3d_position_ids", self._compute_3d_position_ids()),
@@ -211,7 +222,7 @@ class QwenVLAdapter(Adapter):
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             values = given.arguments
-            cache = values["past_key_values"]
+            cache = cache_in(values)
             delta = _delta(cache)
             if delta is None:
                 return original(*args, **kwargs)
@@ -230,7 +241,7 @@ class QwenVLAdapter(Adapter):
 
         def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
             """As the model's own, for a cache that this wrapped model has filled before."""
-            cache = model_kwargs.get("past_key_values")
+            cache = cache_in(model_kwargs)
             delta = _delta(cache)
             if cache is None or delta is None:
                 return original(inputs_tensor, model_kwargs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -172,6 +173,19 @@ def unsupported_reason(cache: Cache) -> str | None:
     if replicated is not None and replicated is not DynamicLayer:
         return f"a cache of {replicated.__name__} layers"
     return None
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments: `cache` since transformers 5.24, `past_key_values` before."""
+    given = arguments.get("cache")
+    return arguments.get("past_key_values") if given is None else given
+
+
+def with_cache(forward: Callable[..., Any], arguments: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
+    """The arguments with this cache, under the name that `forward` has for it."""
+    others = {name: value for name, value in arguments.items() if name not in ("cache", "past_key_values")}
+    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    return {**others, name: cache}
 
 
 def is_adopted(cache: object) -> bool:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter
-from vtprune.cache import PrunedLayer, adopt_cache, logical_length, unsupported_cache, unsupported_reason
+from vtprune.cache import (
+    PrunedLayer,
+    adopt_cache,
+    cache_in,
+    logical_length,
+    unsupported_cache,
+    unsupported_reason,
+    with_cache,
+)
 from vtprune.compaction import fill_index
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage
@@ -85,13 +93,14 @@ class DecoderHooks:
             layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         if layers is not None and (prompt.offset == 0 or spans):
             self.adapter.remember(layers, prompt)
-        self._select(run, embeds)
+        ids = frame.inputs.get("input_ids")
+        self._select(run, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
         _forget_tensors(spans)
         run.generation = self._generation(run)
-        return args, {**kwargs, "past_key_values": cache, RUN: run}
+        return args, {**with_cache(module.forward, kwargs, cache), RUN: run}
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> Cache | None:
-        cache = kwargs.get("past_key_values")
+        cache: Cache | None = cache_in(kwargs)
         if module.training and getattr(module, "gradient_checkpointing", False):
             return None
         if cache is None:
@@ -139,22 +148,50 @@ class DecoderHooks:
             raise unsupported_cache(reason)
         return None
 
-    def _select(self, run: DecoderRun, embeds: Tensor) -> None:
-        text = self._text(run, embeds) if run.spans else []
+    def _select(self, run: DecoderRun, embeds: Tensor, input_ids: Tensor | None) -> None:
+        text = self._text(run) if run.spans else []
+        pictures: dict[int, Tensor] = {}
         for span in run.spans:
             run.mark(span)
-            for pruner in self.pruners:
-                budget = pruner.input_budget(span.image.total)
-                if not pruner.selects or budget >= span.kept.numel():
+            for index, pruner in enumerate(self.pruners):
+                if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
                     continue
-                places = span.places[span.kept]
-                image = span.image
-                assert image.pixels is not None
-                stream = VisionStream(
-                    embeds[span.row, places], image.grid, span.kept, image.total, budget, image.signals, image.pixels,
-                    text[span.row],
-                )  # fmt: skip
-                self._apply(run, span, pruner, pruner.select(stream), budget, 0)
+                stream = self._stream(pruner, span, embeds, text[span.row], input_ids, pictures)
+                span.memories[index] = pruner.remember(stream)
+                if pruner.selects and (stream.budget < span.kept.numel() or pruner.adaptive):
+                    selection = pruner.select(replace(stream, memory=span.memories[index]))
+                    self._apply(run, span, pruner, selection, stream.budget, 0)
+
+    def _stream(
+        self,
+        pruner: Pruner,
+        span: ImageSpan,
+        embeds: Tensor,
+        text: Tensor,
+        input_ids: Tensor | None,
+        pictures: dict[int, Tensor],
+    ) -> VisionStream:
+        image = span.image
+        assert image.pixels is not None
+        picture = None
+        if pruner.reads_picture:
+            if id(image) not in pictures:
+                pictures[id(image)] = self.adapter.picture(image.pixels, image.grid)
+            picture = pictures[id(image)]
+        return VisionStream(
+            features=embeds[span.row, span.places[span.kept]],
+            grid=image.grid,
+            indices=span.kept,
+            total=image.total,
+            budget=pruner.input_budget(image.total),
+            signals=image.signals,
+            pixels=image.pixels,
+            text=embeds[span.row, text],
+            text_ids=None if input_ids is None else input_ids[span.row, text],
+            last_signals=image.last_signals,
+            picture=picture,
+            source=self.facts.source,
+        )
 
     def _apply(
         self, run: DecoderRun, span: ImageSpan, pruner: Pruner, selection: Selection | None, budget: int, layer: int
@@ -162,16 +199,18 @@ class DecoderHooks:
         if selection is None:
             return
         selection.check(span.kept.numel())
-        if selection.kept.numel() > budget:
+        if selection.kept.numel() > budget and not pruner.adaptive:
             raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
         run.drop(span, selection, layer)
+        if selection.note:
+            span.notes.append(f"{pruner.name}: {selection.note}")
 
-    def _text(self, run: DecoderRun, embeds: Tensor) -> list[Tensor]:
-        """The embeddings of each row's text tokens, without padding and placeholders."""
+    def _text(self, run: DecoderRun) -> list[Tensor]:
+        """The places of each row's text tokens in the input, without padding and placeholders."""
         real = run.prompt.real().clone()
         for span in run.spans:
             real[span.row, span.places] = False
-        return [row[keep] for row, keep in zip(embeds, real, strict=True)]
+        return [row.nonzero().flatten() for row in real]
 
     def _generation(self, run: DecoderRun) -> Generation:
         """The record of this generation: the cache's own, unless this forward brings a prompt of its own."""
@@ -214,28 +253,34 @@ class DecoderHooks:
         run.decided = index
         scoring = [pruner for pruner in self.pruners if index in pruner.decoder_layers(self._depth)]
         spans = run.spans
-        if any(p.decoder_budget(s.image.total, index) < s.kept.numel() for p in scoring for s in spans):
+        if any(self._asked(pruner, span, index) for pruner in scoring for span in spans):
             with torch.no_grad():
                 self._prune(run, index, scoring, kwargs["position_embeddings"])
         run.taps.clear()
+
+    @staticmethod
+    def _asked(pruner: Pruner, span: ImageSpan, index: int) -> bool:
+        """Whether a method has to say which tokens of an image go on after a decoder layer."""
+        return pruner.adaptive or pruner.decoder_budget(span.image.total, index) < span.kept.numel()
 
     def _prune(self, run: DecoderRun, index: int, scoring: list[Pruner], embeddings: tuple[Tensor, Tensor]) -> None:
         query, key, value = self.adapter.decoder_states(run.taps, embeddings)
         places = run.layout(index).places
         column = run.prompt.last_places()
         where = None if places is None else fill_index(places, run.prompt.length)
+        text = self._text(run)
         for span in run.spans:
             row = span.row
-            for pruner in scoring:
-                budget = pruner.decoder_budget(span.image.total, index)
-                if budget >= span.kept.numel():
+            for order, pruner in enumerate(self.pruners):
+                if pruner not in scoring or not self._asked(pruner, span, index):
                     continue
-                vision, last = span.places[span.kept], column[row]
+                budget = pruner.decoder_budget(span.image.total, index)
+                vision, words, last = span.places[span.kept], text[row], column[row]
                 if where is not None:
-                    vision, last = where[row, vision], where[row, last]
+                    vision, words, last = where[row, vision], where[row, words], where[row, last]
                 layer = DecoderLayer(
                     query[row], key[row], value[row], vision, int(last), self.adapter.decoder_scale,
-                    span.image.total, span.kept, budget, index, self._depth,
+                    span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
                 )  # fmt: skip
                 self._apply(run, span, pruner, pruner.prune_decoder(layer), budget, index + 1)
 
@@ -268,6 +313,6 @@ class DecoderHooks:
 
 def _forget_tensors(spans: list[ImageSpan]) -> None:
     """Leaves the signals and pixels of images behind once they are selected from: the report outlives them."""
-    slim = {id(span.image): replace(span.image, signals=None, pixels=None) for span in spans}
+    slim = {id(span.image): replace(span.image, signals=None, last_signals=None, pixels=None) for span in spans}
     for span in spans:
         span.image = slim[id(span.image)]

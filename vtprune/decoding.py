@@ -27,7 +27,7 @@ class ImageSpan:
 
     places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept:
     tokens alive now, indices into the whole image; history: (layer, kept) at every change; merges: (layer, Merge)
-    with whole-image indices.
+    with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said.
     """
 
     row: int
@@ -37,6 +37,8 @@ class ImageSpan:
     offset: int = 0
     history: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: list[tuple[int, Merge]] = field(default_factory=list)
+    memories: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -121,7 +123,12 @@ class DecoderRun:
 
     def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from decoder layer `layer` on."""
-        before, span.kept = span.kept, span.kept[selection.kept.to(span.kept.device)]
+        left = selection.kept.to(span.kept.device)
+        before, span.kept = span.kept, span.kept[left]
+        span.memories = {
+            index: {name: values[left.to(values.device)] for name, values in memory.items()}
+            for index, memory in span.memories.items()
+        }
         for merge in selection.merges:
             whole = Merge(int(before[merge.into]), tuple(int(before[m]) for m in merge.members), merge.weights)
             span.merges.append((layer, whole))

@@ -23,7 +23,7 @@ class EncodedImage:
 
     grid: (t, h, w) in vision tokens; alive: (N,) tokens that the encoder left; segments: attention segment
     lengths (in patches, CLS included) in each encoder layer, empty if no pruner acts there; scored: the layers
-    after which a pruner scored; maker: who will know it again.
+    after which a pruner scored; maker: who will know it again; last_signals: of the tower's last layer.
     """
 
     grid: tuple[int, int, int]
@@ -33,6 +33,7 @@ class EncodedImage:
     segments: list[list[int]]
     scored: tuple[int, ...]
     maker: object
+    last_signals: LayerSignals | None = None
 
     @property
     def total(self) -> int:

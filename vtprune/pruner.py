@@ -32,6 +32,20 @@ class PrunerInfo:
     variants: tuple[str, ...] = ("paper",)
 
 
+@dataclass(frozen=True)
+class Tunable:
+    """The values that a search may give to a hyper-parameter: numbers from `low` to `high`, or `choices`.
+
+    whole: only ints; log: equal ratios count as equal steps.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    whole: bool = False
+    log: bool = False
+    choices: tuple[str | int | float | bool | None, ...] = ()
+
+
 def check_keep(keep: object) -> None:
     """Raises VTPruneError unless `keep` is None, an int of at least 1, or a float in (0, 1]."""
     if keep is None:
@@ -90,6 +104,27 @@ class Pruner:
         """Whether `select` needs q, k and v of the encoder layer that feeds the decoder."""
         return False
 
+    @property
+    def reads_last_layer(self) -> bool:
+        """Whether `remember` or `select` needs q, k and v of the vision tower's last layer, which may lie past
+        the one that feeds the decoder."""
+        return False
+
+    @property
+    def reads_picture(self) -> bool:
+        """Whether `remember` or `select` needs the image's real colours."""
+        return False
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether thresholds decide how many tokens stay: decoder stages are then always asked, and their answer
+        is not held against a budget."""
+        return False
+
+    def search_space(self) -> dict[str, Tunable]:
+        """The hyper-parameters that a search may set, by field name, at this `keep`; none by default."""
+        return {}
+
     def for_model(self, facts: ModelFacts) -> Pruner:
         """This pruner with what depends on the model filled in; raises VTPruneError for a setting that the
         model cannot meet (a layer beyond the decoder, say). Called once, by `wrap`."""
@@ -125,6 +160,11 @@ class Pruner:
         """Which tokens go on to the next encoder layer: (B, N) bool, or None for all."""
         return None
 
+    def remember(self, stream: VisionStream) -> dict[str, Tensor]:
+        """Values of the tokens, each (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
+        `layer.memory`, cut to the tokens that are left; called once for every image."""
+        return {}
+
     @property
     def selects(self) -> bool:
         """Whether the method acts between encoder and decoder."""
@@ -142,6 +182,10 @@ class Pruner:
         """Which tokens of one image go on to the next decoder layer, or None for all."""
         return None
 
+    def cache_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""
+        return ()
+
     def scoring_flops(self, work: ScoringWork) -> int:
         """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
         return 0
@@ -156,13 +200,15 @@ class ModelFacts:
     """What a method may ask about the model that it is wrapped around.
 
     has_cls: whether the vision encoder has a CLS token; encoder_depth: encoder layers that feed the features;
-    decoder_depth: decoder layers; group: encoder patches that form one vision token.
+    decoder_depth: decoder layers; group: encoder patches that form one vision token; source: the folder or hub
+    id that the model came from, "" if it is not known.
     """
 
     has_cls: bool
     encoder_depth: int
     decoder_depth: int
     group: int
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vtprune.errors import ScoreError, VTPruneError
 
 @dataclass(frozen=True)
 class Merge:
-    """Vectors of `members` flow into the token `into` with `weights` (they sum to 1)."""
+    """Vectors of `members` flow into the token `into` with `weights` (which sum to 1 unless a method says else)."""
 
     into: int
     members: tuple[int, ...]
@@ -26,11 +26,13 @@ class Selection:
     kept: (K,) int64 indices into the N tokens that the pruner was shown, ascending and distinct.
     vectors: (K, D) new vectors for the kept tokens, or None to leave them as they are.
     merges: for each token with a new vector, where the vector came from.
+    note: what the report should say of this choice, "" for nothing.
     """
 
     kept: Tensor
     vectors: Tensor | None = None
     merges: tuple[Merge, ...] = field(default=())
+    note: str = ""
 
     def check(self, tokens: int) -> None:
         """Raises VTPruneError unless the indices are ascending, distinct and inside `tokens`."""

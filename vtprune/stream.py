@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,6 +23,11 @@ class VisionStream:
         the pruner does not ask for them (`Pruner.reads_encoder`).
     pixels: the image as the encoder got it: (C, H, W), or (patches, C * t * p * p) on Qwen.
     text: (T, D) decoder embeddings of the text tokens of this row, in order.
+    text_ids: (T,) their ids, or None if the caller handed in embeddings.
+    last_signals: as `signals`, of the vision tower's last layer (`Pruner.reads_last_layer`).
+    picture: (t, 3, H, W) the image in [0, 1] as the encoder saw it (`Pruner.reads_picture`), else None.
+    memory: what the pruner's own `remember` answered, for these N tokens.
+    source: the folder or hub id that the model came from, "" if it is not known.
     """
 
     features: Tensor
@@ -33,6 +38,11 @@ class VisionStream:
     signals: LayerSignals | None
     pixels: Tensor
     text: Tensor
+    text_ids: Tensor | None = None
+    last_signals: LayerSignals | None = None
+    picture: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,8 @@ class DecoderLayer:
     total: tokens of the whole image; indices: (N,) the place of each in the whole image.
     budget: tokens to keep at the most from here on.
     index: 0-based index of the layer that ran; depth: number of decoder layers.
+    text: (T,) places in 0 .. n - 1 of the row's text tokens.
+    memory: what the pruner's own `remember` answered, for these N tokens.
     """
 
     query: Tensor
@@ -86,3 +98,5 @@ class DecoderLayer:
     budget: int
     index: int
     depth: int
+    text: Tensor
+    memory: dict[str, Tensor]

@@ -1,0 +1,48 @@
+"""What lies beside a model's weights, on this machine only: its image statistics and its tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def _local_json(source: str, name: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        data = json.loads(open(path, encoding="utf-8").read()) if path else {}
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+@functools.lru_cache(maxsize=16)
+def image_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation (RGB) that the processor in a folder or in the hub's local cache normalises
+    pixels with, or None; nothing is downloaded."""
+    if not source:
+        return None
+    for name in PROCESSOR_FILES:
+        data = _local_json(source, name)
+        data = data.get("image_processor", data)
+        mean, std = data.get("image_mean"), data.get("image_std")
+        if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3:
+            return tuple(map(float, mean)), tuple(map(float, std))
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def tokenizer_of(source: str) -> Any | None:
+    """The tokenizer in a folder or in the hub's local cache, or None; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    if not source:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
