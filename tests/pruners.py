@@ -22,6 +22,7 @@ PRUNERS: list[Pruner] = [
     vtprune.FlowCut(keep=8),
     vtprune.FlowCut(keep=0.3, stages=2),
     vtprune.HoloV(keep=0.25),
+    vtprune.DivPrune(keep=0.25),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -29,6 +30,7 @@ RELEASED: list[Pruner] = [
     vtprune.FlowCut(keep=8, variant="released"),
     vtprune.FlowCut(keep=6, stages=2, variant="released"),
     vtprune.HoloV(keep=9, variant="released"),
+    vtprune.DivPrune(keep=9, variant="released"),
 ]
 
 

@@ -1,0 +1,87 @@
+"""DivPrune: the tokens that are farthest from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruners.checks import check_choice
+from vtprune.pruners.cosines import Cosines, keeps_matrix, unit_vectors
+from vtprune.registry import register
+from vtprune.selection import Selection
+from vtprune.stream import VisionStream
+
+
+def max_min_diverse(features: Tensor, count: int) -> Tensor:
+    """`count` of N tokens in the order of choice: (count,) int64, distinct.
+
+    features: (N, D), count <= N. The first token is the one whose nearest neighbour is farthest, each next one
+    the farthest from its nearest among those chosen; ties go to the lowest index. The distance is 1 - cosine:
+    the running maximum of the cosine is what is kept, so a choice reads one row. Raises ScoreError for NaN.
+    """
+    cosines = Cosines(unit_vectors(features, "divprune"))
+    chosen = torch.empty(count, dtype=torch.long, device=features.device)
+    taken = torch.zeros_like(cosines.nearest)
+    closest = cosines.nearest
+    for turn in range(count):
+        index = (closest + taken).argmin(dim=0, keepdim=True)
+        chosen[turn : turn + 1] = index
+        taken.index_fill_(0, index, torch.inf)
+        if turn + 1 < count:
+            row = cosines.row(index)
+            closest = torch.maximum(closest, row) if turn else row
+    return chosen
+
+
+@register(
+    "divprune",
+    stage="before decoder",
+    paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+    arxiv="2503.02175",
+    licence="CC BY-NC 4.0",
+    needs="decoder-width features",
+    variants=("paper", "released"),
+)
+@dataclass(frozen=True)
+class DivPrune(Pruner):
+    """DivPrune: Diversity-based Visual Token Pruning (CVPR 2025, arXiv 2503.02175).
+
+    Greedy max-min diversity over the vectors that enter the decoder, by cosine distance; neither attention nor
+    text. `default_keep` is the paper's 0.098 for images. Nothing to tune.
+
+    variant="released" is the authors' code (vbdi/divprune, CC BY-NC 4.0, not copied): the same choice, and
+    renumbered positions. Departures from it, of both variants: a token is never chosen twice (the code repeats
+    tokens once every distance is about 0, for exact duplicates); distances are fp32 whatever the model's dtype
+    (in fp16 they tie); zero vectors have cosine 0 to everything, not NaN; each image is pruned on its own (the
+    code takes the first image of the first row, at a fixed place of the prompt).
+
+    CLS is not used, so encoders without it (SigLIP, Qwen) need no substitute.
+    """
+
+    variant: str = "paper"
+
+    default_keep: ClassVar[int | float] = 0.098
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "variant", self.variant, self.info.variants)
+
+    @property
+    def compact_positions(self) -> bool:
+        """True for variant="released"."""
+        return self.variant == "released"
+
+    def select(self, stream: VisionStream) -> Selection:
+        """Keeps the budget; raises ScoreError for NaN."""
+        return Selection(max_min_diverse(stream.features, stream.budget).sort().values)
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """All cosines once; beyond D tokens, where they are not kept, also those of each chosen token."""
+        rows = work.tokens
+        if not keeps_matrix(work.tokens, work.decoder_width):
+            rows += work.kept - 1
+        return 2 * rows * work.tokens * work.decoder_width
