@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from vtprune.adapters.rotary import rotate
 from vtprune.cache import PrunedLayer
 from vtprune.decoding import PromptInfo
 from vtprune.encoding import Encoding
@@ -80,7 +81,16 @@ class Adapter(ABC):
         """The projections of one encoder layer."""
 
     @abstractmethod
-    def start_encoding(self, arguments: dict[str, Any], budget: Callable[[int], int]) -> Encoding:
+    def encoder_mlp(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The norm before the MLP of one encoder layer, and the MLP."""
+
+    def sized_attentions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        """Methods to replace, as `overrides`, so that encoder attention can weigh keys by token sizes; none where
+        the encoder's attention takes a mask."""
+        return []
+
+    @abstractmethod
+    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
         """The state of one encoder pass, from the bound arguments of `get_image_features`."""
 
     @abstractmethod
@@ -180,10 +190,3 @@ class Adapter(ABC):
         from transformers.cache_utils import DynamicCache
 
         return DynamicCache(config=self.inner.language_model.config)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout; states (..., n, d), cos and sin broadcast to it."""
-    half = states.shape[-1] // 2
-    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
-    return states * cos + turned * sin

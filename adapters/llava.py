@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, Projections
-from vtprune.encoding import Encoding, PaddedEncoding
+from vtprune.encoding import Encoding
 from vtprune.errors import UnsupportedModelError, VTPruneError
+from vtprune.padded_encoding import PaddedEncoding
 from vtprune.pruner import ModelFacts
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -94,7 +95,10 @@ class LlavaAdapter(Adapter):
     def encoder_projections(self, layer: Any) -> Projections:
         return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
 
-    def start_encoding(self, arguments: dict[str, Any], budget: Callable[[int], int]) -> Encoding:
+    def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        return layer.layer_norm2, layer.mlp
+
+    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
         config = self.model.config
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given = arguments.get(name)
@@ -113,7 +117,7 @@ class LlavaAdapter(Adapter):
             prefix=self._prefix,
             heads=config.vision_config.num_attention_heads,
             depth=self.depth,
-            budgets=[budget(height * width)] * count,
+            last=config.vision_config.num_hidden_layers - 1,
             device=pixel_values.device,
             attn_implementation=config.vision_config._attn_implementation or "",
         )

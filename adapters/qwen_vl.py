@@ -9,117 +9,17 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from vtprune.adapters.base import Adapter, Projections, rotate
+from vtprune.adapters.base import Adapter, Projections
+from vtprune.adapters.packed import PackedEncoding, sized_attention
 from vtprune.cache import PrunedLayer, cache_in, is_adopted
 from vtprune.decoding import PromptInfo
-from vtprune.encoding import Call, Encoding
+from vtprune.encoding import Encoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.pruner import ModelFacts
 
 ROPE_DELTA = "rope_delta"
-
-
-class PackedEncoding(Encoding):
-    """Images of any size packed into one (S, D) sequence in window order, whole merge groups dropping out.
-
-    `order` is the raster index of the merge group at each place of the sequence (over all images), as the
-    tower's window permutation put it there.
-    """
-
-    def __init__(self, *args: Any, order: Tensor, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._order = order
-        self._full = torch.ones_like(order, dtype=torch.bool)
-        self._first = pad(self.total.cumsum(0), (1, 0))[:-1]
-        self._alive = self._full
-        self._applied = self._full
-        self._cuts: dict[int, tuple[Tensor | None, Tensor]] = {}
-        # Blocks of one kind share their boundaries; reading them off once spares a transfer from the device.
-        self._listed: tuple[Any, list[list[int]]] = (None, [])
-
-    def states(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        split = rearrange(self.taps["qkv"], "s (three h d) -> three h s d", three=3, h=self.heads)
-        cos, sin = (part.float() for part in kwargs["position_embeddings"])
-        query, key = rotate(split[0].float(), cos, sin), rotate(split[1].float(), cos, sin)
-        places = self._places()
-        dtype = split.dtype
-        return self._pick(query.to(dtype), places), self._pick(key.to(dtype), places), self._pick(split[2], places)
-
-    def _places(self) -> Tensor:
-        """(B, N) where each token alive stands among the groups of the sequence now."""
-        place = torch.zeros_like(self._order)
-        place[self._order[self._alive]] = torch.arange(int(self._alive.sum()), device=place.device)
-        return place[(self.alive + self._first[:, None]).clamp(max=place.numel() - 1)]
-
-    def _pick(self, states: Tensor, places: Tensor) -> Tensor:
-        groups = rearrange(states, "h (s g) d -> h s g d", g=self.group)[:, places]
-        return rearrange(groups, "h b n g d -> b h (n g) d")
-
-    def compact(self, keep: Tensor, order: Tensor) -> None:
-        kept = torch.zeros_like(self._full)
-        kept[(self.alive + self._first[:, None])[keep]] = True
-        self._alive = kept[self._order]
-
-    def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        if index not in self._cuts:
-            self._cuts[index] = self._new_cut()
-        change, alive = self._cuts[index]
-        states = args[0]
-        if change is not None:
-            states = self._rows(states, change)
-        if alive is self._full:
-            return (states, *args[1:]), kwargs
-        kwargs = dict(kwargs)
-        kwargs["cu_seqlens"] = self._segments(kwargs["cu_seqlens"], alive)
-        kwargs["position_embeddings"] = tuple(self._rows(part, alive) for part in kwargs["position_embeddings"])
-        if kwargs.get("max_seqlen") is not None:
-            kwargs["max_seqlen"] = int(kwargs["cu_seqlens"].diff().max())
-        return (states, *args[1:]), kwargs
-
-    def _new_cut(self) -> tuple[Tensor | None, Tensor]:
-        change = None
-        if self._applied is not self._alive:
-            change = self._alive[self._applied]
-            self._applied = self._alive
-        return change, self._alive
-
-    def _rows(self, states: Tensor, groups: Tensor) -> Tensor:
-        return states[groups.to(states.device).repeat_interleave(self.group)]
-
-    def _segments(self, boundaries: Tensor, alive: Tensor) -> Tensor:
-        """Cumulative segment lengths without the dropped patches; a segment left empty goes."""
-        counted = pad(alive.cumsum(0), (1, 0)) * self.group
-        cut = counted.to(boundaries.device)[boundaries.long() // self.group]
-        return torch.unique_consecutive(cut).to(boundaries.dtype)
-
-    def projector_input(self, states: Tensor) -> Tensor:
-        change, _ = self._new_cut()
-        return states if change is None else self._rows(states, change)
-
-    def projector_output(self, states: Tensor) -> Tensor:
-        if not self.dropped:
-            return states
-        full = states.new_zeros(self._full.numel(), *states.shape[1:])
-        return full.index_put((self._alive.nonzero().flatten().to(states.device),), states)
-
-    def layer_segments(self, kwargs: dict[str, Any]) -> list[list[int]]:
-        boundaries = kwargs["cu_seqlens"]
-        if boundaries is self._listed[0]:
-            return self._listed[1]
-        lengths = boundaries.diff().tolist()
-        ends = boundaries[1:].tolist()
-        limits = pad(self.valid.sum(dim=1).cumsum(0) * self.group, (1, 0)).tolist()
-        found: list[list[int]] = [[] for _ in self.grids]
-        image = 0
-        for length, end in zip(lengths, ends, strict=True):
-            while end > limits[image + 1]:
-                image += 1
-            found[image].append(length)
-        self._listed = (boundaries, found)
-        return found
 
 
 class QwenVLAdapter(Adapter):
@@ -170,7 +70,10 @@ class QwenVLAdapter(Adapter):
     def encoder_projections(self, layer: Any) -> Projections:
         return Projections(layer.attn, {"qkv": "qkv"})
 
-    def start_encoding(self, arguments: dict[str, Any], budget: Callable[[int], int]) -> Encoding:
+    def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        return layer.norm2, layer.mlp
+
+    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
         from transformers.vision_utils import get_vision_window_index
 
         vision = self.model.config.vision_config
@@ -187,7 +90,7 @@ class QwenVLAdapter(Adapter):
             prefix=0,
             heads=vision.num_heads,
             depth=vision.depth,
-            budgets=[budget(t * h * w) for t, h, w in grids],
+            last=vision.depth - 1,
             device=device,
             order=order.to(device),
         )
@@ -206,6 +109,10 @@ class QwenVLAdapter(Adapter):
         return self.real_colours(
             rearrange(pixels, pattern, **sizes, time=vision.temporal_patch_size, ph=size, pw=size)[0]
         )
+
+    def sized_attentions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        attentions = [block.attn for block in self.inner.visual.blocks]
+        return [(one, "forward", sized_attention(one, one.forward)) for one in attentions]
 
     def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         return [

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.encoding import Encoding
+from vtprune.merging import check_selection
 from vtprune.pruner import ModelFacts, Pruner
+from vtprune.selection import EncoderSelection
 from vtprune.state import FRAME, RECORD, RUN, ThreadState
-from vtprune.stream import EncoderLayer
 from vtprune.taps import Taps
 
 
@@ -27,18 +28,19 @@ class EncoderHooks:
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.taps = adapter, pruners, facts, state, taps
         self.token = object()
-        depth = facts.encoder_depth
-        scored = {index for pruner in pruners for index in pruner.encoder_layers(depth)}
+        depth, last = facts.encoder_depth, len(list(adapter.encoder_layers)) - 1
+        # Layers at which each pruner scores, inside (0: before the MLP) or at the end (1).
+        self.scored = [(index, pruner) for pruner in pruners for index in pruner.encoder_layers(depth)]
         self.reads = any(pruner.reads_encoder for pruner in pruners)
+        self.reads_last = any(pruner.reads_last_layer for pruner in pruners)
+        self.reads_hidden = any(pruner.reads_hidden for pruner in pruners)
         # Layers whose inputs are cut: all of them or none; layers whose q, k and v are read.
-        self.prunes = bool(scored)
-        self.tapped = scored | ({depth - 1} if self.reads else set())
+        self.prunes = bool(self.scored)
+        read = ({depth - 1} if self.reads else set()) | ({last} if self.reads_last else set())
+        self.tapped = {index for index, _ in self.scored} | read
+        self.opened = {index for index, pruner in self.scored if pruner.acts_before_mlp}
+        self.sized = any(pruner.proportional_attention for pruner in pruners)
         self._features_signature = inspect.signature(adapter.inner.get_image_features)
-
-    def _budget(self, tokens: int) -> int:
-        depth = self.facts.encoder_depth
-        budgets = [pruner.encoder_budget(tokens) for pruner in self.pruners if pruner.encoder_layers(depth)]
-        return min(budgets, default=tokens)
 
     def image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -47,7 +49,8 @@ class EncoderHooks:
             arguments = self._features_signature.bind(*args, **kwargs).arguments
             arguments = {**arguments, **arguments.pop("kwargs", {})}
             self.taps.refresh()
-            encoding = self.adapter.start_encoding(arguments, self._budget)
+            encoding = self.adapter.start_encoding(arguments)
+            encoding.proportional = self.sized
             with self._encoding(encoding):
                 output = original(*args, **kwargs)
             images = encoding.images(self.adapter.pixels(arguments), self.token)
@@ -78,29 +81,79 @@ class EncoderHooks:
         encoding = kwargs.pop(RUN, self.state.encoding)
         if index in self.tapped:
             self.state.enter(encoding)
-        if encoding is None or not self.prunes:
+        if encoding is None:
             return None
-        args, kwargs = encoding.layer_inputs(index, args, kwargs)
-        encoding.note_layer(index, kwargs)
+        if self.prunes:
+            args, kwargs = encoding.layer_inputs(index, args, kwargs)
+            encoding.note_layer(index, kwargs)
+        encoding.arguments = kwargs
         return args, kwargs
+
+    def before_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        encoding = self.state.running
+        if not isinstance(encoding, Encoding):
+            return None
+        if encoding.is_new(index, 0):
+            with torch.no_grad():
+                self._note_signals(encoding, index)
+                self._decide(encoding, index, args[0], before_mlp=True)
+            encoding.note_mlp(index)
+        return (encoding.mlp_input(index, args[0]), *args[1:]), kwargs
+
+    def after_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        encoding = self.state.running
+        if not isinstance(encoding, Encoding) or output is None:
+            return None
+        return encoding.mlp_output(index, output)
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         encoding = self.state.leave()
-        if not isinstance(encoding, Encoding) or output is None or index >= self.facts.encoder_depth:
+        if not isinstance(encoding, Encoding) or output is None:
             return
-        depth = self.facts.encoder_depth
-        scoring = [pruner for pruner in self.pruners if index in pruner.encoder_layers(depth)]
-        decide = functools.partial(self._decide, scoring) if scoring else None
-        with torch.no_grad():
-            encoding.after_layer(index, kwargs, decide, self.reads, self.adapter.encoder_scale)
+        if encoding.is_new(index, 1):
+            with torch.no_grad():
+                if index not in self.opened:
+                    self._note_signals(encoding, index)
+                    self._decide(encoding, index, output[0] if isinstance(output, tuple) else output, before_mlp=False)
+        encoding.taps.clear()
 
-    def _decide(self, scoring: list[Pruner], layer: EncoderLayer) -> Tensor | None:
-        keep: Tensor | None = None
-        for pruner in scoring:
-            chosen = pruner.prune_encoder(layer)
-            if chosen is not None:
-                keep = chosen if keep is None else keep & chosen
-        return keep
+    def _note_signals(self, encoding: Encoding, index: int) -> None:
+        scale, arguments = self.adapter.encoder_scale, encoding.arguments
+        encoding.note_signals(index, arguments, scale, features=self.reads, last=self.reads_last)
+
+    def _decide(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> None:
+        """Asks the methods that act at this place which tokens go on, and carries it out."""
+        chosen: EncoderSelection | None = None
+        for layer, pruner in self.scored:
+            if layer != index or pruner.acts_before_mlp != before_mlp:
+                continue
+            one = self._ask(encoding, index, pruner, hidden)
+            if one is not None:
+                # Methods that merge have their layers to themselves (see `check_order`); drops add up.
+                chosen = one if chosen is None else EncoderSelection.drop(chosen.keep & one.keep)
+        if chosen is not None:
+            cls = hidden[:, 0] if chosen.cls is not None and encoding.prefix else None
+            encoding.apply(chosen, index, cls)
+
+    def _ask(self, encoding: Encoding, index: int, pruner: Pruner, hidden: Tensor) -> EncoderSelection | None:
+        totals = encoding.total
+        budget = torch.tensor([pruner.encoder_budget(n) for n in totals.tolist()], device=totals.device)
+        whole = encoding.valid.sum(dim=1) <= budget
+        if bool(whole.all()):
+            return None
+        if index not in encoding.scored:
+            encoding.scored.append(index)
+        shown = hidden if pruner.reads_hidden else None
+        answer = pruner.prune_encoder(
+            encoding.layer(index, encoding.arguments, self.adapter.encoder_scale, budget, shown)
+        )
+        if answer is None:
+            return None
+        selection = EncoderSelection.drop(answer) if isinstance(answer, Tensor) else answer
+        # An image within its budget is kept whole, whatever the method says of its neighbours.
+        selection = selection.sparing(whole, encoding.valid)
+        check_selection(selection, encoding.valid, pruner.name)
+        return selection
 
     def before_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.state.encoding is None or not args:

@@ -57,8 +57,15 @@ class Wrapping:
         for index, layer in enumerate(adapter.encoder_layers):
             if hooks.prunes or index in hooks.tapped:
                 self._before(layer, functools.partial(hooks.before_layer, index))
+            if index in hooks.opened:
+                norm, mlp = adapter.encoder_mlp(layer)
+                self._before(norm, functools.partial(hooks.before_mlp, index))
+                self._after(mlp, functools.partial(hooks.after_mlp, index))
             if index in hooks.tapped:
                 self._after(layer, functools.partial(hooks.after_layer, index))
+        if hooks.sized:
+            for owner, name, replacement in adapter.sized_attentions():
+                self._override(owner, name, replacement)
         self._before(adapter.projector, hooks.before_projector)
         self._after(adapter.projector, hooks.after_projector)
 

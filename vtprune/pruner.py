@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.selection import Selection
+from vtprune.selection import EncoderSelection, Selection
 from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
 
 
@@ -156,9 +156,30 @@ class Pruner:
         that feed the features."""
         return ()
 
-    def prune_encoder(self, layer: EncoderLayer) -> Tensor | None:
-        """Which tokens go on to the next encoder layer: (B, N) bool, or None for all."""
+    def prune_encoder(self, layer: EncoderLayer) -> Tensor | EncoderSelection | None:
+        """Which tokens go on to the next encoder layer: (B, N) bool, or None for all, or an EncoderSelection that
+        also says what flows into them."""
         return None
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether `prune_encoder` needs the hidden states."""
+        return False
+
+    @property
+    def merges_in_encoder(self) -> bool:
+        """Whether `prune_encoder` may answer an EncoderSelection."""
+        return False
+
+    @property
+    def acts_before_mlp(self) -> bool:
+        """Whether `prune_encoder` is called, and carried out, between attention and MLP of an encoder layer."""
+        return False
+
+    @property
+    def proportional_attention(self) -> bool:
+        """Whether encoder attention weighs merged tokens by the number of tokens that they stand for."""
+        return False
 
     def remember(self, stream: VisionStream) -> dict[str, Tensor]:
         """Values of the tokens, each (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in

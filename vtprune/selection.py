@@ -46,6 +46,46 @@ class Selection:
             raise VTPruneError(f"{self.vectors.shape[0]} merged vectors for {kept.numel()} kept tokens")
 
 
+@dataclass(frozen=True)
+class EncoderSelection:
+    """Which tokens of a batch of images go on after an encoder layer, and what flows into them.
+
+    keep: (B, N) bool. into: (B, N) int64, the column that each token's vector flows into: its own for a kept
+    token, that of a kept token for one that is merged, -1 for one that is dropped. weights: (B, N) the share of
+    each token in that vector. cls: (B,) int64, the kept column whose vector the CLS token's own vector replaces,
+    -1 for none.
+    """
+
+    keep: Tensor
+    into: Tensor
+    weights: Tensor
+    cls: Tensor | None = None
+
+    @classmethod
+    def drop(cls, keep: Tensor) -> EncoderSelection:
+        """Nothing flows: what (B, N) `keep` leaves out is dropped."""
+        column = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        return cls(keep, column.masked_fill(~keep, -1), torch.ones(keep.shape, device=keep.device))
+
+    @property
+    def merges(self) -> bool:
+        """Whether anything flows into another token, is rescaled, or takes a token's place."""
+        moved = (self.into >= 0) & ~self.keep
+        rescaled = self.keep & (self.weights != 1)
+        return bool((moved | rescaled).any()) or (self.cls is not None and bool((self.cls >= 0).any()))
+
+    def sparing(self, whole: Tensor, valid: Tensor) -> EncoderSelection:
+        """The same but for the rows of `whole` (B,), which keep every `valid` (B, N) token as it is."""
+        rows = whole[:, None]
+        column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+        return EncoderSelection(
+            torch.where(rows, valid, self.keep & valid),
+            torch.where(rows, column, self.into).masked_fill(~valid, -1),
+            torch.where(rows, 1.0, self.weights.float()),
+            None if self.cls is None else self.cls.masked_fill(whole, -1),
+        )
+
+
 def check_scores(scores: Tensor, method: str) -> Tensor:
     """The scores (any shape) in fp32; raises ScoreError if one of them is NaN or infinite."""
     scores = scores.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -14,7 +15,7 @@ def _local_json(source: str, name: str) -> dict[str, Any]:
 
     try:
         path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-        data = json.loads(open(path, encoding="utf-8").read()) if path else {}
+        data = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -62,8 +62,13 @@ class ThreadState(threading.local):
         run = self._runs.pop() if self._runs else None
         return None if run is None else run()
 
+    @property
+    def running(self) -> Encoding | DecoderRun | None:
+        """The run of the tapped layer that is under way."""
+        run = self._runs[-1] if self._runs else None
+        return None if run is None else run()
+
     def sink(self) -> dict[str, Tensor] | None:
         """Where the projections of the layer being run put their outputs."""
-        run = self._runs[-1] if self._runs else None
-        alive = None if run is None else run()
-        return None if alive is None else alive.taps
+        run = self.running
+        return None if run is None else run.taps

@@ -56,6 +56,9 @@ class EncoderLayer:
         features are the output of layer depth - 1).
     memory: a dict of this encoding, for scores that accumulate over layers; after a drop the core compacts
         every (B, N) tensor in it along with the tokens.
+    sizes: (B, N) how many tokens each one stands for: 1 until something merges.
+    hidden: (B, P + N * group, D) hidden states after the layer (before its MLP for a method that merges there),
+        laid out as query, key and value; None if no method asks (`Pruner.reads_hidden`).
     """
 
     query: Tensor
@@ -70,6 +73,8 @@ class EncoderLayer:
     prefix: int
     group: int
     memory: dict[str, Tensor]
+    sizes: Tensor
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
