@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,8 +211,7 @@ def sized_attention(attention: Any, original: Any) -> Any:
         cos, sin = (part.float() for part in kwargs["position_embeddings"])
         query, key = (rotate(states.float(), cos, sin).to(split.dtype) for states in split[:2])
         bias, outputs = bias.to(query), []
-        bounds = cu_seqlens.tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
             piece = slice(start, end)
             outputs.append(
                 torch.nn.functional.scaled_dot_product_attention(

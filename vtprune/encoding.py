@@ -60,7 +60,8 @@ class Encoding(ABC):
 
     grids: (t, h, w) of each image in vision tokens; group: patches of a vision token; prefix: leading tokens
     that are not patches; heads: attention heads; depth: layers that feed the features; last: the tower's last
-    layer; arguments: of the layer under way. sizes: (B, N) how many tokens each one stands for; proportional: whether attention weighs keys by it.
+    layer; arguments: of the layer under way; sizes: (B, N) how many tokens each one stands for; proportional:
+    whether attention weighs keys by it.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Encoding(ABC):
         query, key, value = self.states(kwargs)
         return EncoderLayer(
             query, key, value, self.valid, self.total, budget, index, self.depth, scale, self.prefix, self.group,
-            self.memory, self.sizes, None if hidden is None else self.hidden(hidden),
+            self.memory, self.sizes, tuple(self.grids), None if hidden is None else self.hidden(hidden),
         )  # fmt: skip
 
     def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:

@@ -57,6 +57,7 @@ class EncoderLayer:
     memory: a dict of this encoding, for scores that accumulate over layers; after a drop the core compacts
         every (B, N) tensor in it along with the tokens.
     sizes: (B, N) how many tokens each one stands for: 1 until something merges.
+    grids: (t, h, w) of each whole image in vision tokens.
     hidden: (B, P + N * group, D) hidden states after the layer (before its MLP for a method that merges there),
         laid out as query, key and value; None if no method asks (`Pruner.reads_hidden`).
     """
@@ -74,6 +75,7 @@ class EncoderLayer:
     group: int
     memory: dict[str, Tensor]
     sizes: Tensor
+    grids: tuple[tuple[int, int, int], ...]
     hidden: Tensor | None = None
 
 
