@@ -122,7 +122,7 @@ def _run(
     )
     settings, left_out = check_settings(model, settings, lenient=config.lenient)
     results.data.update(versions=versions(), machine=machine(model), left_out=left_out)
-    batch = config.batch_size or (CPU_BATCH if _invariant(model) else 1)
+    batch = config.batch_size or default_batch(model)
     lm = VTPrune(model=model, processor=processor, batch_size=batch, max_new_tokens=config.max_new_tokens)
     sweep = Sweep(lm, suite, results, config.seed)
     columns = (
@@ -147,9 +147,9 @@ def _run(
     results.save()
 
 
-def _invariant(model: Any) -> bool:
-    """Whether answers do not depend on what else is in the batch: true of float32 on a CPU."""
-    return model.device.type == "cpu" and str(model.dtype) == "torch.float32"
+def default_batch(model: Any) -> int:
+    """Rows together where answers do not depend on what else is in the batch (float32 on a CPU), else one."""
+    return CPU_BATCH if model.device.type == "cpu" and str(model.dtype) == "torch.float32" else 1
 
 
 def _questions(results: Results, config: BenchConfig) -> int | None:

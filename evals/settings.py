@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from vtprune.config import load_config, to_dict
 from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner, check_keep
 from vtprune.registry import available, create
+from vtprune.wrap import resolve
 
 from .failures import InputError
 
@@ -42,6 +48,20 @@ def parse_keep(text: str) -> int | float:
     return keep
 
 
+def parse_flops(text: str) -> float:
+    """`40%` and `0.4` are the same share of the unpruned model's FLOPs."""
+    text = text.strip()
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise InputError(
+            f"flops: cannot take {text!r}; give a share of the unpruned FLOPs below all of it (40% or 0.4)"
+        )
+    return share
+
+
 def parse_value(text: str) -> Any:
     """A method's option as given on a command line: JSON where it is JSON, else the text itself."""
     try:
@@ -59,25 +79,51 @@ def show_keep(keep: int | float | None) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a sweep: a method, how much it keeps and its other options."""
+    """One row of a sweep: a method, how much it keeps and its other options, or what a folder's config says.
+
+    config: the content of a vtprune_config.json as JSON; method and keep then only tell what is in it, and
+    title is the folder's name.
+    """
 
     method: str
     keep: int | float | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    config: str = ""
+    title: str = ""
 
     @property
     def label(self) -> str:
-        """The method with its options, as the command line takes it."""
-        return ":".join([self.method, *(f"{name}={value}" for name, value in self.options)])
+        """The method with its options, as the command line takes it; a folder's name."""
+        return self.title or ":".join([self.method, *(f"{name}={value}" for name, value in self.options)])
 
     def key(self) -> str:
-        """Identifies the setting inside one run; 1 and 1.0 differ."""
-        text = json.dumps([self.method, self.keep, self.options], sort_keys=True)
+        """Identifies the setting inside one run, a folder by what its config says; 1 and 1.0 differ."""
+        text = self.config or json.dumps([self.method, self.keep, self.options], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def pruners(self) -> list[Pruner]:
+        """The pruners in stage order; raises VTPruneError for an unknown method or option."""
+        if self.config:
+            return resolve(json.loads(self.config))
+        return [create(self.method, keep=self.keep, **dict(self.options))]
+
     def pruner(self) -> Pruner:
-        """The pruner itself; raises VTPruneError for an unknown method or option."""
-        return create(self.method, keep=self.keep, **dict(self.options))
+        """The pruner itself, the last of several; raises VTPruneError for an unknown method or option."""
+        return self.pruners()[-1]
+
+
+def is_folder(text: str) -> bool:
+    """Whether an entry of `--methods` names a folder: a path, or a folder that is there and no method's name."""
+    return text not in available() and (os.sep in text or Path(text).is_dir())
+
+
+def folder_setting(folder: str) -> Setting:
+    """The setting that a folder's vtprune_config.json holds; raises VTPruneError."""
+    found = load_config(folder)
+    pruners = found if isinstance(found, list) else [found]
+    content = json.dumps(to_dict(found), sort_keys=True)
+    methods = "+".join(pruner.name for pruner in pruners)
+    return Setting(methods, pruners[-1].keep, config=content, title=Path(folder).resolve().name)
 
 
 def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
@@ -111,17 +157,28 @@ def all_methods() -> list[str]:
 
 
 def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list[Setting]:
-    """The unpruned model and then every method at every keep; raises InputError for what does not exist."""
+    """The unpruned model, then every method at every keep and every folder at its own; raises InputError for
+    what does not exist."""
     keeps = list(keeps)
     settings = [Setting(UNPRUNED)]
-    for text in methods:
-        name, options = parse_method(text)
-        if name == UNPRUNED:
-            continue
-        settings += [Setting(name, keep, options) for keep in keeps]
     try:
+        for text in methods:
+            if is_folder(text):
+                settings.append(folder_setting(text))
+                continue
+            name, options = parse_method(text)
+            if name != UNPRUNED:
+                settings += [Setting(name, keep, options) for keep in keeps]
         for setting in settings:
-            setting.pruner()
+            setting.pruners()
     except (VTPruneError, TypeError) as error:
         raise InputError(str(error)) from error
-    return list(dict.fromkeys(settings))
+    # Two folders may have one name; what they hold tells them apart.
+    unique = {setting.key(): setting for setting in settings}
+    titles = Counter(setting.label for setting in unique.values() if setting.config)
+    return [
+        replace(setting, title=f"{setting.title}-{key[:4]}")
+        if setting.config and titles[setting.label] > 1
+        else setting
+        for key, setting in unique.items()
+    ]

@@ -42,9 +42,9 @@ class Sweep:
         journal = Journal(self.results.unfinished(setting.key()))
         started = time.perf_counter()
         with _told(setting):
-            pruner = setting.pruner()
-            self.lm.achieved = pruner.achieved
-            with vtprune.wrapped(self.lm.model, pruner):
+            pruners = setting.pruners()
+            self.lm.achieved = pruners[-1].achieved
+            with vtprune.wrapped(self.lm.model, pruners):
                 raw = self._evaluate(setting, journal)
             record = self._record(setting, raw)
             record["prefill"] = self._time(setting)
@@ -88,12 +88,14 @@ class Sweep:
             answers += [sample["filtered_resps"][0] for sample in samples]
             costs += [sample["token_counts"][0] for sample in samples]
         self._check_questions(questions)
+        pruners = setting.pruners()
+        described = [pruner.to_dict() for pruner in pruners]
         return {
             "method": setting.method,
             "label": setting.label,
             "keep": setting.keep,
-            "stage": available()[setting.method].stage,
-            "pruner": setting.pruner().to_dict(),
+            "stage": ", ".join(pruner.info.stage for pruner in pruners),
+            "pruner": described if len(described) > 1 else described[0],
             "scores": [score.to_dict() for score in scores],
             "metrics": {task: all_metrics(raw["results"][task]) for task in raw["samples"]},
             **summarise(costs),
@@ -113,7 +115,7 @@ class Sweep:
     def _time(self, setting: Setting) -> dict[str, float | None]:
         """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""
         inputs = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
-        pruners = {"unpruned": None, "ours": setting.pruner()}
+        pruners: dict[str, Any] = {"unpruned": None, "ours": setting.pruners()}
         scored = setting.method not in (UNPRUNED, SCORELESS) and SCORELESS in available()
         if scored:
             pruners["scoreless"] = create(SCORELESS, keep=setting.keep)
@@ -185,7 +187,7 @@ def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) ->
     taken, refused = [], {}
     for setting in settings:
         try:
-            with vtprune.wrapped(model, setting.pruner()):
+            with vtprune.wrapped(model, setting.pruners()):
                 taken.append(setting)
         except vtprune.UnsupportedModelError as error:
             raise InputError(f"model: {first_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, Pruner, ScoringWork
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
 from vtprune.pruners.checks import check_choice
 from vtprune.pruners.flow import decoder_score, encoder_signals, prune_count, top_mask
 from vtprune.registry import register
@@ -64,6 +64,10 @@ class FlowCut(Pruner):
     def compact_positions(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
+
+    def search_space(self) -> dict[str, Tunable]:
+        """The number of stages; two cost a little more than one at the same keep."""
+        return {"stages": Tunable(choices=(1, 2))}
 
     def for_model(self, facts: ModelFacts) -> FlowCut:
         """`stages` resolved; raises VTPruneError where the encoder or the decoder is too shallow."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruner import Pruner, ScoringWork, Tunable
 from vtprune.pruners.checks import check_choice, check_whole_grid
 from vtprune.registry import register
 from vtprune.selection import Selection, check_scores, top
@@ -80,6 +80,10 @@ class FoPru(Pruner):
     def reads_encoder(self) -> bool:
         """True."""
         return True
+
+    def search_space(self) -> dict[str, Tunable]:
+        """The strategy, and whether scores are taken after the softmax."""
+        return {"strategy": Tunable(choices=STRATEGIES), "softmax": Tunable(choices=(True, False))}
 
     def significance(self, stream: VisionStream) -> Tensor:
         """The score of each token: (N,) fp32; raises ScoreError for NaN."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
 from vtprune.pruners.checks import check_choice, check_count, check_factor
 from vtprune.pruners.crops import EPS, capped_quotas, crops_of, holistic_score
 from vtprune.registry import register
@@ -139,6 +139,22 @@ class HoloV(Pruner):
     def compact_positions(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
+
+    def search_space(self) -> dict[str, Tunable]:
+        """Crops, the weight of diversity and the sharpness; strips and diversity alone as released."""
+        if self.variant == "released":
+            return {"crops": Tunable(1, 64, whole=True, log=True), "alpha": Tunable(0.0, 1.0)}
+        return {
+            "crops": Tunable(1, 8, whole=True),
+            "alpha": Tunable(0.0, 4.0),
+            "tau": Tunable(0.125, 4.0, log=True),
+        }
+
+    def for_model(self, facts: ModelFacts) -> HoloV:
+        """`alpha`, and the paper's `crops`, filled in."""
+        if self.variant == "released":
+            return replace(self, alpha=RELEASED_ALPHA if self.alpha is None else self.alpha)
+        return replace(self, crops=self.crops or CROPS, alpha=1.0 if self.alpha is None else self.alpha)
 
     def strips(self, tokens: int, budget: int) -> int:
         """How many strips variant="released" cuts `tokens` into."""

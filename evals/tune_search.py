@@ -1,0 +1,188 @@
+"""The loop of a search: one setting after another, each written down before the next one is asked for."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor
+
+import vtprune
+from vtprune.adapters import adapter_for
+from vtprune.config import from_dict
+from vtprune.errors import ScoreError, VTPruneError
+from vtprune.pruner import Pruner, Tunable
+
+from .failures import InputError
+from .loading import first_line
+from .tune_budget import FlopsBudget, OverBudgetError, TokenBudget
+from .tune_measure import Measured, Meter
+from .tune_space import Params, holds, propose, searched
+from .tune_store import FAILED, INFEASIBLE, MEASURED, Search, Trial
+
+
+class Tuner:
+    """One search on one loaded model; everything that it finds goes into `search` at once."""
+
+    def __init__(
+        self,
+        model: Any,
+        budget: TokenBudget | FlopsBudget,
+        meters: dict[str, Meter],
+        states: dict[str, Tensor],
+        search: Search,
+        progress: Progress,
+    ) -> None:
+        self.model, self.budget, self.meters, self.states = model, budget, meters, states
+        self.search, self.progress = search, progress
+
+    def run(self, total: int, seed: int) -> None:
+        """Measures trials until there are `total` of them; raises InputError if none can be measured."""
+        trials = self.search.trials
+        if trials:
+            self.progress.console.print(f"{len(trials)} trials are in {self.search.path} already", highlight=False)
+        bar = self.progress.add_task("trials", total=max(total, len(trials)), completed=len(trials))
+        if not trials:
+            self._try({}, 0)
+            self.progress.advance(bar)
+        space = self._search_space()
+        while len(trials) < total:
+            tried = [(trial["params"], trial["objective"]) for trial in trials if trial["params"]]
+            params = propose(space, tried, len(trials), seed)
+            if params is None:
+                text = f"every setting of the search space has been tried ({len(tried)})"
+                self.progress.console.print(text, highlight=False)
+                break
+            self._try(params, len(trials))
+            best = self.search.best
+            said = "no objective yet" if best is None else f"best so far {best['objective']:.5f}"
+            self.progress.update(bar, advance=1, description=f"trials, {said}")
+        self.search.save()
+        if self.search.best is None:
+            raise self._nothing_found()
+
+    def _search_space(self) -> dict[str, Tunable]:
+        """The search space at the budget that the defaults were measured at."""
+        pruner = from_dict(self.search.trials[0]["pruner"])
+        assert isinstance(pruner, Pruner)
+        space = searched(pruner, self.budget.options)
+        self.search.data["space"] = {name: vars(tunable) for name, tunable in space.items()}
+        return space
+
+    def _try(self, params: Params, number: int) -> None:
+        """Measures one setting and writes it down; {} are the method's defaults."""
+        started = time.perf_counter()
+        trial: Trial = {"number": number, "params": params, "state": INFEASIBLE, "objective": None, "reason": None}
+        try:
+            pruner, measured = self.budget.measure(params, self.meters["search"], self.states["search"])
+        except vtprune.UnsupportedModelError:
+            raise
+        except VTPruneError as error:
+            pruner = self.budget.given(params)
+            trial["reason"] = first_line(error)
+            trial["state"] = FAILED if isinstance(error, ScoreError) else INFEASIBLE
+            trial["least_flops"] = error.least if isinstance(error, OverBudgetError) else None
+        else:
+            trial.update(self._numbers(measured))
+        trial["pruner"] = pruner.to_dict()
+        if not number:
+            trial["params"] = self._resolved(pruner)
+        trial["seconds"] = round(time.perf_counter() - started, 3)
+        if trial["state"] == FAILED:
+            text = f"trial {number} failed: {trial['reason']} ({_show(params)})"
+            self.progress.console.print(text, style="yellow", highlight=False)
+        self.search.add(trial)
+        best = self.search.best
+        if best is not None and best["number"] == number:
+            vtprune.save_config(pruner, self.search.folder)
+
+    def _numbers(self, measured: Measured) -> Trial:
+        if measured.kept >= measured.tokens:
+            raise InputError(
+                f"keep: at {self.budget} every one of {measured.tokens:.4g} vision tokens is kept, so there is "
+                "nothing to tune"
+            )
+        lost = [i for i, cosine in enumerate(measured.cosines) if not math.isfinite(cosine)]
+        names = ", ".join(self.meters["search"].samples[i].name for i in lost[:3])
+        return {
+            "state": FAILED if lost else MEASURED,
+            "objective": None if lost else measured.objective,
+            "reason": f"the pruned state is not a number on {len(lost)} samples ({names})" if lost else None,
+            "kept": measured.kept,
+            "tokens": measured.tokens,
+            "flops_share": measured.flops_share,
+        }
+
+    def _resolved(self, pruner: Pruner) -> Params:
+        """The defaults as a point of the search space, {} where they are none (a default that is no number)."""
+        space = searched(pruner, self.budget.options)
+        try:
+            resolved = pruner.for_model(adapter_for(self.model).facts())
+        except VTPruneError:
+            return {}
+        params = {
+            name: getattr(pruner, name) if getattr(pruner, name) is not None else getattr(resolved, name)
+            for name in space
+        }
+        return params if all(holds(space[name], params[name]) for name in space) else {}
+
+    def _nothing_found(self) -> InputError:
+        trials = self.search.trials
+        least = [trial["least_flops"] for trial in trials if trial.get("least_flops") is not None]
+        if least:
+            return InputError(
+                f"flops: no setting of {self.budget.method} meets {self.budget}; the least that was reached, with one "
+                f"vision token per image, is {100 * min(least):.1f}%"
+            )
+        reasons = list(dict.fromkeys(trial["reason"] for trial in trials))
+        more = f" (and {len(reasons) - 1} other reasons, in {self.search.path})" if len(reasons) > 1 else ""
+        return InputError(f"none of {len(trials)} trials of {self.budget.method} has an objective: {reasons[0]}{more}")
+
+    def check(self) -> None:
+        """Measures the defaults and the best setting on the held-out samples, unless that was done before."""
+        best, first = self.search.best, self.search.trials[0]
+        assert best is not None
+        known = self.search.data["check"]
+        if "check" not in self.meters or (known is not None and known["trial"] == best["number"]):
+            return
+        found = self._held_out(best)
+        defaults = found if best is first else self._held_out(first) if first["state"] == MEASURED else None
+        check: dict[str, Any] = {"trial": best["number"], "samples": len(self.meters["check"].samples)}
+        for name, measured in (("defaults", defaults), ("found", found)):
+            check[name] = None if measured is None else _summary(measured)
+        if defaults is not None and found is not None:
+            gains = [one - other for one, other in zip(found.cosines, defaults.cosines, strict=True)]
+            check["gain"] = statistics.fmean(gains)
+            error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+            check["gain_stderr"] = error
+        self.search.data["check"] = check
+        self.search.save()
+
+    def _held_out(self, trial: Trial) -> Measured | None:
+        """A trial's setting on the held-out samples; None, and a line that says why, where it cannot be met."""
+        pruner = from_dict(trial["pruner"])
+        assert isinstance(pruner, Pruner)
+        try:
+            return self.meters["check"].measure(pruner, self.states["check"])
+        except VTPruneError as error:
+            text = f"trial {trial['number']} on the held-out samples: {first_line(error)}"
+            self.progress.console.print(text, style="yellow", highlight=False)
+            return None
+
+
+def _summary(measured: Measured) -> dict[str, Any]:
+    finite = math.isfinite(measured.objective)
+    return {
+        "objective": measured.objective if finite else None,
+        "cosines": [cosine if math.isfinite(cosine) else None for cosine in measured.cosines],
+        "kept": measured.kept,
+        "tokens": measured.tokens,
+        "flops_share": measured.flops_share,
+    }
+
+
+def _show(params: Params) -> str:
+    return ", ".join(f"{name}={value}" for name, value in params.items()) or "the defaults"
