@@ -23,6 +23,7 @@ PRUNERS: list[Pruner] = [
     vtprune.FlowCut(keep=0.3, stages=2),
     vtprune.HoloV(keep=0.25),
     vtprune.DivPrune(keep=0.25),
+    vtprune.CDPruner(keep=0.25),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -31,6 +32,7 @@ RELEASED: list[Pruner] = [
     vtprune.FlowCut(keep=6, stages=2, variant="released"),
     vtprune.HoloV(keep=9, variant="released"),
     vtprune.DivPrune(keep=9, variant="released"),
+    vtprune.CDPruner(keep=9, variant="released"),
 ]
 
 

@@ -14,7 +14,7 @@ from vtprune.errors import (
     VTPruneError,
 )
 from vtprune.pruner import Pruner, PrunerInfo
-from vtprune.pruners import DivPrune, FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random
+from vtprune.pruners import CDPruner, DivPrune, FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random
 from vtprune.registry import available, register
 from vtprune.report import Report
 from vtprune.selection import Merge, Selection
@@ -27,6 +27,7 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "CDPruner",
     "DecoderLayer",
     "DivPrune",
     "EncoderLayer",

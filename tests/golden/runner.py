@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.golden import divprune, flowcut, fopru, holov
+from tests.golden import cdpruner, divprune, flowcut, fopru, holov
 from tests.golden.case import Case, Mismatch, UnknownCase
 
 METHODS: dict[str, Callable[[Case], None]] = {
+    "cdpruner": cdpruner.run,
     "divprune": divprune.run,
     "flowcut": flowcut.run,
     "fopru": fopru.run,

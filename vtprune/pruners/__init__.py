@@ -1,5 +1,6 @@
 """The methods, one file each; importing this package registers them all."""
 
+from vtprune.pruners.cdpruner import CDPruner
 from vtprune.pruners.divprune import DivPrune
 from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
@@ -9,4 +10,4 @@ from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
 from vtprune.pruners.random import Random
 
-__all__ = ["DivPrune", "FlowCut", "FoPru", "Grid", "HoloV", "NoPruning", "Pool", "Random"]
+__all__ = ["CDPruner", "DivPrune", "FlowCut", "FoPru", "Grid", "HoloV", "NoPruning", "Pool", "Random"]

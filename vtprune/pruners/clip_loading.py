@@ -1,0 +1,121 @@
+"""Finds a CLIP on this machine, by folder, by hub id or in memory; nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vtprune.errors import VTPruneError
+from vtprune.pruners.clip import Clip, OpenClip, TransformersClip
+
+TRANSFORMERS_CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+HUB, FOLDER = "hf-hub:", "local-dir:"
+OPENAI_VOCABULARY = 49408
+
+
+def find_clip(clip: str | nn.Module) -> Clip:
+    """The CLIP of a folder or hub id (loaded in fp32, once), or around a model in memory.
+
+    Raises VTPruneError, without asking any network, for what is not on this machine and for other models.
+    """
+    return load_clip(clip) if isinstance(clip, str) else clip_around(clip)
+
+
+def clip_around(model: nn.Module) -> Clip:
+    """A transformers CLIPModel (its tokenizer is looked up where it was loaded from) or an open_clip CLIP."""
+    from transformers import CLIPModel
+
+    if isinstance(model, CLIPModel):
+        return TransformersClip(model, str(getattr(model.config, "_name_or_path", "") or ""))
+    if hasattr(model, "encode_text") and hasattr(model, "visual"):
+        vocabulary = getattr(model, "vocab_size", None)
+        if vocabulary != OPENAI_VOCABULARY:
+            raise VTPruneError(
+                f"the open_clip model in memory has {vocabulary} tokens, not the {OPENAI_VOCABULARY} of open_clip's "
+                "own tokenizer: save it to a folder with open_clip_config.json and its tokenizer, and pass that"
+            )
+        return OpenClip(model, _bundled_tokenizer(int(getattr(model, "context_length", 77))))
+    raise VTPruneError(f"clip is a transformers CLIPModel or an open_clip CLIP, got a {type(model).__name__}")
+
+
+@functools.lru_cache(maxsize=2)
+def load_clip(source: str) -> Clip:
+    """The CLIP in a folder, or in the hub's local cache, in fp32 on the CPU."""
+    folder = local_folder(source)
+    try:
+        if (folder / TRANSFORMERS_CONFIG).is_file() and not source.startswith(HUB):
+            found: Clip = _from_transformers(folder)
+        else:
+            found = _from_open_clip(folder)
+    except VTPruneError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise VTPruneError(f"cannot load the CLIP in {folder}: {reason}") from error
+    found.model.requires_grad_(False)
+    found.owned = True
+    return found
+
+
+def local_folder(source: str) -> Path:
+    """The folder with a CLIP's files; raises VTPruneError, saying how to get them, if this machine has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = source.removeprefix(HUB).removeprefix(FOLDER)
+    names = (OPEN_CLIP_CONFIG,) if source.startswith(HUB) else (TRANSFORMERS_CONFIG, OPEN_CLIP_CONFIG)
+    for file in names:
+        if (Path(name) / file).is_file() and not source.startswith(HUB):
+            return Path(name)
+    if not Path(name).exists():
+        for file in names:
+            try:
+                path = try_to_load_from_cache(name, file)
+            except ValueError:  # not a repository's id
+                break
+            if isinstance(path, str):
+                return Path(path).parent
+    raise VTPruneError(
+        f"no CLIP at {source!r}: it is neither a folder with {' or '.join(names)} nor in the local cache of the hub, "
+        f"and nothing is downloaded here. Fetch it first, with `hf download {name}` for one on the hub, or leave "
+        "clip out to take the relevance from the decoder's own embeddings"
+    )
+
+
+def _from_transformers(folder: Path) -> Clip:
+    from transformers import CLIPModel
+
+    kind = json.loads((folder / TRANSFORMERS_CONFIG).read_text(encoding="utf-8")).get("model_type")
+    if kind != "clip":
+        raise VTPruneError(f"{folder} holds a model of type {kind!r}, a 'clip' with both towers is needed")
+    loaded: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise VTPruneError(
+            f"the weights in {folder} are not a whole CLIP: {sorted(info['missing_keys'])[0]} is missing"
+        )
+    return TransformersClip(model.float().eval(), str(folder))
+
+
+def _from_open_clip(folder: Path) -> Clip:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise VTPruneError(f"{folder} holds an open_clip model: pip install 'vtprune[clip]' to use it") from error
+    config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    # These towers would be looked up on the hub.
+    towers = config["text_cfg"].get("hf_model_name") or config["vision_cfg"].get("timm_model_name")
+    if towers:
+        raise VTPruneError(f"the open_clip model in {folder} is built around {towers}; only its plain CLIPs are known")
+    model = open_clip.create_model(f"{FOLDER}{folder}", require_pretrained=True).eval()
+    return OpenClip(model, open_clip.get_tokenizer(f"{FOLDER}{folder}"))
+
+
+@functools.lru_cache(maxsize=2)
+def _bundled_tokenizer(length: int) -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=length)
