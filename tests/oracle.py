@@ -1,7 +1,7 @@
 """The proof that pruning is exact: the unpruned decoder with the dropped tokens masked out of attention.
 
-From each layer on, the tokens that the report names as dropped are masked; merged vectors are fed at the
-survivor's place. Positions are those of the unpruned prompt. Nothing here uses vtprune's own compaction.
+From each layer on, the tokens that the report names as dropped are masked, and for decode steps those that were
+cut from a layer's cache too; merged vectors are fed at the survivor's place. Positions are those of the unpruned prompt. Nothing here uses vtprune's own compaction.
 """
 
 from __future__ import annotations
@@ -69,10 +69,15 @@ def run_masked(
     embeds = _embeddings(model, inputs, ids, report, features)
     decoder = model.model.language_model
     handles = []
-    for layer, alive in zip(decoder.layers, _alive(ids, full_mask(inputs, STEPS).bool(), report), strict=True):
+    length = inputs["input_ids"].shape[1]
+    real = full_mask(inputs, STEPS).bool()
+    both = zip(_alive(ids, real, report), _alive(ids, real, report, cached=True), strict=True)
+    for layer, (alive, cached) in zip(decoder.layers, both, strict=True):
         numbers = (alive.cumsum(dim=1) - 1).clamp(min=0)
+        numbers[:, length:] = (cached.cumsum(dim=1) - 1)[:, length:]
         embeddings = decoder.rotary_emb(embeds, numbers) if compact else None
-        handles.append(layer.register_forward_pre_hook(_replace(_mask(alive), embeddings), with_kwargs=True))
+        mask = torch.cat([_mask(alive)[:, :, :length], _mask(cached)[:, :, length:]], dim=2)
+        handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings), with_kwargs=True))
     positions = _positions(kind, model, inputs, ids.shape[1])
     try:
         out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
@@ -109,6 +114,8 @@ def _embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, report: vtpr
     for image, own in zip(images, features, strict=True):
         new = own.clone()
         for merge in image.merged:
+            if merge.stage == "encoder":
+                continue  # such vectors are among the features
             weights = torch.tensor(merge.weights, dtype=own.dtype)
             new[merge.into] = (own[merge.members] * weights[:, None]).sum(dim=0)
         merged.append(new)
@@ -116,8 +123,8 @@ def _embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, report: vtpr
     return embeds
 
 
-def _alive(ids: Tensor, real: Tensor, report: vtprune.Report) -> list[Tensor]:
-    """(B, L) for each layer: neither padding nor dropped."""
+def _alive(ids: Tensor, real: Tensor, report: vtprune.Report, *, cached: bool = False) -> list[Tensor]:
+    """(B, L) for each layer: neither padding nor dropped; cached: nor cut from its cache after the prefill."""
     found = []
     for layer in range(len(report.tokens_per_layer)):
         alive = real.clone()
@@ -127,7 +134,8 @@ def _alive(ids: Tensor, real: Tensor, report: vtprune.Report) -> list[Tensor]:
             for image in sample.images:
                 own = places[first : first + image.tokens]
                 alive[row, own] = False
-                alive[row, own[image.kept_per_layer[layer]]] = True
+                kept = image.cached_per_layer if cached else image.kept_per_layer
+                alive[row, own[kept[layer]]] = True
                 first += image.tokens
         found.append(alive)
     return found

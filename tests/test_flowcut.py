@@ -69,7 +69,7 @@ def encode(
         query, key, value = states.unbind(1)
         layer = EncoderLayer(
             query, key, value, valid, torch.tensor(totals), torch.tensor(budgets), index, depth, 0.5, prefix,
-            group, memory,
+            group, memory, valid.float(), ((1, 1, 1),) * len(images),
         )  # fmt: skip
         mask = pruner.prune_encoder(layer)
         if mask is None:
@@ -132,7 +132,7 @@ def test_flowcut_prunes_at_every_second_layer_and_last_to_the_budget():
             query, key, value = image[index][:, None].unbind(0)
             layer = EncoderLayer(
                 query, key, value, torch.ones(1, 16, dtype=torch.bool), torch.tensor([16]), torch.tensor([4]),
-                index, depth, 0.5, prefix, 1, memory,
+                index, depth, 0.5, prefix, 1, memory, torch.ones(1, 16), ((1, 4, 4),),
             )  # fmt: skip
             mask = FlowCut().prune_encoder(layer)
             if mask is not None:
@@ -149,8 +149,9 @@ def test_flowcut_nan_raises_but_nan_padding_does_not():
     for prefix in (0, 1):
         query, key, value = states[..., 1 - prefix :, :].unbind(0)
         layer = EncoderLayer(
-            query, key, value, valid, torch.tensor([4]), torch.tensor([1]), 0, 2 + prefix, 0.5, prefix, 1, {}
-        )
+            query, key, value, valid, torch.tensor([4]), torch.tensor([1]), 0, 2 + prefix, 0.5, prefix, 1, {},
+            valid.float(), ((1, 2, 2),),
+        )  # fmt: skip
         mask = FlowCut().prune_encoder(layer)
         assert mask is None or not mask[0, 3]
         with pytest.raises(ScoreError, match="flowcut"):
@@ -185,7 +186,7 @@ def decoder_layer(budget: int) -> DecoderLayer:
     query, value = torch.zeros(1, 6, 2), torch.ones(1, 6, 2)
     query[0, 5, 0] = 1.0
     vision = torch.arange(1, 5)
-    return DecoderLayer(query, key, value, vision, 5, 1.0, 4, torch.arange(4), budget, 1, 4)
+    return DecoderLayer(query, key, value, vision, 5, 1.0, 4, torch.arange(4), budget, 1, 4, vision[:0], {})
 
 
 def test_flowcut_second_stage_by_hand():

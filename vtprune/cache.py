@@ -72,6 +72,19 @@ class PrunedLayer(DynamicLayer):
             values = torch.cat([past[:, places].to(values.device), values], dim=1)
         self.aux[name] = values
 
+    def cut(self, slots: Tensor, columns: Tensor, removed: Tensor, shift: str) -> None:
+        """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`; the positions of later
+        tokens count the (B, 1) `removed` ones as dropped where the aux tensor `shift` renumbers them."""
+        assert self.keys is not None and self.values is not None
+        index = columns.clamp(min=0).to(self.keys.device)
+        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        self.keys = self.keys.transpose(1, 2)[rows, index].transpose(1, 2)
+        self.values = self.values.transpose(1, 2)[rows, index].transpose(1, 2)
+        self.slots = slots
+        if shift in self.aux:
+            values = self.aux[shift]
+            self.aux[shift] = torch.cat([values[:, :-1], values[:, -1:] + removed.to(values)], dim=1)
+
     def get_seq_length(self) -> int:
         """The logical length: tokens of the sequence so far, dropped ones included."""
         return self.length

@@ -61,6 +61,7 @@ def flops(
     images: int | Sequence[Sequence[int]],
     convention: str = "exact",
     encoder_tokens_per_layer: Sequence[Sequence[Alive]] | None = None,
+    encoder_mlp_tokens_per_layer: Sequence[Sequence[int]] | None = None,
     projector_tokens: int | None = None,
     scoring: int = 0,
     logits: int = 1,
@@ -71,7 +72,8 @@ def flops(
     images: a number of images, or grids (t, h, w) in decoder tokens; 0 if the features came from elsewhere;
     convention: "exact", or the papers' "2ndm" and "3ndm" (decoder alone, multiply-accumulates);
     encoder_tokens_per_layer[image][layer]: patches left in an encoder layer (CLS not among them), or the
-    lengths (all tokens) of its attention segments; None if all; projector_tokens: tokens through the
+    lengths (all tokens) of its attention segments; None if all; encoder_mlp_tokens_per_layer: the same for all
+    tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
     projector, None for all; scoring: FLOPs of the method itself; logits: positions through the head.
     Raises VTPruneError for bad counts and lengths, an unknown convention or an unknown model.
     """
@@ -87,10 +89,11 @@ def flops(
         return FlopsBreakdown(0, 0, _published(decoder, lengths, matrices), 0, 0)
     grids = model.vision.grids(images)
     alive = _alive(encoder_tokens_per_layer, len(grids), model.vision.blocks.layers)
+    mlp = encoder_mlp_tokens_per_layer or [None] * len(grids)
     if projector_tokens is None:
         projector_tokens = sum(model.vision.features(grid) for grid in grids)
     return FlopsBreakdown(
-        vision_tower=2 * sum(model.vision.image_macs(grid, a) for grid, a in zip(grids, alive, strict=True)),
+        vision_tower=2 * sum(model.vision.image_macs(g, a, m) for g, a, m in zip(grids, alive, mlp, strict=True)),
         projector=2 * model.projector_macs * count("projector_tokens", projector_tokens),
         decoder=2 * sum(decoder.layer_macs((n,)) for n in lengths),
         head=2 * model.head_macs * count("logits", logits),

@@ -46,6 +46,7 @@ class DecoderHooks:
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
         self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
+        self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
         self.last: Generation | None = None
         self._signature = inspect.signature(adapter.inner.forward)
@@ -160,7 +161,7 @@ class DecoderHooks:
                 span.memories[index] = pruner.remember(stream)
                 if pruner.selects and (stream.budget < span.kept.numel() or pruner.adaptive):
                     selection = pruner.select(replace(stream, memory=span.memories[index]))
-                    self._apply(run, span, pruner, selection, stream.budget, 0)
+                    self._apply(run, span, index, selection, stream.budget, 0)
 
     def _stream(
         self,
@@ -194,14 +195,16 @@ class DecoderHooks:
         )
 
     def _apply(
-        self, run: DecoderRun, span: ImageSpan, pruner: Pruner, selection: Selection | None, budget: int, layer: int
+        self, run: DecoderRun, span: ImageSpan, index: int, selection: Selection | None, budget: int, layer: int
     ) -> None:
+        pruner = self.pruners[index]
         if selection is None:
             return
         selection.check(span.kept.numel())
         if selection.kept.numel() > budget and not pruner.adaptive:
             raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
         run.drop(span, selection, layer)
+        span.left[index] = span.kept.numel()
         if selection.note:
             span.notes.append(f"{pruner.name}: {selection.note}")
 
@@ -282,13 +285,15 @@ class DecoderHooks:
                     query[row], key[row], value[row], vision, int(last), self.adapter.decoder_scale,
                     span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
                 )  # fmt: skip
-                self._apply(run, span, pruner, pruner.prune_decoder(layer), budget, index + 1)
+                self._apply(run, span, order, pruner.prune_decoder(layer), budget, index + 1)
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         run = kwargs.get(RUN)
         if run is None or output is None:
             return None
         generation = run.generation
+        if self._cut and run.spans:
+            run.cut_caches(self._cut)
         if run.prompt.offset > 0 and not run.spans:
             generation.steps += 1
         generation.note_cache(run)

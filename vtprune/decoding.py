@@ -27,7 +27,9 @@ class ImageSpan:
 
     places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept:
     tokens alive now, indices into the whole image; history: (layer, kept) at every change; merges: (layer, Merge)
-    with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said.
+    with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said;
+    left: tokens left after each pruner (by its place in the list) acted on the decoder's side; cut: layers whose
+    cache holds only what the last layer left.
     """
 
     row: int
@@ -39,6 +41,8 @@ class ImageSpan:
     merges: list[tuple[int, Merge]] = field(default_factory=list)
     memories: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left: dict[int, int] = field(default_factory=dict)
+    cut: frozenset[int] = frozenset()
 
     @property
     def end(self) -> int:
@@ -48,6 +52,10 @@ class ImageSpan:
     def kept_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer `layer` processes."""
         return [kept for first, kept in self.history if first <= layer][-1]
+
+    def cached_at(self, layer: int) -> Tensor:
+        """Tokens that decoder layer `layer` holds in its cache once the prefill is over."""
+        return self.history[-1][1] if layer in self.cut else self.kept_at(layer)
 
 
 @dataclass
@@ -278,6 +286,33 @@ class DecoderRun:
             return prompt.positions.expand(prompt.batch, -1)
         column = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)
         return column.expand(prompt.batch, -1)
+
+    def cut_caches(self, indices: frozenset[int]) -> None:
+        """Leaves in the caches of these layers only the vision tokens that are alive after the last layer."""
+        if self.layers is None or not self.spans:
+            return
+        gone = torch.zeros(self.prompt.batch, self.prompt.offset + self.prompt.length, dtype=torch.bool)
+        gone = gone.to(self.prompt.device)
+        for span in self.spans:
+            span.cut = indices
+            final = span.history[-1][1]
+            gone[span.row, self.prompt.offset + span.places] = True
+            gone[span.row, self.prompt.offset + span.places[final]] = False
+        # Layers that share slots go on sharing them, and their masks.
+        known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for index in sorted(indices):
+            layer = self.layers[index]
+            slots = layer.slots
+            if slots is None:
+                slots = all_slots(gone.shape[1], gone.shape[0], gone.device)
+            key = -1 if layer.slots is None else id(slots)
+            if key not in known:
+                drop = gone.gather(1, slots.clamp(min=0))
+                columns = places_of((slots >= 0) & ~drop)
+                new = slots.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+                known[key] = (new, columns, ((slots >= 0) & drop).sum(dim=1, keepdim=True))
+            if bool(known[key][2].any()):
+                layer.cut(*known[key], SHIFT)
 
     def restore(self, states: Tensor, index: int) -> Tensor:
         """Hidden states after layer `index` at the full length: a dropped place repeats the last kept one."""

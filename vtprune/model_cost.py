@@ -36,12 +36,14 @@ class TransformerCost:
     mlp_matrices: int
     layers: int
 
-    def layer_macs(self, segments: Segments) -> int:
-        """Multiply-accumulates of one layer; causal attention is counted in full."""
+    def layer_macs(self, segments: Segments, mlp_tokens: int | None = None) -> int:
+        """Multiply-accumulates of one layer; causal attention is counted in full. mlp_tokens: tokens that go through
+        its MLP, None for all."""
         projections = 2 * self.width * (self.query_width + self.kv_width)
         mlp = self.mlp_matrices * self.width * self.mlp_width
         scores_and_values = 2 * self.query_width * sum(n * n for n in segments)
-        return sum(segments) * (projections + mlp) + scores_and_values
+        through = sum(segments) if mlp_tokens is None else mlp_tokens
+        return sum(segments) * projections + through * mlp + scores_and_values
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ class VisionCost(ABC):
         """Multiply-accumulates of a head over the last layer's `tokens`, for one image."""
         return 0
 
-    def image_macs(self, grid: Grid, alive: Sequence[Alive] | None) -> int:
-        """Multiply-accumulates of the tower for one image; `alive` holds one entry a layer."""
+    def image_macs(self, grid: Grid, alive: Sequence[Alive] | None, mlp: Sequence[int] | None = None) -> int:
+        """Multiply-accumulates of the tower for one image; `alive` and `mlp` (tokens through the MLP) hold one entry
+        a layer."""
         macs = self.patches(grid) * self.patch_macs
         segments: Segments = self.segments(grid, 0)
         for layer in range(self.blocks.layers):
             segments = self._layer_segments(grid, layer, None if alive is None else alive[layer])
-            macs += self.blocks.layer_macs(segments)
+            macs += self.blocks.layer_macs(segments, mlp[layer] if mlp else None)
         return macs + self.pooling_macs(sum(segments))
 
     def _layer_segments(self, grid: Grid, layer: int, alive: Alive | None) -> Segments:

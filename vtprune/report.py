@@ -13,18 +13,34 @@ from transformers.cache_utils import Cache
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
 from vtprune.model_cost import model_cost
-from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.state import ROWS
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Vectors of `members` flowed into token `into` with `weights`, before decoder layer `layer`."""
+    """Vectors of `members` flowed into token `into` with `weights`.
+
+    stage: "decoder": before decoder layer `layer`; "encoder": inside the vision encoder, at its layer `layer` for
+    the last time (weights are then products over the layers). Weights sum to 1 unless the method says else.
+    """
 
     into: int
     members: list[int]
     weights: list[float]
     layer: int
+    stage: str = "decoder"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One pruner of the list: where it acts, what it was asked to keep, and the tokens an image that it left (the
+    mean over images; where it acts more than once, the last time)."""
+
+    method: str
+    stage: str
+    asked_keep: int | float
+    tokens_left: float
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,8 @@ class ImageReport:
     """One image of one row: indices count its own vision tokens, 0 .. tokens - 1, in raster order.
 
     grid: (t, h, w) in vision tokens; kept: tokens that enter the decoder; kept_per_layer: tokens that each
-    decoder layer processes.
+    decoder layer processes; cached_per_layer: tokens in each layer's cache after the prefill; merged: what flowed
+    into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said.
     """
 
     grid: tuple[int, int, int]
@@ -40,6 +57,9 @@ class ImageReport:
     kept: list[int]
     kept_per_layer: list[list[int]]
     merged: list[MergeReport]
+    cached_per_layer: list[list[int]] = field(default_factory=list)
+    cls: int = -1
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class Report:
     tokens_per_layer[layer][row]: vision tokens processed in the prefill; kv_tokens_per_layer[layer][row]:
     vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
     asked_keep: what each pruner was asked for; achieved_keep: mean over images of kept over all tokens, counted
-    as `keep` is. flops sums the rows, each as if it ran alone; flops_full is the same unpruned. kv_bytes is
+    as `keep` is; stages: each pruner of the list. flops sums the rows, each as if it ran alone; flops_full is the same unpruned. kv_bytes is
     logical (now), kv_bytes_allocated the cache's tensors with padding; both 0 without a cache.
     """
 
@@ -76,6 +96,7 @@ class Report:
     kv_bytes: int
     kv_bytes_full: int
     kv_bytes_allocated: int
+    stages: list[StageReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -176,7 +197,8 @@ class Generation:
         breakdown, full = self._flops()
         live = self._layers
         kv = self._kv_tokens(live)
-        dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in tokens]
+        cached = self._tokens(self.spans, cached=True)
+        dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in cached]
         full_kv = [[k + d for k, d in zip(a, b, strict=True)] for a, b in zip(kv, dropped, strict=False)]
         achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
@@ -197,14 +219,22 @@ class Generation:
             kv_bytes=self._bytes_of(kv),
             kv_bytes_full=self._bytes_of(full_kv),
             kv_bytes_allocated=sum(size for _, _, size in live),
+            stages=[self._stage(index) for index in range(len(self.pruners))],
         )
 
-    def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
+    def _tokens(self, spans: list[ImageSpan], *, cached: bool = False) -> list[list[int]]:
         tokens = [[0] * self.rows for _ in range(self.depth)]
         for span in spans:
             for layer in range(self.depth):
-                tokens[layer][span.row] += int(span.kept_at(layer).numel())
+                kept = span.cached_at(layer) if cached else span.kept_at(layer)
+                tokens[layer][span.row] += int(kept.numel())
         return tokens
+
+    def _stage(self, index: int) -> StageReport:
+        pruner = self.pruners[index]
+        left = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
+        mean = sum(left) / len(left) if left else 0.0
+        return StageReport(pruner.name, acts_at(pruner, self.facts), pruner.asked_keep, mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -221,10 +251,10 @@ class Generation:
                 tokens=span.image.total,
                 kept=span.kept_at(0).tolist(),
                 kept_per_layer=[span.kept_at(layer).tolist() for layer in range(self.depth)],
-                merged=[
-                    MergeReport(merge.into, list(merge.members), list(merge.weights), layer)
-                    for layer, merge in span.merges
-                ],
+                merged=_merged(span),
+                cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
+                cls=span.image.cls,
+                notes=list(span.notes),
             )
             for span in self.spans
             if span.row == row
@@ -252,6 +282,7 @@ class Generation:
                 text_tokens=text,
                 images=grids,
                 encoder_tokens_per_layer=_segments(fresh),
+                encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
                 scoring=sum(self._scoring(span, row) for span in spans),
             )
@@ -269,7 +300,7 @@ class Generation:
 
     def _dropped_earlier(self, row: int) -> list[int]:
         spans = [span for span in self.spans[: self.earlier] if span.row == row]
-        return [sum(s.image.total - s.kept_at(layer).numel() for s in spans) for layer in range(self.depth)]
+        return [sum(s.image.total - s.cached_at(layer).numel() for s in spans) for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""
@@ -315,6 +346,28 @@ def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:
 def _segments(spans: list[ImageSpan]) -> list[list[list[int]]] | None:
     """Attention segments by image and encoder layer, or None where no pruner acts in the encoder."""
     return [span.image.segments for span in spans] if any(span.image.segments for span in spans) else None
+
+
+def _mlp_tokens(spans: list[ImageSpan]) -> list[tuple[int, ...]] | None:
+    return [span.image.mlp for span in spans] if any(span.image.segments for span in spans) else None
+
+
+def _merged(span: ImageSpan) -> list[MergeReport]:
+    inside = [(span.image.merged_at, merge, "encoder") for merge in span.image.merges()]
+    later = [(layer, merge, "decoder") for layer, merge in span.merges]
+    return [
+        MergeReport(merge.into, list(merge.members), list(merge.weights), layer, stage)
+        for layer, merge, stage in inside + later
+    ]
+
+
+def acts_at(pruner: Pruner, facts: ModelFacts) -> str:
+    """Where a pruner acts on this model, in words."""
+    layers = pruner.decoder_layers(facts.decoder_depth)
+    places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
+    places += ["before decoder"] if pruner.selects else []
+    places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
+    return "; ".join(places) or "nowhere"
 
 
 def _rows(layer: CachedLayer, rows: list[int]) -> CachedLayer:

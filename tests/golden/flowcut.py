@@ -101,7 +101,8 @@ def encoder_layer(
     return EncoderLayer(
         query=query, key=key, value=value, valid=torch.ones(batch, tokens, dtype=torch.bool),
         total=torch.full((batch,), total), budget=torch.full((batch,), budget), index=index, depth=depth,
-        scale=query.shape[-1] ** -0.5, prefix=prefix, group=1, memory=memory,
+        scale=query.shape[-1] ** -0.5, prefix=prefix, group=1, memory=memory, sizes=torch.ones(batch, tokens),
+        grids=((1, 1, tokens),) * batch,
     )  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def decoder_kept(model: torch.nn.Module, hidden: Tensor, positions: Tensor, span
         layer = DecoderLayer(
             query=query[row], key=key[row], value=value[row], vision=span, last=last,
             scale=query.shape[-1] ** -0.5, total=span.numel(), indices=torch.arange(span.numel()),
-            budget=budget, index=DECODER_LAYER, depth=len(model.layers),
+            budget=budget, index=DECODER_LAYER, depth=len(model.layers), text=span[:0], memory={},
         )  # fmt: skip
         selection = RELEASED.prune_decoder(layer)
         kept.append(torch.arange(span.numel()) if selection is None else selection.kept)
