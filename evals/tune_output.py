@@ -24,13 +24,11 @@ DIGITS = 5
 
 def write_outputs(search: Search, budget: str, console: Console) -> None:
     """Prints the table and what there is to say about it, and writes the plot."""
-    best, first = search.best, search.trials[0]
-    assert best is not None
     console.print(result_table(search))
     for line in remarks(search):
         console.print(line, style="dim", highlight=False)
     title = f"{search.config['method']} at {budget}, {search.config['model']}"
-    write_atomically(search.folder / PLOT, search_png(search.trials, best, first, title))
+    write_atomically(search.folder / PLOT, search_png(search.trials, search.data["space"], title))
     names = (CONFIG_NAME, FILE, PLOT)
     console.print("wrote " + ", ".join(str(search.folder / name) for name in names), highlight=False)
 
@@ -98,23 +96,25 @@ def _percent(trial: Trial) -> str:
     return f"{100 * trial['flops_share']:.1f}" if "flops_share" in trial else "-"
 
 
-def search_png(trials: list[Trial], best: Trial, first: Trial, title: str) -> bytes:
-    """The objective over trials with the best so far, and over each hyper-parameter; the defaults as a line."""
-    measured = [trial for trial in trials if trial["state"] == MEASURED]
-    names = list(dict.fromkeys(name for trial in measured for name in trial["params"]))
-    columns = min(COLUMNS, 1 + len(names))
-    rows = -(-(1 + len(names)) // columns)
+def search_png(trials: list[Trial], space: dict[str, dict[str, Any]], title: str) -> bytes:
+    """The objective over trials with the best so far, and over each hyper-parameter; the defaults as a line.
+
+    space: the tunables by name, as search.json has them.
+    """
+    measured, first = [trial for trial in trials if trial["state"] == MEASURED], trials[0]
+    columns = min(COLUMNS, 1 + len(space))
+    rows = -(-(1 + len(space)) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained", dpi=150)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     _over_trials(panels[0], measured)
-    for axes, name in zip(panels[1:], names, strict=False):
-        _over_parameter(axes, name, measured, best)
-    for axes in panels[: 1 + len(names)]:
+    for axes, (name, tunable) in zip(panels[1:], space.items(), strict=False):
+        _over_parameter(axes, name, tunable, measured)
+    for axes in panels[: 1 + len(space)]:
         if first["state"] == MEASURED:
             axes.axhline(first["objective"], color="black", linewidth=1, linestyle="--", label="defaults")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[1 + len(names) :]:
+    for axes in panels[1 + len(space) :]:
         axes.set_axis_off()
     panels[0].legend(frameon=False, fontsize=8)
     for row in range(rows):
@@ -132,18 +132,19 @@ def _over_trials(axes: Axes, measured: list[Trial]) -> None:
     axes.set_xlabel("trial")
 
 
-def _over_parameter(axes: Axes, name: str, measured: list[Trial], best: Trial) -> None:
-    """Values that are no numbers stand side by side under their names."""
+def _over_parameter(axes: Axes, name: str, tunable: dict[str, Any], measured: list[Trial]) -> None:
+    """Choices stand side by side under their names."""
     shown = [trial for trial in measured if name in trial["params"]]
-    values = [trial["params"][name] for trial in shown]
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    places = list(dict.fromkeys(map(str, values)))
-    xs = values if numeric else [places.index(str(value)) for value in values]
-    if not numeric:
+    xs = [trial["params"][name] for trial in shown]
+    if tunable["choices"]:
+        places = [repr(choice) for choice in tunable["choices"]]
+        xs = [places.index(repr(value)) for value in xs]
         axes.set_xticks(range(len(places)), places)
         axes.set_xlim(-0.5, len(places) - 0.5)
+    elif tunable["log"]:
+        axes.set_xscale("log")
     axes.plot(xs, [trial["objective"] for trial in shown], "o", color=COLOURS[0], markersize=4)
-    for x, trial in zip(xs, shown, strict=True):
-        if trial is best:
-            axes.plot([x], [trial["objective"]], "*", color=COLOURS[1], markersize=12)
+    best = max(zip(xs, shown, strict=True), key=lambda pair: pair[1]["objective"], default=None)
+    if best is not None:
+        axes.plot([best[0]], [best[1]["objective"]], "*", color=COLOURS[1], markersize=12)
     axes.set_xlabel(name)

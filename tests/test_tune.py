@@ -1,0 +1,430 @@
+"""The search: what it finds and writes, that it goes on after an interruption, and how it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+import vtprune
+from tests.checkpoint import png, random_qwen_checkpoint
+from vtprune.assets import SHAPES_EVAL
+from vtprune.cli import app
+from vtprune.errors import VTPruneError
+from vtprune.evals import tune_search
+from vtprune.evals.loading import load_model
+from vtprune.evals.prompts import encode, place, question
+from vtprune.evals.settings import build_settings, parse_flops
+from vtprune.evals.shapes import read_eval_rows
+from vtprune.evals.tune_budget import OverBudgetError, largest_count
+from vtprune.evals.tune_data import draw_shapes, read_folder
+from vtprune.evals.tune_measure import Meter
+from vtprune.evals.tune_space import all_settings, holds, propose, setting_key
+from vtprune.evals.tune_store import search_fingerprint
+from vtprune.pruner import Tunable
+
+SMALL = ("--samples", "3", "--check-samples", "2")
+KEEP = ("--keep", "15%")
+
+
+@pytest.fixture(autouse=True)
+def _private_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def tune(output: Path, *arguments: str | Path, method: str = "holov") -> Result:
+    return run("tune", method, "--output", output, *SMALL, *arguments)
+
+
+def read(output: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((output / "search.json").read_text())
+    return data
+
+
+def numbers(output: Path) -> list[dict[str, Any]]:
+    """All of the trials but how long they took."""
+    return [{name: value for name, value in trial.items() if name != "seconds"} for trial in read(output)["trials"]]
+
+
+def fails(result: Result, *fragments: str, status: int = 2) -> None:
+    assert result.exit_code == status, result.output
+    message = result.stderr.strip()
+    assert message.startswith("vtprune: ")
+    assert len(message.splitlines()) == 1
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a search that nothing disturbed: past the trials that are drawn at random."""
+    output = tmp_path_factory.mktemp("finished") / "my-tune"
+    result = tune(output, *KEEP, "--trials", "12")
+    assert result.exit_code == 0, result.output
+    assert "Search of holov" in result.output
+    return output
+
+
+def test_finds_no_less_than_the_defaults_have(finished: Path) -> None:
+    data = read(finished)
+    trials, best = data["trials"], data["trials"][data["best"]]
+    assert [trial["number"] for trial in trials] == list(range(12))
+    assert trials[0]["params"] == {"crops": 4, "alpha": 1.0, "tau": 1.0}
+    assert trials[0]["pruner"] == vtprune.HoloV(keep=0.15).to_dict()
+    assert best["objective"] == max(trial["objective"] for trial in trials) >= trials[0]["objective"]
+    assert len({setting_key(trial["params"]) for trial in trials}) == len(trials)
+    for trial in trials:
+        assert (trial["state"], trial["kept"], trial["tokens"]) == ("measured", 22, 144)
+        assert 0.5 < trial["flops_share"] < 0.6
+    assert data["check"]["trial"] == data["best"]
+    assert data["check"]["samples"] == len(data["check"]["found"]["cosines"]) == 2
+    assert {"optuna", "torch", "transformers"} <= data["versions"].keys()
+    assert data["config"]["seed"] == 0
+
+
+def test_leaves_a_config_a_picture_and_the_unpruned_states(finished: Path) -> None:
+    data = read(finished)
+    assert vtprune.load_config(finished).to_dict() == data["trials"][data["best"]]["pruner"]
+    assert Image.open(finished / "search.png").width > 1000
+    states = load_file(finished / "unpruned.safetensors")
+    assert {name: len(rows) for name, rows in states.items()} == {"search": 3, "check": 2}
+    assert {path.name for path in finished.iterdir()} == {
+        "search.json", "search.png", "unpruned.safetensors", "vtprune_config.json"
+    }  # fmt: skip
+
+
+def test_the_objective_is_what_a_plain_forward_of_each_sample_says(finished: Path) -> None:
+    data = read(finished)
+    model, processor = load_model()
+    cosines = []
+    for sample in draw_shapes(3, 2, seed=0).search:
+        inputs = place(encode(processor, [question(sample.image, sample.question)]), model)
+        states = []
+        for pruner in (vtprune.NoPruning(), vtprune.load_config(finished)):
+            with vtprune.wrapped(model, pruner), torch.no_grad():
+                states.append(model.model(**inputs).last_hidden_state[0, -1])
+        cosines.append(torch.cosine_similarity(*states, dim=0).item())
+    assert data["trials"][data["best"]]["objective"] == pytest.approx(sum(cosines) / 3, abs=1e-5)
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, number: int, error: BaseException | None = None) -> list[int]:
+    """Raises before trial `number`; returns a list of the trials that were asked for."""
+    asked: list[int] = []
+
+    def counted(space: Any, tried: Any, trial: int, seed: int) -> Any:
+        if trial == number:
+            raise error or KeyboardInterrupt
+        asked.append(trial)
+        return propose(space, tried, trial, seed)
+
+    patch.setattr(tune_search, "propose", counted)
+    return asked
+
+
+def counted_forwards(patch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with every pass over unpruned samples."""
+    passes: list[int] = []
+    states = Meter.states
+
+    def counted(self: Meter, on_batch: Callable[[int], None]) -> Any:
+        passes.append(1)
+        return states(self, on_batch)
+
+    patch.setattr(Meter, "states", counted)
+    return passes
+
+
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        passes = counted_forwards(patch)
+        interrupt_at(patch, 7)
+        result = tune(output, *KEEP, "--trials", "12")
+    fails(result, "the same command goes on", status=130)
+    assert len(passes) == 2
+    assert numbers(output) == numbers(finished)[:7]
+    # What is there is of use already.
+    vtprune.unwrap(vtprune.wrap(load_model()[0], str(output)))
+    with pytest.MonkeyPatch.context() as patch:
+        passes, asked = counted_forwards(patch), interrupt_at(patch, 99)
+        result = tune(output, *KEEP, "--trials", "12")
+    assert result.exit_code == 0, result.output
+    assert "7 trials are in" in result.output
+    assert asked == [7, 8, 9, 10, 11]
+    assert not passes
+    assert numbers(output) == numbers(finished)
+    assert read(output)["check"] == read(finished)["check"]
+
+
+def test_more_trials_go_on_from_a_finished_search(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert tune(output, *KEEP, "--trials", "2").exit_code == 0
+    first = numbers(output)
+    with pytest.MonkeyPatch.context() as patch:
+        asked = interrupt_at(patch, 99)
+        result = tune(output, *KEEP, "--trials", "3")
+        again = tune(output, *KEEP, "--trials", "3")
+    assert result.exit_code == again.exit_code == 0, result.output
+    assert asked == [2]
+    assert numbers(output)[:2] == first
+
+
+def test_states_that_were_cut_short_are_computed_again(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert tune(output, *KEEP, "--trials", "1").exit_code == 0
+    whole = (output / "unpruned.safetensors").read_bytes()
+    (output / "unpruned.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert tune(output, *KEEP, "--trials", "2").exit_code == 0
+    assert (output / "unpruned.safetensors").read_bytes() == whole
+
+
+def test_an_error_on_the_way_keeps_the_trials(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 2, RuntimeError("out of memory"))
+        result = tune(tmp_path / "out", *KEEP, "--trials", "4")
+    fails(result, "out of memory", status=1)
+    assert len(numbers(tmp_path / "out")) == 2
+
+
+def test_another_search_is_not_mixed_in(finished: Path) -> None:
+    before = read(finished)
+    fails(tune(finished, "--keep", "20%"), "keep was 0.15 and is now 0.2", "--restart")
+    fails(tune(finished, *KEEP, "--seed", "1"), "the samples was", "seed was 0 and is now 1")
+    assert read(finished) == before
+
+
+def test_a_restart_and_other_code_keep_the_old_search(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "search.json").write_text("{")
+    fails(tune(output, *KEEP), "is not the file of a search", "--restart")
+    assert tune(output, *KEEP, "--trials", "1", "--restart").exit_code == 0
+    assert (output / "search-old.json").read_text() == "{"
+    data = {**read(output), "created": "2026-01-02T03:04:05+00:00"}
+    data["config"]["code"] = "older"
+    (output / "search.json").write_text(json.dumps(data))
+    result = tune(output, *KEEP, "--trials", "1")
+    assert "starting afresh" in result.output
+    assert json.loads((output / "search-20260102030405.json").read_text()) == data
+    assert read(output)["config"]["code"] == search_fingerprint()
+
+
+def test_bench_takes_the_folder_as_a_method(finished: Path, tmp_path: Path) -> None:
+    result = run(
+        "bench", "--methods", f"grid,{finished}", "--keep", "9", "--limit", "5", "--output", tmp_path / "bench"
+    )
+    assert result.exit_code == 0, result.output
+    records = list(json.loads((tmp_path / "bench" / "results.json").read_text())["settings"].values())
+    assert [(record["label"], record["keep"]) for record in records] == [
+        ("none", None),
+        ("grid", 9),
+        ("my-tune", 0.15),
+    ]
+    assert records[2]["pruner"] == vtprune.load_config(finished).to_dict()
+    assert records[2]["tokens"]["kept"] == 22
+
+
+def test_a_folder_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    for name, keep in (("a/same", 0.2), ("b/same", 0.3), ("c/copy", 0.2)):
+        vtprune.save_config(vtprune.HoloV(keep=keep), tmp_path / name)
+    vtprune.save_config([vtprune.FlowCut(keep=36), vtprune.Random(keep=20)], tmp_path / "list")
+    folders = [str(tmp_path / name) for name in ("a/same", "b/same", "list")]
+    _, first, second, both = build_settings(folders, [0.25, 0.5])
+    assert first.label != second.label
+    assert first.label.startswith("same-")
+    assert (first.keep, second.keep, both.keep, both.label) == (0.2, 0.3, 20, "list")
+    assert [pruner.name for pruner in both.pruners()] == ["flowcut", "random"]
+    assert build_settings([str(tmp_path / "c/copy")], [1])[1].key() == first.key()
+    with pytest.raises(VTPruneError, match=r"no vtprune_config\.json in"):
+        build_settings([str(tmp_path)], [0.5])
+
+
+def test_a_flops_budget_gives_every_setting_the_most_tokens_that_fit(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert tune(output, "--flops", "60%", "--trials", "3").exit_code == 0
+    for trial in read(output)["trials"]:
+        assert 0.59 < trial["flops_share"] <= 0.6
+        assert trial["pruner"]["keep"] == pytest.approx(trial["kept"] / 144)
+
+
+def test_a_flops_budget_that_no_setting_meets(tmp_path: Path) -> None:
+    fails(tune(tmp_path, "--flops", "20%", "--trials", "3"), "no setting of holov meets 20% of the FLOPs", "49.", "%")
+    assert not (tmp_path / "vtprune_config.json").exists()
+
+
+@pytest.mark.parametrize("best", range(1, 20))
+def test_the_largest_count_is_found_from_any_hint(best: int) -> None:
+    for hint in range(1, 20):
+        assert largest_count(lambda count: count / 20, best / 20, 20, hint) == best
+
+    def refusing(count: int) -> float:
+        if not best - 2 <= count <= best + 2:
+            raise VTPruneError("no such split")
+        return count / 20
+
+    assert largest_count(refusing, best / 20, 20, best) == best
+    with pytest.raises(OverBudgetError, match=r"needs 5\.0%"):
+        largest_count(lambda count: count / 20, 0.01, 20, best)
+
+
+def test_a_setting_that_is_not_a_number_is_told_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Meter.measure
+
+    def broken(self: Meter, pruner: Any, unpruned: Any) -> Any:
+        found = measure(self, pruner, unpruned)
+        return found if pruner.alpha is None else dataclasses.replace(found, cosines=[0.9, math.nan, 0.9])
+
+    monkeypatch.setattr(Meter, "measure", broken)
+    result = tune(tmp_path, *KEEP, "--trials", "2")
+    assert result.exit_code == 0, result.output
+    assert "trial 1 failed: the pruned state is not a number on 1 samples (shapes 1)" in result.output
+    assert [trial["state"] for trial in read(tmp_path)["trials"]] == ["measured", "failed"]
+    assert read(tmp_path)["best"] == 0
+    assert "1 of 2 settings gave no number" in result.output
+
+
+def test_settings_that_the_model_refuses_are_infeasible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, facts: Any) -> Any:
+        if self.tau == 1 and self.alpha is None:
+            raise VTPruneError("cannot be met")
+        return self
+
+    monkeypatch.setattr(vtprune.HoloV, "for_model", refuse)
+    result = tune(tmp_path / "out", *KEEP, "--trials", "2")
+    assert result.exit_code == 0, result.output
+    assert [trial["state"] for trial in read(tmp_path / "out")["trials"]] == ["infeasible", "measured"]
+    fails(tune(tmp_path / "none", *KEEP, "--trials", "1"), "none of 1 trials of holov has an objective: cannot be met")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "fragments"),
+    [
+        ("grid", KEEP, ("grid has nothing to tune", "flowcut", "fopru", "holov")),
+        ("flowcut:stages=1", KEEP, ("nothing to tune beside the options that are given",)),
+        ("holov", ("--keep", "100%"), ("nothing is pruned",)),
+        ("holov", ("--keep", "144"), ("every one of 144 vision tokens is kept",)),
+        ("holov", (), ("give one of --keep",)),
+        ("holov", (*KEEP, "--flops", "50%"), ("give one of --keep",)),
+        ("holov", ("--flops", "100%"), ("flops: cannot take '100%'",)),
+        ("holov:keep=3", KEEP, ("the budget is --keep or --flops",)),
+        ("holv", KEEP, ("did you mean 'holov'",)),
+        ("holov", (*KEEP, "--model", "somewhere"), ("--data FOLDER",)),
+        ("holov", (*KEEP, "--data", "nowhere"), ("nowhere is not a folder",)),
+    ],
+)
+def test_a_request_that_makes_no_sense(
+    method: str, options: tuple[str, ...], fragments: tuple[str, ...], tmp_path: Path
+) -> None:
+    fails(tune(tmp_path, *options, method=method), *fragments)
+    assert not (tmp_path / "vtprune_config.json").exists()
+
+
+def test_a_share_of_flops_is_read() -> None:
+    assert (parse_flops("40%"), parse_flops(" 0.4 ")) == (0.4, 0.4)
+
+
+def pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (90 + i, 96), (20 * i, 90, 40)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_folder_of_pictures_is_searched_on_another_family(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "data", 5)
+    rows = [{"file_name": f"{i}.png", "question": f"number {i}?"} for i in range(4)] + [{"file_name": "4.png"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--model", random_qwen_checkpoint(), "--data", folder, "--keep", "40%", "--trials", "3")
+    result = tune(tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert all(trial["state"] == "measured" for trial in read(tmp_path / "out")["trials"])
+
+
+def test_metadata_gives_questions_and_held_out_pictures_are_others(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "data", 8)
+    rows = [{"file_name": f"{i // 2}.png", "question": f"{i}?"} for i in range(15)] + [{"file_name": "7.png"}]
+    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    told: list[str] = []
+    found = read_folder(folder, "What?", 6, 6, 0, told.append)
+    assert (len(found.search), len(found.check), told) == (6, 6, [])
+    assert not {sample.name for sample in found.search} & {sample.name for sample in found.check}
+    for sample in found.search + found.check:
+        assert sample.question == "What?" or int(sample.question[:-1]) // 2 == int(sample.name[0])
+    assert found.fingerprint() == read_folder(folder, "What?", 6, 6, 0).fingerprint()
+    assert found.fingerprint() != read_folder(folder, "What?", 6, 6, 1).fingerprint()
+    few = read_folder(folder, "What?", 30, 10, 0, told.append)
+    assert (len(few.search), len(few.check)) == (12, 4)
+    assert "only 12 samples to search on and 4 held-out ones" in told[0]
+
+
+def test_a_folder_that_cannot_be_searched(tmp_path: Path) -> None:
+    empty = pictures(tmp_path / "empty", 0)
+    fails(tune(tmp_path / "out", *KEEP, "--data", empty), "no picture in", str(empty))
+    one = pictures(tmp_path / "one", 1)
+    fails(tune(tmp_path / "out", *KEEP, "--data", one), "holds one picture", "--check-samples 0")
+    broken = pictures(tmp_path / "broken", 0)
+    whole = png(200, 200, "blue")
+    for i in range(3):
+        (broken / f"{i}.png").write_bytes(whole[: len(whole) // 2])
+    fails(tune(tmp_path / "out", *KEEP, "--data", broken), "data: cannot read", ".png: image file is truncated")
+    (one / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "gone.png"}')
+    fails(tune(tmp_path / "out", *KEEP, "--data", one), "data: no file", "gone.png")
+    (one / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"name": "0.png"}')
+    fails(tune(tmp_path / "out", *KEEP, "--data", one), "metadata.jsonl, line 2", "file_name")
+    assert not (tmp_path / "out").exists()
+
+
+def test_drawn_samples_are_new_and_repeat_with_the_seed() -> None:
+    found = draw_shapes(30, 30, seed=0)
+    known = {row.open_image().tobytes() for row in read_eval_rows(SHAPES_EVAL)}
+    drawn = {sample.image.tobytes() for sample in found.search + found.check}
+    assert len(drawn) == 60
+    assert not drawn & known
+    assert found.fingerprint() == draw_shapes(30, 30, seed=0).fingerprint()
+    assert found.fingerprint() != draw_shapes(30, 30, seed=1).fingerprint()
+
+
+def test_a_finite_space_is_searched_to_its_end_and_no_further(tmp_path: Path) -> None:
+    result = tune(tmp_path, *KEEP, method="fopru")
+    assert result.exit_code == 0, result.output
+    assert "every setting of the search space has been tried (4)" in result.output
+    assert len(read(tmp_path)["trials"]) == 4
+
+
+def test_proposals_stay_in_the_space_and_depend_on_the_arguments_alone() -> None:
+    space = {
+        "a": Tunable(-1.0, 1.0),
+        "b": Tunable(0.1, 10.0, log=True),
+        "c": Tunable(2, 5, whole=True),
+        "d": Tunable(choices=(None, "x", True, 1)),
+    }
+    tried: list[tuple[dict[str, Any], float | None]] = []
+    for number in range(14):
+        params = propose(space, tried, number, 3)
+        assert params is not None
+        assert params == propose(space, tried, number, 3)
+        assert all(holds(space[name], value) for name, value in params.items())
+        tried.append((params, None if number % 4 == 3 else -abs(params["a"])))
+    assert all_settings(space) is None
+    finite = {name: space[name] for name in "cd"}
+    assert len(all_settings(finite) or []) == 16
+    assert not holds(space["c"], 2.0)
+    assert not holds(space["d"], 1.0)
+    assert not holds(space["a"], 1.5)
