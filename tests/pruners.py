@@ -24,6 +24,9 @@ PRUNERS: list[Pruner] = [
     vtprune.HoloV(keep=0.25),
     vtprune.DivPrune(keep=0.25),
     vtprune.CDPruner(keep=0.25),
+    vtprune.VisionZip(keep=0.25),
+    vtprune.VisionZip(keep=0.25, cls=False),
+    vtprune.VisionZip(keep=0.3, merge=False),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -33,6 +36,7 @@ RELEASED: list[Pruner] = [
     vtprune.HoloV(keep=9, variant="released"),
     vtprune.DivPrune(keep=9, variant="released"),
     vtprune.CDPruner(keep=9, variant="released"),
+    vtprune.VisionZip(keep=9, variant="released"),
 ]
 
 

@@ -14,7 +14,7 @@ from vtprune.errors import (
     VTPruneError,
 )
 from vtprune.pruner import Pruner, PrunerInfo
-from vtprune.pruners import CDPruner, DivPrune, FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random
+from vtprune.pruners import CDPruner, DivPrune, FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random, VisionZip
 from vtprune.registry import available, register
 from vtprune.report import Report
 from vtprune.selection import Merge, Selection
@@ -50,6 +50,7 @@ __all__ = [
     "UnsupportedModelError",
     "VTPruneError",
     "VisionStream",
+    "VisionZip",
     "__version__",
     "available",
     "flops",

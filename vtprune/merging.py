@@ -11,6 +11,8 @@ from vtprune.compaction import gather_tokens
 from vtprune.errors import VTPruneError
 from vtprune.selection import EncoderSelection, Merge
 
+TIE = 1e-5
+
 
 def flow_together(states: Tensor, into: Tensor, weights: Tensor) -> Tensor:
     """(M, ...) states after row i was added to row into[i] (-1: nowhere) with weights[i], summed in fp32."""
@@ -23,11 +25,14 @@ def flow_together(states: Tensor, into: Tensor, weights: Tensor) -> Tensor:
 
 def check_selection(selection: EncoderSelection, valid: Tensor, method: str) -> None:
     """Raises VTPruneError unless every kept token of (B, N) flows into itself and every other one into a kept one
-    or nowhere."""
+    or nowhere. The token in whose place CLS stands may flow into another one."""
     column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     keep, into = selection.keep & valid, selection.into
     reached = keep.gather(1, into.clamp(min=0)) | (into < 0)
-    if bool((keep & (into != column)).any()) or not bool((reached | ~valid).all()):
+    elsewhere = keep & (into != column)
+    if selection.cls is not None:
+        elsewhere &= column != selection.cls[:, None]
+    if bool(elsewhere.any()) or not bool((reached | ~valid).all()):
         raise VTPruneError(f"{method}: kept tokens flow into themselves, all others into a kept token or nowhere")
 
 
@@ -36,12 +41,14 @@ class Origins:
     """Where the tokens of a batch of whole images are now.
 
     column: (B, T) the column of the alive tokens that holds each original token, -1 if it is gone; share: (B, T)
-    the weight that it has there; layer: the encoder layer of the last merge.
+    the weight that it has there; layer: the encoder layer of the last merge; nameless: (B, T) tokens in whose
+    place CLS stands, so that no other column may be called after them.
     """
 
     column: Tensor
     share: Tensor
     layer: int
+    nameless: Tensor
 
     @classmethod
     def start(cls, alive: Tensor, valid: Tensor, width: int) -> Origins:
@@ -49,11 +56,16 @@ class Origins:
         column = torch.full((alive.shape[0], width + 1), -1, device=alive.device)
         places = alive.masked_fill(~valid, width)
         column.scatter_(1, places, torch.arange(alive.shape[1], device=alive.device).expand_as(places))
-        return cls(column[:, :-1], torch.ones(column.shape[0], width, device=alive.device), 0)
+        column = column[:, :-1]
+        return cls(
+            column, torch.ones(column.shape, device=alive.device), 0, torch.zeros_like(column, dtype=torch.bool)
+        )
 
     def follow(self, selection: EncoderSelection, order: Tensor, layer: int, *, merges: bool) -> None:
         """Takes note of a selection whose tokens go on in the columns `order` (B, N')."""
         held, at = self.column >= 0, self.column.clamp(min=0)
+        if selection.cls is not None:
+            self.nameless = self.nameless | (held & (self.column == selection.cls[:, None]))
         moved = selection.into.gather(1, at)
         self.share = torch.where(held, self.share * selection.weights.gather(1, at), self.share)
         # Columns that nothing goes on in map to -1.
@@ -65,12 +77,14 @@ class Origins:
             self.layer = layer
 
     def heaviest(self, alive: Tensor) -> Tensor:
-        """(B, N) the original token with the largest share in each column of `alive` (B, N); ties: the lowest."""
+        """(B, N) the original token with the largest share in each column of `alive` (B, N); ties: the lowest.
+        The column of CLS is called after the token in whose place it stands."""
         named = alive.clone()
         best = torch.full(alive.shape, -1.0, device=alive.device)
-        held = self.column >= 0
+        held = (self.column >= 0) & ~self.nameless
         best.scatter_reduce_(1, self.column.clamp(min=0), self.share.masked_fill(~held, -1.0), "amax")
-        top = held & (self.share >= best.gather(1, self.column.clamp(min=0)))
+        # Equal shares may have been multiplied up in another order.
+        top = held & (self.share >= best.gather(1, self.column.clamp(min=0)) * (1 - TIE))
         token = torch.arange(self.column.shape[1], device=alive.device).expand_as(self.column)
         first = torch.full(alive.shape, self.column.shape[1], device=alive.device)
         first.scatter_reduce_(1, self.column.clamp(min=0), token.masked_fill(~top, self.column.shape[1]), "amin")

@@ -1,0 +1,132 @@
+"""VisionZip: the tokens that attention dwells on, and a few that the others flow into."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import Pruner, ScoringWork, Tunable
+from vtprune.pruners.checks import check_choice
+from vtprune.pruners.contextual import zip_tokens
+from vtprune.pruners.patches import mean_keys, saliency
+from vtprune.registry import register
+from vtprune.selection import EncoderSelection, check_scores
+from vtprune.stream import EncoderLayer
+
+# One contextual token to 5.4 dominant ones.
+SHARE = 10 / 64
+
+
+@register(
+    "visionzip",
+    stage="encoder",
+    paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models",
+    arxiv="2412.04467",
+    licence="Apache-2.0",
+    needs="q and k of the encoder layer that feeds the decoder",
+    variants=("paper", "released"),
+)
+@dataclass(frozen=True)
+class VisionZip(Pruner):
+    """VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025, arXiv 2412.04467).
+
+    contextual: how many of the kept tokens are contextual, a share (float in [0, 1)) or a count (int); None is
+    the paper's 1 : 5.4 (192 = 162 + 30, 128 = 108 + 20, 64 = 54 + 10). cls: whether the CLS token is one of the
+    dominant ones, as in the released code; False keeps one more patch. merge: False leaves contextual tokens as
+    they are and drops the rest, to measure what merging buys. `default_keep` is the paper's 64 of 576.
+
+    After the layer that feeds the decoder: dominant tokens are those with the highest CLS attention; of the rest
+    every step-th is a contextual one, and gets the mean of the tokens whose head-mean keys are nearest to its own
+    (cosine) added: a sum, not a mean, as released.
+
+    Reference: dvlab-research/VisionZip (Apache-2.0), not copied; variant="released" differs only in renumbered
+    positions. Departures of both: tokens stay in raster order, a contextual one at its target's place (the code
+    appends these); CLS, which has no place in the grid, stands where the first token stood that does not go on
+    (the code puts it first); cosines and sums are fp32; lists of images work. A share is rounded down, but at
+    least one token is contextual from a budget of three on; a count is cut to leave one dominant token; CLS goes
+    on only beside a dominant patch, so a budget of one is a patch. Every crop of an anyres image gets its share
+    of the budget.
+
+    Encoders without CLS (SigLIP, Qwen; the authors released none, this follows EffiVLM-Bench): the attention that
+    a token receives, mean over heads and queries, stands in for the CLS row; on Qwen scores and keys (with their
+    rotary embedding) are means over a merge group, patches flow in their places of the group, and the features'
+    own block scores (there the one before it). What rounding leaves of the budget goes to dominant tokens.
+    """
+
+    contextual: int | float | None = None
+    cls: bool = True
+    merge: bool = True
+    variant: str = "paper"
+
+    default_keep: ClassVar[int | float] = 64 / 576
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "cls", self.cls, (True, False))
+        check_choice(self.name, "merge", self.merge, (True, False))
+        check_choice(self.name, "variant", self.variant, self.info.variants)
+        given = self.contextual
+        if given is None:
+            return
+        number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+        if not number or given < 0 or (isinstance(given, float) and given >= 1):
+            raise VTPruneError(
+                f"visionzip: contextual is a count (an int of at least 0) or a share of keep (a float in [0, 1)), "
+                f"got {given!r}"
+            )
+        if isinstance(given, int) and isinstance(self.keep, int) and given >= self.keep:
+            raise VTPruneError(
+                f"visionzip: contextual={given} leaves nothing of keep={self.keep} for dominant tokens; "
+                f"the most that works is {self.keep - 1}"
+            )
+
+    @property
+    def compact_positions(self) -> bool:
+        """True for variant="released"."""
+        return self.variant == "released"
+
+    @property
+    def merges_in_encoder(self) -> bool:
+        """True: contextual tokens take in others, and CLS a place."""
+        return True
+
+    def search_space(self) -> dict[str, Tunable]:
+        """The share of contextual tokens."""
+        return {"contextual": Tunable(0.02, 0.5)}
+
+    def contextual_count(self, budget: int) -> int:
+        """How many of `budget` tokens are contextual."""
+        share = SHARE if self.contextual is None else self.contextual
+        if isinstance(share, int):
+            return min(share, budget - 1)
+        return min(max(int(share * budget), int(share > 0 and budget >= 3)), budget - 1)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        """The one that feeds the decoder."""
+        return (depth - 1,)
+
+    def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:
+        """Dominant and contextual tokens, and what flows into these; raises ScoreError for NaN."""
+        scores = check_scores(saliency(layer), self.name)
+        contextual = torch.tensor([self.contextual_count(n) for n in layer.budget.tolist()], device=scores.device)
+        dominant = layer.budget.to(scores.device) - contextual
+        cls = dominant >= 2 if self.cls and layer.prefix else None
+        patches = dominant if cls is None else dominant - cls.long()
+        metric = check_scores(mean_keys(layer), self.name)
+        return zip_tokens(scores, metric, layer.valid, patches, contextual).selection(merge=self.merge, cls=cls)
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """The attention row (all rows without CLS), and the similarities to the targets."""
+        if not work.encoder_layers:
+            return 0
+        patches = work.encoder_patches[max(work.encoder_layers)]
+        rows = 1 if work.has_cls else patches
+        tokens = (patches - work.has_cls) * work.tokens // work.patches
+        targets = self.contextual_count(work.kept)
+        return (
+            2 * rows * patches * work.encoder_width + 2 * tokens * targets * work.encoder_width // work.encoder_heads
+        )
