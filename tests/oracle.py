@@ -1,7 +1,8 @@
 """The proof that pruning is exact: the unpruned decoder with the dropped tokens masked out of attention.
 
 From each layer on, the tokens that the report names as dropped are masked, and for decode steps those that were
-cut from a layer's cache too; merged vectors are fed at the survivor's place. Positions are those of the unpruned prompt. Nothing here uses vtprune's own compaction.
+cut from a layer's cache too; merged vectors are fed at the survivor's place.
+Positions are those of the unpruned prompt. Nothing here uses vtprune's own compaction.
 """
 
 from __future__ import annotations

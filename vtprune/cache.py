@@ -75,7 +75,8 @@ class PrunedLayer(DynamicLayer):
     def cut(self, slots: Tensor, columns: Tensor, removed: Tensor, shift: str) -> None:
         """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`; the positions of later
         tokens count the (B, 1) `removed` ones as dropped where the aux tensor `shift` renumbers them."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         index = columns.clamp(min=0).to(self.keys.device)
         rows = torch.arange(index.shape[0], device=index.device)[:, None]
         self.keys = self.keys.transpose(1, 2)[rows, index].transpose(1, 2)

@@ -89,7 +89,8 @@ def flops(
         return FlopsBreakdown(0, 0, _published(decoder, lengths, matrices), 0, 0)
     grids = model.vision.grids(images)
     alive = _alive(encoder_tokens_per_layer, len(grids), model.vision.blocks.layers)
-    mlp = encoder_mlp_tokens_per_layer or [None] * len(grids)
+    none: list[None] = [None] * len(grids)
+    mlp: Sequence[Sequence[int] | None] = encoder_mlp_tokens_per_layer or none
     if projector_tokens is None:
         projector_tokens = sum(model.vision.features(grid) for grid in grids)
     return FlopsBreakdown(

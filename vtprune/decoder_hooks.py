@@ -24,8 +24,8 @@ from vtprune.compaction import fill_index
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage
 from vtprune.errors import VTPruneError
+from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
-from vtprune.report import Generation
 from vtprune.selection import Selection
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import DecoderLayer, VisionStream

@@ -14,8 +14,8 @@ from vtprune.adapters.base import Adapter
 from vtprune.decoder_hooks import DecoderHooks
 from vtprune.encoder_hooks import EncoderHooks
 from vtprune.errors import UnsupportedModelError, VTPruneError
+from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
-from vtprune.report import Generation
 from vtprune.state import ThreadState
 from vtprune.taps import Taps
 

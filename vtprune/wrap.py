@@ -14,11 +14,12 @@ from transformers.cache_utils import Cache
 from vtprune import config
 from vtprune.adapters import adapter_for, core_model
 from vtprune.errors import VTPruneError
+from vtprune.generation import Generation
 from vtprune.hooks import Wrapping
 from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.registry import create
-from vtprune.report import Generation, Report
+from vtprune.report import Report
 
 POSITIONS = ("original", "compact")
 ATTRIBUTE = "_vtprune"
