@@ -27,6 +27,8 @@ PRUNERS: list[Pruner] = [
     vtprune.VisionZip(keep=0.25),
     vtprune.VisionZip(keep=0.25, cls=False),
     vtprune.VisionZip(keep=0.3, merge=False),
+    vtprune.VFlowOpt(keep=0.25),
+    vtprune.VFlowOpt(keep=0.4, first=0.6, second=0.8, alpha=-0.5, cell=2.5),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -37,6 +39,7 @@ RELEASED: list[Pruner] = [
     vtprune.DivPrune(keep=9, variant="released"),
     vtprune.CDPruner(keep=9, variant="released"),
     vtprune.VisionZip(keep=9, variant="released"),
+    vtprune.VFlowOpt(keep=0.3, alpha=0.5, cell=3.0, variant="released"),
 ]
 
 

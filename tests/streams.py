@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from vtprune.pruner import Pruner
-from vtprune.pruners import CDPruner, DivPrune, FoPru, Grid, HoloV, Pool, Random
+from vtprune.pruners import CDPruner, DivPrune, FoPru, Grid, HoloV, Pool, Random, VFlowOpt
 from vtprune.signals import LayerSignals
 from vtprune.stream import VisionStream
 
@@ -28,6 +28,8 @@ SELECTING: list[Pruner] = [
     HoloV(crops=3, tau=2.0, alpha=0.5),
     HoloV(variant="released"),
     DivPrune(),
+    VFlowOpt(alpha=0.0),
+    VFlowOpt(alpha=0.0, recycle=False),
     CDPruner(),
     CDPruner(negate=True, theta=0.5),
 ]

@@ -14,7 +14,19 @@ from vtprune.errors import (
     VTPruneError,
 )
 from vtprune.pruner import Pruner, PrunerInfo
-from vtprune.pruners import CDPruner, DivPrune, FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random, VisionZip
+from vtprune.pruners import (
+    CDPruner,
+    DivPrune,
+    FlowCut,
+    FoPru,
+    Grid,
+    HoloV,
+    NoPruning,
+    Pool,
+    Random,
+    VFlowOpt,
+    VisionZip,
+)
 from vtprune.registry import available, register
 from vtprune.report import Report
 from vtprune.selection import Merge, Selection
@@ -48,6 +60,7 @@ __all__ = [
     "UnknownPrunerError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
+    "VFlowOpt",
     "VTPruneError",
     "VisionStream",
     "VisionZip",

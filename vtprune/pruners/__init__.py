@@ -9,6 +9,19 @@ from vtprune.pruners.holov import HoloV
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
 from vtprune.pruners.random import Random
+from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
 
-__all__ = ["CDPruner", "DivPrune", "FlowCut", "FoPru", "Grid", "HoloV", "NoPruning", "Pool", "Random", "VisionZip"]
+__all__ = [
+    "CDPruner",
+    "DivPrune",
+    "FlowCut",
+    "FoPru",
+    "Grid",
+    "HoloV",
+    "NoPruning",
+    "Pool",
+    "Random",
+    "VFlowOpt",
+    "VisionZip",
+]
