@@ -116,6 +116,11 @@ class Pruner:
         return False
 
     @property
+    def needs_whole_grid(self) -> bool:
+        """Whether `select` cannot follow a stage that leaves tokens out in the encoder."""
+        return False
+
+    @property
     def adaptive(self) -> bool:
         """Whether thresholds decide how many tokens stay: decoder stages are then always asked, and their answer
         is not held against a budget."""

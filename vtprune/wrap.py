@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
 from vtprune.hooks import Wrapping
 from vtprune.model_cost import model_cost
-from vtprune.pruner import ModelFacts, Pruner
+from vtprune.order import check_order
+from vtprune.pruner import Pruner
 from vtprune.registry import create
 from vtprune.report import Report
 
@@ -96,23 +96,6 @@ def report(source: Any) -> Report:
     if last is None:
         raise VTPruneError("nothing to report: run forward() or generate() on the wrapped model first")
     return last.build()
-
-
-def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
-    """Raises VTPruneError unless each pruner starts where the ones before it have started, or later."""
-
-    def start(pruner: Pruner) -> int:
-        if pruner.encoder_layers(facts.encoder_depth):
-            return 0
-        return 2 if pruner.decoder_layers(facts.decoder_depth) and not pruner.selects else 1
-
-    for first, second in itertools.pairwise(pruners):
-        if start(second) < start(first):
-            places = ("in the encoder", "before the decoder", "inside the decoder")
-            raise VTPruneError(
-                f"{second.name} acts {places[start(second)]}, {first.name} only {places[start(first)]}: "
-                "list pruners in the order in which tokens meet them"
-            )
 
 
 def save_config(source: Any, folder: str | Path) -> Path:

@@ -36,6 +36,11 @@ class Pool(Pruner):
     `default_keep` 0.25.
     """
 
+    @property
+    def needs_whole_grid(self) -> bool:
+        """True: its cells are cut from the whole grid."""
+        return True
+
     def select(self, stream: VisionStream) -> Selection:
         """Merges every cell into one token; raises VTPruneError if an earlier stage dropped tokens."""
         check_whole_grid(self.name, stream)

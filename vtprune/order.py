@@ -1,0 +1,63 @@
+"""Which pruners may follow which, and why not."""
+
+from __future__ import annotations
+
+import itertools
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner
+
+PLACES = ("in the encoder", "before the decoder", "inside the decoder")
+
+
+def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
+    """Raises VTPruneError, with the reason, for a list of pruners that tokens cannot pass through in this order."""
+    for first, second in itertools.combinations(pruners, 2):
+        _check_budgets(first, second)
+        _check_encoder(first, second, facts)
+        if second.needs_whole_grid and first.encoder_layers(facts.encoder_depth):
+            raise VTPruneError(
+                f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out in the "
+                "encoder; use it alone or before the decoder's own stages"
+            )
+    for first, second in itertools.pairwise(pruners):
+        if _start(second, facts) < _start(first, facts):
+            raise VTPruneError(
+                f"{second.name} acts {PLACES[_start(second, facts)]}, {first.name} only "
+                f"{PLACES[_start(first, facts)]}: list pruners in the order in which tokens meet them"
+            )
+
+
+def _start(pruner: Pruner, facts: ModelFacts) -> int:
+    if pruner.encoder_layers(facts.encoder_depth):
+        return 0
+    return 2 if pruner.decoder_layers(facts.decoder_depth) and not pruner.selects else 1
+
+
+def _check_budgets(first: Pruner, second: Pruner) -> None:
+    """A later stage keeps fewer tokens than an earlier one, where both are counts or both are fractions."""
+    before, after = first.keep, second.keep
+    if before is None or after is None or type(before) is not type(after) or after < before:
+        return
+    raise VTPruneError(
+        f"{second.name} is asked to keep {after!r} of the tokens that {first.name} cuts to {before!r}, which leaves it "
+        "nothing to do; each stage keeps less than the one before it"
+    )
+
+
+def _check_encoder(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
+    layers = [set(pruner.encoder_layers(facts.encoder_depth)) for pruner in (first, second)]
+    if not all(layers):
+        return
+    for one, other in ((first, second), (second, first)):
+        if one.acts_before_mlp:
+            raise VTPruneError(
+                f"{one.name} merges between attention and MLP of the encoder's layers, where no other method can act in "
+                f"the same encoder; combine it with methods that act after the encoder, not with {other.name}"
+            )
+    shared = sorted(layers[0] & layers[1])
+    if shared and (first.merges_in_encoder or second.merges_in_encoder):
+        raise VTPruneError(
+            f"{first.name} and {second.name} both act after encoder layer {shared[0]}, and one of them merges there: "
+            "what would flow into what is not defined"
+        )
