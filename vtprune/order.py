@@ -15,10 +15,10 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
     for first, second in itertools.combinations(pruners, 2):
         _check_budgets(first, second)
         _check_encoder(first, second, facts)
-        if second.needs_whole_grid and first.encoder_layers(facts.encoder_depth):
+        if second.needs_whole_grid and _start(first, facts) < 2 and first.name != "none":
             raise VTPruneError(
-                f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out in the "
-                "encoder; use it alone or before the decoder's own stages"
+                f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out "
+                "before it; use it alone, or with stages inside the decoder after it"
             )
     for first, second in itertools.pairwise(pruners):
         if _start(second, facts) < _start(first, facts):
@@ -40,8 +40,8 @@ def _check_budgets(first: Pruner, second: Pruner) -> None:
     if before is None or after is None or type(before) is not type(after) or after < before:
         return
     raise VTPruneError(
-        f"{second.name} is asked to keep {after!r} of the tokens that {first.name} cuts to {before!r}, which leaves it "
-        "nothing to do; each stage keeps less than the one before it"
+        f"{second.name} is asked to keep {after!r} of the tokens that {first.name} cuts to {before!r}, which leaves "
+        "it nothing to do; each stage keeps less than the one before it"
     )
 
 
@@ -52,7 +52,7 @@ def _check_encoder(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
     for one, other in ((first, second), (second, first)):
         if one.acts_before_mlp:
             raise VTPruneError(
-                f"{one.name} merges between attention and MLP of the encoder's layers, where no other method can act in "
+                f"{one.name} merges between attention and MLP of the encoder's layers, so no other method can act in "
                 f"the same encoder; combine it with methods that act after the encoder, not with {other.name}"
             )
     shared = sorted(layers[0] & layers[1])

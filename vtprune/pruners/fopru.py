@@ -95,6 +95,11 @@ class FoPru(Pruner):
         received, given = (check_scores(signals.pool(mean), self.name) for mean in means)
         return focal_significance(received, given)
 
+    @property
+    def needs_whole_grid(self) -> bool:
+        """True for strategy="row"."""
+        return self.strategy == "row"
+
     def select(self, stream: VisionStream) -> Selection:
         """Keeps the `stream.budget` most significant tokens, or the rows that fit it."""
         if self.strategy == "rank":

@@ -23,6 +23,11 @@ class Grid(Pruner):
     image's grid, so fewer tokens than asked may stay (60 of a 24 x 24 grid keeps 8 x 7). `default_keep` 0.25.
     """
 
+    @property
+    def needs_whole_grid(self) -> bool:
+        """True: its steps are steps of the whole grid."""
+        return True
+
     def select(self, stream: VisionStream) -> Selection:
         """Keeps one token a cell; raises VTPruneError if an earlier stage already dropped tokens."""
         check_whole_grid(self.name, stream)
