@@ -232,14 +232,12 @@ class VFlowOpt(Pruner):
         threshold = self.settings(self.target(stream.total)).threshold
         return {IMPORTANCE: importance_map(stream.signals, entropy, threshold, alpha)}
 
-    def select(self, stream: VisionStream) -> Selection | None:
+    def select(self, stream: VisionStream) -> Selection:
         """Keeps the most important tokens and one for every cell of the others; raises ScoreError for NaN."""
         memory = stream.memory or self.remember(stream)
         importance = memory[IMPORTANCE].to(stream.features.device)
         tokens, budget = importance.numel(), stream.budget
-        if budget >= tokens:
-            return None
-        if not self.recycle:
+        if not self.recycle or budget >= tokens:
             return Selection(top(importance, budget))
         size = self.settings(self.target(stream.total)).cell
         frames, *frame = stream.grid
