@@ -123,6 +123,8 @@ def run_ask(
     model, processor = load_model(model_name, device=device, dtype=dtype)
     asked = compare_answers(model, processor, image, text, setting.pruner(), max_new_tokens=max_new_tokens)
     console.print(table(asked, setting.label))
+    for note in asked.report.samples[0].images[0].notes:
+        console.print(note, style="dim", highlight=False)
     buffer = io.BytesIO()
     asked.picture.save(
         buffer, format={"jpg": "JPEG", "jpeg": "JPEG"}.get(output.suffix.lower()[1:], output.suffix[1:])
