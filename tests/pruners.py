@@ -29,6 +29,8 @@ PRUNERS: list[Pruner] = [
     vtprune.VisionZip(keep=0.3, merge=False),
     vtprune.VFlowOpt(keep=0.25),
     vtprune.VFlowOpt(keep=0.4, first=0.6, second=0.8, alpha=-0.5, cell=2.5),
+    vtprune.Turbo(keep=0.5),
+    vtprune.Turbo(keep=0.4, merge=False),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).

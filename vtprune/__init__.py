@@ -24,6 +24,7 @@ from vtprune.pruners import (
     NoPruning,
     Pool,
     Random,
+    Turbo,
     VFlowOpt,
     VisionZip,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "Report",
     "ScoreError",
     "Selection",
+    "Turbo",
     "UnknownPrunerError",
     "UnsupportedCacheError",
     "UnsupportedModelError",

@@ -9,6 +9,7 @@ from vtprune.pruners.holov import HoloV
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
 from vtprune.pruners.random import Random
+from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
 
@@ -22,6 +23,7 @@ __all__ = [
     "NoPruning",
     "Pool",
     "Random",
+    "Turbo",
     "VFlowOpt",
     "VisionZip",
 ]

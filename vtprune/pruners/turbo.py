@@ -1,0 +1,162 @@
+"""Turbo: in every encoder layer, tokens that say nothing new and matter little flow into their likes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
+from vtprune.pruners.bipartite import after, bipartite, count_now, least, weighted_mean
+from vtprune.pruners.checks import check_choice, check_count, check_factor
+from vtprune.pruners.patches import mean_keys, saliency
+from vtprune.registry import register
+from vtprune.selection import EncoderSelection, check_scores
+from vtprune.stream import EncoderLayer
+
+SCALE = 30
+
+
+@register(
+    "turbo",
+    stage="encoder",
+    paper="Turbo: Informativity-Driven Acceleration Plug-In for Vision-Language Large Models",
+    arxiv="2407.11717",
+    licence="none (no licence file; parts from BLIP, BSD-3, and ToMe, CC BY-NC 4.0)",
+    needs="q and k of every encoder layer; attention that takes a bias for each key (not FlashAttention)",
+)
+@dataclass(frozen=True)
+class Turbo(Pruner):
+    """Turbo: Informativity-Driven Acceleration Plug-In for Vision-Language Large Models (ECCV 2024, arXiv 2407.11717,
+    first as 2312.07408).
+
+    alpha: weight of semantic value; beta, gamma: it is multiplied by beta ** |gamma - layer|; r: tokens that merge
+    in each layer, as released, instead of `keep`; layers: only the first so many of the encoder layers that feed
+    the decoder merge, None is all; merge: False drops the tokens that would flow into others, to measure what
+    merging buys. `default_keep` is what the authors' BLIP runs leave at r=30: 216 of 576.
+
+    Between attention and MLP of each layer every second token (the CLS token's place is the first, it never
+    merges) may flow into the one of the others with the most similar head-mean key: those with the highest
+    cosine minus 30 * alpha * beta ** |gamma - layer| times their CLS attention do. Vectors are means weighted
+    by the tokens that each one stands for, and these weigh keys in the layers that follow (log size).
+
+    Reference: anakin-skywalker-Joseph/Turbo (no licence file; read, not copied). The 30 is in the code, not in the
+    paper; alpha 5, beta 1, gamma 0 are what its commands for VQA, captions and retrieval set (defaults of the
+    code: alpha 1). Departures: `keep` is met exactly, N - keep spread evenly over the layers, earlier layers
+    merging more where later ones, which halve the tokens at most, could not catch up, and no lower bound of 40
+    tokens; tokens stay in raster order, so in each layer neighbours part (the code puts the destinations last)
+    and a merged one takes the place of its lowest member. With r a layer merges half of its tokens at most.
+
+    Encoders without CLS (SigLIP, Qwen; not in the paper): the attention that a token receives, mean over heads and
+    queries, is its semantic value. On Qwen whole merge groups flow patch by patch, keys (with their rotary
+    embedding) are averaged over them and attention summed; layers that attend within windows are scored over the
+    whole image, and tokens of different windows may merge.
+    """
+
+    alpha: float = 5.0
+    beta: float = 1.0
+    gamma: float = 0.0
+    r: int | None = None
+    layers: int | None = None
+    merge: bool = True
+
+    default_keep: ClassVar[int | float] = 216 / 576
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("alpha", "beta", "gamma"):
+            check_factor(self.name, option, getattr(self, option))
+        for option in ("r", "layers"):
+            if getattr(self, option) is not None:
+                check_count(self.name, option, getattr(self, option))
+        check_choice(self.name, "merge", self.merge, (True, False))
+        if self.r is not None and self.keep is not None:
+            raise VTPruneError(
+                f"turbo: r={self.r} decides how many tokens are left, so keep={self.keep} contradicts it"
+            )
+
+    def for_model(self, facts: ModelFacts) -> Turbo:
+        """`layers` resolved; raises VTPruneError where the encoder has fewer, or cannot get to a share that low."""
+        layers = facts.encoder_depth if self.layers is None else self.layers
+        if layers > facts.encoder_depth:
+            raise VTPruneError(
+                f"turbo: layers={layers}, but only {facts.encoder_depth} encoder layers feed the decoder"
+            )
+        if self.r is None and isinstance(self.asked_keep, float) and self.asked_keep * 2**layers < 1:
+            raise VTPruneError(
+                f"turbo: {layers} encoder layers that halve the tokens at most cannot get to keep="
+                f"{self.asked_keep:.3g}; the smallest that works is {0.5**layers:.3g}"
+            )
+        return dataclasses.replace(self, layers=layers)
+
+    def budget(self, tokens: int) -> int:
+        """`keep`, or what `r` leaves (known once the model is)."""
+        if self.r is None:
+            return super().budget(tokens)
+        if self.layers is None:
+            raise VTPruneError("turbo: what r leaves depends on the encoder's depth; wrap a model, or set layers")
+        return after(tokens, self.r, self.layers)
+
+    @property
+    def merges_in_encoder(self) -> bool:
+        """Whether it merges."""
+        return self.merge
+
+    @property
+    def acts_before_mlp(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def proportional_attention(self) -> bool:
+        """Whether it merges."""
+        return self.merge
+
+    def search_space(self) -> dict[str, Tunable]:
+        """How much semantic value weighs, and how fast that fades with depth."""
+        return {"alpha": Tunable(0.0, 10.0), "beta": Tunable(0.5, 1.0)}
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        """All of them, or the first `layers`."""
+        return tuple(range(depth if self.layers is None else self.layers))
+
+    def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:
+        """What merges in this layer; raises ScoreError for NaN, VTPruneError for a budget out of reach."""
+        remaining = (self.layers or layer.depth) - layer.index
+        alive = layer.valid.sum(dim=1).tolist()
+        counts = [self._count(*sizes, remaining) for sizes in zip(alive, layer.budget.tolist(), strict=True)]
+        value = check_scores(saliency(layer, sized=self.merge), self.name)
+        metric = check_scores(mean_keys(layer), self.name)
+        coefficient = SCALE * self.alpha * self.beta ** abs(self.gamma - layer.index)
+        count = torch.tensor(counts, device=value.device)
+        # With CLS in the first place every second token is at an odd one.
+        first = int(layer.prefix > 0)
+        sources, into = bipartite(metric, value, layer.valid, count, first=first, coefficient=coefficient)
+        if not self.merge:
+            return EncoderSelection.drop(layer.valid & ~sources)
+        return weighted_mean(sources, into, layer.sizes, layer.valid)
+
+    def _count(self, alive: int, budget: int, layers: int) -> int:
+        if self.r is not None:
+            return min(self.r, alive // 2, max(0, alive - budget))
+        count = count_now(alive, budget, layers)
+        if count > alive // 2:
+            raise VTPruneError(
+                f"turbo: {layers} encoder layers that halve the tokens at most cannot leave {budget} of {alive}; the "
+                f"smallest keep that works for this image is {least(alive, layers)}"
+            )
+        return count
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """In every layer the attention row (all rows without CLS) and the similarities between the two halves."""
+        total = 0
+        for layer in work.encoder_layers:
+            patches = work.encoder_patches[layer]
+            tokens = (patches - work.has_cls) * work.tokens // work.patches
+            rows = 1 if work.has_cls else patches
+            pairs = (tokens // 2) * (tokens - tokens // 2)
+            total += 2 * rows * patches * work.encoder_width + 2 * pairs * work.encoder_width // work.encoder_heads
+        return total
