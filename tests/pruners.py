@@ -31,6 +31,10 @@ PRUNERS: list[Pruner] = [
     vtprune.VFlowOpt(keep=0.4, first=0.6, second=0.8, alpha=-0.5, cell=2.5),
     vtprune.Turbo(keep=0.5),
     vtprune.Turbo(keep=0.4, merge=False),
+    vtprune.MustDrop(keep=0.4),
+    vtprune.MustDrop(),
+    vtprune.MustDrop(keep=0.5, merge=False),
+    vtprune.MustDrop(keep=0.4, merge_threshold=0.1, key_share=0.2),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -42,6 +46,9 @@ RELEASED: list[Pruner] = [
     vtprune.CDPruner(keep=9, variant="released"),
     vtprune.VisionZip(keep=9, variant="released"),
     vtprune.VFlowOpt(keep=0.3, alpha=0.5, cell=3.0, variant="released"),
+    vtprune.MustDrop(
+        variant="released", merge_threshold=0.05, global_threshold=0.03, individual_threshold=0.2, cut_cache=False
+    ),
 ]
 
 

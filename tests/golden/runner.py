@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.golden import cdpruner, divprune, flowcut, fopru, holov, vflowopt, visionzip
+from tests.golden import cdpruner, divprune, flowcut, fopru, holov, mustdrop, vflowopt, visionzip
 from tests.golden.case import Case, Mismatch, UnknownCase
 
 METHODS: dict[str, Callable[[Case], None]] = {
@@ -16,6 +16,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "flowcut": flowcut.run,
     "fopru": fopru.run,
     "holov": holov.run,
+    "mustdrop": mustdrop.run,
     "vflowopt": vflowopt.run,
     "visionzip": visionzip.run,
 }

@@ -6,6 +6,7 @@ from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
 from vtprune.pruners.grid import Grid
 from vtprune.pruners.holov import HoloV
+from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
 from vtprune.pruners.random import Random
@@ -20,6 +21,7 @@ __all__ = [
     "FoPru",
     "Grid",
     "HoloV",
+    "MustDrop",
     "NoPruning",
     "Pool",
     "Random",

@@ -1,0 +1,162 @@
+"""MustDrop's cases: merged windows, key sets, single filters, and the whole prefill with a decode step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.golden import towers
+from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
+from vtprune.adapters.rotary import rotate
+from vtprune.merging import flow_together
+from vtprune.pruners.dual_attention import key_set, passes
+from vtprune.pruners.mustdrop import MustDrop
+from vtprune.pruners.windows import alike_windows, batch_windows, merge_windows, window_similarity
+from vtprune.stream import DecoderLayer
+
+SUMS = {"atol": 1e-6, "rtol": 1e-5}
+HIDDEN = {"atol": 1e-4, "rtol": 1e-4}
+CONFIG = {
+    "hidden": "hidden_size",
+    "inter": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "rope": "rope_theta",
+    "eps": "rms_norm_eps",
+}
+
+
+@torch.no_grad()
+def run(case: Case) -> None:
+    """Raises Mismatch where a result differs, UnknownCase for another kind of case."""
+    kinds = {
+        frozenset({"x", "threshold", "window", "out", "size"}): check_windows,
+        frozenset({"cls_row", "keep_rate", "index"}): check_key_set,
+        frozenset({"attn_text_to_vis", "global_thr", "individual_thr", "keep"}): check_filter,
+        frozenset({"x", "v_start", "n_vis", "key_set", "last_hidden"}): check_prefill,
+    }
+    for needed, check in kinds.items():
+        if needed <= set(case.tensors):
+            return check(case)
+    shown = ", ".join(sorted(name for name in case.tensors if not name.startswith("w.")))
+    raise UnknownCase(f"no MustDrop case has tensors {shown}")
+
+
+def check_windows(case: Case) -> None:
+    """Vectors and sizes in the reference's order: CLS, merged by falling similarity, the others in raster order."""
+    states, threshold = case["x"], float(case["threshold"])
+    batch, tokens = states.shape[0], states.shape[1] - 1
+    side = math.isqrt(tokens)
+    if side**2 != tokens or case["window"].numel() != 2:
+        raise UnknownCase(f"{tokens} tokens, which are no square grid, in windows {case['window'].tolist()}")
+    rows, cols = case["window"].tolist()
+    windows = batch_windows(((1, side, side),) * batch, (rows, cols), ragged=False)
+    similarity = window_similarity(states[:, 1:], windows)
+    chosen = alike_windows(similarity, windows, threshold, torch.full((batch,), tokens), shared=True)
+    selection = merge_windows(windows, chosen, torch.ones(batch, tokens, dtype=torch.bool))
+    outs, sizes = [], []
+    for row in range(batch):
+        vectors = flow_together(states[row, 1:], selection.into[row], selection.weights[row])
+        count = torch.zeros(tokens).index_add(0, selection.into[row], torch.ones(tokens))
+        best = similarity[row].masked_fill(~chosen[row], float("-inf")).argsort(descending=True, stable=True)
+        merged = windows[row, best[: int(chosen[row].sum())], 0]
+        single = (selection.keep[row] & (selection.weights[row] == 1)).nonzero().flatten()
+        order = torch.cat([merged, single])
+        outs.append(torch.cat([states[row, :1], vectors[order]]))
+        sizes.append(torch.cat([torch.ones(1), count[order]]))
+    expect_equal("sizes", torch.stack(sizes), case["size"].flatten(1))
+    expect_close("merged sequence", torch.stack(outs), case["out"], **SUMS)
+
+
+def check_key_set(case: Case) -> None:
+    """The tokens with the most CLS attention, best first."""
+    scores = case["cls_row"].float().mean(dim=1)[:, 0, 1:]
+    best = key_set(scores, float(case["keep_rate"]))
+    if "n_keep" in case and int(best.sum(dim=1)[0]) != int(case["n_keep"]):
+        raise Mismatch(f"{int(best.sum(dim=1)[0])} key tokens, recorded {int(case['n_keep'])}")
+    recorded = torch.zeros_like(best).scatter(1, case["index"].reshape(best.shape[0], -1), True)
+    expect_equal("key set", best, recorded)
+
+
+def check_filter(case: Case) -> None:
+    """What the thresholds leave of one recorded map."""
+    attention = case["attn_text_to_vis"].float().mean(dim=1)
+    if attention.shape[0] != 1:
+        raise UnknownCase(f"a filter of {attention.shape[0]} rows at once")
+    kept = passes(attention[0], float(case["global_thr"]), float(case["individual_thr"]))
+    expect_equal("kept", kept.nonzero().flatten(), case["keep"].flatten())
+
+
+def check_prefill(case: Case) -> None:
+    """Hidden states, cache lengths and keys after a prefill with every filter, and one decode step."""
+    given = case.setting("cfg")
+    config = {CONFIG[name]: value for name, value in given.items() if name in CONFIG}
+    config["num_key_value_heads"] = given.get("kv_heads", given["heads"])
+    model = towers.llama({**config, "vocab_size": 2}, case.weights())
+    method = MustDrop(
+        variant="released", layers=tuple(given["prune_layers"]), global_threshold=float(case["global_thr"]),
+        individual_threshold=float(case["individual_thr"]),
+    )  # fmt: skip
+    hidden, start, tokens = case["x"], int(case["v_start"]), int(case["n_vis"])
+    if hidden.shape[0] != 1:
+        raise UnknownCase(f"a prefill of {hidden.shape[0]} rows")
+    depth, alive = len(model.layers), torch.arange(hidden.shape[1])
+    caches = []
+    for index in range(depth):
+        hidden = towers.run_decoder_layer(model, index, hidden, torch.arange(hidden.shape[1])[None])
+        query, key, value = (states[0] for states in towers.RECORDER.take())
+        caches.append((alive, key, value))
+        if index in method.decoder_layers(depth):
+            span = ((alive >= start) & (alive < start + tokens)).nonzero().flatten()
+            image = alive[span] - start
+            layer = DecoderLayer(
+                query=query, key=key, value=value, vision=span, last=alive.numel() - 1,
+                scale=query.shape[-1] ** -0.5, total=tokens, indices=image, budget=tokens, index=index, depth=depth,
+                text=torch.cat([torch.arange(start), torch.arange(int(span[-1]) + 1, alive.numel())]),
+                memory={"key": torch.isin(image, case["key_set"])},
+            )  # fmt: skip
+            selection = method.prune_decoder(layer)
+            assert selection is not None
+            left = torch.ones_like(alive, dtype=torch.bool)
+            left[span] = False
+            left[span[selection.kept]] = True
+            hidden, alive = hidden[:, left], alive[left]
+    expect_close("last_hidden", model.norm(hidden), case["last_hidden"], **HIDDEN)
+    for index in method.cache_layers(depth):
+        places, key, value = caches[index]
+        left = torch.isin(places, alive)
+        caches[index] = (places[left], key[:, left], value[:, left])
+    if "cache_lens" in case:
+        expect_equal("cache_lens", torch.tensor([len(places) for places, _, _ in caches]), case["cache_lens"])
+    groups = config["num_attention_heads"] // config["num_key_value_heads"]
+    for name in case.tensors:
+        if name.startswith("k_cache_layer"):
+            keys = caches[int(name.removeprefix("k_cache_layer"))][1][::groups]
+            expect_close(name, keys[None], case[name], **HIDDEN)
+    if "decode_in" in case:
+        expect_close("decode_out", decode(model, case["decode_in"], caches), case["decode_out"], **HIDDEN)
+
+
+def decode(model: Any, hidden: Tensor, caches: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """(1, 1, D) after one more token, its position in each layer the length of that layer's own cache."""
+    for layer, (places, key, value) in zip(model.layers, caches, strict=True):
+        cos, sin = model.rotary_emb(hidden, torch.tensor([[len(places)]]))
+        states, own = layer.input_layernorm(hidden), layer.self_attn
+        query, new_key, new_value = (
+            projection(states).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)
+            for projection in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        query, new_key = (rotate(part, cos[:, None], sin[:, None]) for part in (query, new_key))
+        groups = query.shape[1] // new_key.shape[1]
+        keys, values = (
+            torch.cat([past[None], new.repeat_interleave(groups, dim=1)], dim=2)
+            for past, new in ((key, new_key), (value, new_value))
+        )
+        attended, _ = towers.recording_attention(own, query, keys, values, None, own.scaling)
+        hidden = hidden + own.o_proj(attended.flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    towers.RECORDER.chunks.clear()
+    return model.norm(hidden)
