@@ -107,7 +107,8 @@ class Meter:
         hidden = self._inner(**inputs, use_cache=False).last_hidden_state
         mask = inputs["attention_mask"].to(hidden.device)
         last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-        return hidden[torch.arange(len(last), device=hidden.device), last].float().cpu()
+        states: Tensor = hidden[torch.arange(len(last), device=hidden.device), last]
+        return states.float().cpu()
 
 
 def _try_alone(processor: Any, sample: Sample, chat: Any) -> None:

@@ -315,7 +315,7 @@ def tune(
 
     Example: vtprune tune holov --keep 15% --output my-tune
 
-    Then: vtprune bench --methods holov,my-tune --keep 15%, or vtprune.wrap(model, "my-tune/").
+    Then: vtprune bench --methods holov,my-tune --keep 15%, or vtprune.wrap(model, "my-tune").
     """
     with _one_line_errors(traceback):
         from vtprune.evals.settings import parse_flops, parse_keep
