@@ -39,6 +39,12 @@ def corrupted(path: Path, folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("case", "tensor"),
     [
+        ("divprune/case0", "selected_in_order"),
+        ("divprune/case1", "keep_sorted"),
+        ("divprune/case5_duplicates", "features"),
+        ("cdpruner/case0", "keep_sorted"),
+        ("cdpruner/case1", "relevance"),
+        ("cdpruner/case3_576_T64", "final_di2s"),
         ("fopru/case0", "rank_keep"),
         ("fopru/case0", "row_keep"),
         ("fopru/case4_logits_rowdominant", "row_mean_given"),

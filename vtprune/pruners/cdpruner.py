@@ -13,7 +13,8 @@ from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
 from vtprune.pruners.checks import check_choice
 from vtprune.pruners.clip_loading import find_clip
-from vtprune.pruners.dpp import greedy_dpp, mean_cosine, min_max, sharpen
+from vtprune.pruners.cosines import matrix_flops
+from vtprune.pruners.dpp import greedy_dpp, mean_cosine, min_max, sharpen, takes_matrix
 from vtprune.pruners.question import question_of, question_text
 from vtprune.registry import register
 from vtprune.selection import Selection
@@ -119,8 +120,11 @@ class CDPruner(Pruner):
         check_tokenizer(stream.source)
         if stream.text_ids is None or stream.picture is None:
             raise VTPruneError("cdpruner: with clip= the prompt has to come as input_ids, with the image's pixels")
+        text = question_text(stream.text_ids, question, stream.source)
+        if text is None:
+            raise VTPruneError(f"cdpruner: the tokenizer in {stream.source!r} does not know all ids of the prompt")
         clip = find_clip(self.clip).on(stream.features.device)
-        texts = clip.texts(question_text(stream.text_ids, question, stream.source) or "")
+        texts = clip.texts(text)
         grid = mean_cosine(clip.patches(stream.picture), texts).reshape(-1, *clip.cells)
         if grid.shape[0] != stream.grid[0]:
             raise VTPruneError(f"cdpruner: {grid.shape[0]} pictures for an image of grid {stream.grid}")
@@ -132,11 +136,13 @@ class CDPruner(Pruner):
         ], f"relevance from CLIP, {question.note} in {segments}"
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """A row of cosines and one of the Cholesky factor for each kept token; the relevance."""
-        rows = 2 * work.kept * work.tokens * work.decoder_width + work.kept * (work.kept - 1) * work.tokens
-        if self.clip is None:
-            return rows + 2 * work.tokens * work.decoder_width
-        return rows + find_clip(self.clip).flops(work.text)
+        """The cosines, a row of the Cholesky factor for each kept token, and the relevance."""
+        tokens, width = work.tokens, work.decoder_width
+        cosines = 2 * work.kept * tokens * width
+        if takes_matrix(tokens, width, work.kept):
+            cosines = matrix_flops(tokens, width)
+        relevance = 2 * tokens * width if self.clip is None else find_clip(self.clip).flops(work.text)
+        return cosines + work.kept * (work.kept - 1) * tokens + relevance
 
 
 def check_tokenizer(source: str) -> None:

@@ -1,4 +1,4 @@
-"""Cosine similarities among the tokens of an image, without re-reading them more often than a greedy choice needs."""
+"""Cosines among the tokens of an image, without computing or reading more of them than a greedy choice needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vtprune.selection import check_scores
 
-CHUNK = 512
+CHUNK = 256
 
 
 def unit_vectors(features: Tensor, method: str) -> Tensor:
@@ -17,33 +17,38 @@ def unit_vectors(features: Tensor, method: str) -> Tensor:
     return features / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def keeps_matrix(tokens: int, width: int) -> bool:
-    """Whether all N x N similarities take no more memory than the N x D vectors, so that they are kept."""
+def fits(tokens: int, width: int) -> bool:
+    """Whether all N x N cosines take no more memory than the N x D vectors."""
     return tokens <= width
 
 
-class Cosines:
-    """Cosines of (N, D) unit vectors, with `nearest`, (N,): the highest cosine of each to another token.
+def cosine_matrix(vectors: Tensor, keep: bool = True) -> tuple[Tensor | None, Tensor]:
+    """All cosines of (N, D) unit vectors, (N, N), or None unless `keep`; and each one's highest to another, (N,).
 
-    All N x N are computed once, `CHUNK` rows at a time, since `nearest` needs them; they are kept for `row` only
-    where they are no larger than the vectors, and computed again, a row at a time, where they would be.
+    The matrix is symmetric, so only the part on and above its diagonal is computed, `CHUNK` rows at a time.
     """
+    tokens = vectors.shape[0]
+    matrix = vectors.new_empty(tokens, tokens) if keep else None
+    nearest = vectors.new_full((tokens,), -torch.inf)
+    for start in range(0, tokens, CHUNK):
+        stop = min(start + CHUNK, tokens)
+        rows = vectors[start:stop] @ vectors[start:].T
+        if matrix is not None:
+            matrix[start:stop, start:], matrix[start:, start:stop] = rows, rows.T
+        rows.fill_diagonal_(-torch.inf)
+        nearest[start:stop] = torch.maximum(nearest[start:stop], rows.amax(dim=1))
+        nearest[start:] = torch.maximum(nearest[start:], rows.amax(dim=0))
+    return matrix, nearest
 
-    def __init__(self, vectors: Tensor) -> None:
-        tokens, width = vectors.shape
-        self.vectors = vectors
-        self.matrix = vectors.new_empty(tokens, tokens) if keeps_matrix(tokens, width) else None
-        nearest = []
-        for start in range(0, tokens, CHUNK):
-            rows = vectors[start : start + CHUNK] @ vectors.T
-            if self.matrix is not None:
-                self.matrix[start : start + CHUNK] = rows
-            rows.diagonal(offset=start).fill_(-torch.inf)
-            nearest.append(rows.amax(dim=1))
-        self.nearest = torch.cat(nearest)
 
-    def row(self, index: Tensor) -> Tensor:
-        """(N,) cosines to the token at `index`, a tensor of one element (nothing waits for a device)."""
-        if self.matrix is not None:
-            return self.matrix.index_select(0, index)[0]
-        return self.vectors @ self.vectors.index_select(0, index)[0]
+def cosine_row(vectors: Tensor, matrix: Tensor | None, index: Tensor) -> Tensor:
+    """(N,) cosines to the token at `index`, a tensor of one element (so that nothing waits for a device)."""
+    if matrix is not None:
+        return matrix.index_select(0, index)[0]
+    return vectors @ vectors.index_select(0, index)[0]
+
+
+def matrix_flops(tokens: int, width: int) -> int:
+    """FLOPs of `cosine_matrix`."""
+    pairs = sum(min(CHUNK, tokens - start) * (tokens - start) for start in range(0, tokens, CHUNK))
+    return 2 * pairs * width

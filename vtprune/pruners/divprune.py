@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune.pruner import Pruner, ScoringWork
 from vtprune.pruners.checks import check_choice
-from vtprune.pruners.cosines import Cosines, keeps_matrix, unit_vectors
+from vtprune.pruners.cosines import cosine_matrix, cosine_row, fits, matrix_flops, unit_vectors
 from vtprune.registry import register
 from vtprune.selection import Selection
 from vtprune.stream import VisionStream
@@ -22,17 +22,19 @@ def max_min_diverse(features: Tensor, count: int) -> Tensor:
     features: (N, D), count <= N. The first token is the one whose nearest neighbour is farthest, each next one
     the farthest from its nearest among those chosen; ties go to the lowest index. The distance is 1 - cosine:
     the running maximum of the cosine is what is kept, so a choice reads one row. Raises ScoreError for NaN.
+
+    The first choice takes all cosines; they are kept where they are no larger than the vectors.
     """
-    cosines = Cosines(unit_vectors(features, "divprune"))
+    vectors = unit_vectors(features, "divprune")
+    matrix, closest = cosine_matrix(vectors, keep=fits(*vectors.shape))
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
-    taken = torch.zeros_like(cosines.nearest)
-    closest = cosines.nearest
+    taken = torch.zeros_like(closest)
     for turn in range(count):
         index = (closest + taken).argmin(dim=0, keepdim=True)
         chosen[turn : turn + 1] = index
         taken.index_fill_(0, index, torch.inf)
         if turn + 1 < count:
-            row = cosines.row(index)
+            row = cosine_row(vectors, matrix, index)
             closest = torch.maximum(closest, row) if turn else row
     return chosen
 
@@ -81,7 +83,7 @@ class DivPrune(Pruner):
 
     def scoring_flops(self, work: ScoringWork) -> int:
         """All cosines once; beyond D tokens, where they are not kept, also those of each chosen token."""
-        rows = work.tokens
-        if not keeps_matrix(work.tokens, work.decoder_width):
-            rows += work.kept - 1
-        return 2 * rows * work.tokens * work.decoder_width
+        flops = matrix_flops(work.tokens, work.decoder_width)
+        if not fits(work.tokens, work.decoder_width):
+            flops += 2 * (work.kept - 1) * work.tokens * work.decoder_width
+        return flops

@@ -30,9 +30,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's special ids (image placeholders among them), and the other ids that its chat template puts
-    before and after a question; both None if it has no template."""
+    """How many ids a tokenizer has, its special ones (image placeholders among them), and the other ids that its
+    chat template puts before and after a question; both None if it has no template."""
 
+    size: int
     special: frozenset[int]
     before: tuple[int, ...] | None
     after: tuple[int, ...] | None
@@ -50,7 +51,7 @@ def question_of(text_ids: Tensor | None, tokens: int, source: str) -> Question:
     if text_ids is None:
         return Question(everything, "text tokens (the prompt came as embeddings)")
     template = template_of(source)
-    if template is None:
+    if template is None or not knows(template, text_ids):
         return Question(everything, "text tokens (no tokenizer is known)")
     ids = text_ids.tolist()
     places = [place for place, one in enumerate(ids) if one not in template.special]
@@ -67,10 +68,15 @@ def question_of(text_ids: Tensor | None, tokens: int, source: str) -> Question:
 
 def question_text(text_ids: Tensor, question: Question, source: str) -> str | None:
     """The question as a string, or None without a tokenizer on this machine."""
-    tokenizer = tokenizer_of(source)
-    if tokenizer is None:
+    tokenizer, template = tokenizer_of(source), template_of(source)
+    if tokenizer is None or template is None or not knows(template, text_ids):
         return None
     return str(tokenizer.decode(text_ids[question.places].tolist(), skip_special_tokens=True)).strip()
+
+
+def knows(template: Template, text_ids: Tensor) -> bool:
+    """Whether all ids are the tokenizer's (transformers makes up an empty one where files are missing)."""
+    return text_ids.numel() == 0 or int(text_ids.max()) < template.size
 
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -88,14 +94,14 @@ def template_of(source: str) -> Template | None:
     special = special_ids(tokenizer, _local_json(source, "config.json"))
     text = rendered(tokenizer, _local_json(source, "chat_template.json").get("chat_template"))
     if text is None or text.count(MARK) != 1:
-        return Template(special, None, None)
+        return Template(len(tokenizer), special, None, None)
 
     def plain(part: str) -> tuple[int, ...]:
         ids = tokenizer(part, add_special_tokens=False)["input_ids"]
         return tuple(one for one in ids if one not in special)
 
     before, after = text.split(MARK)
-    return Template(special, plain(before), plain(after))
+    return Template(len(tokenizer), special, plain(before), plain(after))
 
 
 def special_ids(tokenizer: Any, config: dict[str, Any]) -> frozenset[int]:
