@@ -68,11 +68,15 @@ def kept_tokens(indices: Tensor, total: int, count: int, seed: int) -> Tensor:
 @dataclass(frozen=True)
 class Drops(Pruner):
     """Keeps a fixed choice: half before the decoder (`first`), half again after each of the decoder `layers`,
-    three quarters after each of the `encoder` layers."""
+    three quarters after each of the `encoder` layers. The caches of the layers `cut` are cut in the end."""
 
     layers: tuple[int, ...] = ()
     first: bool = False
     encoder: tuple[int, ...] = ()
+    cut: tuple[int, ...] = ()
+
+    def cache_layers(self, depth: int) -> tuple[int, ...]:
+        return self.cut
 
     def budget(self, tokens: int) -> int:
         return max(1, self.input_budget(tokens) >> len(self.layers))
@@ -113,6 +117,7 @@ DROPS: list[Pruner] = [
     Drops(layers=(0,)),
     Drops(layers=(2,)),
     Drops(layers=(0, 1, 3), first=True),
+    Drops(layers=(1, 3), cut=(0, 1, 3)),
     Drops(encoder=(0, 2)),
     Drops(encoder=(1, 4), first=True, layers=(1,)),
 ]
