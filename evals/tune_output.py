@@ -43,7 +43,7 @@ def result_table(search: Search) -> Table:
     table.add_column("defaults", justify="right")
     table.add_column(f"found (trial {best['number']})", justify="right")
     for name in search.data["space"]:
-        table.add_row(name, *(_value(trial["params"].get(name, trial["pruner"][name])) for trial in (first, best)))
+        table.add_row(name, *(_value(trial, name) for trial in (first, best)))
     config = search.config
     table.add_section()
     table.add_row(f"cosine, {config['samples']} searched", _digits(first["objective"]), _digits(best["objective"]))
@@ -80,7 +80,11 @@ def remarks(search: Search) -> list[str]:
     return lines
 
 
-def _value(value: Any) -> str:
+def _value(trial: Trial, name: str) -> str:
+    """A hyper-parameter; where a method leaves it open, it is derived from the budget or the model."""
+    value = trial["params"].get(name, trial["pruner"][name])
+    if value is None and name not in trial["params"]:
+        return "derived"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
