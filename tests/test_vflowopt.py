@@ -252,8 +252,9 @@ def test_settings_hit_the_released_ones_and_are_linear_between_them(keep):
 
 
 def test_an_int_keep_takes_the_settings_of_its_share_of_each_image():
-    assert VFlowOpt(keep=144).settings(VFlowOpt(keep=144).target(576)) == VFlowOpt(keep=0.25).settings(0.25)
-    assert VFlowOpt(keep=144).counts(576) == VFlowOpt(keep=0.25).counts(576)
+    count, share = VFlowOpt(keep=144).schedule(), VFlowOpt(keep=0.25).schedule()
+    assert count.settings(count.target(576)) == share.settings(0.25)
+    assert count.counts(576) == share.counts(576)
 
 
 def test_layers_are_depth_fractions():
@@ -289,7 +290,7 @@ def test_the_mean_over_layers_is_at_most_the_budget_and_close_to_it(tokens, keep
 @pytest.mark.parametrize("keep", [0.03, 0.1, 0.25, 0.5, 0.8, 0.9, 0.97])
 @pytest.mark.parametrize("depth", [5, 24, 28, 32])
 def test_the_default_uses_up_its_budget_at_any_keep(keep, depth):
-    counts = VFlowOpt(keep=keep).for_model(facts(depth)).counts(576)
+    counts = VFlowOpt(keep=keep).for_model(facts(depth)).schedule().counts(576)
     start, end = stage_layers(depth)
     mean = (start * counts[0] + (end - start) * counts[1] + (depth - end) * counts[2]) / depth
     assert budget_of(keep, 576) - 1 <= mean <= budget_of(keep, 576)
@@ -306,15 +307,15 @@ def test_settings_that_cannot_meet_the_budget_raise():
     with pytest.raises(VTPruneError, match="use up a mean of"):
         vtprune.wrap(make("llava-clip"), "vflowopt", keep=0.2, first=0.9)
     # A count of tokens is another share of every image.
-    fitted = VFlowOpt(keep=64, first=0.5).for_model(facts(28))
+    fitted = VFlowOpt(keep=64, first=0.5).for_model(facts(28)).schedule()
     assert sum(fitted.counts(144)) > 0
     with pytest.raises(VTPruneError, match="use up a mean of"):
         fitted.counts(576)
 
 
 def test_shares_below_keep_drop_nothing_at_the_last_stage():
-    assert VFlowOpt(keep=0.5, first=0.5, second=1.0).for_model(facts(28)).counts(100) == (50, 50, 50)
-    assert VFlowOpt(keep=0.5, first=0.4, second=0.9).for_model(facts(28)).counts(100) == (40, 36, 36)
+    assert VFlowOpt(keep=0.5, first=0.5, second=1.0).schedule().counts(100) == (50, 50, 50)
+    assert VFlowOpt(keep=0.5, first=0.4, second=0.9).schedule().counts(100) == (40, 36, 36)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import astuple, dataclass
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import budget_of
 
 # The decoder layers before which the authors drop tokens, and how many their decoder has.
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = (9, 18), 28
@@ -93,5 +95,65 @@ def stage_counts(
         else:
             entering -= 1
     if fill and rest() > middle:
-        middle = min(entering, max(middle, math.floor((depth * budget - start * entering) / (depth - start))))
+        middle = min(entering, max(middle, (depth * budget - start * entering) // (depth - start)))
     return entering, middle, min(middle, rest())
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A keep with what was set by hand of its settings, on a decoder.
+
+    first, second, threshold, cell: as in `Settings` (but first is a share of all tokens), None for the authors';
+    layers: those before which tokens drop out, of `depth`; released: round as the released code does.
+    """
+
+    keep: int | float
+    first: float | None
+    second: float | None
+    threshold: float | None
+    cell: float | None
+    layers: tuple[int, int]
+    depth: int
+    released: bool
+
+    def target(self, tokens: int) -> float:
+        """The share to keep of an image of `tokens`."""
+        return self.keep if isinstance(self.keep, float) else min(1.0, self.keep / tokens)
+
+    def settings(self, target: float) -> Settings:
+        """What holds at a mean share of `target`; first is a share of all tokens here."""
+        known = released_settings(target)
+        first = min(1.0, known.first * target) if self.first is None else self.first
+        given = (first, self.second, self.threshold, self.cell)
+        return Settings(*(b if a is None else a for a, b in zip(given, astuple(known), strict=True)))
+
+    def last(self, target: float) -> float:
+        """The share that goes on at the second of `layers`; raises VTPruneError where none meets `target`."""
+        at = self.settings(target)
+        ratio = last_ratio(target, at.first, at.second, self.layers, self.depth)
+        if ratio <= 0:
+            raise VTPruneError(
+                f"vflowopt: first={at.first:.4g} and second={at.second:.4g} use up a mean of {target:.4g} over "
+                f"{self.depth} layers before layer {self.layers[1]}; lower first or second, or raise keep"
+            )
+        return min(1.0, ratio)
+
+    def counts(self, tokens: int) -> tuple[int, int, int]:
+        """Tokens of an image of `tokens` that enter the decoder, and that either of its stages leaves."""
+        budget, target = budget_of(self.keep, tokens), self.target(tokens)
+        if budget >= tokens:
+            return tokens, tokens, tokens
+        at, last = self.settings(target), self.last(target)
+        if self.released:
+            entering = max(1, released_count(tokens, at.first))
+            middle = max(1, released_count(entering, at.second))
+            return entering, middle, max(1, released_count(middle, last))
+        fill = self.second is None
+        return stage_counts(tokens, budget, at.first, at.second, self.layers, self.depth, fill=fill)
+
+    def left(self, alive: int, tokens: int, stage: int) -> int:
+        """Tokens that stage 0 or 1 leaves of `alive`, as released: of those that are there, not of all."""
+        if budget_of(self.keep, tokens) >= tokens:
+            return alive
+        target = self.target(tokens)
+        return max(1, released_count(alive, self.last(target) if stage else self.settings(target).second))

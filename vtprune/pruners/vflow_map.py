@@ -11,6 +11,7 @@ from torch import Tensor
 from vtprune.pruners.cells import Grid3
 from vtprune.selection import check_scores
 from vtprune.signals import LayerSignals, attention_received
+from vtprune.stream import VisionStream
 
 LEVELS = 256
 RELEASED_GREY = 0.3333
@@ -60,6 +61,16 @@ def released_entropy(pixels: Tensor, grid: Grid3) -> Tensor:
     else:
         levels = patch_levels(wrapped_levels(pixels[None]), grid)
     return level_entropy(levels, RELEASED_EPS)
+
+
+def token_entropy(stream: VisionStream, *, released: bool) -> Tensor:
+    """Entropy of the pixels of each of the stream's tokens, by real grey levels or as released: (N,) fp32."""
+    if released:
+        entropy = released_entropy(stream.pixels, stream.grid)
+    else:
+        assert stream.picture is not None
+        entropy = level_entropy(patch_levels(grey_levels(stream.picture), stream.grid))
+    return entropy[stream.indices.to(entropy.device)]
 
 
 def global_attention(signals: LayerSignals, threshold: float) -> Tensor:

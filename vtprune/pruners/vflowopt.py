@@ -13,16 +13,8 @@ from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
 from vtprune.pruners.checks import check_choice, check_factor
 from vtprune.pruners.recycling import cells_of, direct_count, recycle
-from vtprune.pruners.vflow_budget import (
-    PUBLISHED_DEPTH,
-    Settings,
-    last_ratio,
-    released_count,
-    released_settings,
-    stage_counts,
-    stage_layers,
-)
-from vtprune.pruners.vflow_map import grey_levels, importance_map, level_entropy, patch_levels, released_entropy
+from vtprune.pruners.vflow_budget import PUBLISHED_DEPTH, Schedule, stage_layers
+from vtprune.pruners.vflow_map import importance_map, token_entropy
 from vtprune.registry import register
 from vtprune.selection import Selection, top
 from vtprune.stream import DecoderLayer, VisionStream
@@ -125,10 +117,12 @@ class VFlowOpt(Pruner):
         """`alpha`, or where it is None 1 by the paper and 0 as released."""
         return self.alpha if self.alpha is not None else float(self.variant == "paper")
 
-    @property
-    def decoder_depth(self) -> int:
-        """Layers of the decoder that the budget is for: the authors', until `for_model` says which."""
-        return PUBLISHED_DEPTH
+    def schedule(self, depth: int | None = None) -> Schedule:
+        """How many tokens stay where, in a decoder of `depth` layers (None: the authors' 28)."""
+        depth = depth or PUBLISHED_DEPTH
+        layers, released = self.layers or stage_layers(depth), self.variant == "released"
+        own = (self.first, self.second, self.threshold, self.cell)
+        return Schedule(self.asked_keep, *own, layers, depth, released)
 
     def search_space(self) -> dict[str, Tunable]:
         """The authors' boxes; an int keep is no share, so `first` has none then."""
@@ -143,121 +137,63 @@ class VFlowOpt(Pruner):
 
     def for_model(self, facts: ModelFacts) -> VFlowOpt:
         """With the decoder's depth; raises VTPruneError for layers beyond it and for shares that cannot meet keep."""
-        depth = facts.decoder_depth
-        layers = self.stages(depth)
-        if layers[-1] >= depth:
+        depth, schedule = facts.decoder_depth, self.schedule(facts.decoder_depth)
+        first, second = schedule.layers
+        if second >= depth:
             raise VTPruneError(
-                f"{self.name} drops tokens before the decoder layers {layers[0]} and {layers[1]} (counted from 0), "
-                f"so it needs at least {layers[1] + 1} decoder layers, got {depth}"
+                f"{self.name} drops tokens before the decoder layers {first} and {second} (counted from 0), so it "
+                f"needs at least {second + 1} decoder layers, got {depth}"
             )
+        if isinstance(schedule.keep, float) and schedule.keep < 1:
+            schedule.last(schedule.keep)
         options = {one.name: getattr(self, one.name) for one in dataclasses.fields(VFlowOpt)}
-        fitted = _Fitted(**options, depth=depth)
-        if isinstance(self.asked_keep, float) and self.asked_keep < 1:
-            fitted.last(self.asked_keep)
-        return fitted
-
-    def stages(self, depth: int) -> tuple[int, int]:
-        """The decoder layers before which tokens drop out."""
-        return self.layers or stage_layers(depth)
-
-    def target(self, tokens: int) -> float:
-        """The share to keep of an image of `tokens`."""
-        keep = self.asked_keep
-        return keep if isinstance(keep, float) else min(1.0, keep / tokens)
-
-    def settings(self, target: float) -> Settings:
-        """What holds at a mean share of `target`; first is a share of all tokens here."""
-        known = released_settings(target)
-        own = {
-            "first": min(1.0, known.first * target) if self.first is None else self.first,
-            **{
-                name: getattr(self, name)
-                for name in ("second", "threshold", "cell")
-                if getattr(self, name) is not None
-            },
-        }
-        return dataclasses.replace(known, **own)
-
-    def last(self, target: float) -> float:
-        """The share that goes on at the second of `layers`; raises VTPruneError where none meets `target`."""
-        at, depth = self.settings(target), self.decoder_depth
-        ratio = last_ratio(target, at.first, at.second, self.stages(depth), depth)
-        if ratio <= 0:
-            raise VTPruneError(
-                f"{self.name}: first={at.first:.4g} and second={at.second:.4g} use up a mean of {target:.4g} over "
-                f"{depth} layers before layer {self.stages(depth)[1]}; lower first or second, or raise keep"
-            )
-        return min(1.0, ratio)
-
-    def counts(self, tokens: int) -> tuple[int, int, int]:
-        """Tokens of an image of `tokens` that enter the decoder, and that either of its stages leaves."""
-        budget, target = self.budget(tokens), self.target(tokens)
-        if budget >= tokens:
-            return tokens, tokens, tokens
-        at, depth, last = self.settings(target), self.decoder_depth, self.last(target)
-        if self.variant == "released":
-            entering = max(1, released_count(tokens, at.first))
-            middle = max(1, released_count(entering, at.second))
-            return entering, middle, max(1, released_count(middle, last))
-        layers = self.stages(depth)
-        return stage_counts(tokens, budget, at.first, at.second, layers, depth, fill=self.second is None)
+        return _Fitted(**options, depth=depth)
 
     def achieved(self, counts: list[int]) -> float:
         """The mean over decoder layers."""
         return sum(counts) / len(counts)
 
     def input_budget(self, tokens: int) -> int:
-        """The first of `counts`."""
-        return self.counts(tokens)[0]
+        """The share `first`, at most; released: without what is recycled."""
+        return self.schedule().counts(tokens)[0]
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
-        """The layers just before those of `stages`."""
-        return tuple(layer - 1 for layer in self.stages(depth))
+        """The layers just before `layers`."""
+        return tuple(layer - 1 for layer in self.schedule(depth).layers)
 
     def decoder_budget(self, tokens: int, layer: int) -> int:
-        """The second or third of `counts`."""
-        return self.counts(tokens)[1 + self.decoder_layers(self.decoder_depth).index(layer)]
+        """What the stage after decoder layer `layer` leaves."""
+        schedule = self.schedule()
+        return schedule.counts(tokens)[1 + schedule.layers.index(layer + 1)]
 
     def remember(self, stream: VisionStream) -> dict[str, Tensor]:
         """The importance of each token: (N,) fp32; raises ScoreError for NaN."""
         assert stream.signals is not None
-        alpha, entropy = self.entropy_weight, None
-        if alpha and self.variant == "released":
-            entropy = released_entropy(stream.pixels, stream.grid)
-        elif alpha:
-            assert stream.picture is not None
-            entropy = level_entropy(patch_levels(grey_levels(stream.picture), stream.grid))
-        if entropy is not None:
-            entropy = entropy[stream.indices.to(entropy.device)]
-        threshold = self.settings(self.target(stream.total)).threshold
+        alpha, schedule = self.entropy_weight, self.schedule()
+        entropy = token_entropy(stream, released=schedule.released) if alpha else None
+        threshold = schedule.settings(schedule.target(stream.total)).threshold
         return {IMPORTANCE: importance_map(stream.signals, entropy, threshold, alpha)}
 
     def select(self, stream: VisionStream) -> Selection:
         """Keeps the most important tokens and one for every cell of the others; raises ScoreError for NaN."""
-        memory = stream.memory or self.remember(stream)
-        importance = memory[IMPORTANCE].to(stream.features.device)
+        features, schedule = stream.features, self.schedule()
+        importance = (stream.memory or self.remember(stream))[IMPORTANCE].to(features.device)
         tokens, budget = importance.numel(), stream.budget
         if not self.recycle or budget >= tokens:
             return Selection(top(importance, budget))
-        size = self.settings(self.target(stream.total)).cell
-        frames, *frame = stream.grid
-        cells = cells_of([(frame[0], frame[1])] * frames, size).to(stream.indices.device)[stream.indices]
-        cells = cells.to(importance.device)
-        if self.variant == "released":
-            return recycle(stream.features, importance, cells, max(0, budget - int(tokens / size**2)))
-        return recycle(stream.features, importance, cells, direct_count(importance, cells, budget), budget)
+        size = schedule.settings(schedule.target(stream.total)).cell
+        frames, height, width = stream.grid
+        cells = cells_of([(height, width)] * frames, size)[stream.indices.cpu()].to(features.device)
+        if schedule.released:
+            return recycle(features, importance, cells, max(0, budget - int(tokens / size**2)))
+        return recycle(features, importance, cells, direct_count(importance, cells, budget), budget)
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the most important of the tokens that are left."""
-        count = layer.budget
-        if self.variant == "released" and self.budget(layer.total) < layer.total:
-            target = self.target(layer.total)
-            early = layer.index == self.decoder_layers(layer.depth)[0]
-            ratio = self.settings(target).second if early else self.last(target)
-            count = max(1, released_count(layer.vision.numel(), ratio))
-        if count >= layer.vision.numel():
-            return None
-        return Selection(top(layer.memory[IMPORTANCE], count))
+        schedule, alive, count = self.schedule(), layer.vision.numel(), layer.budget
+        if schedule.released:
+            count = schedule.left(alive, layer.total, schedule.layers.index(layer.index + 1))
+        return Selection(top(layer.memory[IMPORTANCE], count)) if count < alive else None
 
     def scoring_flops(self, work: ScoringWork) -> int:
         """The logits of one layer's map for the received attention, again for the global rows (at most all of
@@ -272,7 +208,6 @@ class _Fitted(VFlowOpt):
 
     depth: int = PUBLISHED_DEPTH
 
-    @property
-    def decoder_depth(self) -> int:
-        """The model's own."""
-        return self.depth
+    def schedule(self, depth: int | None = None) -> Schedule:
+        """In the model's own decoder."""
+        return super().schedule(depth or self.depth)
