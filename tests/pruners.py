@@ -46,9 +46,7 @@ RELEASED: list[Pruner] = [
     vtprune.CDPruner(keep=9, variant="released"),
     vtprune.VisionZip(keep=9, variant="released"),
     vtprune.VFlowOpt(keep=0.3, alpha=0.5, cell=3.0, variant="released"),
-    vtprune.MustDrop(
-        variant="released", merge_threshold=0.05, global_threshold=0.03, individual_threshold=0.2, cut_cache=False
-    ),
+    vtprune.MustDrop(variant="released", merge_threshold=0.05, global_threshold=0.03, individual_threshold=0.2),
 ]
 
 
