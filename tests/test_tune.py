@@ -17,20 +17,17 @@ from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.checkpoint import png, random_qwen_checkpoint
-from vtprune.assets import SHAPES_EVAL
+from tests.test_tune_parts import pictures
 from vtprune.cli import app
 from vtprune.errors import VTPruneError
 from vtprune.evals import tune_search
 from vtprune.evals.loading import load_model
 from vtprune.evals.prompts import encode, place, question
 from vtprune.evals.settings import build_settings, parse_flops
-from vtprune.evals.shapes import read_eval_rows
-from vtprune.evals.tune_budget import OverBudgetError, largest_count
-from vtprune.evals.tune_data import draw_shapes, read_folder
+from vtprune.evals.tune_data import draw_shapes
 from vtprune.evals.tune_measure import Meter
-from vtprune.evals.tune_space import all_settings, holds, propose, setting_key
+from vtprune.evals.tune_space import propose, setting_key
 from vtprune.evals.tune_store import search_fingerprint
-from vtprune.pruner import Tunable
 
 SMALL = ("--samples", "3", "--check-samples", "2")
 KEEP = ("--keep", "15%")
@@ -267,21 +264,6 @@ def test_a_flops_budget_that_no_setting_meets(tmp_path: Path) -> None:
     assert not (tmp_path / "vtprune_config.json").exists()
 
 
-@pytest.mark.parametrize("best", range(1, 20))
-def test_the_largest_count_is_found_from_any_hint(best: int) -> None:
-    for hint in range(1, 20):
-        assert largest_count(lambda count: count / 20, best / 20, 20, hint) == best
-
-    def refusing(count: int) -> float:
-        if not best - 2 <= count <= best + 2:
-            raise VTPruneError("no such split")
-        return count / 20
-
-    assert largest_count(refusing, best / 20, 20, best) == best
-    with pytest.raises(OverBudgetError, match=r"needs 5\.0%"):
-        largest_count(lambda count: count / 20, 0.01, 20, best)
-
-
 def test_a_setting_that_is_not_a_number_is_told_and_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,13 +322,6 @@ def test_a_share_of_flops_is_read() -> None:
     assert (parse_flops("40%"), parse_flops(" 0.4 ")) == (0.4, 0.4)
 
 
-def pictures(folder: Path, count: int) -> Path:
-    folder.mkdir()
-    for i in range(count):
-        Image.new("RGB", (90 + i, 96), (20 * i, 90, 40)).save(folder / f"{i}.png")
-    return folder
-
-
 def test_a_folder_of_pictures_is_searched_on_another_family(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "data", 5)
     rows = [{"file_name": f"{i}.png", "question": f"number {i}?"} for i in range(4)] + [{"file_name": "4.png"}]
@@ -355,23 +330,6 @@ def test_a_folder_of_pictures_is_searched_on_another_family(tmp_path: Path) -> N
     result = tune(tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert all(trial["state"] == "measured" for trial in read(tmp_path / "out")["trials"])
-
-
-def test_metadata_gives_questions_and_held_out_pictures_are_others(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "data", 8)
-    rows = [{"file_name": f"{i // 2}.png", "question": f"{i}?"} for i in range(15)] + [{"file_name": "7.png"}]
-    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    told: list[str] = []
-    found = read_folder(folder, "What?", 6, 6, 0, told.append)
-    assert (len(found.search), len(found.check), told) == (6, 6, [])
-    assert not {sample.name for sample in found.search} & {sample.name for sample in found.check}
-    for sample in found.search + found.check:
-        assert sample.question == "What?" or int(sample.question[:-1]) // 2 == int(sample.name[0])
-    assert found.fingerprint() == read_folder(folder, "What?", 6, 6, 0).fingerprint()
-    assert found.fingerprint() != read_folder(folder, "What?", 6, 6, 1).fingerprint()
-    few = read_folder(folder, "What?", 30, 10, 0, told.append)
-    assert (len(few.search), len(few.check)) == (12, 4)
-    assert "only 12 samples to search on and 4 held-out ones" in told[0]
 
 
 def test_a_folder_that_cannot_be_searched(tmp_path: Path) -> None:
@@ -391,40 +349,8 @@ def test_a_folder_that_cannot_be_searched(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_drawn_samples_are_new_and_repeat_with_the_seed() -> None:
-    found = draw_shapes(30, 30, seed=0)
-    known = {row.open_image().tobytes() for row in read_eval_rows(SHAPES_EVAL)}
-    drawn = {sample.image.tobytes() for sample in found.search + found.check}
-    assert len(drawn) == 60
-    assert not drawn & known
-    assert found.fingerprint() == draw_shapes(30, 30, seed=0).fingerprint()
-    assert found.fingerprint() != draw_shapes(30, 30, seed=1).fingerprint()
-
-
 def test_a_finite_space_is_searched_to_its_end_and_no_further(tmp_path: Path) -> None:
     result = tune(tmp_path, *KEEP, method="fopru")
     assert result.exit_code == 0, result.output
     assert "every setting of the search space has been tried (4)" in result.output
     assert len(read(tmp_path)["trials"]) == 4
-
-
-def test_proposals_stay_in_the_space_and_depend_on_the_arguments_alone() -> None:
-    space = {
-        "a": Tunable(-1.0, 1.0),
-        "b": Tunable(0.1, 10.0, log=True),
-        "c": Tunable(2, 5, whole=True),
-        "d": Tunable(choices=(None, "x", True, 1)),
-    }
-    tried: list[tuple[dict[str, Any], float | None]] = []
-    for number in range(14):
-        params = propose(space, tried, number, 3)
-        assert params is not None
-        assert params == propose(space, tried, number, 3)
-        assert all(holds(space[name], value) for name, value in params.items())
-        tried.append((params, None if number % 4 == 3 else -abs(params["a"])))
-    assert all_settings(space) is None
-    finite = {name: space[name] for name in "cd"}
-    assert len(all_settings(finite) or []) == 16
-    assert not holds(space["c"], 2.0)
-    assert not holds(space["d"], 1.0)
-    assert not holds(space["a"], 1.5)
