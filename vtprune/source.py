@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
-def _local_json(source: str, name: str) -> dict[str, Any]:
+def local_json(source: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file beside the model, {} if there is none."""
     from transformers.utils import cached_file
 
     try:
@@ -28,7 +30,7 @@ def image_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]
     if not source:
         return None
     for name in PROCESSOR_FILES:
-        data = _local_json(source, name)
+        data = local_json(source, name)
         data = data.get("image_processor", data)
         mean, std = data.get("image_mean"), data.get("image_std")
         if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3:
@@ -41,7 +43,8 @@ def tokenizer_of(source: str) -> Any | None:
     """The tokenizer in a folder or in the hub's local cache, or None; nothing is downloaded."""
     from transformers import AutoTokenizer
 
-    if not source:
+    # Where there are no files transformers makes up an empty tokenizer.
+    if not source or not any(local_json(source, name) for name in TOKENIZER_FILES):
         return None
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune.source import _local_json, tokenizer_of
+from vtprune.source import local_json, tokenizer_of
 
 MARK = "QUESTION"
 
@@ -91,8 +91,8 @@ def template_of(source: str) -> Template | None:
     tokenizer = tokenizer_of(source)
     if tokenizer is None:
         return None
-    special = special_ids(tokenizer, _local_json(source, "config.json"))
-    text = rendered(tokenizer, _local_json(source, "chat_template.json").get("chat_template"))
+    special = special_ids(tokenizer, local_json(source, "config.json"))
+    text = rendered(tokenizer, local_json(source, "chat_template.json").get("chat_template"))
     if text is None or text.count(MARK) != 1:
         return Template(len(tokenizer), special, None, None)
 

@@ -1,0 +1,70 @@
+"""Lists of pruners: what composes, what is refused, and what the report says of each stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vtprune
+from tests.models import MODELS, ROWS, make, prompt
+from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
+from vtprune.pruner import Pruner
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [vtprune.VisionZip(keep=11), vtprune.VFlowOpt(keep=6)],
+        [vtprune.Turbo(keep=12), vtprune.DivPrune(keep=7)],
+        [vtprune.FlowCut(keep=11, stages=1), vtprune.CDPruner(keep=8), vtprune.Random(keep=3)],
+        [vtprune.MustDrop(keep=10), vtprune.HoloV(keep=5)],
+    ],
+    ids=lambda stages: "+".join(stage.name for stage in stages),
+)
+def test_stages_of_all_kinds_compose_exactly(kind: str, stages: list[Pruner]) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = vtprune.wrap(make(kind), stages)
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    grids = {"image_grid_thw": inputs["image_grid_thw"]} if kind.startswith("qwen") else {}
+    with torch.no_grad():
+        features = [f.clone() for f in model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output]
+    expected = run_masked(kind, vtprune.unwrap(model), inputs, report, features)
+    assert compare(logits, expected, inputs) < TOLERANCE
+    assert [stage.method for stage in report.stages] == [stage.name for stage in stages]
+    assert all(stage.tokens_left <= stages[i].keep for i, stage in enumerate(report.stages))
+
+
+def test_the_report_names_where_each_stage_acts_and_its_budget() -> None:
+    model = vtprune.wrap(make("llava-clip"), [vtprune.FlowCut(keep=12), vtprune.VFlowOpt(keep=6)])
+    with torch.no_grad():
+        model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
+    first, second = vtprune.report(model).stages
+    assert (first.stage, first.asked_keep, first.tokens_left) == ("encoder", 12, 12)
+    assert second.stage.startswith("before decoder; after decoder layer")
+    assert second.asked_keep == 6
+    assert second.tokens_left <= 12
+
+
+@pytest.mark.parametrize(
+    ("stages", "reason"),
+    [
+        ([vtprune.HoloV(keep=9), vtprune.VisionZip(keep=4)], "visionzip acts in the encoder, holov only before"),
+        ([vtprune.FlowCut(keep=9), vtprune.HoloV(keep=9)], "holov is asked to keep 9 .* nothing to do"),
+        ([vtprune.FlowCut(keep=0.25), vtprune.HoloV(keep=0.5)], "holov is asked to keep 0.5 .* nothing to do"),
+        ([vtprune.Random(keep=9), vtprune.Grid(keep=4)], "grid needs every token .* random leaves some"),
+        ([vtprune.FlowCut(keep=9), vtprune.Pool(keep=4)], "pool needs every token .* flowcut leaves some"),
+        ([vtprune.Turbo(keep=18), vtprune.VisionZip(keep=9)], "turbo merges between attention and MLP"),
+        (
+            [vtprune.FlowCut(keep=18), vtprune.VisionZip(keep=9)],
+            "both act after encoder layer 4",
+        ),
+        ([], "a pruner is a name"),
+    ],
+    ids=str,
+)
+def test_impossible_orders_are_refused_with_the_reason(stages: list[Pruner], reason: str) -> None:
+    model = make("llava-clip")
+    with pytest.raises(vtprune.VTPruneError, match=reason):
+        vtprune.wrap(model, stages)
+    assert not hasattr(model, "_vtprune")
