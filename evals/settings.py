@@ -8,23 +8,22 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vtprune.config import load_config, to_dict
 from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner, check_keep
-from vtprune.registry import available, create
+from vtprune.registry import available, create, pruner_class
 from vtprune.wrap import resolve
 
 from .failures import InputError
 
 BASELINES = ("random", "grid", "pool")
-# The methods that stand for their stage in a short run, the most telling first; a stage whose methods are
-# not among them is represented by the first ones that registered.
-REPRESENTATIVES = ("flowcut", "fopru", "holov", "fastv", "pyramid_drop", "pmod", "gamma_mod")
-PER_STAGE = 2
+# Options whose False leaves a method as it is but for merging, and where a run of everything compares the two.
+MERGE_OPTIONS = ("merge", "recycle")
+ABLATION_KEEP = 0.11
 DEFAULT_KEEPS: tuple[int | float, ...] = (0.25, 0.11)
 ALL_KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11, 0.05)
 UNPRUNED = "none"
@@ -138,27 +137,23 @@ def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     return name, tuple(options)
 
 
-def default_methods() -> list[str]:
-    """The baselines, and up to two methods of every stage that exists."""
-    known = available()
-    chosen = [name for name in BASELINES if name in known]
-    stages: dict[str, list[str]] = {}
-    order = [name for name in REPRESENTATIVES if name in known]
-    order += [name for name in known if name not in order]
-    for name in order:
-        if name not in chosen and name != UNPRUNED:
-            stages.setdefault(known[name].stage, []).append(name)
-    return chosen + [name for names in stages.values() for name in names[:PER_STAGE]]
-
-
 def all_methods() -> list[str]:
     """Every method that is known, third-party ones included."""
     return [name for name in available() if name != UNPRUNED]
 
 
+def ablations() -> list[str]:
+    """Every method that merges, with its merging off, as `--methods` takes it."""
+    found = []
+    for name in all_methods():
+        options = {field.name for field in fields(pruner_class(name))}
+        found += [f"{name}:{option}=False:keep={ABLATION_KEEP}" for option in MERGE_OPTIONS if option in options]
+    return found
+
+
 def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list[Setting]:
-    """The unpruned model, then every method at every keep and every folder at its own; raises InputError for
-    what does not exist."""
+    """The unpruned model, then every method at every keep, or at the one among its options, and every folder at its
+    own; raises InputError for what does not exist."""
     keeps = list(keeps)
     settings = [Setting(UNPRUNED)]
     try:
@@ -167,8 +162,10 @@ def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list
                 settings.append(folder_setting(text))
                 continue
             name, options = parse_method(text)
+            own = [parse_keep(str(value)) for option, value in options if option == "keep"]
+            others = tuple(option for option in options if option[0] != "keep")
             if name != UNPRUNED:
-                settings += [Setting(name, keep, options) for keep in keeps]
+                settings += [Setting(name, keep, others) for keep in own or keeps]
         for setting in settings:
             setting.pruners()
     except (VTPruneError, TypeError) as error:

@@ -16,8 +16,8 @@ from vtprune.evals.failures import InputError
 from vtprune.evals.overlay import draw_kept, survival
 from vtprune.evals.settings import (
     Setting,
+    ablations,
     build_settings,
-    default_methods,
     parse_keep,
     parse_method,
     show_keep,
@@ -73,11 +73,18 @@ def test_settings_start_with_the_unpruned_model_and_repeat_nothing() -> None:
     assert Setting("grid", 1).key() != Setting("grid", 1.0).key()
 
 
-def test_the_default_methods_cover_every_stage() -> None:
-    known = vtprune.available()
-    chosen = default_methods()
-    assert chosen[:3] == ["random", "grid", "pool"]
-    assert {known[name].stage for name in chosen} == {info.stage for info in known.values()} - {"none"}
+def test_a_method_may_bring_its_own_keep() -> None:
+    settings = build_settings(["grid", "flowcut:stages=2:keep=5%"], [0.25, 16])
+    assert settings[1:] == [Setting("grid", 0.25), Setting("grid", 16), Setting("flowcut", 0.05, (("stages", 2),))]
+    with pytest.raises(InputError, match="cannot take '1\\.5'"):
+        build_settings(["grid:keep=1.5"], [0.25])
+
+
+def test_a_run_of_everything_shows_what_merging_buys() -> None:
+    settings = build_settings(ablations(), [0.5])[1:]
+    assert {setting.method for setting in settings} >= {"visionzip", "vflowopt", "turbo", "mustdrop"}
+    assert {setting.keep for setting in settings} == {0.11}
+    assert all(setting.options[0][1] is False for setting in settings)
 
 
 def test_version_and_help() -> None:

@@ -101,7 +101,7 @@ Methods = Annotated[
     typer.Option(
         help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`. A folder with "
         "vtprune_config.json is one too, at its own keep.",
-        show_default="the baselines and two methods of each stage",
+        show_default="all of them",
         rich_help_panel=PANEL,
     ),
 ]
@@ -195,7 +195,7 @@ def _what_to_run(
     if methods is not None:
         chosen = _split(methods, "methods")
     else:
-        chosen = settings.all_methods() if everything else settings.default_methods()
+        chosen = settings.all_methods() + (settings.ablations() if everything else [])
     if keep is not None:
         keeps = tuple(settings.parse_keep(part) for part in _split(keep, "keep"))
     else:
