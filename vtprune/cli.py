@@ -117,8 +117,8 @@ Everything = Annotated[
     bool,
     typer.Option(
         "--all",
-        help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question; those that the model cannot take are "
-        "left out and named.",
+        help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that merge also with their "
+        "merging off, at 0.11; what the model cannot take is left out and named.",
         rich_help_panel=PANEL,
     ),
 ]
