@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from torch import Tensor
 
 from vtprune.signals import CHUNK_BYTES
@@ -21,24 +21,33 @@ def saliency(layer: EncoderLayer, *, sized: bool = False) -> Tensor:
     """(B, N) attention that each token gets, fp32, 0 on padding: mean over heads of the CLS row, or without a CLS
     token mean over heads and patch queries; summed over a token's patches.
 
-    sized: whether keys weigh as many tokens as they stand for. Queries are taken in chunks: no map of all patches
-    is ever whole.
+    sized: whether keys weigh as many tokens as they stand for. Images of one length are taken together, without
+    their padding, and queries in chunks: no map of all patches is ever whole.
     """
-    patches = repeat(layer.valid, "b n -> b (n g)", g=layer.group)
-    alive = torch.nn.functional.pad(patches, (layer.prefix, 0), value=True)
-    bias = torch.zeros_like(alive, dtype=torch.float32)
-    if sized:
-        bias[:, layer.prefix :] = repeat(layer.sizes.clamp(min=1).log(), "b n -> b (n g)", g=layer.group)
-    bias = bias.masked_fill(~alive, float("-inf"))[:, None, None]
-    query = layer.query[:, :, :1] if layer.prefix else layer.query
-    asks = alive[:, : query.shape[2]].float() / alive[:, : query.shape[2]].sum(dim=1, keepdim=True)
-    keys = layer.key.float().where(alive[:, None, :, None], 0).transpose(-1, -2)
-    batch, heads, _, count = keys.shape
-    rows = max(1, CHUNK_BYTES // (4 * batch * heads * count))
-    received = torch.zeros(batch, count, device=keys.device)
-    for states, weights in zip(query.split(rows, dim=2), asks.split(rows, dim=1), strict=True):
-        given = weights[:, None, :, None] > 0
-        logits = torch.matmul(states.float().where(given, 0) * layer.scale, keys) + bias
-        received += torch.einsum("bhqk,bq->bk", logits.softmax(dim=-1), weights) / heads
-    tokens = rearrange(received[:, layer.prefix :], "b (n g) -> b n g", g=layer.group).sum(dim=-1)
-    return tokens.where(layer.valid, 0)
+    found = torch.zeros(layer.valid.shape, device=layer.key.device)
+    lengths = layer.valid.sum(dim=1)
+    for tokens in lengths.unique().tolist():
+        rows = (lengths == tokens).nonzero().flatten()
+        patches = layer.prefix + tokens * layer.group
+        query, key = (states[rows, :, :patches].float() for states in (layer.query, layer.key))
+        bias = None
+        if sized:
+            log = repeat(layer.sizes[rows, :tokens].clamp(min=1).log(), "b n -> b (n g)", g=layer.group)
+            bias = torch.nn.functional.pad(log, (layer.prefix, 0))
+        received = mean_attention(query[:, :, :1] if layer.prefix else query, key, layer.scale, bias)
+        found[rows, :tokens] = reduce(received[:, layer.prefix :], "b (n g) -> b n", "sum", g=layer.group)
+    return found
+
+
+def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """(B, n) mean over heads and queries of the attention that each key gets, accumulated in chunks of queries.
+
+    query: (B, H, q, d), key: (B, H, n, d), bias: (B, n) added to the logits of each key.
+    """
+    batch, heads, count, _ = key.shape
+    received = torch.zeros(batch, count, device=key.device)
+    for chunk in query.split(max(1, CHUNK_BYTES // (4 * batch * heads * count)), dim=2):
+        logits = torch.matmul(chunk * scale, key.transpose(-1, -2))
+        logits = logits if bias is None else logits + bias[:, None, None]
+        received += reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum")
+    return received / (heads * query.shape[2])
