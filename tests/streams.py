@@ -60,3 +60,10 @@ def with_nan(whole: VisionStream) -> VisionStream:
     key = whole.signals.key.clone()
     key[0, -1, 0] = float("nan")
     return replace(whole, signals=replace(whole.signals, key=key))
+
+
+def picture_stream(grid: tuple[int, int, int] = (1, 6, 6), budget: int = 9, **options: int) -> VisionStream:
+    """A stream with a picture of 4 x 4 pixels a token."""
+    whole = stream(grid, budget, **options)
+    picture = torch.rand(grid[0], 3, 4 * grid[1], 4 * grid[2], generator=torch.Generator().manual_seed(5))
+    return replace(whole, picture=picture, pixels=picture[0] * 2 - 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from vtprune import registry
@@ -31,12 +31,19 @@ VALUES: dict[str, Any] = {
     "crops": st.none() | st.integers(1, 99),
     "alpha": st.none() | st.integers(0, 9) | st.floats(0, 1e9),
     "tau": st.just(1.0) | st.integers(0, 9) | st.floats(0, 1e9),
+    "merge": st.booleans(),
+    "recycle": st.booleans(),
+    "cls": st.booleans(),
+    "theta": st.none() | st.floats(0, 1, exclude_max=True),
+    "contextual": st.none() | st.floats(0, 1, exclude_max=True) | st.integers(0, 9),
+    "first": st.none() | st.floats(0, 1, exclude_min=True),
+    "merge_threshold": st.floats(0, 1),
 }
 
 
 @st.composite
 def pruners(draw: st.DrawFn) -> Pruner:
-    """Any shipped method with any options that it accepts."""
+    """Any shipped method with any options that it accepts; what it refuses is not drawn."""
     cls = registry.pruner_class(draw(st.sampled_from(SHIPPED)))
     options = {}
     for field in dataclasses.fields(cls):
@@ -45,7 +52,10 @@ def pruners(draw: st.DrawFn) -> Pruner:
             options[field.name] = draw(values)
     if options.get("variant") == "released":
         options.pop("tau", None)
-    return cls(**options)
+    try:
+        return cls(**options)
+    except VTPruneError:
+        reject()
 
 
 def typed(pruner: Pruner | list[Pruner]) -> Any:

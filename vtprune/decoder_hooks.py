@@ -154,6 +154,7 @@ class DecoderHooks:
         pictures: dict[int, Tensor] = {}
         for span in run.spans:
             run.mark(span)
+            span.text_after = int((text[span.row] > span.places[-1]).sum())
             for index, pruner in enumerate(self.pruners):
                 if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
                     continue

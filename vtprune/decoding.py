@@ -28,8 +28,8 @@ class ImageSpan:
     places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept:
     tokens alive now, indices into the whole image; history: (layer, kept) at every change; merges: (layer, Merge)
     with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said;
-    left: tokens left after each pruner (by its place in the list) acted on the decoder's side; cut: layers whose
-    cache holds only what the last layer left.
+    text_after: text tokens of the row after it; left: tokens left after each pruner (by its place in the list) acted
+    on the decoder's side; cut: layers whose cache holds only what the last layer left.
     """
 
     row: int
@@ -41,6 +41,7 @@ class ImageSpan:
     merges: list[tuple[int, Merge]] = field(default_factory=list)
     memories: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    text_after: int = 0
     left: dict[int, int] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
 

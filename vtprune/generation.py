@@ -243,6 +243,7 @@ class Generation:
                 decoder_heads=text.num_attention_heads,
                 prompt=self.text[row] + self._total(row),
                 text=self.text[row],
+                text_after=span.text_after,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
                 decoder_layers=pruner.decoder_layers(self.depth),

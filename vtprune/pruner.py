@@ -245,7 +245,8 @@ class ScoringWork:
     kept: tokens that enter the decoder; encoder_width, encoder_heads: of the vision tower;
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
-    which the method scored; text: text tokens of the row; has_cls: whether the encoder has a CLS token.
+    which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
+    encoder has a CLS token.
     """
 
     patches: int
@@ -261,3 +262,4 @@ class ScoringWork:
     encoder_layers: tuple[int, ...]
     decoder_layers: tuple[int, ...]
     has_cls: bool = True
+    text_after: int = 0

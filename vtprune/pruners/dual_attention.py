@@ -121,14 +121,15 @@ def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
     over all tokens up to their own place), averaged over heads; a few rows at a time."""
     query, key = layer.query, layer.key.float()
     place = torch.arange(key.shape[1], device=key.device)
+    vision = layer.vision.to(key.device)
     # What comes before all text and this image is padding.
-    first = torch.cat([layer.text[:1], layer.vision[:1]]).min()
+    first = torch.cat([layer.text[:1], layer.vision[:1]]).min().to(key.device)
     found = []
-    for some in rows.split(max(1, CHUNK_BYTES // (4 * key.shape[0] * key.shape[1]))):
+    for some in rows.to(key.device).split(max(1, CHUNK_BYTES // (4 * key.shape[0] * key.shape[1]))):
         hidden = (place > some[:, None]) | (place < first)
         logits = torch.matmul(query[:, some].float() * layer.scale, key.transpose(-1, -2))
         weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-        found.append(weights[..., layer.vision].mean(dim=0))
+        found.append(weights[..., vision].mean(dim=0))
     return torch.cat(found)
 
 

@@ -52,7 +52,7 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, li
     """
     order = importance.sort(descending=True, stable=True).indices
     stay, low = order[:direct], order[direct:].sort().values
-    names, group = cells[low].unique(return_inverse=True)
+    names, group = torch.unique(cells[low], return_inverse=True)
     worth, count, tokens = importance[low], names.numel(), importance.numel()
     best = worth.new_full((count,), -torch.inf).scatter_reduce_(0, group, worth, "amax")
     into = torch.full((count,), tokens, device=low.device)
@@ -62,8 +62,9 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, li
     vectors = torch.zeros(count, features.shape[1], device=features.device).index_add(0, group, parts)
     chosen = best.argsort(descending=True, stable=True)[: count if limit is None else max(0, limit - direct)]
     kept = torch.cat([stay, into[chosen]]).sort().values
-    merged = features.index_copy(0, into[chosen], vectors[chosen].to(features.dtype))
-    return Selection(kept, merged[kept], _merges(low, group, shares, into, set(chosen.tolist())))
+    places = torch.searchsorted(kept, into[chosen])
+    merged = features[kept].index_copy(0, places, vectors[chosen].to(features.dtype))
+    return Selection(kept, merged, _merges(low, group, shares, into, set(chosen.tolist())))
 
 
 def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:

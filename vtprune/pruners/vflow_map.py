@@ -41,7 +41,8 @@ def patch_levels(levels: Tensor, grid: Grid3, patch: tuple[int, int] | None = No
     _, rows, cols = grid
     height, width = patch or (levels.shape[-2] // rows, levels.shape[-1] // cols)
     whole = levels[:, : rows * height, : cols * width]
-    return rearrange(whole, "t (h ph) (w pw) -> (t h w) (ph pw)", h=rows, w=cols)
+    areas: Tensor = rearrange(whole, "t (h ph) (w pw) -> (t h w) (ph pw)", h=rows, w=cols)
+    return areas
 
 
 def level_entropy(levels: Tensor, eps: float = 0.0) -> Tensor:

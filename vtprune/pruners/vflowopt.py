@@ -196,10 +196,13 @@ class VFlowOpt(Pruner):
         return Selection(top(layer.memory[IMPORTANCE], count)) if count < alive else None
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """The logits of one layer's map for the received attention, again for the global rows (at most all of
-        them), and the vectors that flow together."""
-        attention = 2 * work.patches * (work.patches + work.has_cls) * work.encoder_width
-        return 2 * attention + self.recycle * 2 * work.tokens * work.decoder_width
+        """The logits of one layer's map for the received attention, again for the rows of the global patches (fewer
+        than 1 / threshold of all can receive more than threshold times the mean), and what flows together."""
+        schedule = self.schedule()
+        threshold = max(1.0, schedule.settings(schedule.target(work.tokens)).threshold)
+        rows = work.patches + max(1, int(work.patches / threshold))
+        attention = 2 * rows * (work.patches + work.has_cls) * work.encoder_width
+        return attention + self.recycle * 2 * work.tokens * work.decoder_width
 
 
 @dataclass(frozen=True)
