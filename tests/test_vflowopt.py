@@ -1,4 +1,4 @@
-"""VFlowOpt: entropy, importance, recycling, the budget over layers, and what becomes of every token."""
+"""VFlowOpt: recycling, the budget over layers, and what becomes of every token."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def level_entropy(levels: Tensor, eps: float = 0.0) -> Tensor:
     """Entropy, in bits, of the histogram of each row of (N, pixels) levels: (N,) fp32; eps: inside the log."""
     counts = torch.zeros(levels.shape[0], LEVELS, device=levels.device)
     shares = counts.scatter_add_(1, levels, torch.ones(1, device=levels.device).expand_as(levels)) / levels.shape[1]
-    return -torch.special.xlogy(shares, shares + eps).sum(dim=1) / math.log(2)
+    entropy: Tensor = torch.special.xlogy(shares, shares + eps).sum(dim=1) / -math.log(2)
+    return entropy
 
 
 def released_entropy(pixels: Tensor, grid: Grid3) -> Tensor:
