@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -24,6 +24,16 @@ from vtprune.cost import FlopsBreakdown
 
 IMAGE_TOKEN = 60
 VOCABULARY = 64
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter, with the attention kernel of the CPU, which some releases of torch leave out."""
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: attention})
 
 
 def measured_flops(model: nn.Module, inputs: dict[str, Any]) -> int:
@@ -50,9 +60,9 @@ def measured_breakdown(model: nn.Module, inputs: dict[str, Any]) -> FlopsBreakdo
 
 
 def _counter(model: nn.Module, inputs: dict[str, Any]) -> FlopCounterMode:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as count:
         model.eval()(**inputs, logits_to_keep=1)
-    return counter
+    return count
 
 
 def llava_config(tower: str = "clip", **changes: Any) -> LlavaConfig:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, LlavaConfig, OPTConfig, ViTConfig
 
 from tests.flop_helper import (
     build,
+    counter,
     llava_config,
     llava_inputs,
     measured_breakdown,
@@ -70,17 +70,17 @@ def test_cls_through_the_projector_where_the_features_keep_it() -> None:
     config, _ = MODELS["llava-clip, CLS kept"]
     counted = flops(config, 65, text_tokens=0, images=1)
     model = build(config).model
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as count:
         model.get_image_features(torch.randn(1, 3, 48, 48))
-    assert counted.vision_tower + counted.projector == counter.get_total_flops()
+    assert counted.vision_tower + counted.projector == count.get_total_flops()
 
 
 def test_logits_and_projector_tokens_and_scoring_are_counted() -> None:
     config, inputs = llava_config(), llava_inputs(llava_config(), 1, TEXT)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as count:
         build(config)(**inputs)
     kwargs = {"text_tokens": TEXT, "images": 1}
-    assert flops(config, 64, logits=64 + TEXT, **kwargs).total == counter.get_total_flops()
+    assert flops(config, 64, logits=64 + TEXT, **kwargs).total == count.get_total_flops()
     full, quarter = (flops(config, 64, projector_tokens=n, **kwargs) for n in (64, 16))
     assert full.projector == 4 * quarter.projector
     assert flops(config, 64, scoring=123, **kwargs).total == full.total + 123
@@ -91,12 +91,12 @@ def test_tower_that_drops_patches_equals_the_measured_flops() -> None:
     tower = build(config).model.vision_tower
     for layer, left in ((1, 41), (2, 18)):
         tower.encoder.layers[layer].register_forward_pre_hook(lambda _, args, n=left: (args[0][:, :n], *args[1:]))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as count:
         tower(torch.randn(1, 3, 48, 48))
     kwargs = {"text_tokens": 5, "images": 1}
     # 41 tokens are 40 patches and CLS.
     pruned = flops(config, 64, encoder_tokens_per_layer=[[64, 40, 17]], **kwargs)
-    assert pruned.vision_tower == counter.get_total_flops()
+    assert pruned.vision_tower == count.get_total_flops()
     as_segments = flops(config, 64, encoder_tokens_per_layer=[[[65], [41], [18]]], **kwargs)
     assert as_segments == pruned
 
@@ -107,7 +107,7 @@ def test_window_segments_of_a_pruned_qwen_tower() -> None:
     segments = [36, 4, 28, 8]
     ends = torch.tensor([0, *segments]).cumsum(0)
     angles = torch.zeros(sum(segments), 12)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as count:
         block(torch.randn(sum(segments), 24), cu_seqlens=ends, position_embeddings=(angles, angles))
     kwargs = {"text_tokens": 5, "images": [grid]}
     full = flops(config, 35, **kwargs)
@@ -115,7 +115,7 @@ def test_window_segments_of_a_pruned_qwen_tower() -> None:
     last_two = flops(config, 35, encoder_tokens_per_layer=[[140, 140, segments, 76]], **kwargs)
     patch = model_cost(config).vision
     kept = 140 * patch.patch_macs + sum(patch.blocks.layer_macs(patch.segments(grid, i)) for i in (0, 1))
-    assert last_two.vision_tower == 2 * kept + counter.get_total_flops() + 2 * patch.blocks.layer_macs([76])
+    assert last_two.vision_tower == 2 * kept + count.get_total_flops() + 2 * patch.blocks.layer_macs([76])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

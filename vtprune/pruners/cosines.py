@@ -33,6 +33,9 @@ def cosine_matrix(vectors: Tensor, keep: bool = True) -> tuple[Tensor | None, Te
     for start in range(0, tokens, CHUNK):
         stop = min(start + CHUNK, tokens)
         rows = vectors[start:stop] @ vectors[start:].T
+        # A product need not round alike on both sides of the diagonal.
+        block = rows[:, : stop - start]
+        block.copy_(block.triu() + block.triu(1).T)
         if matrix is not None:
             matrix[start:stop, start:], matrix[start:, start:stop] = rows, rows.T
         rows.fill_diagonal_(-torch.inf)
