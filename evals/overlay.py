@@ -19,6 +19,8 @@ DROPPED, MERGED = 0.18, 0.6
 DARK = 96
 GAP = 16
 TINT = 0.45
+# So many groups have hues that can be told apart.
+HUES = 8
 
 
 def cell_size(height: int, width: int) -> int:
@@ -45,9 +47,11 @@ def survival(report: ImageReport) -> np.ndarray:
     return share
 
 
-def _colour(index: int, count: int) -> tuple[int, int, int]:
-    # Steps of the golden ratio keep the hues of neighbouring groups apart, however many there are.
-    red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1.0, 0.75, 1.0)
+def _colour(index: int) -> tuple[int, int, int]:
+    # Steps of the golden ratio keep the hues of neighbouring groups apart; where hues come round again, their
+    # strength and brightness differ.
+    saturation, value = ((0.85, 1.0), (0.45, 1.0), (0.9, 0.65))[index // HUES % 3]
+    red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1.0, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -57,15 +61,19 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     cell = cell_size(height, width)
     base = image.convert("RGB").resize((width * cell, height * cell), _filter(image, width * cell))
     canvas: Any = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
-    strength = DROPPED + (1 - DROPPED) * survival(report)
-    for merge in report.merged:
+    alive = survival(report)
+    strength = DROPPED + (1 - DROPPED) * alive
+    groups = [merge for merge in report.merged if alive[merge.into]]
+    for merge in groups:
+        # Members are as bright as the survivor lives long.
         members = list(merge.members)
-        strength[members] = np.maximum(strength[members], MERGED)
+        least = DROPPED + (MERGED - DROPPED) * alive[merge.into]
+        strength[members] = np.maximum(strength[members], least)
     fade = 255.0 if canvas.mean() < DARK else 0.0
     shown = strength.reshape(frames * height, width).repeat(cell, 0).repeat(cell, 1)[:, :, None]
     canvas = fade + (canvas - fade) * shown
-    for index, merge in enumerate(report.merged):
-        colour = np.array(_colour(index, len(report.merged)), dtype=np.float32)
+    for index, merge in enumerate(groups):
+        colour = np.array(_colour(index), dtype=np.float32)
         for member in merge.members:
             row, column = divmod(member, width)
             area = canvas[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
@@ -73,10 +81,10 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
             area += TINT * colour
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
-    for index, merge in enumerate(report.merged):
+    for index, merge in enumerate(groups):
         row, column = divmod(merge.into, width)
         corners = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
-        pen.rectangle(corners, outline=_colour(index, len(report.merged)), width=max(1, cell // 12))
+        pen.rectangle(corners, outline=_colour(index), width=max(1, cell // 12))
     return picture
 
 

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaModel
 
 from vtprune.errors import VTPruneError
 from vtprune.model_cost import TransformerCost
-from vtprune.pruner import Pruner, ScoringWork
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.registry import create
+from vtprune.selection import EncoderSelection
 from vtprune.signals import LayerSignals
 from vtprune.stream import EncoderLayer, VisionStream
 
@@ -111,6 +112,16 @@ def random_layer(stream: VisionStream, index: int, budget: int, memory: dict[str
     )  # fmt: skip
 
 
+def shortened(layer: EncoderLayer, tokens: int) -> EncoderLayer:
+    """The layer with its first `tokens` tokens."""
+    end = layer.prefix + tokens * layer.group
+    assert layer.hidden is not None
+    return replace(
+        layer, query=layer.query[:, :, :end], key=layer.key[:, :, :end], value=layer.value[:, :, :end],
+        valid=layer.valid[:, :tokens], sizes=layer.sizes[:, :tokens], hidden=layer.hidden[:, :end],
+    )  # fmt: skip
+
+
 def check_stage(pruner: Pruner) -> None:
     """Raises VTPruneError for a method that does nothing before the decoder."""
     if not pruner.encoder_layers(ENCODER_DEPTH) and not pruner.selects:
@@ -120,12 +131,13 @@ def check_stage(pruner: Pruner) -> None:
 def pruner_of(text: str, keep: int) -> Pruner:
     """The method of "name" or "name:option=value"."""
     name, options = parse_method(text)
-    return create(name, keep=keep, **dict(options))
+    facts = ModelFacts(True, ENCODER_DEPTH, DECODER.layers, 1)
+    return create(name, keep=keep, **dict(options)).for_model(facts)
 
 
 def scoring_run(pruner: Pruner, tokens: int) -> Callable[[], None]:
-    """Runs all that `pruner` does to an image of `tokens` before the decoder; nothing is dropped between encoder
-    layers, so a method that drops there costs at most this. Raises VTPruneError for one that does nothing there."""
+    """Runs all that `pruner` does to an image of `tokens` before the decoder; an encoder layer is shown as many tokens
+    as the method left before it. Raises VTPruneError for a method that does nothing there."""
     check_stage(pruner)
     layers = pruner.encoder_layers(ENCODER_DEPTH)
     stream = random_stream(tokens, min(pruner.input_budget(tokens), tokens))
@@ -134,8 +146,12 @@ def scoring_run(pruner: Pruner, tokens: int) -> Callable[[], None]:
 
     def run() -> None:
         memory.clear()
+        alive = tokens
         for layer in encoder:
-            pruner.prune_encoder(layer)
+            answer = pruner.prune_encoder(shortened(layer, alive))
+            keep = answer.keep if isinstance(answer, EncoderSelection) else answer
+            alive = alive if keep is None else int(keep.sum())
+            memory.update({name: values[:, :alive] for name, values in memory.items() if values.ndim > 1})
         if pruner.selects:
             pruner.select(replace(stream, memory=pruner.remember(stream)))
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -113,7 +114,7 @@ class Setting:
 
 def is_folder(text: str) -> bool:
     """Whether an entry of `--methods` names a folder: a path, or a folder that is there and no method's name."""
-    return text not in available() and (os.sep in text or Path(text).is_dir())
+    return text.partition(":")[0] not in available() and (os.sep in text or Path(text).is_dir())
 
 
 def folder_setting(folder: str) -> Setting:
@@ -127,7 +128,8 @@ def folder_setting(folder: str) -> Setting:
 
 def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """`flowcut` or `flowcut:variant=released`: a name and its options."""
-    name, *parts = text.strip().split(":")
+    # A value may hold a colon itself (clip=hf-hub:...): an option begins where a name and "=" follow one.
+    name, *parts = re.split(r":(?=[^:=/]*(?:=|$|:))", text.strip())
     options = []
     for part in parts:
         key, found, value = part.partition("=")

@@ -20,7 +20,7 @@ from vtprune.registry import available, create
 
 from .bench import default_batch
 from .failures import InputError
-from .loading import is_local, load_model
+from .loading import is_local, load_model, pick_device
 from .results import check_writable, machine, model_fingerprint, versions
 from .settings import parse_method
 from .suite import prepare_environment
@@ -158,7 +158,7 @@ def _identity(config: TuneConfig, pretrained: str, calibration: Calibration) -> 
         "check_samples": len(calibration.check),
         "seed": config.seed,
         "dtype": config.dtype,
-        "device": config.device,
+        "device": pick_device(config.device),
         "attn_implementation": config.attn_implementation,
         "batch_size": config.batch_size,
         "code": search_fingerprint(),

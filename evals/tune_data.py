@@ -85,6 +85,8 @@ def read_folder(
         raise InputError(f"data: {folder} is not a folder")
     rows = _listed(folder, question)
     names = list(dict.fromkeys(name for name, _ in rows))
+    if not names and (folder / METADATA).is_file():
+        raise InputError(f"data: {folder / METADATA} names no picture")
     if not names:
         raise InputError(f"data: no picture in {folder} ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
     if check and len(names) < 2:
@@ -100,7 +102,7 @@ def read_folder(
         pools[rows[i][0] not in searched].append(rows[i])
     chosen = pools[0][:count], pools[1][:check]
     if len(chosen[0]) < count or len(chosen[1]) < check:
-        tell(f"{folder} has only {len(chosen[0])} samples to search on and {len(chosen[1])} held-out ones")
+        tell(f"fewer pictures than asked for in {folder}: {len(chosen[0])} to search on, {len(chosen[1])} held out")
     search, held_out = ([_read(folder, *row) for row in part] for part in chosen)
     return Calibration(search, held_out, str(folder))
 
@@ -123,10 +125,10 @@ def _listed(folder: Path, question: str) -> list[tuple[str, str]]:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: cannot read {path}: {error}") from error
-    return [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _row(path: Path, number: int, line: str, question: str) -> tuple[str, str]:

@@ -15,9 +15,8 @@ from vtprune.config import CONFIG_NAME
 
 from .plots import COLOURS
 from .results import write_atomically
-from .tune_store import FAILED, FILE, INFEASIBLE, MEASURED, Search, Trial
+from .tune_store import FAILED, FILE, INFEASIBLE, MEASURED, PLOT, Search, Trial
 
-PLOT = "search.png"
 COLUMNS = 3
 DIGITS = 5
 
@@ -28,6 +27,7 @@ def write_outputs(search: Search, budget: str, console: Console) -> None:
     for line in remarks(search):
         console.print(line, style="dim", highlight=False)
     title = f"{search.config['method']} at {budget}, {search.config['model']}"
+    search.save_best()
     write_atomically(search.folder / PLOT, search_png(search.trials, search.data["space"], title))
     names = (CONFIG_NAME, FILE, PLOT)
     console.print("wrote " + ", ".join(str(search.folder / name) for name in names), highlight=False)
@@ -70,12 +70,14 @@ def remarks(search: Search) -> list[str]:
             lines.append(f"{count} of {len(trials)} settings {word} (the reasons are in {search.path}).")
     check = search.data["check"] or {}
     if best["number"] == 0:
-        lines.append(f"No setting did better than the defaults in {len(trials)} trials.")
+        lines.append(f"No setting did better than the defaults (trials: {len(trials)}).")
     elif check.get("gain") is not None:
         error = check["gain_stderr"]
         within = "" if error is None else f" ± {error:.{DIGITS}f} (one standard error)"
         lines.append(f"Held out, the found setting gains {check['gain']:+.{DIGITS}f}{within} on the defaults.")
-        if check["gain"] <= 0:
+        if error is None or abs(check["gain"]) < 2 * error:
+            lines.append("That is no measurable difference; more held-out samples (--check-samples) could tell.")
+        elif check["gain"] < 0:
             lines.append("It fits the searched samples and not the others: search on more (--samples).")
     return lines
 
@@ -113,6 +115,7 @@ def search_png(trials: list[Trial], space: dict[str, dict[str, Any]], title: str
     _over_trials(panels[0], measured)
     for axes, (name, tunable) in zip(panels[1:], space.items(), strict=False):
         _over_parameter(axes, name, tunable, measured)
+    panels[0].plot([], [], "*", color=COLOURS[1], markersize=10, label="found")
     for axes in panels[: 1 + len(space)]:
         if first["state"] == MEASURED:
             axes.axhline(first["objective"], color="black", linewidth=1, linestyle="--", label="defaults")
@@ -148,7 +151,7 @@ def _over_parameter(axes: Axes, name: str, tunable: dict[str, Any], measured: li
     elif tunable["log"]:
         axes.set_xscale("log")
     axes.plot(xs, [trial["objective"] for trial in shown], "o", color=COLOURS[0], markersize=4)
-    best = max(zip(xs, shown, strict=True), key=lambda pair: pair[1]["objective"], default=None)
-    if best is not None:
-        axes.plot([best[0]], [best[1]["objective"]], "*", color=COLOURS[1], markersize=12)
+    best = max(measured, key=lambda trial: trial["objective"])
+    places = [x for x, trial in zip(xs, shown, strict=True) if trial is best]
+    axes.plot(places, [best["objective"]] * len(places), "*", color=COLOURS[1], markersize=12)
     axes.set_xlabel(name)

@@ -20,7 +20,7 @@ from .failures import InputError
 from .loading import first_line
 from .tune_budget import FlopsBudget, OverBudgetError, TokenBudget
 from .tune_measure import Measured, Meter
-from .tune_space import Params, holds, propose, searched
+from .tune_space import STARTUP, Params, holds, propose, searched
 from .tune_store import FAILED, INFEASIBLE, MEASURED, Search, Trial
 
 
@@ -57,11 +57,20 @@ class Tuner:
                 self.progress.console.print(text, highlight=False)
                 break
             self._try(params, len(trials))
+            self._check_reach()
             best = self.search.best
             said = "no objective yet" if best is None else f"best so far {best['objective']:.5f}"
             self.progress.update(bar, advance=1, description=f"trials, {said}")
         self.search.save()
         if self.search.best is None:
+            raise self._nothing_found()
+
+    def _check_reach(self) -> None:
+        """Raises InputError once as many settings as are drawn at random have all been refused for one reason."""
+        trials = self.search.trials
+        over = all(trial.get("least_flops") is not None for trial in trials)
+        alike = len({trial["reason"] for trial in trials}) == 1
+        if len(trials) >= STARTUP and all(trial["state"] == INFEASIBLE for trial in trials) and (over or alike):
             raise self._nothing_found()
 
     def _search_space(self) -> dict[str, Tunable]:
@@ -95,9 +104,8 @@ class Tuner:
             text = f"trial {number} failed: {trial['reason']} ({_show(params)})"
             self.progress.console.print(text, style="yellow", highlight=False)
         self.search.add(trial)
-        best = self.search.best
-        if best is not None and best["number"] == number:
-            vtprune.save_config(pruner, self.search.folder)
+        if self.search.data["best"] == number:
+            self.search.save_best()
 
     def _numbers(self, measured: Measured) -> Trial:
         if measured.kept >= measured.tokens:
@@ -139,7 +147,9 @@ class Tuner:
             )
         reasons = list(dict.fromkeys(trial["reason"] for trial in trials))
         more = f" (and {len(reasons) - 1} other reasons, in {self.search.path})" if len(reasons) > 1 else ""
-        return InputError(f"none of {len(trials)} trials of {self.budget.method} has an objective: {reasons[0]}{more}")
+        tried = "the only trial" if len(trials) == 1 else f"none of the {len(trials)} trials"
+        has = "has no objective" if len(trials) == 1 else "has an objective"
+        return InputError(f"{tried} of {self.budget.method} {has}: {reasons[0]}{more}")
 
     def check(self) -> None:
         """Measures the defaults and the best setting on the held-out samples, unless that was done before."""

@@ -14,12 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vtprune.config import CONFIG_NAME, from_dict, save_config
+
 from .failures import InputError
 from .loading import first_line
 from .results import WORDS, code_fingerprint, write_atomically
 
 FORMAT = 1
 FILE = "search.json"
+PLOT = "search.png"
 STATES = "unpruned.safetensors"
 # What a trial may have come to: an objective, a budget or model that refuses the setting, or not a number.
 MEASURED, INFEASIBLE, FAILED = "measured", "infeasible", "failed"
@@ -36,6 +39,13 @@ def search_fingerprint() -> str:
     for path in sorted(Path(__file__).parent.glob("tune*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _whole(data: dict[str, Any]) -> bool:
+    """Whether a file holds all that a search goes on from."""
+    needed = {"number", "params", "state", "objective", "reason", "pruner"}
+    trials = data["trials"]
+    return {"best", "check"} <= data.keys() and all(needed <= trial.keys() for trial in trials)
 
 
 class Search:
@@ -71,8 +81,8 @@ class Search:
         try:
             data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             old = data["config"] = {"code": "", **data["config"]}
-            whole = data.get("format") == FORMAT and isinstance(data["trials"], list)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            whole = data.get("format") == FORMAT and _whole(data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if lenient:
                 return {"config": {"code": ""}}
             raise InputError(
@@ -81,7 +91,7 @@ class Search:
         if lenient:
             return data
         if not whole:
-            raise InputError(f"output: {self.path} has another format than this version writes{again}")
+            raise InputError(f"output: {self.path} is cut short, or not as this version writes it{again}")
         changed = [
             f"{NAMES.get(name, name)} was {old.get(name)!r} and is now {self.config.get(name)!r}"
             for name in sorted(old.keys() | self.config.keys())
@@ -92,15 +102,19 @@ class Search:
         return data
 
     def _move_away(self, created: str) -> Path:
+        """Puts all that the old search left into a folder of its own, so that none of it poses as the new one's."""
         stem = "search-" + (re.sub(r"[^0-9]", "", created)[:14] or "old")
-        target, count = self.path.with_name(f"{stem}.json"), 1
+        target, count = self.folder / stem, 1
         while target.exists():
             count += 1
-            target = self.path.with_name(f"{stem}-{count}.json")
+            target = self.folder / f"{stem}-{count}"
         try:
-            self.path.rename(target)
+            target.mkdir()
+            for name in (FILE, CONFIG_NAME, PLOT):
+                if (self.folder / name).exists():
+                    (self.folder / name).rename(target / name)
         except OSError as error:
-            raise InputError(f"output: cannot rename {self.path}: {error.strerror or error}") from error
+            raise InputError(f"output: cannot move the old search in {self.folder}: {error.strerror}") from error
         return target
 
     @property
@@ -121,6 +135,11 @@ class Search:
         best = self.best
         self.data["best"] = None if best is None else best["number"]
         self.save()
+
+    def save_best(self) -> None:
+        """Writes the best setting's vtprune_config.json, also where a run was ended before it could."""
+        if self.best is not None:
+            save_config(from_dict(self.best["pruner"]), self.folder)
 
     def save(self) -> None:
         """Writes the file; raises RunError where that fails, and leaves the old one in place."""

@@ -18,6 +18,7 @@ from vtprune.evals.settings import (
     Setting,
     ablations,
     build_settings,
+    is_folder,
     parse_keep,
     parse_method,
     show_keep,
@@ -65,6 +66,12 @@ def test_a_method_takes_options() -> None:
     assert (name, options) == ("flowcut", (("variant", "released"), ("stages", 2)))
     with pytest.raises(InputError, match="name:option=value"):
         parse_method("flowcut:released")
+    assert parse_method("cdpruner:clip=hf-hub:a/b:theta=0.5") == (
+        "cdpruner",
+        (("clip", "hf-hub:a/b"), ("theta", 0.5)),
+    )
+    assert not is_folder("cdpruner:clip=/some/folder")
+    assert is_folder("some/folder")
 
 
 def test_settings_start_with_the_unpruned_model_and_repeat_nothing() -> None:

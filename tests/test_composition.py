@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ import vtprune
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
 from vtprune.pruner import Pruner
+from vtprune.selection import Selection
+from vtprune.stream import VisionStream
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -68,3 +73,63 @@ def test_impossible_orders_are_refused_with_the_reason(stages: list[Pruner], rea
     with pytest.raises(vtprune.VTPruneError, match=reason):
         vtprune.wrap(model, stages)
     assert not hasattr(model, "_vtprune")
+
+
+@vtprune.register("test_signals", stage="before decoder", paper="a test")
+@dataclass(frozen=True)
+class Signals(Pruner):
+    """Keeps the first tokens and remembers the streams that it saw."""
+
+    seen: ClassVar[list[VisionStream]] = []
+
+    @property
+    def reads_encoder(self) -> bool:
+        return True
+
+    @property
+    def reads_last_layer(self) -> bool:
+        return True
+
+    def select(self, stream: VisionStream) -> Selection:
+        self.seen.append(stream)
+        return Selection(torch.arange(stream.budget))
+
+
+def _seen(kind: str, stages: list[Pruner]) -> list[VisionStream]:
+    Signals.seen.clear()
+    with vtprune.wrapped(make(kind), stages) as model, torch.no_grad():
+        model(**prompt(kind, ROWS[kind]))
+    return list(Signals.seen)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("first", [vtprune.Random(keep=9), vtprune.DivPrune(keep=9)], ids=lambda one: one.name)
+def test_a_later_stage_sees_the_signals_of_the_tokens_that_are_left(kind: str, first: Pruner) -> None:
+    for whole, cut in zip(_seen(kind, [Signals(keep=4)]), _seen(kind, [first, Signals(keep=4)]), strict=True):
+        assert cut.indices.numel() == 9
+        for before, after in ((whole.signals, cut.signals), (whole.last_signals, cut.last_signals)):
+            assert before is not None
+            assert after is not None
+            patches = cut.indices[:, None] * before.group + torch.arange(before.group)
+            rows = torch.cat([torch.arange(before.prefix), before.prefix + patches.flatten()])
+            for name in ("query", "key", "value"):
+                assert torch.equal(getattr(after, name), getattr(before, name)[:, rows])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "second", [vtprune.VFlowOpt(keep=5), vtprune.FoPru(keep=5), vtprune.HoloV(keep=5)], ids=lambda one: one.name
+)
+def test_methods_that_read_the_encoder_follow_others(kind: str, second: Pruner) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = vtprune.wrap(make(kind), [vtprune.DivPrune(keep=10), second])
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    expected = run_masked(kind, vtprune.unwrap(model), inputs, report)
+    assert compare(logits, expected, inputs) < TOLERANCE
+
+
+def test_no_pruning_may_stand_anywhere_in_a_list() -> None:
+    model = vtprune.wrap(make("llava-clip"), [vtprune.NoPruning(), vtprune.FlowCut(keep=9), vtprune.NoPruning()])
+    with torch.no_grad():
+        model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
+    assert len(vtprune.report(model).samples[0].images[0].kept) == 9

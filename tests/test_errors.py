@@ -151,3 +151,25 @@ def test_a_registered_name_cannot_be_taken_again() -> None:
         vtprune.register("random", stage="", paper="")(Greedy)
     with pytest.raises(vtprune.VTPruneError, match="decorates a subclass"):
         vtprune.register("test_other", stage="", paper="")(object)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vflowopt", {"alpha": 10**400}),
+        ("vflowopt", {"cell": 10**400}),
+        ("visionzip", {"contextual": -(10**400)}),
+        ("turbo", {"gamma": 10**400}),
+        ("mustdrop", {"key_share": 10**400}),
+        ("turbo", {"beta": 1e308}),
+    ],
+)
+def test_numbers_beyond_a_float_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(vtprune.VTPruneError, match=next(iter(options))):
+        vtprune.wrap(make("llava-clip"), name, **options)
+
+
+def test_scores_that_overflow_are_refused() -> None:
+    model = vtprune.wrap(make("llava-clip"), "vflowopt", keep=9, alpha=1e308)
+    with pytest.raises(vtprune.ScoreError, match="vflowopt"):
+        model(**prompt("llava-clip", ROWS["llava-clip"]))

@@ -26,7 +26,7 @@ from vtprune.evals.prompts import encode, place, question
 from vtprune.evals.settings import build_settings, parse_flops
 from vtprune.evals.tune_data import draw_shapes
 from vtprune.evals.tune_measure import Meter
-from vtprune.evals.tune_space import propose, setting_key
+from vtprune.evals.tune_space import STARTUP, propose, setting_key
 from vtprune.evals.tune_store import search_fingerprint
 
 SMALL = ("--samples", "3", "--check-samples", "2")
@@ -211,14 +211,41 @@ def test_a_restart_and_other_code_keep_the_old_search(tmp_path: Path) -> None:
     (output / "search.json").write_text("{")
     fails(tune(output, *KEEP), "is not the file of a search", "--restart")
     assert tune(output, *KEEP, "--trials", "1", "--restart").exit_code == 0
-    assert (output / "search-old.json").read_text() == "{"
+    assert (output / "search-old" / "search.json").read_text() == "{"
     data = {**read(output), "created": "2026-01-02T03:04:05+00:00"}
     data["config"]["code"] = "older"
     (output / "search.json").write_text(json.dumps(data))
     result = tune(output, *KEEP, "--trials", "1")
     assert "starting afresh" in result.output
-    assert json.loads((output / "search-20260102030405.json").read_text()) == data
+    assert json.loads((output / "search-20260102030405" / "search.json").read_text()) == data
     assert read(output)["config"]["code"] == search_fingerprint()
+
+
+def test_a_restart_that_finds_nothing_leaves_no_old_setting_behind(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert tune(output, *KEEP, "--trials", "1").exit_code == 0
+    fails(tune(output, "--flops", "1%", "--trials", "1", "--restart"), "no setting of holov meets")
+    assert not (output / "vtprune_config.json").exists()
+    assert not (output / "search.png").exists()
+    (old,) = output.glob("search-*/vtprune_config.json")
+    assert vtprune.load_config(old.parent).name == "holov"
+
+
+def test_a_lost_setting_is_written_again(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert tune(output, *KEEP, "--trials", "2").exit_code == 0
+    best = vtprune.load_config(output)
+    for text in (None, '{"format": "vtprune", "version": 1, "pruner": {"method": "random"}}'):
+        path = output / "vtprune_config.json"
+        path.unlink() if text is None else path.write_text(text)
+        assert tune(output, *KEEP, "--trials", "2").exit_code == 0
+        assert vtprune.load_config(output) == best
+
+
+def test_a_search_ends_early_where_every_setting_is_refused_alike(tmp_path: Path) -> None:
+    result = tune(tmp_path / "out", "--flops", "1%", "--trials", "40")
+    fails(result, "no setting of holov meets", "the least that was reached")
+    assert len(read(tmp_path / "out")["trials"]) == STARTUP
 
 
 def test_bench_takes_the_folder_as_a_method(finished: Path, tmp_path: Path) -> None:
@@ -292,7 +319,7 @@ def test_settings_that_the_model_refuses_are_infeasible(tmp_path: Path, monkeypa
     result = tune(tmp_path / "out", *KEEP, "--trials", "2")
     assert result.exit_code == 0, result.output
     assert [trial["state"] for trial in read(tmp_path / "out")["trials"]] == ["infeasible", "measured"]
-    fails(tune(tmp_path / "none", *KEEP, "--trials", "1"), "none of 1 trials of holov has an objective: cannot be met")
+    fails(tune(tmp_path / "none", *KEEP, "--trials", "1"), "the only trial of holov has no objective: cannot be met")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vtprune.assets import SHAPES_EVAL
 from vtprune.errors import VTPruneError
+from vtprune.evals.failures import InputError
 from vtprune.evals.shapes import read_eval_rows
 from vtprune.evals.tune_budget import OverBudgetError, largest_count
 from vtprune.evals.tune_data import draw_shapes, read_folder
@@ -54,7 +55,18 @@ def test_metadata_gives_questions_and_held_out_pictures_are_others(tmp_path: Pat
     assert found.fingerprint() != read_folder(folder, "What?", 6, 6, 1).fingerprint()
     few = read_folder(folder, "What?", 30, 10, 0, told.append)
     assert (len(few.search), len(few.check)) == (12, 4)
-    assert "only 12 samples to search on and 4 held-out ones" in told[0]
+    assert "12 to search on, 4 held out" in told[0]
+
+
+def test_metadata_may_begin_with_a_byte_order_mark_and_hold_line_separators(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "data", 2)
+    rows = [{"file_name": f"{i}.png", "question": "one\u2028two"} for i in range(2)]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8-sig")
+    assert read_folder(folder, "What?", 1, 1, 0).search[0].question == "one\u2028two"
+    (folder / "metadata.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="names no picture"):
+        read_folder(folder, "What?", 1, 1, 0)
 
 
 def test_drawn_samples_are_new_and_repeat_with_the_seed() -> None:

@@ -302,7 +302,7 @@ def tune(
         Path, typer.Option(help="Folder for vtprune_config.json (the best setting), search.json and search.png.")
     ] = Path("tune"),
     restart: Annotated[
-        bool, typer.Option("--restart", help="Start afresh; search.json of before is kept under another name.")
+        bool, typer.Option("--restart", help="Start afresh; the earlier search is kept in a folder beside.")
     ] = False,
     traceback: Traceback = False,
 ) -> None:

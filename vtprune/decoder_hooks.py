@@ -22,11 +22,12 @@ from vtprune.cache import (
 )
 from vtprune.compaction import fill_index
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
-from vtprune.encoding import EncodedImage
+from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
+from vtprune.signals import LayerSignals
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import DecoderLayer, VisionStream
 
@@ -186,11 +187,11 @@ class DecoderHooks:
             indices=span.kept,
             total=image.total,
             budget=pruner.input_budget(image.total),
-            signals=image.signals,
+            signals=_left(image.signals, image, span),
             pixels=image.pixels,
             text=embeds[span.row, text],
             text_ids=None if input_ids is None else input_ids[span.row, text],
-            last_signals=image.last_signals,
+            last_signals=_left(image.last_signals, image, span),
             picture=picture,
             source=self.facts.source,
         )
@@ -315,6 +316,14 @@ class DecoderHooks:
                 run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
             )
         return output
+
+
+def _left(signals: LayerSignals | None, image: EncodedImage, span: ImageSpan) -> LayerSignals | None:
+    """The signals of the tokens that the span still has, of those that left the encoder."""
+    if signals is None or span.kept.numel() == image.alive.numel():
+        return signals
+    alive, device = image.alive, signals.query.device
+    return cut_signals(signals, torch.searchsorted(alive, span.kept.to(alive.device)).to(device))
 
 
 def _forget_tensors(spans: list[ImageSpan]) -> None:

@@ -20,7 +20,7 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
                 f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out "
                 "before it; use it alone, or with stages inside the decoder after it"
             )
-    for first, second in itertools.pairwise(pruners):
+    for first, second in itertools.pairwise([pruner for pruner in pruners if pruner.name != "none"]):
         if _start(second, facts) < _start(first, facts):
             raise VTPruneError(
                 f"{second.name} acts {PLACES[_start(second, facts)]}, {first.name} only "

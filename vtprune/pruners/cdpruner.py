@@ -65,7 +65,7 @@ class CDPruner(Pruner):
         super().__post_init__()
         check_choice(self.name, "variant", self.variant, self.info.variants)
         check_choice(self.name, "negate", self.negate, (None, True, False))
-        if self.clip is not None and not isinstance(self.clip, str | nn.Module):
+        if self.clip is not None and not (isinstance(self.clip, str | nn.Module) and self.clip != ""):
             raise VTPruneError(f"cdpruner: clip is a folder, a hub id or a model, got {self.clip!r}")
         number = isinstance(self.theta, int | float) and not isinstance(self.theta, bool)
         if self.theta is not None and not (number and 0 <= self.theta < 1):

@@ -22,10 +22,19 @@ def check_count(method: str, option: str, value: object) -> None:
         raise VTPruneError(f"{method}: {option} is an int of at least 1, got {value!r}")
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite int or float (True is neither) that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_factor(method: str, option: str, value: object) -> None:
     """Raises VTPruneError unless `value` is a finite number of at least 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:  # type: ignore[operator, arg-type]
+    if not is_number(value) or value < 0:  # type: ignore[operator]
         raise VTPruneError(f"{method}: {option} is a finite number of at least 0, got {value!r}")
 
 

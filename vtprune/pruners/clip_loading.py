@@ -88,7 +88,8 @@ def local_folder(source: str) -> Path:
 def _from_transformers(folder: Path) -> Clip:
     from transformers import CLIPModel
 
-    kind = json.loads((folder / TRANSFORMERS_CONFIG).read_text(encoding="utf-8")).get("model_type")
+    config = json.loads((folder / TRANSFORMERS_CONFIG).read_text(encoding="utf-8"))
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "clip":
         raise VTPruneError(f"{folder} holds a model of type {kind!r}, a 'clip' with both towers is needed")
     loaded: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)

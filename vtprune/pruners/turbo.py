@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -90,6 +91,8 @@ class Turbo(Pruner):
                 f"turbo: {layers} encoder layers that halve the tokens at most cannot get to keep="
                 f"{self.asked_keep:.3g}; the smallest that works is {0.5**layers:.3g}"
             )
+        for index in range(layers):
+            self._coefficient(index)
         return dataclasses.replace(self, layers=layers)
 
     def budget(self, tokens: int) -> int:
@@ -130,7 +133,7 @@ class Turbo(Pruner):
         counts = [self._count(*sizes, remaining) for sizes in zip(alive, layer.budget.tolist(), strict=True)]
         value = check_scores(saliency(layer, sized=self.merge), self.name)
         metric = check_scores(mean_keys(layer), self.name)
-        coefficient = SCALE * self.alpha * self.beta ** abs(self.gamma - layer.index)
+        coefficient = self._coefficient(layer.index)
         count = torch.tensor(counts, device=value.device)
         # With CLS in the first place every second token is at an odd one.
         first = int(layer.prefix > 0)
@@ -138,6 +141,19 @@ class Turbo(Pruner):
         if not self.merge:
             return EncoderSelection.drop(layer.valid & ~sources)
         return weighted_mean(sources, into, layer.sizes, layer.valid)
+
+    def _coefficient(self, index: int) -> float:
+        """What semantic value weighs in a layer; raises VTPruneError where it is no finite number."""
+        try:
+            found = SCALE * self.alpha * self.beta ** abs(self.gamma - index)
+        except (OverflowError, ZeroDivisionError):
+            found = math.inf
+        if not math.isfinite(found):
+            raise VTPruneError(
+                f"turbo: alpha * beta ** |gamma - {index}| overflows with alpha={self.alpha!r}, beta={self.beta!r}, "
+                f"gamma={self.gamma!r}; beta lies near 1"
+            )
+        return found
 
     def _count(self, alive: int, budget: int, layers: int) -> int:
         if self.r is not None:

@@ -103,4 +103,4 @@ def importance_map(signals: LayerSignals, entropy: Tensor | None, threshold: flo
     attention = signals.pool(global_attention(signals, threshold))
     if entropy is None:
         return attention
-    return attention + alpha * entropy.to(attention).softmax(dim=0) / signals.group
+    return check_scores(attention + alpha * entropy.to(attention).softmax(dim=0) / signals.group, "vflowopt")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
-from vtprune.pruners.checks import check_choice, check_factor
+from vtprune.pruners.checks import check_choice, check_factor, is_number
 from vtprune.pruners.recycling import cells_of, direct_count, recycle
 from vtprune.pruners.vflow_budget import PUBLISHED_DEPTH, Schedule, stage_layers
 from vtprune.pruners.vflow_map import importance_map, token_entropy
@@ -88,8 +88,7 @@ class VFlowOpt(Pruner):
 
     def _check_number(self, option: str, above: float, most: float, hint: str) -> None:
         value: Any = getattr(self, option)
-        number = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-        if not number or (value is not None and not (math.isfinite(value) and above < value <= most)):
+        if value is not None and not (is_number(value) and above < value <= most):
             raise VTPruneError(f"{self.name}: {option} is {hint}, got {value!r}")
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 
 from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner, ScoringWork, Tunable
-from vtprune.pruners.checks import check_choice
+from vtprune.pruners.checks import check_choice, is_number
 from vtprune.pruners.contextual import zip_tokens
 from vtprune.pruners.patches import mean_keys, saliency
 from vtprune.registry import register
@@ -72,8 +71,7 @@ class VisionZip(Pruner):
         given = self.contextual
         if given is None:
             return
-        number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
-        if not number or given < 0 or (isinstance(given, float) and given >= 1):
+        if not is_number(given) or given < 0 or (isinstance(given, float) and given >= 1):
             raise VTPruneError(
                 f"visionzip: contextual is a count (an int of at least 0) or a share of keep (a float in [0, 1)), "
                 f"got {given!r}"
