@@ -19,7 +19,7 @@ from .lmms_model import VTPrune
 from .loading import first_line
 from .results import Results
 from .scores import all_metrics, sample_scores, task_scores
-from .settings import UNPRUNED, Setting
+from .settings import UNPRUNED, Setting, show_keep
 from .suite import Suite
 from .timing import measure_prefill
 
@@ -194,5 +194,6 @@ def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) ->
         except vtprune.VTPruneError as error:
             if not lenient:
                 raise InputError(f"{setting.label}: {first_line(error)}") from error
-            refused[setting.label] = first_line(error)
+            keep = "" if setting.keep is None else f" at {show_keep(setting.keep)}"
+            refused[setting.label + keep] = first_line(error)
     return taken, refused

@@ -252,9 +252,9 @@ def test_a_method_that_the_model_cannot_take(tmp_path: Path, monkeypatch: pytest
     assert "flowcut: needs what this model has not" in result.stderr
     assert not (tmp_path / "results.json").exists()
     monkeypatch.setattr("vtprune.evals.settings.all_methods", lambda: ["grid", "flowcut"])
-    result = bench(tmp_path, "--all", "--keep", "0.25")
+    result = bench(tmp_path, "--keep", "0.25")
     assert result.exit_code == 0, result.output
-    assert "Left out: flowcut: needs what this model has not." in result.output
+    assert "Left out: flowcut at 25%: needs what this model has not." in result.output
 
 
 def test_scores_and_their_errors() -> None:

@@ -101,7 +101,7 @@ Methods = Annotated[
     typer.Option(
         help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`. A folder with "
         "vtprune_config.json is one too, at its own keep.",
-        show_default="all of them",
+        show_default="all of them; what the model cannot take is left out and named",
         rich_help_panel=PANEL,
     ),
 ]
@@ -118,7 +118,7 @@ Everything = Annotated[
     typer.Option(
         "--all",
         help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that merge also with their "
-        "merging off, at 0.11; what the model cannot take is left out and named.",
+        "merging off, at 0.11.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -207,7 +207,7 @@ def _what_to_run(
         "methods": tuple(chosen),
         "keeps": keeps,
         "limit": limit or None,
-        "lenient": everything and methods is None,
+        "lenient": methods is None,
     }
 
 
