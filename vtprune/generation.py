@@ -230,7 +230,7 @@ class Generation:
         patches = span.image.total * self.facts.group
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
-        for pruner in self.pruners:
+        for index, pruner in enumerate(self.pruners):
             if pruner.budget(span.image.total) >= span.image.total:
                 continue
             work = ScoringWork(
@@ -244,9 +244,10 @@ class Generation:
                 prompt=self.text[row] + self._total(row),
                 text=self.text[row],
                 text_after=span.text_after,
+                decoder_kv_width=model_cost(self.config).decoder.kv_width,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
-                decoder_layers=pruner.decoder_layers(self.depth),
+                decoder_layers=tuple(span.asked.get(index, ())),
                 has_cls=self.facts.has_cls,
             )
             total += pruner.scoring_flops(work)

@@ -152,8 +152,9 @@ class Pruner:
         """Vision tokens that enter the decoder."""
         return self.budget(tokens)
 
-    def decoder_budget(self, tokens: int, layer: int) -> int:
-        """Vision tokens of an image of `tokens` that go on after decoder layer `layer`."""
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
+        """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that go on after decoder
+        layer `layer`."""
         return self.budget(tokens)
 
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
@@ -186,9 +187,10 @@ class Pruner:
         """Whether encoder attention weighs merged tokens by the number of tokens that they stand for."""
         return False
 
-    def remember(self, stream: VisionStream) -> dict[str, Tensor]:
-        """Values of the tokens, each (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
-        `layer.memory`, cut to the tokens that are left; called once for every image."""
+    def remember(self, stream: VisionStream) -> dict[str, Any]:
+        """Values of the tokens, tensors of (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
+        `layer.memory`, cut to the tokens that are left; what is no tensor stays as it is. Called once for every
+        image."""
         return {}
 
     @property
@@ -199,6 +201,17 @@ class Pruner:
     def select(self, stream: VisionStream) -> Selection | None:
         """Which tokens enter the decoder, or None for all; called only where the budget is below N."""
         return None
+
+    @property
+    def reads_decoder_hidden(self) -> bool:
+        """Whether `prune_decoder` needs the hidden states."""
+        return False
+
+    @property
+    def reads_next_layer(self) -> bool:
+        """Whether `prune_decoder` scores by the query of the last prompt token and the keys that the *next* decoder
+        layer would compute, instead of those of the layer that ran."""
+        return False
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers (of 0 .. depth - 2) after which `prune_decoder` is called during prefill."""
@@ -246,7 +259,7 @@ class ScoringWork:
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
-    encoder has a CLS token.
+    encoder has a CLS token; decoder_kv_width: of the keys.
     """
 
     patches: int
@@ -263,3 +276,4 @@ class ScoringWork:
     decoder_layers: tuple[int, ...]
     has_cls: bool = True
     text_after: int = 0
+    decoder_kv_width: int = 0

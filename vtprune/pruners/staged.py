@@ -1,0 +1,166 @@
+"""What methods that drop tokens between decoder layers share: a budget over the layers, met by a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+from torch import Tensor
+
+from vtprune import schedules
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner, budget_of
+from vtprune.pruners.checks import check_choice
+from vtprune.selection import Selection, check_scores, top
+from vtprune.stream import DecoderLayer
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Staged(Pruner):
+    """A method that ranks the tokens of an image between decoder layers and drops the lowest.
+
+    layers: decoder layers (counted from 0) before which tokens drop; None is the published ones as fractions of the
+    depth. schedule: how the budget is spread over them (`vtprune.schedules`); those that fall at every layer start at
+    the first of `layers`. `keep` counts the mean over decoder layers of the tokens that the layer processes.
+    """
+
+    layers: tuple[int, ...] | None = None
+    schedule: str = "constant"
+
+    published_layers: ClassVar[tuple[int, ...]]
+    published_depth: ClassVar[int] = 32
+    # Filled in by `for_model`.
+    _depth: ClassVar[int] = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "schedule", self.schedule, schedules.NAMES)
+        if self.layers is not None:
+            if not isinstance(self.layers, tuple):
+                raise VTPruneError(f"{self.name}: layers are ints in a tuple, got {self.layers!r}")
+            self._named(schedules.check_layers, self.layers, max([0, *(n for n in self.layers if type(n) is int)]) + 1)
+
+    def _named(self, function: Callable[..., R], *args: Any) -> R:
+        """What `function` answers; its VTPruneError gets the method's name."""
+        try:
+            return function(*args)
+        except VTPruneError as error:
+            raise VTPruneError(f"{self.name}: {error}") from error
+
+    def scores(self, layer: DecoderLayer) -> Tensor:
+        """(N,) how much each token of the image matters to the prompt."""
+        raise TypeError(f"{type(self).__name__} does not say how it scores tokens")
+
+    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
+        """The method's own schedule, where no `keep` is given."""
+        raise TypeError(f"{type(self).__name__} has no schedule of its own")
+
+    @property
+    def movable(self) -> bool:
+        """Whether `places` depends on the share to keep."""
+        return False
+
+    def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
+        """The layers before which tokens drop, so that a mean of `share` (None: the method's own) can be kept."""
+        return self.layers if self.layers is not None else scaled_layers(self.published_layers, depth)
+
+    def ratios(self, depth: int, share: float | None = None) -> schedules.Ratios:
+        """The share of the tokens that each layer processes, for a mean of `share` (None: the method's own)."""
+        layers = self.places(depth, share)
+        if share is None:
+            return self.own_ratios(depth, layers)
+        return schedules.fitted(self.schedule, depth, layers, share)
+
+    @property
+    def asked_keep(self) -> int | float:
+        """`keep`, or the mean of the method's own schedule."""
+        return schedules.mean(self.ratios(self._depth)) if self.keep is None else self.keep
+
+    @property
+    def adaptive(self) -> bool:
+        """True where the entropy decides how many stay (within the budget)."""
+        whole = isinstance(self.keep, float) and self.keep == 1
+        return self.schedule == schedules.ENTROPY and not whole
+
+    def for_model(self, facts: ModelFacts) -> Self:
+        """Knows the decoder's depth; raises VTPruneError for layers that it does not have, and for a budget that its
+        layers cannot meet."""
+        depth = facts.decoder_depth
+        share = self.keep if isinstance(self.keep, float) else None
+        self._named(schedules.check_layers, self.places(depth, share), depth)
+        schedules.check_ratios(self._named(self.ratios, depth, share))
+        resolved = dataclasses.replace(self)
+        object.__setattr__(resolved, "_depth", depth)
+        return resolved
+
+    def achieved(self, counts: list[int]) -> float:
+        """The mean over decoder layers."""
+        return sum(counts) / len(counts)
+
+    def input_budget(self, tokens: int) -> int:
+        """All of them enter."""
+        return tokens
+
+    def counts(self, tokens: int, entered: int) -> tuple[int, ...]:
+        """Tokens of an image of `tokens`, of which `entered` entered the decoder, that each layer processes."""
+        return self._named(_counts, self, tokens, entered)
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        """The layers just before those before which tokens drop."""
+        if self.movable and isinstance(self.keep, int):
+            # The share, and with it the layers, depends on the image.
+            return tuple(range(depth - 1))
+        layers = self.places(depth, self.keep)
+        if self.schedule in ("constant", "steps", schedules.ENTROPY):
+            return tuple(layer - 1 for layer in (layers[:1] if self.schedule == "constant" else layers))
+        return tuple(range(layers[0] - 1, depth - 1))
+
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
+        """What the schedule says; everything where the entropy decides."""
+        return entered if self.adaptive else self.counts(tokens, entered)[layer + 1]
+
+    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
+        """Keeps the best; raises ScoreError for NaN."""
+        count = layer.budget
+        if count >= layer.vision.numel() and not self.adaptive:
+            return None
+        scores = check_scores(self.scores(layer), self.name)
+        if self.adaptive:
+            count = self.entropy_count(layer, scores)
+        return None if count >= scores.numel() else Selection(top(scores, count))
+
+    def entropy_count(self, layer: DecoderLayer, scores: Tensor) -> int:
+        """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget."""
+        alive, depth = layer.vision.numel(), layer.depth
+        budget = budget_of(self.asked_keep, layer.total)
+        starts = [start for start in self.places(depth, budget / layer.entered) if start > layer.index]
+        left = budget * depth - layer.processed
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], depth], strict=True)]
+        cap = schedules.even_count(alive, lengths, left)
+        most = (left - sum(lengths[1:])) // lengths[0]
+        return min(alive, max(1, most), schedules.entropy_count(scores.tolist(), cap))
+
+
+@functools.lru_cache(maxsize=4096)
+def _counts(pruner: Staged, tokens: int, entered: int) -> tuple[int, ...]:
+    depth = pruner._depth
+    if pruner.keep is None:
+        return schedules.counts(pruner.ratios(depth), entered)
+    budget = budget_of(pruner.keep, tokens)
+    if budget >= entered:
+        return (entered,) * depth
+    return schedules.counts(pruner.ratios(depth, budget / entered), entered, budget)
+
+
+def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int = 32) -> tuple[int, ...]:
+    """The published layers as fractions of another depth: rounded (half up), distinct, from 1 to depth - 1."""
+    found: list[int] = []
+    for layer in published:
+        place = max(1, (2 * layer * depth + published_depth) // (2 * published_depth))
+        found.append(max(place, found[-1] + 1) if found else place)
+    return tuple(layer for layer in found if layer < depth)
