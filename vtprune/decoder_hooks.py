@@ -269,7 +269,9 @@ class DecoderHooks:
     def _asked(pruner: Pruner, span: ImageSpan, index: int) -> bool:
         """Whether a method has to say which tokens of an image go on after a decoder layer."""
         entered = span.kept_at(0).numel()
-        return pruner.adaptive or pruner.decoder_budget(span.image.total, index, entered) < span.kept.numel()
+        if pruner.adaptive:
+            return pruner.acts_after(span.image.total, index, entered)
+        return pruner.decoder_budget(span.image.total, index, entered) < span.kept.numel()
 
     def _prune(
         self,

@@ -148,7 +148,8 @@ class Generation:
         pruner = self.pruners[index]
         left = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
-        return StageReport(pruner.name, acts_at(pruner, self.facts), pruner.asked_keep, mean)
+        asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
+        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), pruner.asked_keep, mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -277,9 +278,9 @@ def _merged(span: ImageSpan) -> list[MergeReport]:
     ]
 
 
-def acts_at(pruner: Pruner, facts: ModelFacts) -> str:
-    """Where a pruner acts on this model, in words."""
-    layers = pruner.decoder_layers(facts.decoder_depth)
+def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
+    """Where a pruner acts on this model, in words; asked: the decoder layers after which it was, if any."""
+    layers = asked or pruner.decoder_layers(facts.decoder_depth)
     places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
     places += ["before decoder"] if pruner.selects else []
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []

@@ -217,6 +217,11 @@ class Pruner:
         """Decoder layers (of 0 .. depth - 2) after which `prune_decoder` is called during prefill."""
         return ()
 
+    def acts_after(self, tokens: int, layer: int, entered: int) -> bool:
+        """Whether a method without a budget (`adaptive`) is asked about an image of `tokens`, `entered` of which
+        entered the decoder, after this one of its `decoder_layers`."""
+        return True
+
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Which tokens of one image go on to the next decoder layer, or None for all."""
         return None
@@ -240,7 +245,7 @@ class ModelFacts:
 
     has_cls: whether the vision encoder has a CLS token; encoder_depth: encoder layers that feed the features;
     decoder_depth: decoder layers; group: encoder patches that form one vision token; source: the folder or hub
-    id that the model came from, "" if it is not known.
+    id that the model came from, "" if it is not known; first: whether no other method acts before this one.
     """
 
     has_cls: bool
@@ -248,6 +253,7 @@ class ModelFacts:
     decoder_depth: int
     group: int
     source: str = ""
+    first: bool = True
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,16 @@ def steps(depth: int, layers: Sequence[int], keep: float) -> Ratios:
 
 
 def linear(depth: int, layers: Sequence[int], keep: float) -> Ratios:
-    """A straight fall from layer `layers[0]` on, at the lowest to a quarter of `keep`."""
+    """A straight fall from layer `layers[0]` on, at the lowest to a quarter of what these layers keep on average."""
     start = layers[0]
     _check_reach("linear", depth, layers, keep, start / depth)
+    floor = (keep * depth - start) / (depth - start) / 4
 
     def falling(end: float) -> Ratios:
         # The slope goes from infinitely steep (0) to flat (1).
         slope = (1 - end) / max(end, 1e-9)
         fall = (1 - slope * max(0, layer - start + 1) / (depth - start) for layer in range(depth))
-        return tuple(max(keep / 4, ratio) for ratio in fall)
+        return tuple(max(floor, ratio) for ratio in fall)
 
     return _largest(falling, keep)
 
@@ -80,13 +81,15 @@ SCHEDULES: dict[str, Callable[[int, Sequence[int], float], Ratios]] = {
     "linear": linear,
     "shifted_cosine": shifted_cosine,
 }
+# Those that take no more than one layer: where they start.
+FROM_ONE_LAYER = ("constant", "linear", "shifted_cosine")
 # Decided while the model runs: `entropy_count`, within the budget of the steps.
 ENTROPY = "entropy"
 NAMES = (*SCHEDULES, ENTROPY)
 
 
 def fitted(name: str, depth: int, layers: Sequence[int], keep: float) -> Ratios:
-    """The ratios of schedule `name` whose mean is at most `keep`, and as near as it can be.
+    """The ratios of schedule `name` whose mean is `keep`.
 
     layers: those before which tokens may drop (the first of them, for schedules that fall at every layer). Raises
     VTPruneError for an unknown name, for layers that the decoder does not have, and for a `keep` out of reach.
@@ -101,6 +104,8 @@ def fitted(name: str, depth: int, layers: Sequence[int], keep: float) -> Ratios:
 
 def check_layers(layers: Sequence[int], depth: int) -> None:
     """Raises VTPruneError unless `layers` rise from 1 or later to at most `depth - 1`."""
+    if depth < 2:
+        raise VTPruneError(f"tokens drop between decoder layers, so it needs at least 2 of them, got {depth}")
     rising = all(type(layer) is int for layer in layers) and list(layers) == sorted(set(layers))
     if not layers or not rising or layers[0] < 1:
         raise VTPruneError(
@@ -133,25 +138,23 @@ def mean(ratios: Sequence[float]) -> float:
 def counts(ratios: Sequence[float], tokens: int, budget: int | None = None) -> tuple[int, ...]:
     """Tokens of an image of `tokens` that each layer processes: rounded down, at least 1.
 
-    budget: what their mean may be at the most; layers that are not whole share what one token at the least takes away
-    from it. Raises VTPruneError where even one token a layer is too much.
+    budget: what their mean may be at the most; the ratios of layers that are not whole are scaled together until
+    rounding spends as much of it as it can. Raises VTPruneError where even one token a layer is too much.
     """
 
     def scaled(scale: float) -> tuple[int, ...]:
-        return tuple(
-            max(1, math.floor((ratio if ratio == 1 else ratio * scale) * tokens + ROUNDING)) for ratio in ratios
-        )
+        shares = (ratio if ratio == 1 else min(1.0, ratio * scale) for ratio in ratios)
+        return tuple(max(1, math.floor(share * tokens + ROUNDING)) for share in shares)
 
-    found = scaled(1.0)
-    if budget is None or sum(found) <= budget * len(ratios):
-        return found
+    if budget is None:
+        return scaled(1.0)
     fewest = sum(scaled(0.0))
     if fewest > budget * len(ratios):
         raise VTPruneError(
             f"an image of {tokens} tokens cannot be cut to a mean of {budget}: the layers before the first drop, and "
             f"one token in each of the others, make {fewest / len(ratios):.4g}; raise keep, or drop earlier (layers)"
         )
-    low, high = 0.0, 1.0
+    low, high = 0.0, 2.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(scaled(middle)) <= budget * len(ratios) else (low, middle)
@@ -185,19 +188,23 @@ def entropy_count(scores: Sequence[float], cap: int) -> int:
 
 
 def _largest(make: Callable[[float], Ratios], keep: float) -> Ratios:
-    """The ratios of the largest x in [0, 1] whose mean is at most `keep`; the mean rises with x."""
+    """The ratios of the x in [0, 1] whose mean is `keep`; the mean rises with x, and where it jumps over `keep` the
+    ratios are between those on either side."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(make(middle)) <= keep else (low, middle)
-    return make(low)
+    below, above = make(low), make(high)
+    jump = mean(above) - mean(below)
+    part = (keep - mean(below)) / jump if jump > 1e-9 else 0.0
+    return tuple(a + part * (b - a) for a, b in zip(below, above, strict=True))
 
 
 def _check_reach(name: str, depth: int, layers: Sequence[int], keep: float, least: float) -> None:
     if keep > least:
         return
     raise VTPruneError(
-        f"schedule {name!r} cannot keep a mean of {keep:.4g}: the {layers[0]} of {depth} layers before the first drop "
-        f"alone make {least:.4g}; raise keep, or drop earlier (layers), or combine with a method that prunes before "
-        "the decoder"
+        f"schedule {name!r} cannot keep {keep:.4g} of the tokens on average: the {layers[0]} of {depth} layers before "
+        f"the first drop alone make {least:.4g}; raise keep, or drop earlier (layers), or combine with a method that "
+        "prunes before the decoder"
     )

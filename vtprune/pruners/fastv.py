@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtprune import schedules
-from vtprune.pruner import ScoringWork, Tunable
+from vtprune.pruner import ScoringWork
 from vtprune.pruners.checks import check_share
 from vtprune.pruners.prompt_attention import last_attention
 from vtprune.pruners.staged import Staged
@@ -55,10 +55,6 @@ class FastV(Staged):
             return schedules.factor_steps(depth, layers[:1], left)
         mean = schedules.mean(schedules.factor_steps(depth, layers[:1], left))
         return schedules.fitted(self.schedule, depth, layers, mean)
-
-    def search_space(self) -> dict[str, Tunable]:
-        """How the budget is spread over the layers."""
-        return {"schedule": Tunable(choices=schedules.NAMES)} if self.keep is not None else {}
 
     def scores(self, layer: DecoderLayer) -> Tensor:
         """The attention of the last prompt token: (N,)."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtprune import schedules
-from vtprune.pruner import ScoringWork, Tunable
+from vtprune.pruner import ScoringWork
 from vtprune.pruners.checks import check_choice, check_share
 from vtprune.pruners.prompt_attention import last_attention
 from vtprune.pruners.staged import Staged, scaled_layers
@@ -89,10 +89,6 @@ class PyramidDrop(Staged):
         if self.schedule == "steps":
             return own
         return schedules.fitted(self.schedule, depth, layers, schedules.mean(own))
-
-    def search_space(self) -> dict[str, Tunable]:
-        """How the budget is spread over the layers."""
-        return {"schedule": Tunable(choices=schedules.NAMES)} if self.keep is not None else {}
 
     def scores(self, layer: DecoderLayer) -> Tensor:
         """The attention of the last prompt token: (N,)."""

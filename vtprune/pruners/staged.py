@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vtprune import schedules
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, Pruner, budget_of
+from vtprune.pruner import ModelFacts, Pruner, Tunable, budget_of
 from vtprune.pruners.checks import check_choice
 from vtprune.selection import Selection, check_scores, top
 from vtprune.stream import DecoderLayer
@@ -25,8 +26,9 @@ class Staged(Pruner):
     """A method that ranks the tokens of an image between decoder layers and drops the lowest.
 
     layers: decoder layers (counted from 0) before which tokens drop; None is the published ones as fractions of the
-    depth. schedule: how the budget is spread over them (`vtprune.schedules`); those that fall at every layer start at
-    the first of `layers`. `keep` counts the mean over decoder layers of the tokens that the layer processes.
+    depth. schedule: how the budget is spread over them (`vtprune.schedules`); those that drop once or at every layer
+    start at the first of the published layers, or at the one given. `keep` counts the mean over decoder layers of the
+    tokens that the layer processes.
     """
 
     layers: tuple[int, ...] | None = None
@@ -43,7 +45,13 @@ class Staged(Pruner):
         if self.layers is not None:
             if not isinstance(self.layers, tuple):
                 raise VTPruneError(f"{self.name}: layers are ints in a tuple, got {self.layers!r}")
-            self._named(schedules.check_layers, self.layers, max([0, *(n for n in self.layers if type(n) is int)]) + 1)
+            deep_enough = max([1, *(layer for layer in self.layers if type(layer) is int)]) + 1
+            self._named(schedules.check_layers, self.layers, deep_enough)
+            if len(self.layers) > 1 and self.schedule in schedules.FROM_ONE_LAYER:
+                raise VTPruneError(
+                    f"{self.name}: schedule {self.schedule!r} takes one layer, at which it starts, got layers "
+                    f"{self.layers!r}; schedules that drop before each of them are 'steps' and {schedules.ENTROPY!r}"
+                )
 
     def _named(self, function: Callable[..., R], *args: Any) -> R:
         """What `function` answers; its VTPruneError gets the method's name."""
@@ -88,10 +96,11 @@ class Staged(Pruner):
         return self.schedule == schedules.ENTROPY and not whole
 
     def for_model(self, facts: ModelFacts) -> Self:
-        """Knows the decoder's depth; raises VTPruneError for layers that it does not have, and for a budget that its
-        layers cannot meet."""
+        """Knows the decoder's depth; raises VTPruneError for layers that it does not have, and for a share that its
+        layers cannot meet (behind another method, whose share of the tokens is not known yet, only when an image comes
+        that cannot be cut to its budget)."""
         depth = facts.decoder_depth
-        share = self.keep if isinstance(self.keep, float) else None
+        share = self.keep if isinstance(self.keep, float) and facts.first else None
         self._named(schedules.check_layers, self.places(depth, share), depth)
         schedules.check_ratios(self._named(self.ratios, depth, share))
         resolved = dataclasses.replace(self)
@@ -108,17 +117,32 @@ class Staged(Pruner):
 
     def counts(self, tokens: int, entered: int) -> tuple[int, ...]:
         """Tokens of an image of `tokens`, of which `entered` entered the decoder, that each layer processes."""
-        return self._named(_counts, self, tokens, entered)
+        return self._named(_counts, self, self._depth, tokens, entered)
+
+    def stages(self, tokens: int, entered: int) -> tuple[int, ...]:
+        """The layers before which tokens of such an image drop; none where its budget is met already."""
+        budget = self._budget(tokens, entered)
+        return () if budget >= entered else self.places(self._depth, budget / entered)
+
+    def _budget(self, tokens: int, entered: int) -> int:
+        # The method's own setting is a share of what enters.
+        return budget_of(self.asked_keep, entered if self.keep is None else tokens)
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
-        """The layers just before those before which tokens drop."""
-        if self.movable and isinstance(self.keep, int):
-            # The share, and with it the layers, depends on the image.
-            return tuple(range(depth - 1))
-        layers = self.places(depth, self.keep)
-        if self.schedule in ("constant", "steps", schedules.ENTROPY):
-            return tuple(layer - 1 for layer in (layers[:1] if self.schedule == "constant" else layers))
-        return tuple(range(layers[0] - 1, depth - 1))
+        """The layers just before those before which tokens may drop."""
+        layers = self.places(depth)
+        if self.schedule == "constant":
+            layers = layers[:1]
+        elif self.schedule in schedules.FROM_ONE_LAYER:
+            layers = tuple(range(layers[0], depth))
+        if self.movable and self.keep is not None:
+            # The share of what enters, and with it the layers, depends on the image; these are the latest.
+            layers = tuple(range(1, layers[-1] + 1))
+        return tuple(layer - 1 for layer in layers)
+
+    def acts_after(self, tokens: int, layer: int, entered: int) -> bool:
+        """Where the entropy decides: after the layers just before those before which tokens drop."""
+        return layer + 1 in self.stages(tokens, entered)
 
     def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
         """What the schedule says; everything where the entropy decides."""
@@ -135,20 +159,32 @@ class Staged(Pruner):
         return None if count >= scores.numel() else Selection(top(scores, count))
 
     def entropy_count(self, layer: DecoderLayer, scores: Tensor) -> int:
-        """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget."""
-        alive, depth = layer.vision.numel(), layer.depth
-        budget = budget_of(self.asked_keep, layer.total)
-        starts = [start for start in self.places(depth, budget / layer.entered) if start > layer.index]
-        left = budget * depth - layer.processed
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], depth], strict=True)]
+        """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget; raises
+        VTPruneError for a budget out of reach."""
+        alive, depth = layer.vision.numel(), self._depth
+        if self.keep is not None:
+            # Says why where the budget is out of reach.
+            self.counts(layer.total, layer.entered)
+        starts = [start for start in self.stages(layer.total, layer.entered) if start > layer.index]
+        if not starts:
+            return alive
+        left = self._budget(layer.total, layer.entered) * depth - layer.processed
+        lengths = [end - start for start, end in itertools.pairwise([*starts, depth])]
         cap = schedules.even_count(alive, lengths, left)
         most = (left - sum(lengths[1:])) // lengths[0]
         return min(alive, max(1, most), schedules.entropy_count(scores.tolist(), cap))
 
+    def search_space(self) -> dict[str, Tunable]:
+        """How the budget is spread over the layers."""
+        if self.keep is None:
+            return {}
+        several = self.layers is not None and len(self.layers) > 1
+        return {"schedule": Tunable(choices=("steps", schedules.ENTROPY) if several else schedules.NAMES)}
+
 
 @functools.lru_cache(maxsize=4096)
-def _counts(pruner: Staged, tokens: int, entered: int) -> tuple[int, ...]:
-    depth = pruner._depth
+def _counts(pruner: Staged, depth: int, tokens: int, entered: int) -> tuple[int, ...]:
+    # The depth is no field of the pruner: pruners of two models are equal, their counts are not.
     if pruner.keep is None:
         return schedules.counts(pruner.ratios(depth), entered)
     budget = budget_of(pruner.keep, tokens)
