@@ -290,6 +290,7 @@ class DecoderHooks:
         for ahead in {pruner.reads_next_layer for pruner in scoring}:
             states[ahead] = self._states(run, index, embeddings, hidden, column if ahead else None)
         text = self._text(run)
+        cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]) for part in embeddings)
         for span in run.spans:
             row = span.row
             for order, pruner in enumerate(self.pruners):
@@ -307,6 +308,7 @@ class DecoderHooks:
                     span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
                     entered, sum(span.kept_at(one).numel() for one in range(index + 1)),
                     hidden[row] if pruner.reads_decoder_hidden else None,
+                    (cos[row], sin[row]),
                 )  # fmt: skip
                 self._apply(run, span, order, pruner.prune_decoder(layer), budget, index + 1)
 

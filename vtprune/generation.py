@@ -169,7 +169,8 @@ class Generation:
                 merged=_merged(span),
                 cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
                 cls=span.image.cls,
-                notes=list(span.notes),
+                notes=span.notes + _published_notes(span, self.depth, self.pruners),
+                published_tokens=self.pruners[-1].published_count(_counts(span, self.depth)),
             )
             for span in self.spans
             if span.row == row
@@ -312,8 +313,20 @@ def _real_entries(slots: Tensor | None, length: int, mask: Tensor | None, rows: 
     return held.sum(dim=1).tolist()
 
 
+def _counts(span: ImageSpan, depth: int) -> list[int]:
+    """Tokens of an image that each decoder layer processes."""
+    return [int(span.kept_at(layer).numel()) for layer in range(depth)]
+
+
 def _achieved(span: ImageSpan, depth: int, pruners: list[Pruner]) -> float:
     """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
-    total = span.image.total
-    counts = [int(span.kept_at(layer).numel()) for layer in range(depth)]
-    return pruners[-1].achieved(counts) / total
+    return pruners[-1].achieved(_counts(span, depth)) / span.image.total
+
+
+def _published_notes(span: ImageSpan, depth: int, pruners: list[Pruner]) -> list[str]:
+    """Both counts of what an image kept, where the last pruner's paper counts otherwise."""
+    counts, last = _counts(span, depth), pruners[-1]
+    published, achieved = last.published_count(counts), last.achieved(counts)
+    if published is None or published == achieved:
+        return []
+    return [f"{last.name}: {published:.1f} tokens as its paper counts, {achieved:.1f} processed"]

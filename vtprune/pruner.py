@@ -144,6 +144,11 @@ class Pruner:
         decoder, for a method that acts once."""
         return float(counts[0])
 
+    def published_count(self, counts: list[int]) -> float | None:
+        """What the method's paper would say that it keeps, from the vision tokens that each decoder layer processed;
+        None where that is what `achieved` says."""
+        return None
+
     def encoder_budget(self, tokens: int) -> int:
         """Vision tokens that the encoder stage leaves."""
         return self.budget(tokens)

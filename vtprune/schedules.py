@@ -38,6 +38,32 @@ def steps(depth: int, layers: Sequence[int], keep: float) -> Ratios:
     return _largest(lambda factor: factor_steps(depth, layers, factor), keep)
 
 
+def stage_ratios(depth: int, layers: Sequence[int], shares: Sequence[float]) -> Ratios:
+    """Everything before `layers[0]`, `shares[i]` from `layers[i]` on; the last share where there are more layers."""
+    passed = (sum(start <= layer for start in layers) for layer in range(depth))
+    return tuple(shares[min(stages, len(shares)) - 1] if stages else 1.0 for stages in passed)
+
+
+def between(depth: int, layers: Sequence[int], keep: float, known: Sequence[Sequence[float]]) -> Ratios:
+    """The ratios between those of known settings, or between them and everything or nothing, whose mean is `keep`.
+
+    known: the shares of each setting as `stage_ratios` takes them, the one that keeps the most first.
+    """
+    if keep >= 1:
+        return (1.0,) * depth
+    _check_reach("published", depth, layers, keep, layers[0] / depth)
+    stages = range(len(known[0]))
+    settings = [[0.0 for _ in stages], *reversed(known), [1.0 for _ in stages]]
+
+    def mixed(along: float) -> Ratios:
+        place = along * (len(settings) - 1)
+        first = min(int(place), len(settings) - 2)
+        low, high = settings[first], settings[first + 1]
+        return stage_ratios(depth, layers, [a + (place - first) * (b - a) for a, b in zip(low, high, strict=True)])
+
+    return _largest(mixed, keep)
+
+
 def linear(depth: int, layers: Sequence[int], keep: float) -> Ratios:
     """A straight fall from layer `layers[0]` on, at the lowest to a quarter of what these layers keep on average."""
     start = layers[0]

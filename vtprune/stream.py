@@ -99,6 +99,7 @@ class DecoderLayer:
     entered: tokens of the image that entered the decoder; processed: the sum over layers 0 .. index of the tokens of
         the image that they processed.
     hidden: (n, D) hidden states after the layer, if the method asks for them (`Pruner.reads_decoder_hidden`).
+    rotary: cosines and sines (n, d) that the layer turned queries and keys by.
     """
 
     query: Tensor
@@ -117,6 +118,7 @@ class DecoderLayer:
     entered: int = 0
     processed: int = 0
     hidden: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
     @property
     def last_query(self) -> Tensor:

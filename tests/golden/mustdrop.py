@@ -140,10 +140,12 @@ def check_prefill(case: Case) -> None:
         expect_close("decode_out", decode(model, case["decode_in"], caches), case["decode_out"], **HIDDEN)
 
 
-def decode(model: Any, hidden: Tensor, caches: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """(1, 1, D) after one more token, its position in each layer the length of that layer's own cache."""
+def decode(
+    model: Any, hidden: Tensor, caches: list[tuple[Tensor, Tensor, Tensor]], position: int | None = None
+) -> Tensor:
+    """(1, 1, D) after one more token, at `position`, or in each layer at the length of that layer's own cache."""
     for layer, (places, key, value) in zip(model.layers, caches, strict=True):
-        cos, sin = model.rotary_emb(hidden, torch.tensor([[len(places)]]))
+        cos, sin = model.rotary_emb(hidden, torch.tensor([[len(places) if position is None else position]]))
         states, own = layer.input_layernorm(hidden), layer.self_attn
         query, new_key, new_value = (
             projection(states).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)

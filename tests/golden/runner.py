@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.golden import cdpruner, divprune, flowcut, fopru, holov, mustdrop, vflowopt, visionzip
+from tests.golden import cdpruner, divprune, flowcut, fopru, holov, mustdrop, sparsevlm, vflowopt, visionzip
 from tests.golden.case import Case, Mismatch, UnknownCase
 
 METHODS: dict[str, Callable[[Case], None]] = {
@@ -17,6 +17,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "fopru": fopru.run,
     "holov": holov.run,
     "mustdrop": mustdrop.run,
+    "sparsevlm": sparsevlm.run,
     "vflowopt": vflowopt.run,
     "visionzip": visionzip.run,
 }

@@ -12,6 +12,7 @@ from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
 from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
+from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
@@ -29,6 +30,7 @@ __all__ = [
     "Pool",
     "PyramidDrop",
     "Random",
+    "SparseVLM",
     "Turbo",
     "VFlowOpt",
     "VisionZip",

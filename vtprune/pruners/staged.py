@@ -36,12 +36,14 @@ class Staged(Pruner):
 
     published_layers: ClassVar[tuple[int, ...]]
     published_depth: ClassVar[int] = 32
+    # What `schedule` may be.
+    schedule_names: ClassVar[tuple[str, ...]] = schedules.NAMES
     # Filled in by `for_model`.
     _depth: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.name, "schedule", self.schedule, schedules.NAMES)
+        check_choice(self.name, "schedule", self.schedule, self.schedule_names)
         if self.layers is not None:
             if not isinstance(self.layers, tuple):
                 raise VTPruneError(f"{self.name}: layers are ints in a tuple, got {self.layers!r}")
@@ -179,7 +181,8 @@ class Staged(Pruner):
         if self.keep is None:
             return {}
         several = self.layers is not None and len(self.layers) > 1
-        return {"schedule": Tunable(choices=("steps", schedules.ENTROPY) if several else schedules.NAMES)}
+        names = (name for name in self.schedule_names if not several or name not in schedules.FROM_ONE_LAYER)
+        return {"schedule": Tunable(choices=tuple(names))}
 
 
 @functools.lru_cache(maxsize=4096)
