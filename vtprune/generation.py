@@ -200,7 +200,7 @@ class Generation:
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
-                scoring=sum(self._scoring(span, row) for span in spans),
+                scoring=sum(self._scoring(span, row, own) for span in spans),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
@@ -225,7 +225,8 @@ class Generation:
         pairs = sum(q * p for q, p in zip(queries, past, strict=True))
         return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
 
-    def _scoring(self, span: ImageSpan, row: int) -> int:
+    def _scoring(self, span: ImageSpan, row: int, vision: list[int]) -> int:
+        """FLOPs of the methods' own products for an image; vision: tokens of all images of its row, by layer."""
         config, text = self.config.vision_config, self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         blocks = model_cost(self.config).vision.blocks
@@ -251,6 +252,9 @@ class Generation:
                 encoder_layers=span.image.scored,
                 decoder_layers=tuple(span.asked.get(index, ())),
                 has_cls=self.facts.has_cls,
+                row_tokens=tuple(self.text[row] + vision[layer] for layer in span.asked.get(index, ())),
+                image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in span.asked.get(index, ())),
+                memory=span.memories.get(index, {}),
             )
             total += pruner.scoring_flops(work)
         return total

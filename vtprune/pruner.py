@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -270,7 +270,8 @@ class ScoringWork:
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
-    encoder has a CLS token; decoder_kv_width: of the keys.
+    encoder has a CLS token; decoder_kv_width: of the keys; row_tokens, image_tokens: what each of `decoder_layers`
+    processed, of the row and of the image alone; memory: what `remember` answered, of the tokens left in the end.
     """
 
     patches: int
@@ -288,3 +289,6 @@ class ScoringWork:
     has_cls: bool = True
     text_after: int = 0
     decoder_kv_width: int = 0
+    row_tokens: tuple[int, ...] = ()
+    image_tokens: tuple[int, ...] = ()
+    memory: dict[str, Any] = field(default_factory=dict)

@@ -68,8 +68,8 @@ def cluster_shares(cluster: Tensor, count: int) -> Tensor:
 def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Selection:
     """The `direct` best tokens as they are, and the best of the others as the means of their clusters.
 
-    features: (N, D); scores: (N,); limit: tokens in all, clusters are at most what it leaves. A cluster takes the place
-    of its first member.
+    features: (N, D); scores: (N,); limit: tokens in all, clusters are at most what it leaves. A cluster takes the
+    place of its first member.
     """
     order = scores.sort(descending=True, stable=True).indices
     stay, rest = order[:direct], order[direct:]

@@ -47,11 +47,11 @@ class SparseVLM(Staged):
 
     Raters are the words after the image to which, in a softmax over the words of their embeddings' products with an
     image token's, the image gives more than to the average word. Before decoder `layers` (3, 7 and 16 of 32 as
-    fractions of the depth) the tokens stay that the raters attended to most in the layer before, on average over heads.
+    fractions of the depth) the tokens stay that the raters attended to most in the layer before, as a mean over heads.
     Of the others the best 30% are recycled (`recycle`, by default in version 1): they form a tenth as many clusters by
     the peaks of their density, and the mean of each takes part in what follows. Version 2 divides attention by the
-    logits that the rotary embedding alone gives (it turns vectors of ones), keeps the 14 heads in which that sums up to
-    most, and recycles nothing.
+    logits that the rotary embedding alone gives (it turns vectors of ones), keeps the 14 heads in which that sums up
+    to most, and recycles nothing.
 
     `keep` counts the mean over decoder layers of the tokens that they process, clusters included; the shares of the
     stages lie between those of the published settings (schedule="published"). None is the setting that the paper calls
@@ -62,11 +62,12 @@ class SparseVLM(Staged):
 
     Reference: Gumpest/SparseVLMs, Apache-2.0; `adaptive_rank` follows its first release. Departures from the code:
     kept tokens keep their positions (version 1 of the code renumbers them after every drop: variant="released", where
-    positions are 1-D); a cluster stands at the place of its first member (the code: after the kept tokens, a place in
-    no raster order, which variant="released" does not follow either); the cluster's vector is the exact mean; ties of
-    densities are broken by rank of attention (the code: by random noise); the raters are text only, of every image of a
-    prompt its own; where no word is above the mean all are raters, and without text after an image the last prompt
-    token rates it. Only the raters' rows of attention are computed (the code: the whole map in every layer).
+    positions are 1-D); a cluster stands at the place of its first member (the code: after the kept tokens, which
+    variant="released" does not follow, since tokens stay in raster order); its vector is the exact mean (the code:
+    divided by 1e-6 more); equal densities are told apart by the order of attention (the code: by random noise); every
+    image of a prompt has raters of its own, text alone; where no word is above the mean all are raters, and without
+    text after an image the last prompt token rates it. Only the raters' rows of attention are computed (the code: the
+    whole map in every layer).
     """
 
     schedule: str = PUBLISHED
@@ -91,7 +92,7 @@ class SparseVLM(Staged):
                 continue
             check_factor(self.name, option, value)
             if not self.adaptive_rank:
-                raise VTPruneError(f"{self.name}: {option} belongs to the rank-based ratio; set adaptive_rank=True too")
+                raise VTPruneError(f"{self.name}: {option} belongs to adaptive_rank; set adaptive_rank=True too")
         if self.adaptive_rank and self.version != 1:
             raise VTPruneError(f"{self.name}: adaptive_rank is the ratio of version 1, got version {self.version!r}")
         if self.adaptive_rank and self.schedule not in (PUBLISHED, "steps"):
@@ -202,15 +203,16 @@ class SparseVLM(Staged):
         return tokens if rank == tokens else max(1, min(int(rank * scale + bias), tokens - 1))
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """The raters' choice; at each stage a row of attention for each word after the image, at most, its positional
-        kernel, and the distances and means of what is recycled."""
-        words, stages, width = max(1, work.text_after), len(work.decoder_layers), work.decoder_width
-        total = 2 * work.tokens * work.text_after * width + stages * 2 * words * work.prompt * width
-        if self.version == 2:
-            total += stages * 2 * words * work.kept * width // work.decoder_heads
-        if self.recycles and stages:
-            pool, clusters = pool_size(work.kept), cluster_count(work.kept)
-            total += 2 * pool * (pool + clusters) * width
+        """The raters' choice; at each stage their rows of attention, the positional kernel of these, and at most the
+        distances and means of what is recycled."""
+        raters, width = max(1, len(work.memory.get("raters", ()))), work.decoder_width
+        total = 2 * work.tokens * work.text_after * width
+        for row, image in zip(work.row_tokens, work.image_tokens, strict=True):
+            total += 2 * raters * row * width
+            if self.version == 2:
+                total += 2 * raters * image * width // work.decoder_heads
+            if self.recycles:
+                total += 2 * pool_size(image) * (pool_size(image) + cluster_count(image)) * width
         return total
 
 
