@@ -182,8 +182,8 @@ def entropy_count(scores: Sequence[float], cap: int) -> int:
     cap: what would spend the budget evenly. Scores are not negative.
     """
     whole = sum(scores)
-    shares = [score / whole for score in scores if score > 0] if whole > 0 else [1.0]
-    effective = math.exp(-sum(share * math.log(share) for share in shares))
+    shares = [score / whole for score in scores] if whole > 0 else [1.0]
+    effective = math.exp(-sum(share * math.log(share) for share in shares if share > 0))
     return max(1, min(2 * cap, max(math.ceil(cap / 2), round(effective))))
 
 
