@@ -174,3 +174,9 @@ def test_spread_attention_keeps_more_than_peaked() -> None:
     assert schedules.entropy_count([1.0] + [0.0] * 9, 8) == 4
     assert schedules.entropy_count([0.5, 0.5] + [0.0] * 8, 2) == 2
     assert schedules.entropy_count([0.0] * 10, 8) == 4
+
+
+def test_a_stage_leaves_half_of_their_even_counts_to_those_after_it() -> None:
+    assert schedules.reserve(100, 50, [2, 3, 4]) == 3 * 13 + 4 * 7
+    assert schedules.reserve(100, 2, [2, 3, 4]) == 3 + 4
+    assert schedules.reserve(100, 50, [9]) == 0

@@ -284,11 +284,12 @@ def test_only_the_layers_before_a_drop_are_scored() -> None:
     work = ScoringWork(
         patches=576, tokens=576, kept=576, encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
         prompt=640, text=64, encoder_patches=(577,) * 24, encoder_layers=(), decoder_layers=(7, 15, 23),
-        decoder_kv_width=4096,
+        decoder_kv_width=1024, decoder_tokens=(640, 352, 208), first_asked=(True, True, False),
     )  # fmt: skip
-    row, keys, query = 2 * 640 * 4096, 2 * 640 * 4096**2, 2 * 4096**2
-    assert FastV().scoring_flops(replace(work, decoder_layers=(1,))) == row
-    assert PyramidDrop().scoring_flops(work) == 3 * (row + keys + query)
+    row = [2 * tokens * 4096 for tokens in work.decoder_tokens]
+    keys = [2 * tokens * 4096 * 1024 for tokens in work.decoder_tokens]
+    assert FastV().scoring_flops(work) == sum(row)
+    assert PyramidDrop().scoring_flops(work) == sum(row) + sum(keys[:2]) + 2 * 2 * 4096**2
     assert PyramidDrop().scoring_flops(work) < 0.01 * flops(LLAVA_7B, 576, text_tokens=64, images=1).total
     model = vtprune.wrap(make(LLAVA), PyramidDrop(keep=12))
     kept_per_layer(model, prompt(LLAVA, [LONG]))

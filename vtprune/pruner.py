@@ -265,7 +265,9 @@ class ScoringWork:
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
-    encoder has a CLS token; decoder_kv_width: of the keys.
+    encoder has a CLS token; decoder_kv_width: of the keys; decoder_tokens: tokens of the row in each of
+    `decoder_layers`; first_asked: for each of them, whether no earlier image of the row was scored there, so that what
+    the images share counts for this one.
     """
 
     patches: int
@@ -283,3 +285,5 @@ class ScoringWork:
     has_cls: bool = True
     text_after: int = 0
     decoder_kv_width: int = 0
+    decoder_tokens: tuple[int, ...] = ()
+    first_asked: tuple[bool, ...] = ()
