@@ -200,7 +200,7 @@ class Generation:
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
-                scoring=sum(self._scoring(span, row, own) for span in spans),
+                scoring=sum(self._scoring(spans, place) for place in range(len(spans))),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
@@ -225,8 +225,9 @@ class Generation:
         pairs = sum(q * p for q, p in zip(queries, past, strict=True))
         return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
 
-    def _scoring(self, span: ImageSpan, row: int, vision: list[int]) -> int:
-        """FLOPs of the methods' own products for an image; vision: tokens of all images of its row, by layer."""
+    def _scoring(self, spans: list[ImageSpan], place: int) -> int:
+        """What all methods add for one of the images of a row."""
+        span, row = spans[place], spans[place].row
         config, text = self.config.vision_config, self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         blocks = model_cost(self.config).vision.blocks
@@ -236,6 +237,8 @@ class Generation:
         for index, pruner in enumerate(self.pruners):
             if pruner.budget(span.image.total) >= span.image.total:
                 continue
+            asked = span.asked.get(index, [])
+            known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
             work = ScoringWork(
                 patches=patches,
                 tokens=span.image.total,
@@ -250,10 +253,11 @@ class Generation:
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
-                decoder_layers=tuple(span.asked.get(index, ())),
+                decoder_layers=tuple(asked),
+                decoder_tokens=tuple(self.text[row] + sum(one.kept_at(n).numel() for one in spans) for n in asked),
+                first_asked=tuple(layer not in known for layer in asked),
                 has_cls=self.facts.has_cls,
-                row_tokens=tuple(self.text[row] + vision[layer] for layer in span.asked.get(index, ())),
-                image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in span.asked.get(index, ())),
+                image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in asked),
                 memory=span.memories.get(index, {}),
             )
             total += pruner.scoring_flops(work)

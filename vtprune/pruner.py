@@ -270,8 +270,10 @@ class ScoringWork:
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
-    encoder has a CLS token; decoder_kv_width: of the keys; row_tokens, image_tokens: what each of `decoder_layers`
-    processed, of the row and of the image alone; memory: what `remember` answered, of the tokens left in the end.
+    encoder has a CLS token; decoder_kv_width: of the keys; decoder_tokens: tokens of the row in each of
+    `decoder_layers`, image_tokens: of the image alone; first_asked: for each of them, whether no earlier image of the
+    row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
+    tokens left in the end.
     """
 
     patches: int
@@ -289,6 +291,7 @@ class ScoringWork:
     has_cls: bool = True
     text_after: int = 0
     decoder_kv_width: int = 0
-    row_tokens: tuple[int, ...] = ()
+    decoder_tokens: tuple[int, ...] = ()
+    first_asked: tuple[bool, ...] = ()
     image_tokens: tuple[int, ...] = ()
     memory: dict[str, Any] = field(default_factory=dict)

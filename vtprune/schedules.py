@@ -201,6 +201,13 @@ def even_count(alive: int, lengths: Sequence[int], left: int) -> int:
     return max(1, math.floor(alive * low + ROUNDING))
 
 
+def reserve(alive: int, even: int, lengths: Sequence[int]) -> int:
+    """Tokens x layers that the next stage leaves to those after it: half of what they would keep if all kept the
+    share `even` of `alive`, and at least one token in each layer."""
+    shares = ((even / alive) ** stage for stage in range(1, len(lengths)))
+    return sum(length * max(1, math.ceil(even * share / 2)) for length, share in zip(lengths[1:], shares, strict=True))
+
+
 def entropy_count(scores: Sequence[float], cap: int) -> int:
     """How many tokens an entropy-driven stage keeps: the effective number of tokens that the attention is spread
     over, exp(-sum p ln p) of the scores' shares p, from half of `cap` to twice it.
@@ -208,8 +215,8 @@ def entropy_count(scores: Sequence[float], cap: int) -> int:
     cap: what would spend the budget evenly. Scores are not negative.
     """
     whole = sum(scores)
-    shares = [score / whole for score in scores if score > 0] if whole > 0 else [1.0]
-    effective = math.exp(-sum(share * math.log(share) for share in shares))
+    shares = [score / whole for score in scores] if whole > 0 else [1.0]
+    effective = math.exp(-sum(share * math.log(share) for share in shares if share > 0))
     return max(1, min(2 * cap, max(math.ceil(cap / 2), round(effective))))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.golden import towers
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
-from tests.golden.mustdrop import CONFIG, decode
+from tests.golden.prefill import HIDDEN, Cached, decode, decoder
 from vtprune.pruners.density_peaks import cluster_count, cluster_shares, density_peaks, pool_size
 from vtprune.pruners.raters import choose_raters, relevance
 from vtprune.pruners.sparsevlm import PUBLISHED_STAGES, SparseVLM
@@ -19,7 +19,6 @@ from vtprune.stream import DecoderLayer
 # The mean of a cluster is exact here; the reference adds 1e-6 to the count that it divides by.
 MEANS = {"atol": 1e-6, "rtol": 2e-6}
 SCORES = {"atol": 1e-5, "rtol": 1e-4}
-HIDDEN = {"atol": 1e-4, "rtol": 1e-4}
 # The reference drops tokens after these layers.
 STAGES = (2, 6, 15)
 RETAINED = (192, 128, 96, 64)
@@ -56,10 +55,7 @@ def check_prefill(case: Case) -> None:
 
     Clusters stand after the kept tokens here, as in the reference; version 1 renumbers positions.
     """
-    given = case.setting("cfg")
-    config = {CONFIG[name]: value for name, value in given.items() if name in CONFIG}
-    config["num_key_value_heads"] = given.get("kv_heads", given["heads"])
-    model = towers.llama({**config, "vocab_size": 2}, case.weights())
+    given, model = case.setting("cfg"), decoder(case)
     version, retained = int(given["version"].split("_")[0]), int(given["retain"])
     hidden, start, images = case["x"], int(case["v_start"]), int(case["n_img"])
     if hidden.shape[0] != 1 or version not in PUBLISHED_STAGES or retained not in RETAINED:
@@ -70,23 +66,25 @@ def check_prefill(case: Case) -> None:
     expect_equal("raters", torch.tensor(raters), case["rater_idx"].flatten())
     method = SparseVLM(version=version, variant="released")
     memory = {"raters": tuple(word - len(words) for word in raters)}
-    places, caches, length = torch.arange(hidden.shape[1]), [], hidden.shape[1]
+    places, length = torch.arange(hidden.shape[1]), hidden.shape[1]
+    caches: list[Cached] = []
     for index in range(len(model.layers)):
         if method.compact_positions:
             places = torch.arange(hidden.shape[1])
         hidden = towers.run_decoder_layer(model, index, hidden, places[None])
         layer = decoder_layer(model, hidden, places, start, images, index, memory)
-        caches.append((places, layer.key, layer.value))
+        caches.append(Cached(places, layer.key, layer.value))
         if index in kept:
             stage = STAGES.index(index)
             hidden, places = check_stage(case, stage, method, layer, hidden, places, min(kept[index], images - 1))
             images = hidden.shape[1] - start - len(words)
     expect_close("last_hidden", model.norm(hidden), case["last_hidden"], **HIDDEN)
+    lengths = [len(cached.places) for cached in caches]
     if "cache_lens" in case:
-        expect_equal("cache_lens", torch.tensor([len(own) for own, _, _ in caches]), case["cache_lens"])
+        expect_equal("cache_lens", torch.tensor(lengths), case["cache_lens"])
     if "decode_in" in case:
-        after = None if method.compact_positions else length
-        expect_close("decode_out", decode(model, case["decode_in"], caches, after), case["decode_out"], **HIDDEN)
+        positions = lengths if method.compact_positions else [length] * len(caches)
+        expect_close("decode_out", decode(model, case["decode_in"], caches, positions), case["decode_out"], **HIDDEN)
 
 
 def decoder_layer(

@@ -62,4 +62,4 @@ class FastV(Staged):
 
     def scoring_flops(self, work: ScoringWork) -> int:
         """One row of attention a layer."""
-        return len(work.decoder_layers) * 2 * work.prompt * work.decoder_width
+        return sum(2 * tokens * work.decoder_width for tokens in work.decoder_tokens)

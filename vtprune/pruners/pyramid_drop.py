@@ -95,7 +95,9 @@ class PyramidDrop(Staged):
         return last_attention(layer)
 
     def scoring_flops(self, work: ScoringWork) -> int:
-        """The last token's query, all keys and one row of attention a stage, at most."""
-        width = work.decoder_width
-        keys = 2 * work.prompt * width * work.decoder_kv_width
-        return len(work.decoder_layers) * (2 * width * width + keys + 2 * work.prompt * width)
+        """The last token's query and all keys once for a row's images, and one row of attention for each, a stage."""
+        width, total = work.decoder_width, 0
+        for tokens, first in zip(work.decoder_tokens, work.first_asked, strict=True):
+            total += 2 * tokens * width
+            total += 2 * width * (width + tokens * work.decoder_kv_width) if first else 0
+        return total

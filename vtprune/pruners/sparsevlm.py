@@ -207,7 +207,7 @@ class SparseVLM(Staged):
         distances and means of what is recycled."""
         raters, width = max(1, len(work.memory.get("raters", ()))), work.decoder_width
         total = 2 * work.tokens * work.text_after * width
-        for row, image in zip(work.row_tokens, work.image_tokens, strict=True):
+        for row, image in zip(work.decoder_tokens, work.image_tokens, strict=True):
             total += 2 * raters * row * width
             if self.version == 2:
                 total += 2 * raters * image * width // work.decoder_heads

@@ -173,7 +173,7 @@ class Staged(Pruner):
         left = self._budget(layer.total, layer.entered) * depth - layer.processed
         lengths = [end - start for start, end in itertools.pairwise([*starts, depth])]
         cap = schedules.even_count(alive, lengths, left)
-        most = (left - sum(lengths[1:])) // lengths[0]
+        most = (left - schedules.reserve(alive, cap, lengths)) // lengths[0]
         return min(alive, max(1, most), schedules.entropy_count(scores.tolist(), cap))
 
     def search_space(self) -> dict[str, Tunable]:
