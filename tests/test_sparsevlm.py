@@ -19,6 +19,9 @@ from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
 from tests.streams import few, stream
 from tests.test_dual_attention import decoder_layer, naive_attention
 from vtprune.errors import ScoreError, VTPruneError
+from vtprune.evals.efficiency import row_costs
+from vtprune.evals.sweep import summarise
+from vtprune.evals.tables import cost_columns
 from vtprune.pruner import ModelFacts
 from vtprune.pruners import SparseVLM
 from vtprune.pruners.density_peaks import direct_count
@@ -236,6 +239,19 @@ def test_the_report_has_both_counts(kind: str) -> None:
     assert run_forward(kind, SparseVLM(keep=1.0), ROWS[kind][:1]).samples[0].images[0].notes == []
     other = run_forward(kind, vtprune.FastV(), ROWS[kind][:1]).samples[0].images[0]
     assert (other.notes, other.published_tokens) == ([], None)
+
+
+def test_the_benchmark_shows_both_counts() -> None:
+    pruner = SparseVLM(keep=0.5)
+    report = run_forward("llava-clip", pruner, ROWS["llava-clip"])
+    costs = [cost.to_dict() for cost in row_costs(report, pruner.achieved, 0.1)]
+    published = [sum(image.published_tokens or 0 for image in sample.images) for sample in report.samples]
+    found = summarise(costs)["tokens"]
+    assert found["published"] == pytest.approx(sum(published) / 3)
+    shown = next(column for column in cost_columns() if column.heading == "tokens kept").cell({"tokens": found})
+    assert shown == f"{found['kept']:.1f} of 48.0 (in its paper: {sum(published) / 3:.1f})"
+    plain = row_costs(run_forward("llava-clip", "grid", ROWS["llava-clip"]), vtprune.Grid().achieved, 0.1)
+    assert summarise([cost.to_dict() for cost in plain])["tokens"]["published"] is None
 
 
 @pytest.mark.parametrize("schedule", ["constant", "steps", "linear", "shifted_cosine", "entropy"])
