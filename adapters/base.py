@@ -159,6 +159,23 @@ class Adapter(ABC):
         repeat = heads // kv_heads
         return query, key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
 
+    def query_and_keys(
+        self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a decoder layer would compute from the hidden states (B, n, D) before it: the query (B, H, 1, d) of the
+        tokens in columns `last` (B,), and the keys (B, H, n, d) of all, as in `decoder_states`."""
+        config = self.model.config.get_text_config()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        normed = layer.input_layernorm(hidden)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        last = last.to(hidden.device)
+        modules = self.decoder_projections(layer).modules()
+        query = split_heads(modules["q"](normed[rows, last][:, None]), heads).float()
+        key = split_heads(modules["k"](normed), kv_heads).float()
+        cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]).unsqueeze(-3).float() for part in embeddings)
+        query = rotate(query, cos[rows, :, last][:, :, None], sin[rows, :, last][:, :, None])
+        return query, rotate(key, cos, sin).repeat_interleave(heads // kv_heads, dim=1)
+
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(B, L) True where a vision token of an image stands."""
         token = self.model.config.image_token_id

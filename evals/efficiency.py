@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from vtprune.report import Report
+from vtprune.report import Report, SampleReport
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class RowCost:
     visual_tokens: before pruning; kept_tokens: what the method counts as achieved; flops: of the prefill,
     the vision tower included; kv_bytes: what the prompt leaves in the cache; `_full`: the same without pruning.
     All but the tokens are means of the rows that were answered together. prefill_ms: the batch's time to its
-    first token, divided by its rows.
+    first token, divided by its rows. published_tokens: what was kept as the method's paper counts it.
     """
 
     visual_tokens: int
@@ -26,8 +26,9 @@ class RowCost:
     kv_bytes: float
     kv_bytes_full: float
     prefill_ms: float
+    published_tokens: float | None = None
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Plain numbers by name."""
         return asdict(self)
 
@@ -50,6 +51,13 @@ def row_costs(report: Report, achieved: Callable[[list[int]], float], prefill_se
             kv_bytes=report.kv_bytes_prefill / rows,
             kv_bytes_full=(report.kv_bytes_full - decoded) / rows,
             prefill_ms=1000 * prefill_seconds / rows,
+            published_tokens=_published(sample),
         )
         for sample in report.samples
     ]
+
+
+def _published(sample: SampleReport) -> float | None:
+    """What was kept of a row's images as the method's paper counts it; None where it counts as the report does."""
+    counts = [image.published_tokens for image in sample.images if image.published_tokens is not None]
+    return sum(counts) if counts else None

@@ -165,7 +165,7 @@ def scoring_work(pruner: Pruner, tokens: int) -> ScoringWork:
         encoder_width=ENCODER_WIDTH, encoder_heads=ENCODER_HEADS, decoder_width=DECODER.width,
         decoder_heads=DECODER_HEADS, prompt=tokens + TEXT, text=TEXT, encoder_patches=(tokens,) * ENCODER_DEPTH,
         encoder_layers=pruner.encoder_layers(ENCODER_DEPTH), decoder_layers=pruner.decoder_layers(DECODER.layers),
-        text_after=TEXT,
+        text_after=TEXT, decoder_kv_width=DECODER.kv_width,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from vtprune.config import load_config, to_dict
 from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner, check_keep
+from vtprune.pruners.staged import Staged
 from vtprune.registry import available, create, pruner_class
 from vtprune.wrap import resolve
 
@@ -25,6 +26,8 @@ BASELINES = ("random", "grid", "pool")
 # Options whose False leaves a method as it is but for merging, and where a run of everything compares the two.
 MERGE_OPTIONS = ("merge", "recycle")
 ABLATION_KEEP = 0.11
+# For methods whose first decoder layers hold all tokens: of 4 layers that is a quarter already.
+STAGED_ABLATION_KEEP = 0.5
 DEFAULT_KEEPS: tuple[int | float, ...] = (0.25, 0.11)
 ALL_KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11, 0.05)
 UNPRUNED = "none"
@@ -148,8 +151,10 @@ def ablations() -> list[str]:
     """Every method that merges, with its merging off, as `--methods` takes it."""
     found = []
     for name in all_methods():
-        options = {field.name for field in fields(pruner_class(name))}
-        found += [f"{name}:{option}=False:keep={ABLATION_KEEP}" for option in MERGE_OPTIONS if option in options]
+        method = pruner_class(name)
+        options = {field.name for field in fields(method)}
+        keep = STAGED_ABLATION_KEEP if issubclass(method, Staged) else ABLATION_KEEP
+        found += [f"{name}:{option}=False:keep={keep}" for option in MERGE_OPTIONS if option in options]
     return found
 
 

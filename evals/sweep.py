@@ -144,6 +144,7 @@ def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return total(part) / total(whole) if total(whole) else 1.0
 
     count = len(costs)
+    published = [cost["published_tokens"] for cost in costs if cost.get("published_tokens") is not None]
     return {
         "tokens": {
             "before": total("visual_tokens") / count,
@@ -151,6 +152,7 @@ def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "share": share("kept_tokens", "visual_tokens"),
             "fewest": min(cost["kept_tokens"] for cost in costs),
             "most": max(cost["kept_tokens"] for cost in costs),
+            "published": statistics.fmean(published) if published else None,
         },
         "flops": {
             "mean": total("flops") / count,

@@ -94,7 +94,9 @@ def quality_columns(records: Sequence[Record]) -> list[Column]:
 
 def _tokens(record: Record) -> str:
     tokens = record["tokens"]
-    return f"{tokens['kept']:.1f} of {tokens['before']:.1f}"
+    published = tokens.get("published")
+    counted = "" if published is None else f" (in its paper: {published:.1f})"
+    return f"{tokens['kept']:.1f} of {tokens['before']:.1f}{counted}"
 
 
 def _prefill(record: Record) -> str:

@@ -1,7 +1,7 @@
 """The proof that pruning is exact: the unpruned decoder with the dropped tokens masked out of attention.
 
 From each layer on, the tokens that the report names as dropped are masked, and for decode steps those that were
-cut from a layer's cache too; merged vectors are fed at the survivor's place.
+cut from a layer's cache too; where tokens merge, the layer is fed the merged vector at the survivor's place.
 Positions are those of the unpruned prompt. Nothing here uses vtprune's own compaction.
 """
 
@@ -67,18 +67,19 @@ def run_masked(
     compact: whether each layer numbers the tokens alive in it without gaps.
     """
     ids = torch.cat([inputs["input_ids"], next_tokens(inputs["input_ids"].shape[0])], dim=1)
-    embeds = _embeddings(model, inputs, ids, report, features)
+    embeds = _embeddings(model, inputs, ids, features)
     decoder = model.model.language_model
     handles = []
     length = inputs["input_ids"].shape[1]
     real = full_mask(inputs, STEPS).bool()
     both = zip(_alive(ids, real, report), _alive(ids, real, report, cached=True), strict=True)
-    for layer, (alive, cached) in zip(decoder.layers, both, strict=True):
+    for index, (layer, (alive, cached)) in enumerate(zip(decoder.layers, both, strict=True)):
         numbers = (alive.cumsum(dim=1) - 1).clamp(min=0)
         numbers[:, length:] = (cached.cumsum(dim=1) - 1)[:, length:]
         embeddings = decoder.rotary_emb(embeds, numbers) if compact else None
         mask = torch.cat([_mask(alive)[:, :, :length], _mask(cached)[:, :, length:]], dim=2)
-        handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings), with_kwargs=True))
+        merges = _merges(ids, report, index)
+        handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings, merges), with_kwargs=True))
     positions = _positions(kind, model, inputs, ids.shape[1])
     try:
         out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
@@ -103,25 +104,30 @@ def _positions(kind: str, model: Any, inputs: dict[str, Tensor], length: int) ->
     return torch.cat([positions, tail], dim=-1) if extra else positions
 
 
-def _embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, report: vtprune.Report, features: Any) -> Tensor:
+def _embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any) -> Tensor:
     embeds = model.get_input_embeddings()(ids).clone()
     if "pixel_values" not in inputs:
         return embeds
     if features is None:
         grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
         features = model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output
-    images = [image for sample in report.samples for image in sample.images]
-    merged = []
-    for image, own in zip(images, features, strict=True):
-        new = own.clone()
-        for merge in image.merged:
-            if merge.stage == "encoder":
-                continue  # such vectors are among the features
-            weights = torch.tensor(merge.weights, dtype=own.dtype)
-            new[merge.into] = (own[merge.members] * weights[:, None]).sum(dim=0)
-        merged.append(new)
-    embeds[ids == IMAGE] = torch.cat(merged)
+    embeds[ids == IMAGE] = torch.cat(list(features))
     return embeds
+
+
+def _merges(ids: Tensor, report: vtprune.Report, layer: int) -> list[tuple[int, int, Tensor, Tensor]]:
+    """Row, place of the survivor, places of the members and their weights, of what merges before a decoder layer;
+    vectors that merged in the encoder are among the features."""
+    found = []
+    for row, sample in enumerate(report.samples):
+        places, first = (ids[row] == IMAGE).nonzero().flatten(), 0
+        for image in sample.images:
+            own = places[first : first + image.tokens]
+            first += image.tokens
+            for merge in image.merged:
+                if merge.stage == "decoder" and merge.layer == layer:
+                    found.append((row, int(own[merge.into]), own[merge.members], torch.tensor(merge.weights)))
+    return found
 
 
 def _alive(ids: Tensor, real: Tensor, report: vtprune.Report, *, cached: bool = False) -> list[Tensor]:
@@ -150,12 +156,15 @@ def _mask(alive: Tensor) -> Tensor:
     return torch.zeros(batch, 1, length, length).masked_fill(~allowed[:, None], float("-inf"))
 
 
-def _replace(mask: Tensor, embeddings: Any) -> Any:
+def _replace(mask: Tensor, embeddings: Any, merges: list[tuple[int, int, Tensor, Tensor]]) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         new = {"attention_mask": mask}
         if embeddings is not None:
             new["position_embeddings"] = embeddings
-        return args, {**kwargs, **new}
+        states = args[0].clone()
+        for row, into, members, weights in merges:
+            states[row, into] = (args[0][row, members] * weights.to(states)[:, None]).sum(dim=0)
+        return (states, *args[1:]), {**kwargs, **new}
 
     return hook
 

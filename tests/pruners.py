@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vtprune
 from vtprune.pruner import Pruner
-from vtprune.selection import Selection
+from vtprune.selection import Merge, Selection
 from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
 
 PRUNERS: list[Pruner] = [
@@ -35,6 +35,15 @@ PRUNERS: list[Pruner] = [
     vtprune.MustDrop(),
     vtprune.MustDrop(keep=0.5, merge=False),
     vtprune.MustDrop(keep=0.4, merge_threshold=0.1, key_share=0.2),
+    vtprune.FastV(),
+    vtprune.FastV(keep=0.4, schedule="linear"),
+    vtprune.PyramidDrop(),
+    vtprune.PyramidDrop(keep=0.4),
+    vtprune.PyramidDrop(keep=0.5, schedule="entropy", layers=(1, 2, 4)),
+    vtprune.SparseVLM(),
+    vtprune.SparseVLM(keep=0.4, recycle=False),
+    vtprune.SparseVLM(keep=0.5, version=2),
+    vtprune.SparseVLM(adaptive_rank=True, scale=2.5),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -46,6 +55,8 @@ RELEASED: list[Pruner] = [
     vtprune.CDPruner(keep=9, variant="released"),
     vtprune.VisionZip(keep=9, variant="released"),
     vtprune.VFlowOpt(keep=0.3, alpha=0.5, cell=3.0, variant="released"),
+    vtprune.PyramidDrop(keep=0.5, variant="released"),
+    vtprune.SparseVLM(keep=0.5, variant="released"),
     vtprune.MustDrop(variant="released", merge_threshold=0.05, global_threshold=0.03, individual_threshold=0.2),
 ]
 
@@ -66,12 +77,18 @@ def kept_tokens(indices: Tensor, total: int, count: int, seed: int) -> Tensor:
 @dataclass(frozen=True)
 class Drops(Pruner):
     """Keeps a fixed choice: half before the decoder (`first`), half again after each of the decoder `layers`,
-    three quarters after each of the `encoder` layers. The caches of the layers `cut` are cut in the end."""
+    three quarters after each of the `encoder` layers. The caches of the layers `cut` are cut in the end; with `merge`
+    each token dropped between decoder layers flows into the next kept one."""
 
     layers: tuple[int, ...] = ()
     first: bool = False
     encoder: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
+    merge: bool = False
+
+    @property
+    def reads_decoder_hidden(self) -> bool:
+        return self.merge
 
     def cache_layers(self, depth: int) -> tuple[int, ...]:
         return self.cut
@@ -85,7 +102,7 @@ class Drops(Pruner):
     def input_budget(self, tokens: int) -> int:
         return max(1, self.encoder_budget(tokens) // 2) if self.first else self.encoder_budget(tokens)
 
-    def decoder_budget(self, tokens: int, layer: int) -> int:
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
         return max(1, self.input_budget(tokens) >> self.layers.index(layer) + 1)
 
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
@@ -106,7 +123,19 @@ class Drops(Pruner):
         return self.layers
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
-        return Selection(kept_tokens(layer.indices, layer.total, layer.budget, layer.index))
+        kept = kept_tokens(layer.indices, layer.total, layer.budget, layer.index)
+        if not self.merge:
+            return Selection(kept)
+        assert layer.hidden is not None
+        states = layer.hidden[layer.vision]
+        into = torch.searchsorted(kept, torch.arange(len(states))).clamp(max=len(kept) - 1)
+        merges, vectors = [], []
+        for place, token in enumerate(kept.tolist()):
+            members = (into == place).nonzero().flatten()
+            weights = (1 + members) / (1 + members).sum()
+            vectors.append((states[members] * weights[:, None]).sum(dim=0))
+            merges.append(Merge(token, tuple(members.tolist()), tuple(weights.tolist())))
+        return Selection(kept, torch.stack(vectors), tuple(merges))
 
 
 # Drops before decoder layers 0, 1, the middle one and the last, alone and together; and in the encoder.
@@ -116,6 +145,7 @@ DROPS: list[Pruner] = [
     Drops(layers=(2,)),
     Drops(layers=(0, 1, 3), first=True),
     Drops(layers=(1, 3), cut=(0, 1, 3)),
+    Drops(layers=(0, 2), first=True, merge=True),
     Drops(encoder=(0, 2)),
     Drops(encoder=(1, 4), first=True, layers=(1,)),
 ]

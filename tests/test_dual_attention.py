@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.streams import few, stream
 from vtprune.pruners import MustDrop
 from vtprune.pruners import dual_attention as dual
+from vtprune.pruners.prompt_attention import attention_to_image
 from vtprune.stream import DecoderLayer
 
 
@@ -48,7 +49,7 @@ def test_the_texts_rows_are_the_layers_own_causal_attention(pad: int) -> None:
     rows = dual.rows_after(layer, text_only=True)
     assert rows.tolist() == [pad + 10, pad + 11, pad + 12, pad + 13]
     want = naive_attention(layer, rows.tolist(), pad)
-    assert torch.allclose(dual.attention_to_image(layer, rows).double(), want, atol=1e-6)
+    assert torch.allclose(attention_to_image(layer, rows).double(), want, atol=1e-6)
 
 
 def test_rows_are_text_after_the_image_or_all_tokens_after_it_or_the_last_one() -> None:
@@ -64,7 +65,7 @@ def test_rows_are_text_after_the_image_or_all_tokens_after_it_or_the_last_one() 
 @given(seed=st.integers(0, 99), first=st.floats(0, 0.3), second=st.floats(0, 0.3))
 def test_a_token_goes_that_is_below_both_thresholds_and_no_key_token(seed, first, second):
     layer = decoder_layer(seed=seed)
-    attention = dual.attention_to_image(layer, dual.rows_after(layer, text_only=True))
+    attention = attention_to_image(layer, dual.rows_after(layer, text_only=True))
     sums = attention.sum(dim=0).tolist()
     stays = []
     for token in range(8):
@@ -80,7 +81,7 @@ def test_thresholds_of_zero_drop_nothing_and_high_ones_leave_the_key_set() -> No
     assert nothing.kept.tolist() == list(range(8))
     high = MustDrop(global_threshold=2, individual_threshold=2)
     assert high.prune_decoder(layer).kept.tolist() == [0, 1]
-    best = dual.attention_to_image(layer, dual.rows_after(layer, text_only=True)).sum(dim=0).argmax()
+    best = attention_to_image(layer, dual.rows_after(layer, text_only=True)).sum(dim=0).argmax()
     no_key = {**layer.memory, "key": torch.zeros(8, dtype=torch.bool)}
     assert high.prune_decoder(replace(layer, memory=no_key)).kept.tolist() == [int(best)]
 

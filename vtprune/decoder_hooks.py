@@ -52,6 +52,7 @@ class DecoderHooks:
         self.last: Generation | None = None
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
+        self._layers = list(adapter.decoder_layers)
 
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
@@ -194,6 +195,7 @@ class DecoderHooks:
             last_signals=_left(image.last_signals, image, span),
             picture=picture,
             source=self.facts.source,
+            text_after=span.text_after,
         )
 
     def _apply(
@@ -259,35 +261,67 @@ class DecoderHooks:
         scoring = [pruner for pruner in self.pruners if index in pruner.decoder_layers(self._depth)]
         spans = run.spans
         if any(self._asked(pruner, span, index) for pruner in scoring for span in spans):
+            hidden = output[0] if isinstance(output, tuple) else output
             with torch.no_grad():
-                self._prune(run, index, scoring, kwargs["position_embeddings"])
+                self._prune(run, index, scoring, kwargs["position_embeddings"], hidden)
         run.taps.clear()
 
     @staticmethod
     def _asked(pruner: Pruner, span: ImageSpan, index: int) -> bool:
         """Whether a method has to say which tokens of an image go on after a decoder layer."""
-        return pruner.adaptive or pruner.decoder_budget(span.image.total, index) < span.kept.numel()
+        entered = span.kept_at(0).numel()
+        if pruner.adaptive:
+            return pruner.acts_after(span.image.total, index, entered)
+        return pruner.decoder_budget(span.image.total, index, entered) < span.kept.numel()
 
-    def _prune(self, run: DecoderRun, index: int, scoring: list[Pruner], embeddings: tuple[Tensor, Tensor]) -> None:
-        query, key, value = self.adapter.decoder_states(run.taps, embeddings)
+    def _prune(
+        self,
+        run: DecoderRun,
+        index: int,
+        scoring: list[Pruner],
+        embeddings: tuple[Tensor, Tensor],
+        hidden: Tensor,
+    ) -> None:
         places = run.layout(index).places
         column = run.prompt.last_places()
         where = None if places is None else fill_index(places, run.prompt.length)
+        if where is not None:
+            column = where.gather(1, column[:, None])[:, 0]
+        states: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
+        for ahead in {pruner.reads_next_layer for pruner in scoring}:
+            states[ahead] = self._states(run, index, embeddings, hidden, column if ahead else None)
         text = self._text(run)
+        cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]) for part in embeddings)
         for span in run.spans:
             row = span.row
             for order, pruner in enumerate(self.pruners):
                 if pruner not in scoring or not self._asked(pruner, span, index):
                     continue
-                budget = pruner.decoder_budget(span.image.total, index)
-                vision, words, last = span.places[span.kept], text[row], column[row]
+                span.asked.setdefault(order, []).append(index)
+                entered = span.kept_at(0).numel()
+                budget = pruner.decoder_budget(span.image.total, index, entered)
+                vision, words = span.places[span.kept], text[row]
                 if where is not None:
-                    vision, words, last = where[row, vision], where[row, words], where[row, last]
+                    vision, words = where[row, vision], where[row, words]
+                query, key, value = (part[row] for part in states[pruner.reads_next_layer])
                 layer = DecoderLayer(
-                    query[row], key[row], value[row], vision, int(last), self.adapter.decoder_scale,
+                    query, key, value, vision, int(column[row]), self.adapter.decoder_scale,
                     span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
+                    entered, sum(span.kept_at(one).numel() for one in range(index + 1)),
+                    hidden[row] if pruner.reads_decoder_hidden else None,
+                    (cos[row], sin[row]),
                 )  # fmt: skip
                 self._apply(run, span, order, pruner.prune_decoder(layer), budget, index + 1)
+
+    def _states(
+        self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor, last: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the layer that ran; or, where `last` names each row's last column, its query and all keys of
+        the next layer."""
+        if last is None:
+            return self.adapter.decoder_states(run.taps, embeddings)
+        query, key = self.adapter.query_and_keys(self._layers[index + 1], hidden, embeddings, last)
+        return query, key, key[:, :, :0]
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         run = kwargs.get(RUN)

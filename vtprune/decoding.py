@@ -29,7 +29,8 @@ class ImageSpan:
     tokens alive now, indices into the whole image; history: (layer, kept) at every change; merges: (layer, Merge)
     with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said;
     text_after: text tokens of the row after it; left: tokens left after each pruner (by its place in the list) acted
-    on the decoder's side; cut: layers whose cache holds only what the last layer left.
+    on the decoder's side; asked: the decoder layers after which each of them was asked; cut: layers whose cache holds
+    only what the last layer left.
     """
 
     row: int
@@ -39,10 +40,11 @@ class ImageSpan:
     offset: int = 0
     history: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: list[tuple[int, Merge]] = field(default_factory=list)
-    memories: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    memories: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     text_after: int = 0
     left: dict[int, int] = field(default_factory=dict)
+    asked: dict[int, list[int]] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
 
     @property
@@ -135,7 +137,10 @@ class DecoderRun:
         left = selection.kept.to(span.kept.device)
         before, span.kept = span.kept, span.kept[left]
         span.memories = {
-            index: {name: values[left.to(values.device)] for name, values in memory.items()}
+            index: {
+                name: values[left.to(values.device)] if isinstance(values, Tensor) else values
+                for name, values in memory.items()
+            }
             for index, memory in span.memories.items()
         }
         for merge in selection.merges:

@@ -148,7 +148,8 @@ class Generation:
         pruner = self.pruners[index]
         left = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
-        return StageReport(pruner.name, acts_at(pruner, self.facts), pruner.asked_keep, mean)
+        asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
+        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), pruner.asked_keep, mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -168,7 +169,8 @@ class Generation:
                 merged=_merged(span),
                 cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
                 cls=span.image.cls,
-                notes=list(span.notes),
+                notes=span.notes + _published_notes(span, self.depth, self.pruners),
+                published_tokens=self.pruners[-1].published_count(_counts(span, self.depth)),
             )
             for span in self.spans
             if span.row == row
@@ -198,7 +200,7 @@ class Generation:
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
-                scoring=sum(self._scoring(span, row) for span in spans),
+                scoring=sum(self._scoring(spans, place) for place in range(len(spans))),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
@@ -223,16 +225,20 @@ class Generation:
         pairs = sum(q * p for q, p in zip(queries, past, strict=True))
         return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
 
-    def _scoring(self, span: ImageSpan, row: int) -> int:
+    def _scoring(self, spans: list[ImageSpan], place: int) -> int:
+        """What all methods add for one of the images of a row."""
+        span, row = spans[place], spans[place].row
         config, text = self.config.vision_config, self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         blocks = model_cost(self.config).vision.blocks
         patches = span.image.total * self.facts.group
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
-        for pruner in self.pruners:
+        for index, pruner in enumerate(self.pruners):
             if pruner.budget(span.image.total) >= span.image.total:
                 continue
+            asked = span.asked.get(index, [])
+            known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
             work = ScoringWork(
                 patches=patches,
                 tokens=span.image.total,
@@ -244,10 +250,15 @@ class Generation:
                 prompt=self.text[row] + self._total(row),
                 text=self.text[row],
                 text_after=span.text_after,
+                decoder_kv_width=model_cost(self.config).decoder.kv_width,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
-                decoder_layers=pruner.decoder_layers(self.depth),
+                decoder_layers=tuple(asked),
+                decoder_tokens=tuple(self.text[row] + sum(one.kept_at(n).numel() for one in spans) for n in asked),
+                first_asked=tuple(layer not in known for layer in asked),
                 has_cls=self.facts.has_cls,
+                image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in asked),
+                memory=span.memories.get(index, {}),
             )
             total += pruner.scoring_flops(work)
         return total
@@ -276,9 +287,9 @@ def _merged(span: ImageSpan) -> list[MergeReport]:
     ]
 
 
-def acts_at(pruner: Pruner, facts: ModelFacts) -> str:
-    """Where a pruner acts on this model, in words."""
-    layers = pruner.decoder_layers(facts.decoder_depth)
+def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
+    """Where a pruner acts on this model, in words; asked: the decoder layers after which it was, if any."""
+    layers = asked or pruner.decoder_layers(facts.decoder_depth)
     places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
     places += ["before decoder"] if pruner.selects else []
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
@@ -310,8 +321,20 @@ def _real_entries(slots: Tensor | None, length: int, mask: Tensor | None, rows: 
     return held.sum(dim=1).tolist()
 
 
+def _counts(span: ImageSpan, depth: int) -> list[int]:
+    """Tokens of an image that each decoder layer processes."""
+    return [int(span.kept_at(layer).numel()) for layer in range(depth)]
+
+
 def _achieved(span: ImageSpan, depth: int, pruners: list[Pruner]) -> float:
     """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
-    total = span.image.total
-    counts = [int(span.kept_at(layer).numel()) for layer in range(depth)]
-    return pruners[-1].achieved(counts) / total
+    return pruners[-1].achieved(_counts(span, depth)) / span.image.total
+
+
+def _published_notes(span: ImageSpan, depth: int, pruners: list[Pruner]) -> list[str]:
+    """Both counts of what an image kept, where the last pruner's paper counts otherwise."""
+    counts, last = _counts(span, depth), pruners[-1]
+    published, achieved = last.published_count(counts), last.achieved(counts)
+    if published is None or published == achieved:
+        return []
+    return [f"{last.name}: {published:.1f} tokens as its paper counts, {achieved:.1f} processed"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -144,6 +144,11 @@ class Pruner:
         decoder, for a method that acts once."""
         return float(counts[0])
 
+    def published_count(self, counts: list[int]) -> float | None:
+        """What the method's paper would say that it keeps, from the vision tokens that each decoder layer processed;
+        None where that is what `achieved` says."""
+        return None
+
     def encoder_budget(self, tokens: int) -> int:
         """Vision tokens that the encoder stage leaves."""
         return self.budget(tokens)
@@ -152,8 +157,9 @@ class Pruner:
         """Vision tokens that enter the decoder."""
         return self.budget(tokens)
 
-    def decoder_budget(self, tokens: int, layer: int) -> int:
-        """Vision tokens of an image of `tokens` that go on after decoder layer `layer`."""
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
+        """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that go on after decoder
+        layer `layer`."""
         return self.budget(tokens)
 
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
@@ -186,9 +192,10 @@ class Pruner:
         """Whether encoder attention weighs merged tokens by the number of tokens that they stand for."""
         return False
 
-    def remember(self, stream: VisionStream) -> dict[str, Tensor]:
-        """Values of the tokens, each (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
-        `layer.memory`, cut to the tokens that are left; called once for every image."""
+    def remember(self, stream: VisionStream) -> dict[str, Any]:
+        """Values of the tokens, tensors of (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
+        `layer.memory`, cut to the tokens that are left; what is no tensor stays as it is. Called once for every
+        image."""
         return {}
 
     @property
@@ -200,9 +207,25 @@ class Pruner:
         """Which tokens enter the decoder, or None for all; called only where the budget is below N."""
         return None
 
+    @property
+    def reads_decoder_hidden(self) -> bool:
+        """Whether `prune_decoder` needs the hidden states."""
+        return False
+
+    @property
+    def reads_next_layer(self) -> bool:
+        """Whether `prune_decoder` scores by the query of the last prompt token and the keys that the *next* decoder
+        layer would compute, instead of those of the layer that ran."""
+        return False
+
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers (of 0 .. depth - 2) after which `prune_decoder` is called during prefill."""
         return ()
+
+    def acts_after(self, tokens: int, layer: int, entered: int) -> bool:
+        """Whether a method without a budget (`adaptive`) is asked about an image of `tokens`, `entered` of which
+        entered the decoder, after this one of its `decoder_layers`."""
+        return True
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Which tokens of one image go on to the next decoder layer, or None for all."""
@@ -227,7 +250,7 @@ class ModelFacts:
 
     has_cls: whether the vision encoder has a CLS token; encoder_depth: encoder layers that feed the features;
     decoder_depth: decoder layers; group: encoder patches that form one vision token; source: the folder or hub
-    id that the model came from, "" if it is not known.
+    id that the model came from, "" if it is not known; first: whether no other method acts before this one.
     """
 
     has_cls: bool
@@ -235,6 +258,7 @@ class ModelFacts:
     decoder_depth: int
     group: int
     source: str = ""
+    first: bool = True
 
 
 @dataclass(frozen=True)
@@ -246,7 +270,10 @@ class ScoringWork:
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
-    encoder has a CLS token.
+    encoder has a CLS token; decoder_kv_width: of the keys; decoder_tokens: tokens of the row in each of
+    `decoder_layers`, image_tokens: of the image alone; first_asked: for each of them, whether no earlier image of the
+    row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
+    tokens left in the end.
     """
 
     patches: int
@@ -263,3 +290,8 @@ class ScoringWork:
     decoder_layers: tuple[int, ...]
     has_cls: bool = True
     text_after: int = 0
+    decoder_kv_width: int = 0
+    decoder_tokens: tuple[int, ...] = ()
+    first_asked: tuple[bool, ...] = ()
+    image_tokens: tuple[int, ...] = ()
+    memory: dict[str, Any] = field(default_factory=dict)

@@ -40,7 +40,8 @@ class ImageReport:
 
     grid: (t, h, w) in vision tokens; kept: tokens that enter the decoder; kept_per_layer: tokens that each
     decoder layer processes; cached_per_layer: tokens in each layer's cache after the prefill; merged: what flowed
-    into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said.
+    into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said;
+    published_tokens: what was kept as the last method's paper counts it, None where it counts as this report does.
     """
 
     grid: tuple[int, int, int]
@@ -51,6 +52,7 @@ class ImageReport:
     cached_per_layer: list[list[int]] = field(default_factory=list)
     cls: int = -1
     notes: list[str] = field(default_factory=list)
+    published_tokens: float | None = None
 
 
 @dataclass(frozen=True)

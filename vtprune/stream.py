@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class VisionStream:
         the pruner does not ask for them (`Pruner.reads_encoder`).
     pixels: the image as the encoder got it: (C, H, W), or (patches, C * t * p * p) on Qwen.
     text: (T, D) decoder embeddings of the text tokens of this row, in order.
+    text_after: how many of them, the last ones, stand after the image.
     text_ids: (T,) their ids, or None if the caller handed in embeddings.
     last_signals: as `signals`, of the vision tower's last layer (`Pruner.reads_last_layer`).
     picture: (t, 3, H, W) the image in [0, 1] as the encoder saw it (`Pruner.reads_picture`), else None.
@@ -41,8 +43,9 @@ class VisionStream:
     text_ids: Tensor | None = None
     last_signals: LayerSignals | None = None
     picture: Tensor | None = None
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    text_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class DecoderLayer:
     """One decoder layer during prefill after it ran, for the vision tokens of one image in one row.
 
     query: (H, n, d) and key, value: (H, n, d) of all n tokens of the row at that layer, rotary embedding
-        applied, key-value heads repeated to H.
+        applied, key-value heads repeated to H. For a method that scores by the next layer
+        (`Pruner.reads_next_layer`) query is that of the last prompt token alone, (H, 1, d), and value is empty.
     vision: (N,) places in 0 .. n - 1 of this image's tokens; last: place of the last prompt token.
     scale: softmax scale.
     total: tokens of the whole image; indices: (N,) the place of each in the whole image.
@@ -92,6 +96,10 @@ class DecoderLayer:
     index: 0-based index of the layer that ran; depth: number of decoder layers.
     text: (T,) places in 0 .. n - 1 of the row's text tokens.
     memory: what the pruner's own `remember` answered, for these N tokens.
+    entered: tokens of the image that entered the decoder; processed: the sum over layers 0 .. index of the tokens of
+        the image that they processed.
+    hidden: (n, D) hidden states after the layer, if the method asks for them (`Pruner.reads_decoder_hidden`).
+    rotary: cosines and sines (n, d) that the layer turned queries and keys by.
     """
 
     query: Tensor
@@ -106,4 +114,13 @@ class DecoderLayer:
     index: int
     depth: int
     text: Tensor
-    memory: dict[str, Tensor]
+    memory: dict[str, Any]
+    entered: int = 0
+    processed: int = 0
+    hidden: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def last_query(self) -> Tensor:
+        """(H, 1, d) the query of the last prompt token."""
+        return self.query if self.query.shape[1] == 1 else self.query[:, self.last, None]

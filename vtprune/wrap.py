@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     facts = adapter.facts()
     # What cannot be accounted for is refused now, not when a report is asked for.
     model_cost(core.config)
-    pruners = [one.for_model(facts) for one in given]
+    pruners = [one.for_model(replace(facts, first=index == 0)) for index, one in enumerate(given)]
     check_order(pruners, facts)
     adapter.check_stages(encoder=any(one.encoder_layers(facts.encoder_depth) for one in pruners))
     if positions == "compact" and not adapter.renumbers:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tests.golden import towers
 from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
-from vtprune.adapters.rotary import rotate
+from tests.golden.prefill import HIDDEN, Cached, decode, decoder
 from vtprune.merging import flow_together
 from vtprune.pruners.dual_attention import key_set, passes
 from vtprune.pruners.mustdrop import MustDrop
@@ -18,15 +16,6 @@ from vtprune.pruners.windows import alike_windows, batch_windows, merge_windows,
 from vtprune.stream import DecoderLayer
 
 SUMS = {"atol": 1e-6, "rtol": 1e-5}
-HIDDEN = {"atol": 1e-4, "rtol": 1e-4}
-CONFIG = {
-    "hidden": "hidden_size",
-    "inter": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "rope": "rope_theta",
-    "eps": "rms_norm_eps",
-}
 
 
 @torch.no_grad()
@@ -92,10 +81,7 @@ def check_filter(case: Case) -> None:
 
 def check_prefill(case: Case) -> None:
     """Hidden states, cache lengths and keys after a prefill with every filter, and one decode step."""
-    given = case.setting("cfg")
-    config = {CONFIG[name]: value for name, value in given.items() if name in CONFIG}
-    config["num_key_value_heads"] = given.get("kv_heads", given["heads"])
-    model = towers.llama({**config, "vocab_size": 2}, case.weights())
+    given, model = case.setting("cfg"), decoder(case)
     method = MustDrop(
         variant="released", layers=tuple(given["prune_layers"]), global_threshold=float(case["global_thr"]),
         individual_threshold=float(case["individual_thr"]),
@@ -104,11 +90,11 @@ def check_prefill(case: Case) -> None:
     if hidden.shape[0] != 1:
         raise UnknownCase(f"a prefill of {hidden.shape[0]} rows")
     depth, alive = len(model.layers), torch.arange(hidden.shape[1])
-    caches = []
+    caches: list[Cached] = []
     for index in range(depth):
         hidden = towers.run_decoder_layer(model, index, hidden, torch.arange(hidden.shape[1])[None])
         query, key, value = (states[0] for states in towers.RECORDER.take())
-        caches.append((alive, key, value))
+        caches.append(Cached(alive, key, value))
         if index in method.decoder_layers(depth):
             span = ((alive >= start) & (alive < start + tokens)).nonzero().flatten()
             image = alive[span] - start
@@ -126,37 +112,18 @@ def check_prefill(case: Case) -> None:
             hidden, alive = hidden[:, left], alive[left]
     expect_close("last_hidden", model.norm(hidden), case["last_hidden"], **HIDDEN)
     for index in method.cache_layers(depth):
-        places, key, value = caches[index]
-        left = torch.isin(places, alive)
-        caches[index] = (places[left], key[:, left], value[:, left])
+        held = caches[index]
+        left = torch.isin(held.places, alive)
+        caches[index] = Cached(held.places[left], held.key[:, left], held.value[:, left])
+    lengths = [len(held.places) for held in caches]
     if "cache_lens" in case:
-        expect_equal("cache_lens", torch.tensor([len(places) for places, _, _ in caches]), case["cache_lens"])
-    groups = config["num_attention_heads"] // config["num_key_value_heads"]
+        expect_equal("cache_lens", torch.tensor(lengths), case["cache_lens"])
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
     for name in case.tensors:
         if name.startswith("k_cache_layer"):
-            keys = caches[int(name.removeprefix("k_cache_layer"))][1][::groups]
+            keys = caches[int(name.removeprefix("k_cache_layer"))].key[::groups]
             expect_close(name, keys[None], case[name], **HIDDEN)
     if "decode_in" in case:
-        expect_close("decode_out", decode(model, case["decode_in"], caches), case["decode_out"], **HIDDEN)
-
-
-def decode(model: Any, hidden: Tensor, caches: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """(1, 1, D) after one more token, its position in each layer the length of that layer's own cache."""
-    for layer, (places, key, value) in zip(model.layers, caches, strict=True):
-        cos, sin = model.rotary_emb(hidden, torch.tensor([[len(places)]]))
-        states, own = layer.input_layernorm(hidden), layer.self_attn
-        query, new_key, new_value = (
-            projection(states).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)
-            for projection in (own.q_proj, own.k_proj, own.v_proj)
-        )
-        query, new_key = (rotate(part, cos[:, None], sin[:, None]) for part in (query, new_key))
-        groups = query.shape[1] // new_key.shape[1]
-        keys, values = (
-            torch.cat([past[None], new.repeat_interleave(groups, dim=1)], dim=2)
-            for past, new in ((key, new_key), (value, new_value))
-        )
-        attended, _ = towers.recording_attention(own, query, keys, values, None, own.scaling)
-        hidden = hidden + own.o_proj(attended.flatten(2))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    towers.RECORDER.chunks.clear()
-    return model.norm(hidden)
+        # Its position in each layer is the length of that layer's own cache.
+        decoded = decode(model, case["decode_in"], caches, lengths)
+        expect_close("decode_out", decoded, case["decode_out"], **HIDDEN)

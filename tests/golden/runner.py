@@ -7,16 +7,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.golden import cdpruner, divprune, flowcut, fopru, holov, mustdrop, vflowopt, visionzip
+from tests.golden import (
+    cdpruner,
+    divprune,
+    fastv,
+    flowcut,
+    fopru,
+    holov,
+    mustdrop,
+    pyramiddrop,
+    sparsevlm,
+    vflowopt,
+    visionzip,
+)
 from tests.golden.case import Case, Mismatch, UnknownCase
 
 METHODS: dict[str, Callable[[Case], None]] = {
     "cdpruner": cdpruner.run,
     "divprune": divprune.run,
+    "fastv": fastv.run,
     "flowcut": flowcut.run,
     "fopru": fopru.run,
     "holov": holov.run,
     "mustdrop": mustdrop.run,
+    "pyramiddrop": pyramiddrop.run,
+    "sparsevlm": sparsevlm.run,
     "vflowopt": vflowopt.run,
     "visionzip": visionzip.run,
 }

@@ -2,6 +2,7 @@
 
 from vtprune.pruners.cdpruner import CDPruner
 from vtprune.pruners.divprune import DivPrune
+from vtprune.pruners.fastv import FastV
 from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
 from vtprune.pruners.grid import Grid
@@ -9,7 +10,9 @@ from vtprune.pruners.holov import HoloV
 from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
+from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
+from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
@@ -17,6 +20,7 @@ from vtprune.pruners.visionzip import VisionZip
 __all__ = [
     "CDPruner",
     "DivPrune",
+    "FastV",
     "FlowCut",
     "FoPru",
     "Grid",
@@ -24,7 +28,9 @@ __all__ = [
     "MustDrop",
     "NoPruning",
     "Pool",
+    "PyramidDrop",
     "Random",
+    "SparseVLM",
     "Turbo",
     "VFlowOpt",
     "VisionZip",

@@ -38,6 +38,17 @@ def check_factor(method: str, option: str, value: object) -> None:
         raise VTPruneError(f"{method}: {option} is a finite number of at least 0, got {value!r}")
 
 
+def check_share(method: str, option: str, value: object, keep: object) -> None:
+    """Raises VTPruneError unless `value` is None or a number between 0 and 1, and None beside a `keep`."""
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < 1:  # type: ignore[operator]
+        raise VTPruneError(f"{method}: {option} is a number between 0 and 1, got {value!r}")
+    if keep is not None:
+        raise VTPruneError(f"{method}: keep and {option} contradict each other; give one of them")
+
+
 def check_whole_grid(method: str, stream: VisionStream) -> None:
     """Raises VTPruneError unless the stream still holds every token of the image."""
     if not torch.equal(stream.indices.cpu(), torch.arange(stream.total)):

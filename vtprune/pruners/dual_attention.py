@@ -12,7 +12,6 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.pruners.checks import check_factor
 from vtprune.selection import top
-from vtprune.signals import CHUNK_BYTES
 from vtprune.stream import DecoderLayer
 
 # The published layers of 32, and the thresholds of the published setting for 128 tokens.
@@ -114,23 +113,6 @@ def rows_after(layer: DecoderLayer, *, text_only: bool) -> Tensor:
     else:
         rows = torch.arange(end + 1, layer.last + 1, device=layer.vision.device)
     return rows if rows.numel() else layer.vision.new_tensor([layer.last])
-
-
-def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
-    """(T, N) fp32 attention of the tokens at the places `rows` (T,) to the image's, as the layer computes it (softmax
-    over all tokens up to their own place), averaged over heads; a few rows at a time."""
-    query, key = layer.query, layer.key.float()
-    place = torch.arange(key.shape[1], device=key.device)
-    vision = layer.vision.to(key.device)
-    # What comes before all text and this image is padding.
-    first = torch.cat([layer.text[:1], layer.vision[:1]]).min().to(key.device)
-    found = []
-    for some in rows.to(key.device).split(max(1, CHUNK_BYTES // (4 * key.shape[0] * key.shape[1]))):
-        hidden = (place > some[:, None]) | (place < first)
-        logits = torch.matmul(query[:, some].float() * layer.scale, key.transpose(-1, -2))
-        weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-        found.append(weights[..., vision].mean(dim=0))
-    return torch.cat(found)
 
 
 def sums_and_peaks(attention: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
 from vtprune.pruners import dual_attention as dual
 from vtprune.pruners.checks import check_choice, check_factor
+from vtprune.pruners.prompt_attention import attention_to_image
 from vtprune.pruners.windows import merge_alike
 from vtprune.registry import register
 from vtprune.selection import EncoderSelection, Selection, check_scores, top
@@ -136,7 +137,7 @@ class MustDrop(Pruner):
         """All of them may enter."""
         return tokens
 
-    def decoder_budget(self, tokens: int, layer: int) -> int:
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
         """All of them may pass a filter: what was kept is counted over all layers."""
         return tokens
 
@@ -182,7 +183,7 @@ class MustDrop(Pruner):
             if count >= tokens:
                 return None
         rows = dual.rows_after(layer, text_only=self.variant == "paper")
-        attention = check_scores(dual.attention_to_image(layer, rows), self.name)
+        attention = check_scores(attention_to_image(layer, rows), self.name)
         if count:
             return Selection(dual.top_with_key(dual.threshold_factor(attention), key, count))
         thresholds = dual.thresholds(self.global_threshold, self.individual_threshold)

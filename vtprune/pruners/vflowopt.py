@@ -160,7 +160,7 @@ class VFlowOpt(Pruner):
         """The layers just before `layers`."""
         return tuple(layer - 1 for layer in self.schedule(depth).layers)
 
-    def decoder_budget(self, tokens: int, layer: int) -> int:
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
         """What the stage after decoder layer `layer` leaves."""
         schedule = self.schedule()
         return schedule.counts(tokens)[1 + schedule.layers.index(layer + 1)]

@@ -1,0 +1,103 @@
+"""PyramidDrop: the decoder drops a fixed share of the tokens at the end of each of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtprune import schedules
+from vtprune.pruner import ScoringWork
+from vtprune.pruners.checks import check_choice, check_share
+from vtprune.pruners.prompt_attention import last_attention
+from vtprune.pruners.staged import Staged, scaled_layers
+from vtprune.registry import register
+from vtprune.stream import DecoderLayer
+
+# Where a budget is too low for the published layers, they move towards the first ones in steps of this size, until
+# no stage leaves less than LEAST of what it sees.
+STEPS, LEAST = 16, 0.5
+
+
+@register(
+    "pyramid_drop",
+    stage="decoder",
+    paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
+    arxiv="2410.17247",
+    licence="Apache-2.0",
+    needs="the last prompt token's query, and all keys, of the decoder layers before which tokens drop",
+    variants=("paper", "released"),
+)
+@dataclass(frozen=True)
+class PyramidDrop(Staged):
+    """PyramidDrop: Pyramid Visual Redundancy Reduction (CVPR 2025, arXiv 2410.17247).
+
+    Before each of `layers` (8, 16 and 24 of 32 as fractions of the depth) the share `factor` (lambda, 0.5) of the
+    tokens stays: those that the last prompt token attends to most, by the query and the keys that this very layer
+    would compute (softmax over the whole prompt, mean over heads). `keep` instead counts the mean over decoder layers
+    and sets the factor; where that would fall below 0.5, the stages move towards the first layers, as the papers that
+    compare at low budgets do by hand. Explicit `layers` stay.
+
+    Reference: Cooperx521/PyramidDrop. Departures from the released code: kept tokens keep their positions (the code
+    renumbers them after every drop: variant="released", where positions are 1-D), every image of a prompt is pruned
+    (the code: the first), and only the last token's query is computed (the code: all). When training, the last token
+    of the prompt scores, not the tokens before each answer.
+    """
+
+    schedule: str = "steps"
+    factor: float | None = None
+    variant: str = "paper"
+
+    published_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "variant", self.variant, self.info.variants)
+        check_share(self.name, "factor", self.factor, self.keep)
+
+    @property
+    def compact_positions(self) -> bool:
+        """True for variant="released"."""
+        return self.variant == "released"
+
+    @property
+    def reads_next_layer(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def movable(self) -> bool:
+        """Where `layers` are not given."""
+        return self.layers is None
+
+    def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
+        """`layers`, or the published ones, moved towards the first ones where `share` is too low for them."""
+        if self.layers is not None:
+            return self.layers
+        whole = scaled_layers(self.published_layers, depth)
+        for step in range(STEPS):
+            moved = scaled_layers(self.published_layers, depth, 32 * STEPS // (STEPS - step))
+            layers = tuple(min(pair) for pair in zip(whole, moved, strict=False))
+            if share is None or schedules.mean(schedules.factor_steps(depth, layers, LEAST)) <= share:
+                break
+        return layers
+
+    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
+        """1, lambda, lambda^2, lambda^3."""
+        own = schedules.factor_steps(depth, layers, 0.5 if self.factor is None else self.factor)
+        if self.schedule == "steps":
+            return own
+        return schedules.fitted(self.schedule, depth, layers, schedules.mean(own))
+
+    def scores(self, layer: DecoderLayer) -> Tensor:
+        """The attention of the last prompt token: (N,)."""
+        return last_attention(layer)
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """The last token's query and all keys once for a row's images, and one row of attention for each, a stage."""
+        width, total = work.decoder_width, 0
+        for tokens, first in zip(work.decoder_tokens, work.first_asked, strict=True):
+            total += 2 * tokens * width
+            total += 2 * width * (width + tokens * work.decoder_kv_width) if first else 0
+        return total
