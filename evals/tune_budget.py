@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,9 @@ class TokenBudget:
         """The pruner with these hyper-parameters."""
         return create(self.method, **self.options, **params, keep=self.keep)
 
+    def start_from(self, trials: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing: all settings have the same keep."""
+
     def measure(self, params: Params, meter: Meter, unpruned: Tensor) -> tuple[Pruner, Measured]:
         """The pruner with these hyper-parameters, and what it does; raises VTPruneError where it cannot be met."""
         pruner = self.given(params)
@@ -70,6 +73,11 @@ class FlopsBudget:
         """A setting that keeps `count` tokens of the largest image, and as large a share of the others."""
         return create(self.method, **self.options, **params, keep=count / self.tokens)
 
+    def start_from(self, trials: Sequence[Mapping[str, Any]]) -> None:
+        """Looks around the keep of the last trial that fitted: it depends on what is written down alone."""
+        fitted = [trial["pruner"]["keep"] for trial in trials if "kept" in trial]
+        self.hint = round(fitted[-1] * self.tokens) if fitted else 0
+
     def fit(self, params: Params) -> int:
         """The keep, as a count of the largest image's tokens; raises VTPruneError where there is none."""
 
@@ -83,7 +91,7 @@ class FlopsBudget:
 
     def measure(self, params: Params, meter: Meter, unpruned: Tensor) -> tuple[Pruner, Measured]:
         """The pruner at the keep that fits, and what it does; raises VTPruneError where none fits."""
-        count = self.hint = self.fit(params)
+        count = self.fit(params)
         while True:
             pruner = self.pruner(params, count)
             measured = meter.measure(pruner, unpruned)

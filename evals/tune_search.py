@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -77,12 +78,16 @@ class Tuner:
         """The search space at the budget that the defaults were measured at."""
         pruner = from_dict(self.search.trials[0]["pruner"])
         assert isinstance(pruner, Pruner)
+        if pruner.keep is None:
+            # A budget of FLOPs gives every setting a keep, also where the defaults could not meet it.
+            pruner = dataclasses.replace(pruner, keep=0.5)
         space = searched(pruner, self.budget.options)
         self.search.data["space"] = {name: vars(tunable) for name, tunable in space.items()}
         return space
 
     def _try(self, params: Params, number: int) -> None:
         """Measures one setting and writes it down; {} are the method's defaults."""
+        self.budget.start_from(self.search.trials)
         started = time.perf_counter()
         trial: Trial = {"number": number, "params": params, "state": INFEASIBLE, "objective": None, "reason": None}
         try:
@@ -98,7 +103,7 @@ class Tuner:
             trial.update(self._numbers(measured))
         trial["pruner"] = pruner.to_dict()
         if not number:
-            trial["params"] = self._resolved(pruner)
+            trial["params"] = self._resolved(pruner, trial.get("tokens", 1.0))
         trial["seconds"] = round(time.perf_counter() - started, 3)
         if trial["state"] == FAILED:
             text = f"trial {number} failed: {trial['reason']} ({_show(params)})"
@@ -124,15 +129,16 @@ class Tuner:
             "flops_share": measured.flops_share,
         }
 
-    def _resolved(self, pruner: Pruner) -> Params:
+    def _resolved(self, pruner: Pruner, tokens: float) -> Params:
         """The defaults as a point of the search space, {} where they are none (a default that is no number)."""
         space = searched(pruner, self.budget.options)
         try:
             resolved = pruner.for_model(adapter_for(self.model).facts())
         except VTPruneError:
             return {}
+        effective = pruner.effective(tokens)
         params = {
-            name: getattr(pruner, name) if getattr(pruner, name) is not None else getattr(resolved, name)
+            name: next((v for one in (pruner, effective, resolved) if (v := getattr(one, name)) is not None), None)
             for name in space
         }
         return params if all(holds(space[name], params[name]) for name in space) else {}

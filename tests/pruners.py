@@ -28,7 +28,7 @@ PRUNERS: list[Pruner] = [
     vtprune.VisionZip(keep=0.25, cls=False),
     vtprune.VisionZip(keep=0.3, merge=False),
     vtprune.VFlowOpt(keep=0.25),
-    vtprune.VFlowOpt(keep=0.4, first=0.6, second=0.8, alpha=-0.5, cell=2.5),
+    vtprune.VFlowOpt(keep=0.4, first=1.5, second=0.8, alpha=-0.5, cell=2.5),
     vtprune.Turbo(keep=0.5),
     vtprune.Turbo(keep=0.4, merge=False),
     vtprune.MustDrop(keep=0.4),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.streams import few, stream
 from vtprune.errors import ScoreError, VTPruneError
@@ -250,3 +251,35 @@ def test_bad_options_raise(options, message):
         CDPruner(**options)
     with pytest.raises(VTPruneError, match="divprune: variant"):
         DivPrune(variant="code")
+
+
+class Reads(TorchDispatchMode):
+    """Counts the elements that operations read of tensors of at least `least` elements."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.read = least, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "index_select" in str(func):
+            self.read += result.numel()
+        elif not func.is_view:
+            whole = [one for one in args if isinstance(one, Tensor) and one.numel() >= self.least]
+            self.read += sum(one.numel() for one in whole)
+        return result
+
+
+@pytest.mark.parametrize("method", ["divprune", "cdpruner"])
+def test_a_greedy_choice_reads_one_row_of_what_was_computed_before(method):
+    tokens, count = 96, 24
+    features, relevance = vectors(tokens, 128), torch.rand(tokens, generator=torch.Generator().manual_seed(1))
+
+    def read(picks: int) -> int:
+        with Reads(tokens * tokens) as reads:
+            max_min_diverse(features, picks) if method == "divprune" else greedy_dpp(features, relevance, picks)
+        return reads.read
+
+    # CDPruner also reads a column of its factor, no longer than what was chosen; nothing reads the matrix whole.
+    per_choice = (read(2 * count) - read(count)) / count
+    assert tokens <= per_choice <= 2 * tokens

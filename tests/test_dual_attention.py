@@ -27,7 +27,7 @@ def decoder_layer(*, before: int = 3, tokens: int = 8, after: int = 4, pad: int 
     key = torch.arange(tokens) < 2
     return DecoderLayer(
         *states, vision, states.shape[2] - 1, 0.5, tokens, torch.arange(tokens), tokens, 2, 32, text,
-        {"key": key, "entering": torch.full((tokens,), tokens), "saliency": torch.zeros(tokens)},
+        {"key": key, "entering": torch.full((tokens,), tokens), "saliency": torch.zeros(tokens)}, first=pad,
     )  # fmt: skip
 
 
@@ -145,3 +145,12 @@ def test_published_budgets_at_576_tokens() -> None:
     assert [dual.most_entering(576, budget, lengths) for budget in (192, 128, 64)] == [576, 543, 271]
     assert dual.schedule(576, 192, lengths)[0] == 576
     assert dual.schedule(192, 192, lengths) == [192] * 5
+
+
+def test_images_before_all_text_take_part_in_the_softmax() -> None:
+    whole = decoder_layer(before=0)
+    # The first three of the image's tokens belong to an image before it.
+    layer = replace(whole, vision=whole.vision[3:], indices=torch.arange(5), total=5)
+    rows = dual.rows_after(layer, text_only=True)
+    want = naive_attention(whole, rows.tolist(), 0)[:, 3:]
+    assert torch.allclose(attention_to_image(layer, rows).double(), want, atol=1e-6)

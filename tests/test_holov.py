@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.golden.anyres import restore_crops, unpad_mask
 from tests.streams import few, stream
 from vtprune.pruners import HoloV
-from vtprune.pruners.anyres import restore_crops, unpad_mask
 from vtprune.pruners.crops import capped_quotas, crops_of, diversity, holistic_score
 from vtprune.pruners.holov import select_crops, select_strips
 

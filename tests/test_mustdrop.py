@@ -27,7 +27,7 @@ from vtprune.merging import flow_together
 from vtprune.pruner import ModelFacts, ScoringWork
 from vtprune.pruners import MustDrop
 from vtprune.pruners.windows import alike_windows, batch_windows, window_members, window_similarity
-from vtprune.stream import EncoderLayer
+from vtprune.stream import EncoderLayer, VisionStream
 
 CASES = Path(__file__).parent / "golden" / "cases" / "mustdrop"
 # Settings under which thresholds drop something of a few dozen tokens.
@@ -294,3 +294,24 @@ def test_a_corrupted_case_fails(case: str, tensor: str, tmp_path: Path) -> None:
 def test_another_methods_case_is_unknown(tmp_path: Path) -> None:
     shutil.copy(CASES.parent / "holov" / "case0.safetensors", tmp_path)
     assert run_case("mustdrop", tmp_path / "case0.safetensors").status == "UNKNOWN"
+
+
+def test_the_key_set_is_that_of_the_towers_last_layer() -> None:
+    kind = "llava-clip"
+    inputs = prompt(kind, ROWS[kind][:1])
+    model = make(kind, "eager")
+    with torch.no_grad():
+        maps = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+    rows = [attention[0].mean(dim=0)[0, 1:] for attention in (maps[-1], maps[model.config.vision_feature_layer])]
+    seen: list[Tensor] = []
+
+    class Watched(MustDrop):
+        def remember(self, stream: VisionStream) -> dict[str, Tensor]:
+            found = super().remember(stream)
+            seen.append(found["saliency"])
+            return found
+
+    with vtprune.wrapped(model, Watched(keep=0.4, merge=False)), torch.no_grad():
+        model(**inputs)
+    assert torch.allclose(seen[0], rows[0], atol=1e-6)
+    assert not torch.allclose(seen[0], rows[1], atol=1e-3)

@@ -215,3 +215,33 @@ def test_what_was_kept_is_at_most_what_was_asked(kind: str, name: str, keep: int
             assert set(final) <= set(image.kept)
             if keep == 10_000:
                 assert image.kept == list(range(image.tokens))
+
+
+AUTOCAST = [
+    vtprune.DivPrune(keep=9),
+    vtprune.CDPruner(keep=9),
+    vtprune.HoloV(keep=9),
+    vtprune.VFlowOpt(keep=0.4),
+    vtprune.FlowCut(keep=9),
+    vtprune.FastV(keep=0.4),
+]
+
+
+@every_model
+@pytest.mark.parametrize("pruner", AUTOCAST, ids=label)
+def test_scores_are_fp32_products_also_under_autocast(kind: str, pruner: Pruner, monkeypatch: Any) -> None:
+    seen: list[bool] = []
+    for name in ("prune_encoder", "remember", "select", "prune_decoder"):
+        original = getattr(type(pruner), name)
+
+        def watched(self: Pruner, *args: Any, original: Any = original) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return original(self, *args)
+
+        monkeypatch.setattr(type(pruner), name, watched)
+    model = vtprune.wrap(make(kind), pruner)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**prompt(kind, ROWS[kind]))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen
+    assert not any(seen)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -333,3 +333,14 @@ def test_a_clip_needs_the_models_tokenizer_and_ids(tmp_path):
     assert "no tokenizer is known" in CDPruner().select(row).note
     with pytest.raises(VTPruneError, match="as input_ids"):
         pruner.select(replace(stream(), source=str(TINY_LLAVA)))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_a_clip_whose_weights_are_pickled_is_refused(kind, tmp_path, no_network):
+    (tiny_clip if kind == "transformers" else tiny_open_clip)(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    name = "pytorch_model.bin" if kind == "transformers" else "open_clip_pytorch_model.bin"
+    torch.save(load_file(weights), tmp_path / name)
+    weights.unlink()
+    with pytest.raises(VTPruneError, match="safetensors"):
+        find_clip(str(tmp_path))

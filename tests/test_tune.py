@@ -19,6 +19,7 @@ import vtprune
 from tests.checkpoint import png, random_qwen_checkpoint
 from tests.test_tune_parts import pictures
 from vtprune.cli import app
+from vtprune.config import from_dict
 from vtprune.errors import VTPruneError
 from vtprune.evals import tune_search
 from vtprune.evals.loading import load_model
@@ -28,6 +29,7 @@ from vtprune.evals.tune_data import draw_shapes
 from vtprune.evals.tune_measure import Meter
 from vtprune.evals.tune_space import STARTUP, propose, setting_key
 from vtprune.evals.tune_store import search_fingerprint
+from vtprune.pruners.vflow_budget import stage_layers
 
 SMALL = ("--samples", "3", "--check-samples", "2")
 KEEP = ("--keep", "15%")
@@ -381,3 +383,44 @@ def test_a_finite_space_is_searched_to_its_end_and_no_further(tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert "every setting of the search space has been tried (4)" in result.output
     assert len(read(tmp_path)["trials"]) == 4
+
+
+@pytest.mark.parametrize("budget", [("--keep", "20%"), ("--keep", "30"), ("--flops", "65%")])
+def test_staged_settings_meet_the_budgets_equation(tmp_path: Path, budget: tuple[str, str]) -> None:
+    output = tmp_path / "out"
+    result = tune(output, *budget, "--trials", "5", "--samples", "2", method="vflowopt")
+    assert result.exit_code == 0, result.output
+    trials = [trial for trial in read(output)["trials"] if trial["state"] == "measured"]
+    assert trials[0]["params"].keys() == {"first", "second", "threshold", "cell", "alpha"}
+    for trial in trials:
+        pruner = from_dict(trial["pruner"])
+        fitted = pruner.for_model(vtprune.pruner.ModelFacts(True, 5, 6, 1))
+        entering, middle, last = fitted.schedule().counts(144)
+        start, end = stage_layers(6)
+        assert trial["kept"] == pytest.approx((start * entering + (end - start) * middle + (6 - end) * last) / 6)
+        assert trial["kept"] <= fitted.budget(144)
+        if budget[0] == "--keep":
+            assert pruner.keep == (0.2 if "%" in budget[1] else 30)
+        else:
+            assert trial["flops_share"] <= 0.65
+            assert fitted.budget(144) <= 1.6 * trial["kept"]
+
+
+def test_an_interrupted_search_at_a_flops_budget_goes_on_as_it_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = ("--flops", "70%", "--trials", "5", "--samples", "2")
+    assert tune(tmp_path / "whole", *budget).exit_code == 0
+    original, count = tune_search.Tuner._try, [0]
+
+    def stop(self: Any, *args: Any) -> None:
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        original(self, *args)
+
+    monkeypatch.setattr(tune_search.Tuner, "_try", stop)
+    assert tune(tmp_path / "cut", *budget).exit_code == 130
+    monkeypatch.setattr(tune_search.Tuner, "_try", original)
+    assert tune(tmp_path / "cut", *budget).exit_code == 0
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")

@@ -182,24 +182,24 @@ def test_the_default_uses_up_its_budget_at_any_keep(keep, depth):
 
 def test_settings_that_cannot_meet_the_budget_raise():
     for pruner in (
-        VFlowOpt(keep=0.25, first=0.5),
-        VFlowOpt(keep=0.5, first=1.0, second=1.0),
+        VFlowOpt(keep=0.25, first=2.0),
+        VFlowOpt(keep=0.5, first=2, second=1.0),
         VFlowOpt(keep=0.25, layers=(20, 27)),
     ):
         with pytest.raises(VTPruneError, match=r"vflowopt: first=.* use up a mean of"):
             pruner.for_model(facts(28))
     with pytest.raises(VTPruneError, match="use up a mean of"):
-        vtprune.wrap(make("llava-clip"), "vflowopt", keep=0.2, first=0.9)
-    # A count of tokens is another share of every image.
-    fitted = VFlowOpt(keep=64, first=0.5).for_model(facts(28)).schedule()
-    assert sum(fitted.counts(144)) > 0
+        vtprune.wrap(make("llava-clip"), "vflowopt", keep=0.2, first=4.5)
+    # A count of tokens is another share of every image, and all of a small one.
+    fitted = VFlowOpt(keep=64, first=2.2).for_model(facts(28)).schedule()
+    assert fitted.counts(64) == (64, 64, 64)
     with pytest.raises(VTPruneError, match="use up a mean of"):
         fitted.counts(576)
 
 
 def test_shares_below_keep_drop_nothing_at_the_last_stage():
-    assert VFlowOpt(keep=0.5, first=0.5, second=1.0).schedule().counts(100) == (50, 50, 50)
-    assert VFlowOpt(keep=0.5, first=0.4, second=0.9).schedule().counts(100) == (40, 36, 36)
+    assert VFlowOpt(keep=0.5, first=1.0, second=1.0).schedule().counts(100) == (50, 50, 50)
+    assert VFlowOpt(keep=0.5, first=0.8, second=0.9).schedule().counts(100) == (40, 36, 36)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_layers_beyond_the_decoder_raise(layers, depth):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"first": 0.0}, "first is a number above 0, at most 1, got 0.0"),
-        ({"first": 1.5}, "first"),
+        ({"first": 0.0}, "first is a finite number above 0, got 0.0"),
+        ({"second": 1.5}, "second is a number above 0, at most 1, got 1.5"),
         ({"second": True}, "second"),
         ({"second": float("nan")}, "second"),
         ({"cell": 0}, "cell is a finite number above 0, got 0"),
@@ -236,14 +236,12 @@ def test_bad_options_raise(options, message):
         VFlowOpt(**options)
 
 
-def test_the_search_space_is_the_authors_boxes_scaled_to_keep():
+def test_the_search_space_is_the_authors_boxes_at_any_keep():
     space = VFlowOpt(keep=0.25).search_space()
-    assert space["first"] == Tunable(0.25, 0.375)
+    assert space["first"] == Tunable(1, 1.5)
     assert space["second"] == Tunable(0.2 / 0.375, 1)
     assert space["alpha"] == Tunable(-1, 1)
-    assert VFlowOpt(keep=0.8).search_space()["first"] == Tunable(0.8, 1)
-    assert "first" not in VFlowOpt(keep=64).search_space()
-    assert VFlowOpt().search_space() == space
+    assert VFlowOpt(keep=64).search_space() == VFlowOpt().search_space() == space
     names = {field.name for field in dataclasses.fields(VFlowOpt)}
     assert set(space) <= names
 
@@ -310,7 +308,7 @@ def test_every_token_is_kept_merged_or_dropped_exactly_once(kind, variant, recyc
 
 @every_model
 def test_released_keeps_its_share_and_the_recycled_tokens_on_top(kind):
-    pruner = VFlowOpt(keep=0.3, first=0.4, second=0.9, cell=2.5, variant="released")
+    pruner = VFlowOpt(keep=0.3, first=4 / 3, second=0.9, cell=2.5, variant="released")
     for image in images_of(kind, pruner)[1]:
         _, height, width = image.grid
         nominal = image.tokens - round(image.tokens * 0.6)
@@ -319,6 +317,9 @@ def test_released_keeps_its_share_and_the_recycled_tokens_on_top(kind):
         assert direct < len(image.kept) <= direct + cells
         counts = [len(kept) for kept in image.kept_per_layer]
         assert counts[2] == counts[0] - round(counts[0] * (1 - 0.9))
+        last = last_ratio(0.3, 0.4, 0.9, stage_layers(DECODER_LAYERS), DECODER_LAYERS)
+        assert 0 < last < 1
+        assert counts[-1] == max(1, counts[2] - round(counts[2] * (1 - last)))
 
 
 @every_model

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtprune
+from tests.golden.anyres import join_crops
 from tests.layers import batch_layer, image_states, naive_metric, naive_saliency
 from tests.models import ROWS, make, prompt
 from tests.streams import few
@@ -18,7 +19,7 @@ from vtprune.errors import ScoreError, VTPruneError
 from vtprune.merging import flow_together
 from vtprune.pruner import ScoringWork
 from vtprune.pruners import VisionZip
-from vtprune.pruners.contextual import join_crops, zip_tokens
+from vtprune.pruners.contextual import zip_tokens
 
 LAYOUTS = st.sampled_from([(1, 1), (0, 1), (0, 4)])
 

@@ -27,7 +27,7 @@ from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
-from vtprune.signals import LayerSignals
+from vtprune.signals import LayerSignals, full_precision
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import DecoderLayer, VisionStream
 
@@ -161,9 +161,11 @@ class DecoderHooks:
                 if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
                     continue
                 stream = self._stream(pruner, span, embeds, text[span.row], input_ids, pictures)
-                span.memories[index] = pruner.remember(stream)
+                with full_precision(embeds.device):
+                    span.memories[index] = pruner.remember(stream)
                 if pruner.selects and (stream.budget < span.kept.numel() or pruner.adaptive):
-                    selection = pruner.select(replace(stream, memory=span.memories[index]))
+                    with full_precision(embeds.device):
+                        selection = pruner.select(replace(stream, memory=span.memories[index]))
                     self._apply(run, span, index, selection, stream.budget, 0)
 
     def _stream(
@@ -283,10 +285,12 @@ class DecoderHooks:
         hidden: Tensor,
     ) -> None:
         places = run.layout(index).places
-        column = run.prompt.last_places()
-        where = None if places is None else fill_index(places, run.prompt.length)
-        if where is not None:
+        column, first = run.prompt.last_places(), run.prompt.first_places()
+        where = None
+        if places is not None:
+            where = fill_index(places, run.prompt.length)
             column = where.gather(1, column[:, None])[:, 0]
+            first = (places < first[:, None]).sum(dim=1)
         states: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         for ahead in {pruner.reads_next_layer for pruner in scoring}:
             states[ahead] = self._states(run, index, embeddings, hidden, column if ahead else None)
@@ -309,9 +313,11 @@ class DecoderHooks:
                     span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
                     entered, sum(span.kept_at(one).numel() for one in range(index + 1)),
                     hidden[row] if pruner.reads_decoder_hidden else None,
-                    (cos[row], sin[row]),
+                    (cos[row], sin[row]), int(first[row]),
                 )  # fmt: skip
-                self._apply(run, span, order, pruner.prune_decoder(layer), budget, index + 1)
+                with full_precision(key.device):
+                    selection = pruner.prune_decoder(layer)
+                self._apply(run, span, order, selection, budget, index + 1)
 
     def _states(
         self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor, last: Tensor | None

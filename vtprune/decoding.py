@@ -101,6 +101,10 @@ class PromptInfo:
             mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
         return mask[:, -self.length :].to(self.device).bool().expand(self.batch, -1)
 
+    def first_places(self) -> Tensor:
+        """(B,) place of each row's first real token."""
+        return self.real().int().argmax(dim=1)
+
     def last_places(self) -> Tensor:
         """(B,) place of each row's last real token."""
         column = torch.arange(self.length, device=self.device)

@@ -16,6 +16,7 @@ from vtprune.encoding import Encoding
 from vtprune.merging import check_selection
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import EncoderSelection
+from vtprune.signals import full_precision
 from vtprune.state import FRAME, RECORD, RUN, ThreadState
 from vtprune.taps import Taps
 
@@ -144,9 +145,9 @@ class EncoderHooks:
         if index not in encoding.scored:
             encoding.scored.append(index)
         shown = hidden if pruner.reads_hidden else None
-        answer = pruner.prune_encoder(
-            encoding.layer(index, encoding.arguments, self.adapter.encoder_scale, budget, shown)
-        )
+        layer = encoding.layer(index, encoding.arguments, self.adapter.encoder_scale, budget, shown)
+        with full_precision(hidden.device):
+            answer = pruner.prune_encoder(layer)
         if answer is None:
             return None
         selection = EncoderSelection.drop(answer) if isinstance(answer, Tensor) else answer

@@ -130,6 +130,11 @@ class Pruner:
         """The hyper-parameters that a search may set, by field name, at this `keep`; none by default."""
         return {}
 
+    def effective(self, tokens: float) -> Pruner:
+        """This pruner with what its hyper-parameters stand for on images of `tokens`, where they are None and that is
+        known; a search starts from there."""
+        return self
+
     def for_model(self, facts: ModelFacts) -> Pruner:
         """This pruner with what depends on the model filled in; raises VTPruneError for a setting that the
         model cannot meet (a layer beyond the decoder, say). Called once, by `wrap`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,13 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Switches autocast off: scores are fp32 products, whatever the model runs in."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
@@ -42,7 +50,7 @@ def attention_received_and_given(
 def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:
     heads, tokens, _ = key.shape
     rows = max(1, CHUNK_BYTES // (4 * heads * tokens))
-    received = torch.zeros(tokens - skip, device=key.device)
+    received = torch.zeros(tokens - skip, device=key.device, dtype=torch.float32)
     given = []
     for chunk in query[:, skip:].split(rows, dim=1):
         weights = torch.matmul(chunk.float() * scale, key.float().transpose(-1, -2))

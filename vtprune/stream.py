@@ -100,6 +100,7 @@ class DecoderLayer:
         the image that they processed.
     hidden: (n, D) hidden states after the layer, if the method asks for them (`Pruner.reads_decoder_hidden`).
     rotary: cosines and sines (n, d) that the layer turned queries and keys by.
+    first: place of the row's first token; what stands before it is padding.
     """
 
     query: Tensor
@@ -119,6 +120,7 @@ class DecoderLayer:
     processed: int = 0
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    first: int = 0
 
     @property
     def last_query(self) -> Tensor:

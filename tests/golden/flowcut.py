@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.golden import towers
+from tests.golden.anyres import restore_crops
 from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
 from vtprune.pruners import FlowCut
-from vtprune.pruners.anyres import restore_crops
 from vtprune.pruners.flow import flow_score, prune_count
 from vtprune.pruners.flowcut import DECODER_LAYER, MEMORY
 from vtprune.stream import DecoderLayer, EncoderLayer

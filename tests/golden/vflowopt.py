@@ -13,9 +13,9 @@ from transformers import DynamicCache, Qwen2Config, Qwen2Model
 from tests.golden import towers
 from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
 from tests.golden.fopru import signals_of
+from tests.golden.onevision import NEWLINE_IMPORTANCE, joined_tiles, pooled_frames
 from vtprune.cache import with_cache
 from vtprune.pruners import VFlowOpt
-from vtprune.pruners.onevision import NEWLINE_IMPORTANCE, joined_tiles, pooled_frames
 from vtprune.pruners.recycling import cells_of, recycle
 from vtprune.pruners.vflow_budget import released_count
 from vtprune.pruners.vflow_map import RELEASED_EPS, importance_map, level_entropy, patch_levels, wrapped_levels

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.golden import towers
+from tests.golden.anyres import join_crops
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from tests.golden.flowcut import encoder_layer
 from vtprune.merging import Change
-from vtprune.pruners.contextual import Zipped, join_crops, zip_tokens
+from vtprune.pruners.contextual import Zipped, zip_tokens
 from vtprune.pruners.patches import mean_keys, saliency
 from vtprune.selection import EncoderSelection
 

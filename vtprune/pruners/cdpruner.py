@@ -102,7 +102,7 @@ class CDPruner(Pruner):
         """Keeps the budget; raises ScoreError for NaN."""
         scores, note = self.text_relevance(stream)
         negate = self.clip is not None if self.negate is None else self.negate
-        relevance = min_max((-scores if negate else scores)[None], shared=self.variant == "released")[0]
+        relevance = min_max((-scores if negate else scores)[None])[0]
         if self.theta is not None:
             relevance = sharpen(relevance, self.theta)
         chosen, _ = greedy_dpp(stream.features, relevance, stream.budget)

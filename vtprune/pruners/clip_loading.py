@@ -13,6 +13,7 @@ from vtprune.errors import VTPruneError
 from vtprune.pruners.clip import Clip, OpenClip, TransformersClip
 
 TRANSFORMERS_CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 HUB, FOLDER = "hf-hub:", "local-dir:"
 OPENAI_VOCABULARY = 49408
 
@@ -92,7 +93,9 @@ def _from_transformers(folder: Path) -> Clip:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "clip":
         raise VTPruneError(f"{folder} holds a model of type {kind!r}, a 'clip' with both towers is needed")
-    loaded: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+    loaded: Any = CLIPModel.from_pretrained(
+        str(folder), local_files_only=True, output_loading_info=True, use_safetensors=True
+    )
     model, info = loaded
     if info["missing_keys"]:
         raise VTPruneError(
@@ -111,6 +114,10 @@ def _from_open_clip(folder: Path) -> Clip:
     towers = config["text_cfg"].get("hf_model_name") or config["vision_cfg"].get("timm_model_name")
     if towers:
         raise VTPruneError(f"the open_clip model in {folder} is built around {towers}; only its plain CLIPs are known")
+    if not (folder / OPEN_CLIP_WEIGHTS).is_file():
+        raise VTPruneError(
+            f"no {OPEN_CLIP_WEIGHTS} in {folder}: only safetensors are loaded, so save the model's weights as these"
+        )
     model = open_clip.create_model(f"{FOLDER}{folder}", require_pretrained=True).eval()
     return OpenClip(model, open_clip.get_tokenizer(f"{FOLDER}{folder}"))
 

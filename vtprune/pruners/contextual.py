@@ -1,4 +1,4 @@
-"""The parts of VisionZip: dominant tokens, the targets that the rest flows into, and tiled crops joined again."""
+"""The parts of VisionZip: dominant tokens, and the targets that the rest flows into."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtprune.pruners.anyres import restore_crops
 from vtprune.pruners.flow import top_mask
 from vtprune.selection import EncoderSelection
 
@@ -64,16 +63,3 @@ def zip_tokens(scores: Tensor, metric: Tensor, valid: Tensor, dominant: Tensor, 
     nearest = columns.gather(1, cosines.argmax(dim=-1))
     into = torch.where(rest & ~targets, nearest, column)
     return Zipped(chosen, targets, into.masked_fill(~valid | (rest & ~there[:, :1]), -1))
-
-
-def join_crops(tokens: Tensor, places: Tensor, layout: tuple[int, int], side: int) -> Tensor:
-    """Tokens of tiled crops as the authors feed those of LLaVA-NeXT: the dominant ones in the raster order of the
-    whole image, then the CLS tokens, then the contextual ones crop after crop.
-
-    tokens: (C, 1 + K + M, D), each crop its CLS token, its dominant ones in raster order, its contextual ones;
-    places: (C, K) of the dominant ones, 0 .. side**2 - 1, ascending; layout: (rows, cols) of crops.
-    """
-    count = places.shape[1]
-    _, order = restore_crops(places, layout, side)
-    dominant = tokens[:, 1 : 1 + count].flatten(0, 1)[order]
-    return torch.cat([dominant, tokens[:, 0], tokens[:, 1 + count :].flatten(0, 1)])

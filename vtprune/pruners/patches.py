@@ -24,7 +24,7 @@ def saliency(layer: EncoderLayer, *, sized: bool = False) -> Tensor:
     sized: whether keys weigh as many tokens as they stand for. Images of one length are taken together, without
     their padding, and queries in chunks: no map of all patches is ever whole.
     """
-    found = torch.zeros(layer.valid.shape, device=layer.key.device)
+    found = torch.zeros(layer.valid.shape, device=layer.key.device, dtype=torch.float32)
     lengths = layer.valid.sum(dim=1)
     for tokens in lengths.unique().tolist():
         rows = (lengths == tokens).nonzero().flatten()
@@ -45,7 +45,7 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None
     query: (B, H, q, d), key: (B, H, n, d), bias: (B, n) added to the logits of each key.
     """
     batch, heads, count, _ = key.shape
-    received = torch.zeros(batch, count, device=key.device)
+    received = torch.zeros(batch, count, device=key.device, dtype=torch.float32)
     for chunk in query.split(max(1, CHUNK_BYTES // (4 * batch * heads * count)), dim=2):
         logits = torch.matmul(chunk * scale, key.transpose(-1, -2))
         logits = logits if bias is None else logits + bias[:, None, None]

@@ -11,20 +11,14 @@ from vtprune.signals import CHUNK_BYTES
 from vtprune.stream import DecoderLayer
 
 
-def first_token(layer: DecoderLayer) -> Tensor:
-    """The place of the row's first token; what comes before all text and this image is padding."""
-    return torch.cat([layer.text[:1], layer.vision[:1]]).min().to(layer.key.device)
-
-
 def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Attention of the tokens at the places `rows` (T,) to the image's, as the layer computes it (softmax over all
     tokens up to their own place): a few rows at a time, their places (t,) and their (H, t, N) fp32 weights."""
     query, key = layer.query, layer.key.float()
     place = torch.arange(key.shape[1], device=key.device)
     vision = layer.vision.to(key.device)
-    first = first_token(layer)
     for some in rows.to(key.device).split(max(1, CHUNK_BYTES // (4 * key.shape[0] * key.shape[1]))):
-        hidden = (place > some[:, None]) | (place < first)
+        hidden = (place > some[:, None]) | (place < layer.first)
         logits = torch.matmul(query[:, some].float() * layer.scale, key.transpose(-1, -2))
         yield some, logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)[..., vision]
 
@@ -37,7 +31,7 @@ def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
 def last_attention(layer: DecoderLayer) -> Tensor:
     """(N,) fp32 attention of the last prompt token to the image's tokens, softmaxed over all tokens of the row up to
     it and averaged over heads."""
-    first, end = int(first_token(layer)), layer.last + 1
+    first, end = layer.first, layer.last + 1
     key = layer.key[:, first:end].float()
     logits = torch.matmul(layer.last_query.float() * layer.scale, key.transpose(-1, -2))
     weights = logits.softmax(dim=-1)[:, 0].mean(dim=0)

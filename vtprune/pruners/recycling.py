@@ -59,7 +59,7 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, li
     into.scatter_reduce_(0, group, low.masked_fill(worth < best[group], tokens), "amin")
     shares = _shares(worth, group, count)
     parts = features[low].float() * shares[:, None].to(features.device)
-    vectors = torch.zeros(count, features.shape[1], device=features.device).index_add(0, group, parts)
+    vectors = parts.new_zeros(count, features.shape[1]).index_add(0, group, parts)
     chosen = best.argsort(descending=True, stable=True)[: count if limit is None else max(0, limit - direct)]
     kept = torch.cat([stay, into[chosen]]).sort().values
     places = torch.searchsorted(kept, into[chosen])

@@ -103,7 +103,7 @@ def stage_counts(
 class Schedule:
     """A keep with what was set by hand of its settings, on a decoder.
 
-    first, second, threshold, cell: as in `Settings` (but first is a share of all tokens), None for the authors';
+    first, second, threshold, cell: as in `Settings`, None for the authors';
     layers: those before which tokens drop out, of `depth`; released: round as the released code does.
     """
 
@@ -121,16 +121,19 @@ class Schedule:
         return self.keep if isinstance(self.keep, float) else min(1.0, self.keep / tokens)
 
     def settings(self, target: float) -> Settings:
-        """What holds at a mean share of `target`; first is a share of all tokens here."""
-        known = released_settings(target)
-        first = min(1.0, known.first * target) if self.first is None else self.first
-        given = (first, self.second, self.threshold, self.cell)
-        return Settings(*(b if a is None else a for a, b in zip(given, astuple(known), strict=True)))
+        """What holds at a mean share of `target`."""
+        given = (self.first, self.second, self.threshold, self.cell)
+        known = astuple(released_settings(target))
+        return Settings(*(b if a is None else a for a, b in zip(given, known, strict=True)))
+
+    def entering(self, target: float) -> float:
+        """The share of all tokens that enters the decoder at a mean share of `target`."""
+        return min(1.0, self.settings(target).first * target)
 
     def last(self, target: float) -> float:
         """The share that goes on at the second of `layers`; raises VTPruneError where none meets `target`."""
-        at = self.settings(target)
-        ratio = last_ratio(target, at.first, at.second, self.layers, self.depth)
+        at, entering = self.settings(target), self.entering(target)
+        ratio = last_ratio(target, entering, at.second, self.layers, self.depth)
         if ratio <= 0:
             raise VTPruneError(
                 f"vflowopt: first={at.first:.4g} and second={at.second:.4g} use up a mean of {target:.4g} over "
@@ -143,13 +146,13 @@ class Schedule:
         budget, target = budget_of(self.keep, tokens), self.target(tokens)
         if budget >= tokens:
             return tokens, tokens, tokens
-        at, last = self.settings(target), self.last(target)
+        at, last, share = self.settings(target), self.last(target), self.entering(target)
         if self.released:
-            entering = max(1, released_count(tokens, at.first))
+            entering = max(1, released_count(tokens, share))
             middle = max(1, released_count(entering, at.second))
             return entering, middle, max(1, released_count(middle, last))
         fill = self.second is None
-        return stage_counts(tokens, budget, at.first, at.second, self.layers, self.depth, fill=fill)
+        return stage_counts(tokens, budget, share, at.second, self.layers, self.depth, fill=fill)
 
     def left(self, alive: int, tokens: int, stage: int) -> int:
         """Tokens that stage 0 or 1 leaves of `alive`, as released: of those that are there, not of all."""

@@ -47,7 +47,7 @@ def patch_levels(levels: Tensor, grid: Grid3, patch: tuple[int, int] | None = No
 
 def level_entropy(levels: Tensor, eps: float = 0.0) -> Tensor:
     """Entropy, in bits, of the histogram of each row of (N, pixels) levels: (N,) fp32; eps: inside the log."""
-    counts = torch.zeros(levels.shape[0], LEVELS, device=levels.device)
+    counts = torch.zeros(levels.shape[0], LEVELS, device=levels.device, dtype=torch.float32)
     shares = counts.scatter_add_(1, levels, torch.ones(1, device=levels.device).expand_as(levels)) / levels.shape[1]
     entropy: Tensor = torch.special.xlogy(shares, shares + eps).sum(dim=1) / -math.log(2)
     return entropy

@@ -40,10 +40,10 @@ class VFlowOpt(Pruner):
     most important tokens enter the decoder; the others flow together, one token for every cell of `cell` x `cell`
     (`recycle=False` drops them). Before two decoder `layers` tokens drop out by the same map.
 
-    keep: the mean over decoder layers of the tokens that a layer processes. first: share of the tokens that enters
-    the decoder; second: share of these that goes on at the first of `layers`; the share at the other one follows
-    from keep. None is what the authors' search found at 0.5, 0.25 and 0.1, linear in keep between; at keeps where
-    their `second` cannot reach it, second rises. alpha: None is 1 (released: 0), since the paper's own value is
+    keep: the mean over decoder layers of the tokens that a layer processes. first: the share that enters the decoder,
+    over that mean share; second: share of these that goes on at the first of `layers`; the share at the other one
+    follows from keep. None is what the authors' search found at 0.5, 0.25 and 0.1, linear in keep between; at keeps
+    where their `second` cannot reach it, second rises. alpha: None is 1 (released: 0), since the paper's own value is
     not known to us. layers: None is 9 and 18 of 28, in proportion to the depth. `default_keep` 0.25.
 
     Reference: sihany077/VFlowOpt (CC BY-NC 4.0, not copied). Departures from it, of both variants: attention stays
@@ -52,7 +52,7 @@ class VFlowOpt(Pruner):
     have poles). The
     default entropy is that of real grey levels, 0 log 0 being 0, and what enters the decoder is at most its share,
     recycled tokens included: fewer stay as they are, and where the cells alone are more, the least important ones
-    are dropped. The softmax of entropies is over the tokens left by earlier stages.
+    are dropped. Every image of a prompt is recycled (the code: single ones alone). The softmax of entropies is over the tokens left by earlier stages.
 
     variant="released" is the authors' code: entropy of normalised pixels that wrapped around in a byte, their
     rounding, and renumbered positions (at each stage; the code does so only before the decoder). Recycled tokens
@@ -75,9 +75,9 @@ class VFlowOpt(Pruner):
         super().__post_init__()
         check_choice(self.name, "variant", self.variant, self.info.variants)
         check_choice(self.name, "recycle", self.recycle, (True, False))
-        for option in ("first", "second"):
-            self._check_number(option, 0, 1, "a number above 0, at most 1")
-        self._check_number("cell", 0, math.inf, "a finite number above 0")
+        self._check_number("second", 0, 1, "a number above 0, at most 1")
+        for option in ("first", "cell"):
+            self._check_number(option, 0, math.inf, "a finite number above 0")
         self._check_number("alpha", -math.inf, math.inf, "a finite number")
         if self.threshold is not None:
             check_factor(self.name, "threshold", self.threshold)
@@ -124,15 +124,21 @@ class VFlowOpt(Pruner):
         return Schedule(self.asked_keep, *own, layers, depth, released)
 
     def search_space(self) -> dict[str, Tunable]:
-        """The authors' boxes; an int keep is no share, so `first` has none then."""
-        space = {
+        """The authors' boxes."""
+        return {
+            "first": Tunable(1, 1.5),
             "second": Tunable(0.2 / 0.375, 1),
             "threshold": Tunable(0, 50),
             "cell": Tunable(3, 24),
             "alpha": Tunable(-1, 1),
         }
-        keep = self.asked_keep
-        return {"first": Tunable(keep, min(1, 1.5 * keep)), **space} if isinstance(keep, float) else space
+
+    def effective(self, tokens: float) -> VFlowOpt:
+        """With the authors' settings at this keep in place of None."""
+        schedule = self.schedule()
+        target = schedule.keep if isinstance(schedule.keep, float) else min(1.0, schedule.keep / tokens)
+        known = dataclasses.asdict(schedule.settings(target))
+        return dataclasses.replace(self, alpha=self.entropy_weight, **known)
 
     def for_model(self, facts: ModelFacts) -> VFlowOpt:
         """With the decoder's depth; raises VTPruneError for layers beyond it and for shares that cannot meet keep."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,8 +48,7 @@ class VisionZip(Pruner):
     appends these); CLS, which has no place in the grid, stands where the first token stood that does not go on
     (the code puts it first); cosines and sums are fp32; lists of images work. A share is rounded down, but at
     least one token is contextual from a budget of three on; a count is cut to leave one dominant token; CLS goes
-    on only beside a dominant patch, so a budget of one is a patch. Every crop of an anyres image gets its share
-    of the budget.
+    on only beside a dominant patch, so a budget of one is a patch.
 
     Encoders without CLS (SigLIP, Qwen; the authors released none, this follows EffiVLM-Bench): the attention that
     a token receives, mean over heads and queries, stands in for the CLS row; on Qwen scores and keys (with their
@@ -95,6 +95,10 @@ class VisionZip(Pruner):
     def search_space(self) -> dict[str, Tunable]:
         """The share of contextual tokens."""
         return {"contextual": Tunable(0.02, 0.5)}
+
+    def effective(self, tokens: float) -> VisionZip:
+        """With the released share of contextual tokens in place of None."""
+        return dataclasses.replace(self, contextual=SHARE if self.contextual is None else self.contextual)
 
     def contextual_count(self, budget: int) -> int:
         """How many of `budget` tokens are contextual."""

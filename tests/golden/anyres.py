@@ -41,3 +41,16 @@ def restore_crops(
     if original is not None:
         source[~unpad_mask(height, width, original).to(keep.device)] = -1
     return source >= 0, source[source >= 0]
+
+
+def join_crops(tokens: Tensor, places: Tensor, layout: tuple[int, int], side: int) -> Tensor:
+    """Tokens of tiled crops as the authors feed those of LLaVA-NeXT: the dominant ones in the raster order of the
+    whole image, then the CLS tokens, then the contextual ones crop after crop.
+
+    tokens: (C, 1 + K + M, D), each crop its CLS token, its dominant ones in raster order, its contextual ones;
+    places: (C, K) of the dominant ones, 0 .. side**2 - 1, ascending; layout: (rows, cols) of crops.
+    """
+    count = places.shape[1]
+    _, order = restore_crops(places, layout, side)
+    dominant = tokens[:, 1 : 1 + count].flatten(0, 1)[order]
+    return torch.cat([dominant, tokens[:, 0], tokens[:, 1 + count :].flatten(0, 1)])

