@@ -52,7 +52,8 @@ class VFlowOpt(Pruner):
     have poles). The
     default entropy is that of real grey levels, 0 log 0 being 0, and what enters the decoder is at most its share,
     recycled tokens included: fewer stay as they are, and where the cells alone are more, the least important ones
-    are dropped. Every image of a prompt is recycled (the code: single ones alone). The softmax of entropies is over the tokens left by earlier stages.
+    are dropped. Every image of a prompt is recycled (the code: single ones alone). The softmax of entropies is over
+    the tokens left by earlier stages.
 
     variant="released" is the authors' code: entropy of normalised pixels that wrapped around in a byte, their
     rounding, and renumbered positions (at each stage; the code does so only before the decoder). Recycled tokens
