@@ -40,6 +40,8 @@ PRUNERS: list[Pruner] = [
     vtprune.PyramidDrop(),
     vtprune.PyramidDrop(keep=0.4),
     vtprune.PyramidDrop(keep=0.5, schedule="entropy", layers=(1, 2, 4)),
+    vtprune.GemFilter(keep=0.25),
+    vtprune.GemFilter(keep=5, layer=4, pooling="grid"),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -52,6 +54,7 @@ RELEASED: list[Pruner] = [
     vtprune.VisionZip(keep=9, variant="released"),
     vtprune.VFlowOpt(keep=0.3, alpha=0.5, cell=3.0, variant="released"),
     vtprune.PyramidDrop(keep=0.5, variant="released"),
+    vtprune.GemFilter(keep=9, variant="released"),
     vtprune.MustDrop(variant="released", merge_threshold=0.05, global_threshold=0.03, individual_threshold=0.2),
 ]
 

@@ -198,6 +198,11 @@ class Pruner:
         """Whether the method acts between encoder and decoder."""
         return type(self).select is not Pruner.select
 
+    def probe_layer(self, depth: int) -> int | None:
+        """The decoder layer (of 0 .. depth - 1) whose last query and keys `remember` and `select` find in
+        `stream.probe`, or None; the layers before it run on the prompt once more, which the report counts."""
+        return None
+
     def select(self, stream: VisionStream) -> Selection | None:
         """Which tokens enter the decoder, or None for all; called only where the budget is below N."""
         return None
@@ -259,7 +264,8 @@ class ScoringWork:
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
-    encoder has a CLS token; decoder_kv_width: of the keys.
+    encoder has a CLS token; decoder_kv_width: of the keys; probed: tokens of the row
+    that the method's probe saw.
     """
 
     patches: int
@@ -277,3 +283,4 @@ class ScoringWork:
     has_cls: bool = True
     text_after: int = 0
     decoder_kv_width: int = 0
+    probed: int = 0
