@@ -44,6 +44,8 @@ PRUNERS: list[Pruner] = [
     vtprune.SparseVLM(keep=0.4, recycle=False),
     vtprune.SparseVLM(keep=0.5, version=2),
     vtprune.SparseVLM(adaptive_rank=True, scale=2.5),
+    vtprune.GemFilter(keep=0.25),
+    vtprune.GemFilter(keep=5, layer=4, pooling="grid"),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
@@ -57,6 +59,7 @@ RELEASED: list[Pruner] = [
     vtprune.VFlowOpt(keep=0.3, alpha=0.5, cell=3.0, variant="released"),
     vtprune.PyramidDrop(keep=0.5, variant="released"),
     vtprune.SparseVLM(keep=0.5, variant="released"),
+    vtprune.GemFilter(keep=9, variant="released"),
     vtprune.MustDrop(variant="released", merge_threshold=0.05, global_threshold=0.03, individual_threshold=0.2),
 ]
 

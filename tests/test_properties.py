@@ -200,7 +200,20 @@ def test_an_order_that_tokens_cannot_meet_is_refused() -> None:
 @every_model
 @pytest.mark.parametrize("keep", [1, 4, 0.3, 10_000])
 @pytest.mark.parametrize(
-    "name", ["random", "grid", "pool", "fopru", "flowcut", "holov", "divprune", "cdpruner", "visionzip", "mustdrop"]
+    "name",
+    [
+        "random",
+        "grid",
+        "pool",
+        "fopru",
+        "flowcut",
+        "holov",
+        "divprune",
+        "cdpruner",
+        "visionzip",
+        "mustdrop",
+        "gemfilter",
+    ],
 )
 def test_what_was_kept_is_at_most_what_was_asked(kind: str, name: str, keep: int | float) -> None:
     model = vtprune.wrap(make(kind), name, keep=keep)

@@ -25,6 +25,7 @@ from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
+from vtprune.probe import Probe, Prober
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
 from vtprune.signals import LayerSignals, full_precision
@@ -97,7 +98,8 @@ class DecoderHooks:
         if layers is not None and (prompt.offset == 0 or spans):
             self.adapter.remember(layers, prompt)
         ids = frame.inputs.get("input_ids")
-        self._select(run, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
+        prober = Prober(self.adapter, module, args, kwargs, run)
+        self._select(prober, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
         _forget_tensors(spans)
         run.generation = self._generation(run)
         return args, {**with_cache(module.forward, kwargs, cache), RUN: run}
@@ -151,22 +153,44 @@ class DecoderHooks:
             raise unsupported_cache(reason)
         return None
 
-    def _select(self, run: DecoderRun, embeds: Tensor, input_ids: Tensor | None) -> None:
+    def _select(self, prober: Prober, embeds: Tensor, input_ids: Tensor | None) -> None:
+        run = prober.run
         text = self._text(run) if run.spans else []
         pictures: dict[int, Tensor] = {}
         for span in run.spans:
             run.mark(span)
             span.text_after = int((text[span.row] > span.places[-1]).sum())
-            for index, pruner in enumerate(self.pruners):
+        for index, pruner in enumerate(self.pruners):
+            probe = self._probe(prober, index)
+            for span in run.spans:
                 if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
                     continue
                 stream = self._stream(pruner, span, embeds, text[span.row], input_ids, pictures)
+                if probe is not None:
+                    stream = replace(stream, probe=probe.of(span, text[span.row], stream.budget))
                 with full_precision(embeds.device):
                     span.memories[index] = pruner.remember(stream)
-                if pruner.selects and (stream.budget < span.kept.numel() or pruner.adaptive):
+                if pruner.selects and self._selecting(pruner, span):
                     with full_precision(embeds.device):
                         selection = pruner.select(replace(stream, memory=span.memories[index]))
                     self._apply(run, span, index, selection, stream.budget, 0)
+
+    @staticmethod
+    def _selecting(pruner: Pruner, span: ImageSpan) -> bool:
+        """Whether a method has to say which tokens of an image enter the decoder."""
+        return pruner.adaptive or pruner.input_budget(span.image.total) < span.kept.numel()
+
+    def _probe(self, prober: Prober, index: int) -> Probe | None:
+        """The decoder layer that a method selects by, of the prompt as it stands, if there is anything to select."""
+        pruner, spans = self.pruners[index], prober.run.spans
+        layer = pruner.probe_layer(self._depth)
+        rows = {span.row for span in spans if self._selecting(pruner, span)}
+        if layer is None or not rows:
+            return None
+        for span in spans:
+            if span.row in rows:
+                span.probed[index] = span.kept.numel()
+        return prober.at(layer)
 
     def _stream(
         self,
@@ -285,12 +309,8 @@ class DecoderHooks:
         hidden: Tensor,
     ) -> None:
         places = run.layout(index).places
-        column, first = run.prompt.last_places(), run.prompt.first_places()
-        where = None
-        if places is not None:
-            where = fill_index(places, run.prompt.length)
-            column = where.gather(1, column[:, None])[:, 0]
-            first = (places < first[:, None]).sum(dim=1)
+        where = None if places is None else fill_index(places, run.prompt.length)
+        first, column = run.prompt.ends(places)
         states: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         for ahead in {pruner.reads_next_layer for pruner in scoring}:
             states[ahead] = self._states(run, index, embeddings, hidden, column if ahead else None)

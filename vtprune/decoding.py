@@ -29,8 +29,8 @@ class ImageSpan:
     tokens alive now, indices into the whole image; history: (layer, kept) at every change; merges: (layer, Merge)
     with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said;
     text_after: text tokens of the row after it; left: tokens left after each pruner (by its place in the list) acted
-    on the decoder's side; asked: the decoder layers after which each of them was asked; cut: layers whose cache holds
-    only what the last layer left.
+    on the decoder's side; asked: the decoder layers after which each of them was asked; probed: the tokens that
+    each one's probe saw; cut: layers whose cache holds only what the last layer left.
     """
 
     row: int
@@ -45,6 +45,7 @@ class ImageSpan:
     text_after: int = 0
     left: dict[int, int] = field(default_factory=dict)
     asked: dict[int, list[int]] = field(default_factory=dict)
+    probed: dict[int, int] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
 
     @property
@@ -101,14 +102,14 @@ class PromptInfo:
             mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
         return mask[:, -self.length :].to(self.device).bool().expand(self.batch, -1)
 
-    def first_places(self) -> Tensor:
-        """(B,) place of each row's first real token."""
-        return self.real().int().argmax(dim=1)
-
-    def last_places(self) -> Tensor:
-        """(B,) place of each row's last real token."""
-        column = torch.arange(self.length, device=self.device)
-        return (self.real() * column).max(dim=1).values
+    def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B,) the columns, among the tokens at `places` (B, n) (None: all), of each row's first and last token that
+        is no padding."""
+        real = self.real()
+        if places is not None:
+            real = real.gather(1, places.clamp(min=0)) & (places >= 0)
+        column = torch.arange(real.shape[1], device=real.device)
+        return real.int().argmax(dim=1), (real * column).max(dim=1).values
 
 
 class DecoderRun:
@@ -164,6 +165,11 @@ class DecoderRun:
         self.alive[span.row, span.places] = False
         self.alive[span.row, span.places[span.kept]] = True
 
+    def take_over(self, other: DecoderRun) -> None:
+        """Starts with the tokens and vectors that another run of this prompt has before its first layer."""
+        self.alive = None if other.alive is None else other.alive.clone()
+        self._changed = list(other._changed)
+
     def layout(self, index: int) -> Layout:
         """The layout of a layer; fixed the first time that it is asked for."""
         if index in self._layouts:
@@ -189,9 +195,12 @@ class DecoderRun:
             self.alive = None
         layout = Layout(places, relative)
         for row, where, vectors in self._changed:
-            at = (
-                where if places is None else relative_places(where[None], places[row : row + 1], self.prompt.length)[0]
-            )
+            at = where
+            if places is not None:
+                # A later stage may have dropped what an earlier one merged.
+                still = torch.isin(where, places[row])
+                where, vectors = where[still], vectors[still.to(vectors.device)]
+                at = relative_places(where[None], places[row : row + 1], self.prompt.length)[0]
             layout.vectors.append((row, at, vectors))
         self._changed = []
         return layout

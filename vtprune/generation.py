@@ -192,6 +192,9 @@ class Generation:
             grids = [span.image.grid for span in fresh]
             text, whole = self.text[row], sum(span.image.total for span in spans)
             own = [layer[row] for layer in tokens]
+            past = [0] * self.depth
+            if entries and self.offset:
+                past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
             alone = flops(
                 self.config,
                 own,
@@ -200,11 +203,10 @@ class Generation:
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
-                scoring=sum(self._scoring(spans, place) for place in range(len(spans))),
+                scoring=sum(self._scoring(spans, place) for place in range(len(spans))) + self._probes(row, past),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
-                past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
                 dropped = self._dropped_earlier(row)
                 alone = self._attend(alone, [v + text for v in own], past)
                 unpruned = self._attend(
@@ -224,6 +226,20 @@ class Generation:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         pairs = sum(q * p for q, p in zip(queries, past, strict=True))
         return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
+
+    def _probed(self, index: int, row: int) -> int:
+        """Tokens of a row that a pruner's probe saw, 0 if it made none."""
+        seen = [span.probed.get(index, 0) for span in self.spans[self.earlier :] if span.row == row]
+        return self.text[row] + sum(seen) if any(seen) else 0
+
+    def _probes(self, row: int, past: list[int]) -> int:
+        """FLOPs of the layers that were run to select by, beside those of the pass that counts."""
+        decoder, total = model_cost(self.config).decoder, 0
+        for index, pruner in enumerate(self.pruners):
+            layer, tokens = pruner.probe_layer(self.depth), self._probed(index, row)
+            if layer is not None and tokens:
+                total += 2 * decoder.probe_macs(layer, tokens, past)
+        return total
 
     def _scoring(self, spans: list[ImageSpan], place: int) -> int:
         """What all methods add for one of the images of a row."""
@@ -259,6 +275,7 @@ class Generation:
                 has_cls=self.facts.has_cls,
                 image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in asked),
                 memory=span.memories.get(index, {}),
+                probed=self._probed(index, row),
             )
             total += pruner.scoring_flops(work)
         return total
@@ -291,7 +308,9 @@ def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
     """Where a pruner acts on this model, in words; asked: the decoder layers after which it was, if any."""
     layers = asked or pruner.decoder_layers(facts.decoder_depth)
     places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
-    places += ["before decoder"] if pruner.selects else []
+    probed = pruner.probe_layer(facts.decoder_depth)
+    if pruner.selects:
+        places.append("before decoder" if probed is None else f"before decoder, by decoder layer {probed}")
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
     return "; ".join(places) or "nowhere"
 

@@ -45,6 +45,13 @@ class TransformerCost:
         through = sum(segments) if mlp_tokens is None else mlp_tokens
         return sum(segments) * projections + through * mlp + scores_and_values
 
+    def probe_macs(self, layer: int, tokens: int, past: Sequence[int]) -> int:
+        """Multiply-accumulates of running `tokens` through the layers before `layer`, each with its `past` entries in
+        the cache, and of one query and all keys of that layer."""
+        attention_to_past = 2 * self.query_width * tokens * sum(past[:layer])
+        read = self.width * (self.query_width + tokens * self.kv_width)
+        return layer * self.layer_macs((tokens,)) + attention_to_past + read
+
 
 @dataclass(frozen=True)
 class VisionCost(ABC):

@@ -208,6 +208,11 @@ class Pruner:
         """Whether the method acts between encoder and decoder."""
         return type(self).select is not Pruner.select
 
+    def probe_layer(self, depth: int) -> int | None:
+        """The decoder layer (of 0 .. depth - 1) whose last query and keys `remember` and `select` find in
+        `stream.probe`, or None; the layers before it run on the prompt once more, which the report counts."""
+        return None
+
     def select(self, stream: VisionStream) -> Selection | None:
         """Which tokens enter the decoder, or None for all; called only where the budget is below N."""
         return None
@@ -278,7 +283,7 @@ class ScoringWork:
     encoder has a CLS token; decoder_kv_width: of the keys; decoder_tokens: tokens of the row in each of
     `decoder_layers`, image_tokens: of the image alone; first_asked: for each of them, whether no earlier image of the
     row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
-    tokens left in the end.
+    tokens left in the end; probed: tokens of the row that the method's probe saw.
     """
 
     patches: int
@@ -300,3 +305,4 @@ class ScoringWork:
     first_asked: tuple[bool, ...] = ()
     image_tokens: tuple[int, ...] = ()
     memory: dict[str, Any] = field(default_factory=dict)
+    probed: int = 0

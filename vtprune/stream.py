@@ -30,6 +30,7 @@ class VisionStream:
     picture: (t, 3, H, W) the image in [0, 1] as the encoder saw it (`Pruner.reads_picture`), else None.
     memory: what the pruner's own `remember` answered, for these N tokens.
     source: the folder or hub id that the model came from, "" if it is not known.
+    probe: the decoder layer that the method asks for (`Pruner.probe_layer`), else None.
     """
 
     features: Tensor
@@ -46,6 +47,7 @@ class VisionStream:
     memory: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     text_after: int = 0
+    probe: DecoderLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class DecoderLayer:
     hidden: (n, D) hidden states after the layer, if the method asks for them (`Pruner.reads_decoder_hidden`).
     rotary: cosines and sines (n, d) that the layer turned queries and keys by.
     first: place of the row's first token; what stands before it is padding.
+
+    In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
+    `Pruner.reads_next_layer`, and n counts the tokens of this turn that are left.
     """
 
     query: Tensor

@@ -5,6 +5,7 @@ from vtprune.pruners.divprune import DivPrune
 from vtprune.pruners.fastv import FastV
 from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
+from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
 from vtprune.pruners.holov import HoloV
 from vtprune.pruners.mustdrop import MustDrop
@@ -23,6 +24,7 @@ __all__ = [
     "FastV",
     "FlowCut",
     "FoPru",
+    "GemFilter",
     "Grid",
     "HoloV",
     "MustDrop",
