@@ -25,6 +25,7 @@ from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage
 from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
+from vtprune.history import origins
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
@@ -230,7 +231,7 @@ class DecoderHooks:
         earlier: list[ImageSpan] = []
         if known is not None and run.layers is not None and prompt.offset > 0:
             # Rows may have been reordered or repeated since; from here on they count as they stand.
-            earlier = known.live_spans(known.origins(run.layers), prompt.offset)
+            earlier = known.live_spans(known.origins(origins(run.layers)), prompt.offset)
             run.layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         generation = Generation(
             self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
