@@ -100,7 +100,9 @@ class DecoderHooks:
         self._select(run, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
         _forget_tensors(spans)
         run.generation = self._generation(run)
-        return args, {**with_cache(module.forward, kwargs, cache), RUN: run}
+        if cache is not cache_in(kwargs):
+            kwargs = with_cache(module.forward, kwargs, cache)
+        return args, {**kwargs, RUN: run}
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> Cache | None:
         cache: Cache | None = cache_in(kwargs)
@@ -285,9 +287,9 @@ class DecoderHooks:
         where = None if places is None else fill_index(places, run.prompt.length)
         if where is not None:
             column = where.gather(1, column[:, None])[:, 0]
-        states: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
-        for ahead in {pruner.reads_next_layer for pruner in scoring}:
-            states[ahead] = self._states(run, index, embeddings, hidden, column if ahead else None)
+        states: dict[tuple[bool, bool], tuple[Tensor, Tensor, Tensor]] = {}
+        for ahead, single in {(pruner.reads_next_layer, pruner.reads_last_query) for pruner in scoring}:
+            states[ahead, single] = self._states(run, index, embeddings, hidden, column, ahead=ahead, single=single)
         text = self._text(run)
         for span in run.spans:
             row = span.row
@@ -300,7 +302,7 @@ class DecoderHooks:
                 vision, words = span.places[span.kept], text[row]
                 if where is not None:
                     vision, words = where[row, vision], where[row, words]
-                query, key, value = (part[row] for part in states[pruner.reads_next_layer])
+                query, key, value = (part[row] for part in states[pruner.reads_next_layer, pruner.reads_last_query])
                 layer = DecoderLayer(
                     query, key, value, vision, int(column[row]), self.adapter.decoder_scale,
                     span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
@@ -310,12 +312,20 @@ class DecoderHooks:
                 self._apply(run, span, order, pruner.prune_decoder(layer), budget, index + 1)
 
     def _states(
-        self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor, last: Tensor | None
+        self,
+        run: DecoderRun,
+        index: int,
+        embeddings: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        last: Tensor,
+        *,
+        ahead: bool,
+        single: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of the layer that ran; or, where `last` names each row's last column, its query and all keys of
-        the next layer."""
-        if last is None:
-            return self.adapter.decoder_states(run.taps, embeddings)
+        """q, k and v of the layer that ran, `single`: of each row's column `last` the query alone; `ahead`: that query
+        and all keys of the next layer."""
+        if not ahead:
+            return self.adapter.decoder_states(run.taps, embeddings, last if single else None)
         query, key = self.adapter.query_and_keys(self._layers[index + 1], hidden, embeddings, last)
         return query, key, key[:, :, :0]
 

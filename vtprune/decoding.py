@@ -240,8 +240,11 @@ class DecoderRun:
         if key not in self._slots:
             prompt = self.prompt
             old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past
-            new = all_slots(prompt.length, prompt.batch, prompt.device) if layout.places is None else layout.places
-            new = torch.where(new < 0, new, new + prompt.offset)
+            if layout.places is None:
+                new = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)
+                new = new.expand(prompt.batch, -1)
+            else:
+                new = torch.where(layout.places < 0, layout.places, layout.places + prompt.offset)
             # The past tensor is kept alive with the entry, so its id cannot be reused within this forward.
             self._slots[key] = (past, torch.cat([old, new.to(old.device)], dim=1))
         return self._slots[key][1]
