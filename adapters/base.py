@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from vtprune.adapters.rotary import rotate
 from vtprune.cache import PrunedLayer
+from vtprune.compaction import gather_tokens
 from vtprune.decoding import PromptInfo
 from vtprune.encoding import Encoding
 from vtprune.pruner import ModelFacts
@@ -147,34 +148,41 @@ class Adapter(ABC):
         return float(layer.self_attn.scaling)
 
     def decoder_states(
-        self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]
+        self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (B, H, n, d) with rotary embedding, key-value heads repeated to H."""
-        config = self.model.config.get_text_config()
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
-        query, key = split_heads(taps["q"], heads).float(), split_heads(taps["k"], kv_heads).float()
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        value = split_heads(taps["v"], kv_heads).float()
-        repeat = heads // kv_heads
-        return query, key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H; where `last` (B,) is
+        given, only the queries (B, H, 1, d) in these columns, and no values."""
+        query, value, turn = taps["q"], taps["v"], embeddings
+        if last is not None:
+            query, value = gather_tokens(query, last[:, None]), value[:, :0]
+            turn = _columns(embeddings, last)
+        query, key = self._turned(query, turn), self._turned(taps["k"], embeddings)
+        return query, self._repeated(key), self._repeated(split_heads(value, self._kv_heads).float())
 
     def query_and_keys(
         self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What a decoder layer would compute from the hidden states (B, n, D) before it: the query (B, H, 1, d) of the
         tokens in columns `last` (B,), and the keys (B, H, n, d) of all, as in `decoder_states`."""
-        config = self.model.config.get_text_config()
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         normed = layer.input_layernorm(hidden)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        last = last.to(hidden.device)
         modules = self.decoder_projections(layer).modules()
-        query = split_heads(modules["q"](normed[rows, last][:, None]), heads).float()
-        key = split_heads(modules["k"](normed), kv_heads).float()
-        cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]).unsqueeze(-3).float() for part in embeddings)
-        query = rotate(query, cos[rows, :, last][:, :, None], sin[rows, :, last][:, :, None])
-        return query, rotate(key, cos, sin).repeat_interleave(heads // kv_heads, dim=1)
+        query, key = modules["q"](gather_tokens(normed, last[:, None])), modules["k"](normed)
+        return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
+
+    @property
+    def _kv_heads(self) -> int:
+        return int(self.model.config.get_text_config().num_key_value_heads)
+
+    def _turned(self, states: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, n, heads * d) queries or keys as (B, heads, n, d) in fp32, with rotary embedding."""
+        cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
+        width = cos.shape[-1]
+        return rotate(split_heads(states, states.shape[-1] // width).float(), cos, sin)
+
+    def _repeated(self, states: Tensor) -> Tensor:
+        """(B, KV, n, d) states of key-value heads, repeated to all heads."""
+        heads = self.model.config.get_text_config().num_attention_heads
+        return states.repeat_interleave(heads // self._kv_heads, dim=1)
 
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(B, L) True where a vision token of an image stands."""
@@ -207,3 +215,9 @@ class Adapter(ABC):
         from transformers.cache_utils import DynamicCache
 
         return DynamicCache(config=self.inner.language_model.config)
+
+
+def _columns(embeddings: tuple[Tensor, Tensor], last: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary embeddings (B, 1, d) of one column (B,) of each row."""
+    cos, sin = embeddings
+    return gather_tokens(cos, last[:, None]), gather_tokens(sin, last[:, None])

@@ -76,7 +76,7 @@ def compare_answers(
             report = vtprune.report(model)
     times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
     seen = seen_image(image, processor, inputs.get("pixel_values"))
-    picture = compare(seen, report.samples[0].images[0])
+    picture = compare(seen, report)
     return Asked(answers[0], answers[1], report, times, picture)
 
 

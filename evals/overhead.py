@@ -47,6 +47,11 @@ class ModelSize:
     patch_size: int = 14
     text_tokens: int = 64
 
+    @property
+    def image_tokens(self) -> int:
+        """Vision tokens of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
 
 class Size(StrEnum):
     """The models that the command line offers."""
@@ -153,14 +158,15 @@ def build_model(size: ModelSize, device: torch.device, dtype: torch.dtype) -> Ll
     return model.eval()
 
 
-def build_inputs(size: ModelSize, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One prompt: a few words, an image of noise, and the rest of the words."""
+def build_inputs(size: ModelSize, device: torch.device, dtype: torch.dtype, images: int = 1) -> dict[str, Tensor]:
+    """One prompt: a few words, images of noise with a word after each, and the rest of the words."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, size.vocabulary - 1, (size.text_tokens,), generator=generator)
-    image = torch.full(((size.image_size // size.patch_size) ** 2,), size.vocabulary - 1)
-    pixels = torch.randn(1, 3, size.image_size, size.image_size, generator=generator)
+    image = torch.full((size.image_tokens,), size.vocabulary - 1)
+    pixels = torch.randn(images, 3, size.image_size, size.image_size, generator=generator)
+    parts = [part for place in range(4, 4 + images) for part in (image, text[place : place + 1])]
     return {
-        "input_ids": torch.cat([text[:4], image, text[4:]])[None].to(device),
+        "input_ids": torch.cat([text[:4], *parts, text[4 + images :]])[None].to(device),
         "pixel_values": pixels.to(device, dtype),
     }
 
@@ -179,7 +185,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _run_once(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[float, float]:
+def run_once(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[float, float]:
     """Seconds of one prefill, and the median seconds of a decode step after it."""
     device = model.device
     prefill, out = seconds(device, partial(model, **inputs, use_cache=True, logits_to_keep=1))
@@ -214,19 +220,19 @@ def measure(
         return nullcontext() if method is None else vtprune.wrapped(model, method, keep=keep)
 
     promised = 1.0
-    _run_once(model, inputs, steps)
+    run_once(model, inputs, steps)
     with pruned():
         # The promise is the prefill's own, so it is read before any decode step.
         model(**inputs, use_cache=True, logits_to_keep=1)
         if method is not None:
             report = vtprune.report(model)
             promised = report.flops_full / report.flops
-        _run_once(model, inputs, steps)
+        run_once(model, inputs, steps)
     plain, wrapped = [], []
     for _ in range(pairs):
-        plain.append(_run_once(model, inputs, steps))
+        plain.append(run_once(model, inputs, steps))
         with pruned():
-            wrapped.append(_run_once(model, inputs, steps))
+            wrapped.append(run_once(model, inputs, steps))
     prefill, decode = (Pairs([p[i] for p in plain], [w[i] for w in wrapped]) for i in (0, 1))
     return Measurement(keep, prefill, decode, promised)
 
@@ -261,7 +267,7 @@ def verdicts(whole: Measurement, pruned: Measurement) -> str:
     )
 
 
-def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """The device and dtype that the command line names."""
     place = torch.device(device)
     kind = getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16"), None)
@@ -270,7 +276,7 @@ def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return place, kind
 
 
-def _facts(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def facts_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """What the seconds depend on: sizes, machine, dtype, threads."""
     vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
     cuda = model.device.type == "cuda"
@@ -296,9 +302,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for all that was measured.")] = None,
 ) -> None:
     """Measure what the wrapper costs at keep=1.0 and how much of the promised speed-up pruning delivers."""
-    place, kind = _place(device, dtype)
+    place, kind = place_and_dtype(device, dtype)
     model, inputs = build_model(SIZES[size], place, kind), build_inputs(SIZES[size], place, kind)
-    console, facts = Console(), {"method": method, **_facts(model, inputs)}
+    console, facts = Console(), {"method": method, **facts_of(model, inputs)}
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
     noise = measure(model, inputs, None, 1.0, pairs=pairs, steps=steps)
     whole = measure(model, inputs, method, 1.0, pairs=pairs, steps=steps)

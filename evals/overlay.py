@@ -1,4 +1,5 @@
-"""A picture of what a pruner kept: dropped patches dimmed, merged groups tinted in one colour each."""
+"""A picture of what a pruner kept: patches that never entered the decoder dimmed, those that dropped out inside it in
+the colour of their layer, merged groups tinted in one colour each."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vtprune.report import ImageReport
+from vtprune.report import ImageReport, Report
+
+from .depth import depth_plot, gone_at, layer_colours
 
 # Longest side aimed at, and bounds of a cell's side, in pixels.
 LONGEST, SMALLEST_CELL, LARGEST_CELL = 640, 6, 48
@@ -18,7 +21,13 @@ DROPPED, MERGED = 0.18, 0.6
 # A picture darker than this fades to white, a lighter one to black.
 DARK = 96
 GAP = 16
-TINT = 0.45
+# The share of a colour over a merged patch, and over one that dropped out between decoder layers.
+TINT, GONE = 0.45, 0.72
+# Side in pixels from which on a patch has room for the number of its layer, and the sum of red, green and blue from
+# which on it is written in black.
+NUMBERED, BRIGHT = 20, 400
+# Pixels that the plot below the pictures needs.
+NARROWEST = 720
 # So many groups have hues that can be told apart.
 HUES = 8
 
@@ -38,15 +47,6 @@ def seen_image(image: Image.Image, processor: Any, pixels: Any) -> Image.Image:
     return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def survival(report: ImageReport) -> np.ndarray:
-    """(tokens,) the share of decoder layers that process each token."""
-    layers = report.kept_per_layer or [report.kept]
-    share = np.zeros(report.tokens)
-    for kept in layers:
-        share[kept] += 1 / len(layers)
-    return share
-
-
 def _colour(index: int) -> tuple[int, int, int]:
     # Steps of the golden ratio keep the hues of neighbouring groups apart; where hues come round again, their
     # strength and brightness differ.
@@ -56,22 +56,26 @@ def _colour(index: int) -> tuple[int, int, int]:
 
 
 def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
-    """The picture cut into the report's grid, frames below each other, dimmed where tokens were dropped."""
+    """The picture cut into the report's grid, frames below each other: what stays as it is, what dropped out between
+    decoder layers in its layer's colour, what never entered the decoder dimmed."""
     frames, height, width = report.grid
     cell = cell_size(height, width)
     base = image.convert("RGB").resize((width * cell, height * cell), _filter(image, width * cell))
     canvas: Any = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
-    alive = survival(report)
-    strength = DROPPED + (1 - DROPPED) * alive
-    groups = [merge for merge in report.merged if alive[merge.into]]
+    merged = np.zeros(report.tokens, dtype=bool)
+    gone, colours = gone_at(report), layer_colours(report)
+    # A group whose survivor does not enter the decoder is gone with it.
+    groups = [merge for merge in report.merged if gone[merge.into]]
     for merge in groups:
-        # Members are as bright as the survivor lives long.
-        members = list(merge.members)
-        least = DROPPED + (MERGED - DROPPED) * alive[merge.into]
-        strength[members] = np.maximum(strength[members], least)
+        merged[list(merge.members)] = True
+    depth = len(report.kept_per_layer) or 1
+    strength = np.where(merged & (gone < depth), MERGED, np.where(gone == 0, DROPPED, 1.0))
     fade = 255.0 if canvas.mean() < DARK else 0.0
-    shown = strength.reshape(frames * height, width).repeat(cell, 0).repeat(cell, 1)[:, :, None]
-    canvas = fade + (canvas - fade) * shown
+    canvas = fade + (canvas - fade) * _cells(strength, report, cell)[:, :, None]
+    grey = canvas.mean(axis=2, keepdims=True)
+    for layer, shade in colours.items():
+        here = _cells((gone == layer) & ~merged, report, cell)[:, :, None]
+        canvas = np.where(here, (1 - GONE) * grey + GONE * np.array(shade), canvas)
     for index, merge in enumerate(groups):
         colour = np.array(_colour(index), dtype=np.float32)
         for member in merge.members:
@@ -81,11 +85,22 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
             area += TINT * colour
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
+    if cell >= NUMBERED:
+        for token in np.flatnonzero(np.isin(gone, list(colours)) & ~merged):
+            row, column = divmod(int(token), width)
+            ink = "white" if sum(colours[int(gone[token])]) < BRIGHT else "black"
+            corner = (column * cell + cell // 10, row * cell + cell // 16)
+            pen.text(corner, str(gone[token]), fill=ink, font_size=max(9, cell // 4))
     for index, merge in enumerate(groups):
         row, column = divmod(merge.into, width)
         corners = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
         pen.rectangle(corners, outline=_colour(index), width=max(1, cell // 12))
     return picture
+
+
+def _cells(values: np.ndarray, report: ImageReport, cell: int) -> np.ndarray:
+    """(tokens,) values as an image, frames below each other: (t * h * cell, w * cell)."""
+    return values.reshape(-1, report.grid[2]).repeat(cell, 0).repeat(cell, 1)
 
 
 def _filter(image: Image.Image, width: int) -> Image.Resampling:
@@ -107,8 +122,14 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
-def compare(image: Image.Image, report: ImageReport) -> Image.Image:
-    """The whole picture beside what was kept of it."""
-    everything = list(range(report.tokens))
-    whole = ImageReport(report.grid, report.tokens, everything, [everything], [])
-    return side_by_side([draw_kept(image, whole), draw_kept(image, report)])
+def compare(image: Image.Image, report: Report) -> Image.Image:
+    """The whole picture beside what was kept of it, and below them what is left at each decoder layer."""
+    first = report.samples[0].images[0]
+    everything = list(range(first.tokens))
+    whole = ImageReport(first.grid, first.tokens, everything, [everything], [])
+    pictures = side_by_side([draw_kept(image, whole), draw_kept(image, first)])
+    plot = depth_plot(report, max(NARROWEST, pictures.width))
+    canvas = Image.new("RGB", (plot.width, pictures.height + GAP + plot.height), "white")
+    canvas.paste(pictures, ((plot.width - pictures.width) // 2, 0))
+    canvas.paste(plot, (0, pictures.height + GAP))
+    return canvas

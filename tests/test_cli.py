@@ -13,7 +13,6 @@ from tests.checkpoint import png, random_checkpoint
 from vtprune.adapters import adapters
 from vtprune.cli import app
 from vtprune.evals.failures import InputError
-from vtprune.evals.overlay import draw_kept, survival
 from vtprune.evals.settings import (
     Setting,
     ablations,
@@ -23,7 +22,6 @@ from vtprune.evals.settings import (
     parse_method,
     show_keep,
 )
-from vtprune.report import ImageReport, MergeReport
 
 
 def run(*arguments: str | Path) -> Result:
@@ -160,7 +158,9 @@ def test_ask_answers_about_any_size(tmp_path: Path, size: tuple[int, int]) -> No
     assert result.exit_code == 0, result.output
     for word in ("unpruned", "flowcut", "vision tokens", "25.0%", "GFLOPs", "KV cache", "prefill ms"):
         assert word in result.output
-    assert Image.open(output).size == (12 * 48 * 2 + 16, 12 * 48)
+    picture = Image.open(output)
+    assert picture.width == 12 * 48 * 2 + 16
+    assert picture.height > 12 * 48 + 200
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
@@ -184,17 +184,3 @@ def test_ask_refuses_bad_input(tmp_path: Path) -> None:
     fails(run("ask", path, "what?", *model, "--method", "none"), 2, "name another")
     fails(run("ask", path, "what?", *model, "--output", tmp_path / "a.txt"), 2, "should end in")
     fails(run("ask", path, "what?", *model, "--keep", "2.0"), 2, "keep")
-
-
-def test_the_picture_dims_what_was_dropped_and_tints_what_was_merged() -> None:
-    kept = [[0, 1, 2, 3], [0, 1]]
-    merge = MergeReport(into=0, members=[0, 4], weights=[0.5, 0.5], layer=0)
-    report = ImageReport(grid=(1, 2, 3), tokens=6, kept=kept[0], kept_per_layer=kept, merged=[merge])
-    assert survival(report).tolist() == [1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
-    picture = draw_kept(Image.new("RGB", (3, 2), "white"), report)
-    assert picture.size == (3 * 48, 2 * 48)
-    levels = [picture.getpixel((48 * column + 24, 48 * row + 24)) for row in range(2) for column in range(3)]
-    assert levels[1] == (255, 255, 255)
-    assert levels[1] > levels[2] == levels[3] > levels[5]
-    assert levels[0][0] > levels[0][1]  # the first tint is red
-    assert levels[4][0] > levels[4][1]

@@ -17,7 +17,8 @@ class PrunedLayer(DynamicLayer):
     """A dynamic cache layer whose entries may skip places of the sequence.
 
     slots: (B, K) the logical place of each entry in the unpruned sequence, -1 where an entry is padding, or
-    None while entry i is place i. length: logical length; this is what `get_seq_length` answers.
+    None while entry i is place i. ragged: whether some entries may be padding. length: logical length; this is what
+    `get_seq_length` answers.
     aux: (B, n) tensors that belong to the rows, by name: a value for each of the first n places, the last one
     holding on (the M-RoPE delta, the shift of renumbered positions), or one for the row (n = 1).
     """
@@ -25,6 +26,7 @@ class PrunedLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.slots: Tensor | None = None
+        self.ragged = False
         self.length = 0
         self.aux: dict[str, Tensor] = {}
         self._announced = False
@@ -39,9 +41,11 @@ class PrunedLayer(DynamicLayer):
             new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
         return new
 
-    def announce(self, slots: Tensor | None, new_length: int) -> None:
-        """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None."""
+    def announce(self, slots: Tensor | None, new_length: int, *, ragged: bool = False) -> None:
+        """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None; `ragged`:
+        whether there may be padding among the new ones."""
         self.slots = slots
+        self.ragged = self.ragged or ragged
         self.length = new_length
         self._announced = True
 
@@ -82,6 +86,8 @@ class PrunedLayer(DynamicLayer):
         self.keys = self.keys.transpose(1, 2)[rows, index].transpose(1, 2)
         self.values = self.values.transpose(1, 2)[rows, index].transpose(1, 2)
         self.slots = slots
+        # Rows of one length need no padding; asking the device whether these are would cost a wait.
+        self.ragged = self.ragged or len(slots) > 1
         if shift in self.aux:
             values = self.aux[shift]
             self.aux[shift] = torch.cat([values[:, :-1], values[:, -1:] + removed.to(values)], dim=1)
@@ -97,7 +103,7 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         """Empties the layer."""
         super().reset()
-        self.slots, self.length, self.aux, self._announced = None, 0, {}, False
+        self.slots, self.ragged, self.length, self.aux, self._announced = None, False, 0, {}, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` logical places."""
@@ -113,6 +119,7 @@ class PrunedLayer(DynamicLayer):
         slots = self.slots.masked_fill(self.slots >= self.length, -1)
         used = (slots >= 0).any(dim=0)
         self.slots = _shared(self.slots, self.length, lambda: slots[:, used])
+        self.ragged = self.ragged or len(slots) > 1
         columns = used.nonzero().flatten().to(self.keys.device)
         self.keys, self.values = self.keys.index_select(-2, columns), self.values.index_select(-2, columns)
 

@@ -230,8 +230,10 @@ def ask(
 ) -> None:
     """Ask about a picture with and without pruning, and see which patches were kept.
 
-    The written picture shows the image as the model saw it beside the same with dropped patches dimmed;
-    patches that were merged share a tint, and the token that they flowed into has a frame.
+    The written picture shows the image as the model saw it beside what was kept of it: patches that never entered
+    the decoder are dimmed, those that dropped out inside it have the colour and the number of the first decoder
+    layer without them; patches that were merged share a tint, and the token that they flowed into has a frame.
+    Below are the vision tokens and the KV entries of every decoder layer.
     """
     with _one_line_errors(traceback):
         from vtprune.evals.ask import run_ask

@@ -61,14 +61,15 @@ def fill_index(places: Tensor, length: int) -> Tensor:
 
 
 def layer_mask(
-    mask: Tensor | None, queries: Tensor | None, keys: Tensor | None, offset: int, *, flash: bool
+    mask: Tensor | None, queries: Tensor | None, keys: Tensor | None, offset: int, *, ragged: bool, flash: bool
 ) -> Tensor | None:
     """The attention mask of one layer, cut from the mask of the whole prompt.
 
     mask: None, (B, L) or (B or 1, 1, Q, L) over logical places, as the model built it.
     queries: (B, q) places of the layer's queries in the current input, -1 padding, or None for all in order.
     keys: (B, k) logical place of each key, -1 padding, or None for all in order.
-    offset: logical length of the cache before this input. Raises VTPruneError for a flex-attention mask.
+    offset: logical length of the cache before this input; ragged: whether some keys may be padding.
+    Raises VTPruneError for a flex-attention mask.
     """
     if keys is None:
         return mask
@@ -78,16 +79,14 @@ def layer_mask(
             "attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
         )
     if mask is None:
-        return _mask_from_places(queries, keys, offset, flash)
+        # Without a mask the model attends causally, which stays right as long as no entry is padding.
+        return _mask_from_places(queries, keys, offset, flash) if ragged else None
     if mask.ndim == 2:
         return mask.gather(1, keys.clamp(min=0).to(mask.device)) * (keys >= 0).to(mask)
     return _cut_4d(mask, queries, keys)
 
 
-def _mask_from_places(queries: Tensor | None, keys: Tensor, offset: int, flash: bool) -> Tensor | None:
-    # Without a mask the model attends causally, which stays right as long as no entry is padding.
-    if not bool((keys < 0).any()):
-        return None
+def _mask_from_places(queries: Tensor | None, keys: Tensor, offset: int, flash: bool) -> Tensor:
     if flash:
         return keys >= 0
     if queries is None:

@@ -25,6 +25,7 @@ from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
+from vtprune.history import origins
 from vtprune.probe import Probe, Prober
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
@@ -102,7 +103,9 @@ class DecoderHooks:
         self._select(prober, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
         _forget_tensors(spans)
         run.generation = self._generation(run)
-        return args, {**with_cache(module.forward, kwargs, cache), RUN: run}
+        if cache is not cache_in(kwargs):
+            kwargs = with_cache(module.forward, kwargs, cache)
+        return args, {**kwargs, RUN: run}
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> Cache | None:
         cache: Cache | None = cache_in(kwargs)
@@ -257,7 +260,7 @@ class DecoderHooks:
         earlier: list[ImageSpan] = []
         if known is not None and run.layers is not None and prompt.offset > 0:
             # Rows may have been reordered or repeated since; from here on they count as they stand.
-            earlier = known.live_spans(known.origins(run.layers), prompt.offset)
+            earlier = known.live_spans(known.origins(origins(run.layers)), prompt.offset)
             run.layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         generation = Generation(
             self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
@@ -311,9 +314,9 @@ class DecoderHooks:
         places = run.layout(index).places
         where = None if places is None else fill_index(places, run.prompt.length)
         first, column = run.prompt.ends(places)
-        states: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
-        for ahead in {pruner.reads_next_layer for pruner in scoring}:
-            states[ahead] = self._states(run, index, embeddings, hidden, column if ahead else None)
+        states: dict[tuple[bool, bool], tuple[Tensor, Tensor, Tensor]] = {}
+        for ahead, single in {(pruner.reads_next_layer, pruner.reads_last_query) for pruner in scoring}:
+            states[ahead, single] = self._states(run, index, embeddings, hidden, column, ahead=ahead, single=single)
         text = self._text(run)
         cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]) for part in embeddings)
         for span in run.spans:
@@ -327,7 +330,7 @@ class DecoderHooks:
                 vision, words = span.places[span.kept], text[row]
                 if where is not None:
                     vision, words = where[row, vision], where[row, words]
-                query, key, value = (part[row] for part in states[pruner.reads_next_layer])
+                query, key, value = (part[row] for part in states[pruner.reads_next_layer, pruner.reads_last_query])
                 layer = DecoderLayer(
                     query, key, value, vision, int(column[row]), self.adapter.decoder_scale,
                     span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
@@ -340,12 +343,20 @@ class DecoderHooks:
                 self._apply(run, span, order, selection, budget, index + 1)
 
     def _states(
-        self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor, last: Tensor | None
+        self,
+        run: DecoderRun,
+        index: int,
+        embeddings: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        last: Tensor,
+        *,
+        ahead: bool,
+        single: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of the layer that ran; or, where `last` names each row's last column, its query and all keys of
-        the next layer."""
-        if last is None:
-            return self.adapter.decoder_states(run.taps, embeddings)
+        """q, k and v of the layer that ran, `single`: of each row's column `last` the query alone; `ahead`: that query
+        and all keys of the next layer."""
+        if not ahead:
+            return self.adapter.decoder_states(run.taps, embeddings, last if single else None)
         query, key = self.adapter.query_and_keys(self._layers[index + 1], hidden, embeddings, last)
         return query, key, key[:, :, :0]
 

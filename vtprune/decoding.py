@@ -66,11 +66,13 @@ class ImageSpan:
 class Layout:
     """Which places of the input a layer processes: (B, n), -1 padding, or None for all of them.
 
-    relative: where these stand among the tokens of the layer before, or None if nothing changed.
+    ragged: whether some are padding; relative: where these stand among the tokens of the layer before, or None if
+    nothing changed.
     vectors: (row, column, vector) of tokens that others were merged into.
     """
 
     places: Tensor | None = None
+    ragged: bool = False
     relative: Tensor | None = None
     vectors: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     embeddings: tuple[Tensor, Tensor] | None = None
@@ -178,7 +180,7 @@ class DecoderRun:
         if self.alive is None and not self._changed:
             # Renumbered positions depend on each layer's own past, so they are not handed on.
             embeddings = previous.embeddings if self.rotary is None else None
-            layout = Layout(previous.places, embeddings=embeddings)
+            layout = Layout(previous.places, previous.ragged, embeddings=embeddings)
         else:
             layout = self._new_layout(previous)
         for span in self.spans:
@@ -188,12 +190,13 @@ class DecoderRun:
         return layout
 
     def _new_layout(self, previous: Layout) -> Layout:
-        places, relative = previous.places, None
+        places, ragged, relative = previous.places, previous.ragged, None
         if self.alive is not None:
             places = places_of(self.alive if places is None else self._still(places))
             relative = relative_places(places, previous.places, self.prompt.length)
+            ragged = len(places) > 1 and bool((places < 0).any())
             self.alive = None
-        layout = Layout(places, relative)
+        layout = Layout(places, ragged, relative)
         for row, where, vectors in self._changed:
             at = where
             if places is not None:
@@ -218,8 +221,9 @@ class DecoderRun:
         if layout.relative is not None:
             states = gather_tokens(states, layout.relative)
         states = _place_vectors(states, layout.vectors)
-        slots = self._announce(index, layout)
-        kwargs = {**kwargs, "attention_mask": self._mask(kwargs.get("attention_mask"), layout, slots)}
+        slots, ragged = self._announce(index, layout)
+        mask = self._mask(kwargs.get("attention_mask"), layout, slots, ragged)
+        kwargs = {**kwargs, "attention_mask": mask}
         embeddings = self._embeddings(index, layout, states, kwargs["position_embeddings"])
         if embeddings is not kwargs["position_embeddings"]:
             kwargs["position_embeddings"] = embeddings
@@ -229,16 +233,17 @@ class DecoderRun:
             return (states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": states}
 
-    def _announce(self, index: int, layout: Layout) -> Tensor | None:
+    def _announce(self, index: int, layout: Layout) -> tuple[Tensor | None, bool]:
+        """The places of the layer's keys, once its cache knows those of this input, and whether they are ragged."""
         prompt = self.prompt
         if self.layers is None:
-            return layout.places
+            return layout.places, layout.ragged
         layer = self.layers[index]
-        if index in self._announced:
-            return layer.slots
-        self._announced.add(index)
-        layer.announce(self._extend(layer.slots, layout), prompt.offset + prompt.length)
-        return layer.slots
+        if index not in self._announced:
+            self._announced.add(index)
+            slots = self._extend(layer.slots, layout)
+            layer.announce(slots, prompt.offset + prompt.length, ragged=layout.ragged)
+        return layer.slots, layer.ragged
 
     def _extend(self, past: Tensor | None, layout: Layout) -> Tensor | None:
         """The slots of a layer after this input; layers with equal slots share one tensor."""
@@ -248,18 +253,21 @@ class DecoderRun:
         if key not in self._slots:
             prompt = self.prompt
             old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past
-            new = all_slots(prompt.length, prompt.batch, prompt.device) if layout.places is None else layout.places
-            new = torch.where(new < 0, new, new + prompt.offset)
+            if layout.places is None:
+                new = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)
+                new = new.expand(prompt.batch, -1)
+            else:
+                new = torch.where(layout.places < 0, layout.places, layout.places + prompt.offset)
             # The past tensor is kept alive with the entry, so its id cannot be reused within this forward.
             self._slots[key] = (past, torch.cat([old, new.to(old.device)], dim=1))
         return self._slots[key][1]
 
-    def _mask(self, mask: Tensor | None, layout: Layout, slots: Tensor | None) -> Tensor | None:
+    def _mask(self, mask: Tensor | None, layout: Layout, slots: Tensor | None, ragged: bool) -> Tensor | None:
         # Layers of another type (sliding windows) come with another mask.
         key = (id(mask), id(layout.places), id(slots))
         if key not in self._masks:
             offset = self.prompt.offset
-            self._masks[key] = (mask, layer_mask(mask, layout.places, slots, offset, flash=self.flash))
+            self._masks[key] = (mask, layer_mask(mask, layout.places, slots, offset, ragged=ragged, flash=self.flash))
         return self._masks[key][1]
 
     def _embeddings(

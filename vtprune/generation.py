@@ -12,13 +12,10 @@ from transformers.cache_utils import Cache
 
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.history import CacheNote, origins
 from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
-from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport
-from vtprune.state import ROWS
-
-# Slots, logical length and bytes of one cache layer.
-CachedLayer = tuple[Tensor | None, int, int]
+from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport, StepReport
 
 
 @dataclass
@@ -39,11 +36,13 @@ class Generation:
     earlier: int = 0
     offset: int = 0
     steps: int = 0
-    _prefill: list[CachedLayer] = field(default_factory=list)
-    _layers: list[CachedLayer] = field(default_factory=list)
+    _notes: list[CacheNote] = field(default_factory=list)
     _mask: Tensor | None = None
-    _noted: list[int] = field(default_factory=list)
     _cache: weakref.ReferenceType[Cache] | None = None
+    # Entries [layer][row] after each forward and now, and bytes now: known once a report is asked for.
+    _history: list[list[list[int]]] = field(default_factory=list)
+    _now: list[list[int]] = field(default_factory=list)
+    _allocated: int = 0
 
     @property
     def rows(self) -> int:
@@ -51,54 +50,29 @@ class Generation:
         return len(self.text)
 
     def note_cache(self, run: DecoderRun) -> None:
-        """Remembers what the cache holds after a forward; nothing is computed until a report is asked for."""
-        mask = run.prompt.mask
-        self._mask = mask if mask is not None and mask.ndim == 2 else None
-        self._noted = list(range(self.rows))
+        """Remembers what the cache holds after a forward; nothing is counted until a report is asked for."""
         if run.cache is None or run.layers is None:
             return
+        mask = run.prompt.mask
+        self._mask = mask if mask is not None and mask.ndim == 2 else None
         self._cache = weakref.ref(run.cache)
-        self._layers = [_cached(layer) for layer in run.layers]
-        self._noted = self.origins(run.layers)
-        self._prefill = self._prefill or self._layers
+        self._notes.append(CacheNote.of(run.layers, self._mask))
 
-    def origins(self, layers: list[Any]) -> list[int]:
-        """Which row of the prompt each row of the cache is: they are reordered, repeated and dropped."""
-        rows = layers[0].aux.get(ROWS) if layers else None
-        return list(range(self.rows)) if rows is None else rows[:, 0].tolist()
-
-    def live_spans(self, origins: list[int], length: int) -> list[ImageSpan]:
-        """The images that are still in the cache, as rows stand now."""
+    def live_spans(self, rows: list[int], length: int) -> list[ImageSpan]:
+        """The images that are still in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
         return [
             replace(span, row=row)
             for span in self.spans
-            for row, origin in enumerate(origins)
+            for row, origin in enumerate(rows)
             if span.row == origin and (span.end <= length or not length)
         ]
 
-    def _as_of_now(self, cache: Any) -> Generation:
-        """This generation with the rows, images and entries that the cache has now."""
-        layers = cache.layers if cache is not None else []
-        origins = self.origins(layers) if layers else self._noted
-        length = layers[0].length if layers else 0
-        noted = [self._noted.index(origin) for origin in origins]
-        earlier = replace(self, spans=self.spans[: self.earlier]).live_spans(origins, length)
-        return replace(
-            self,
-            spans=self.live_spans(origins, length),
-            earlier=len(earlier),
-            text=[self.text[origin] for origin in origins],
-            _layers=[_cached(layer) for layer in layers] if layers else self._layers,
-            _prefill=[_rows(layer, origins) for layer in self._prefill],
-            _mask=None if self._mask is None else self._mask[noted],
-        )
-
-    def _kv_tokens(self, layers: list[CachedLayer]) -> list[list[int]]:
-        """Entries in the cache, [layer][row], padding left out."""
-        return [_real_entries(slots, length, self._mask, self.rows) for slots, length, _ in layers]
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
+
+    def origins(self, rows: Tensor | None) -> list[int]:
+        """Which row of the prompt each row of the cache is: they are reordered, repeated and dropped."""
+        return list(range(self.rows)) if rows is None else rows[:, 0].tolist()
 
     def build(self, cache: Cache | None = None) -> Report:
         """The report as of now; `cache`: the one that this generation filled, or a copy of it."""
@@ -106,17 +80,41 @@ class Generation:
             cache = self._cache()
         return self._as_of_now(cache)._build()
 
+    def _as_of_now(self, cache: Any) -> Generation:
+        """This generation with the rows, images and entries that the cache has now."""
+        layers = cache.layers if cache is not None else []
+        noted = [self.origins(note.rows) for note in self._notes]
+        rows = self.origins(origins(layers)) if layers else noted[-1] if noted else list(range(self.rows))
+        length = layers[0].length if layers else 0
+        earlier = replace(self, spans=self.spans[: self.earlier]).live_spans(rows, length)
+        # Of rows that were reordered since, the past is that of the row that each came from.
+        past = [[own.index(row) for row in rows] for own in noted]
+        history = [note.counts(at) for note, at in zip(self._notes, past, strict=True)]
+        now, allocated = history[-1] if history else [], self._notes[-1].allocated if history else 0
+        if layers:
+            note = CacheNote.of(layers, None if self._mask is None else self._mask[past[-1]])
+            now, allocated = note.counts(range(len(rows))), note.allocated
+        return replace(
+            self,
+            spans=self.live_spans(rows, length),
+            earlier=len(earlier),
+            text=[self.text[row] for row in rows],
+            _history=history,
+            _now=now,
+            _allocated=allocated,
+        )
+
     def _build(self) -> Report:
         tokens = self._tokens(self.spans)
         breakdown, full = self._flops()
-        live = self._layers
-        kv = self._kv_tokens(live)
+        kv = self._now
         cached = self._tokens(self.spans, cached=True)
         dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in cached]
         full_kv = [[k + d for k, d in zip(a, b, strict=True)] for a, b in zip(kv, dropped, strict=False)]
         achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
+        history = self._steps()
         return Report(
             method="+".join(pruner.name for pruner in self.pruners),
             samples=[self._sample(row) for row in range(self.rows)],
@@ -129,12 +127,21 @@ class Generation:
             flops=breakdown.total,
             flops_full=full.total,
             flops_breakdown=breakdown,
-            kv_bytes_prefill=self._bytes_of(self._kv_tokens(self._prefill)),
+            kv_bytes_prefill=history[0].kv_bytes,
             kv_bytes=self._bytes_of(kv),
             kv_bytes_full=self._bytes_of(full_kv),
-            kv_bytes_allocated=sum(size for _, _, size in live),
+            kv_bytes_allocated=self._allocated,
             stages=[self._stage(index) for index in range(len(self.pruners))],
+            history=history,
         )
+
+    def _steps(self) -> list[StepReport]:
+        """The prefill and every forward after it, which no vision token goes through."""
+        prefill, later = self._tokens(self.spans[self.earlier :]), [[0] * self.rows for _ in range(self.depth)]
+        return [
+            StepReport(later if step else prefill, kv, self._bytes_of(kv))
+            for step, kv in enumerate(self._history or [[]])
+        ]
 
     def _tokens(self, spans: list[ImageSpan], *, cached: bool = False) -> list[list[int]]:
         tokens = [[0] * self.rows for _ in range(self.depth)]
@@ -182,7 +189,7 @@ class Generation:
         pruned, full = [], []
         new = self.spans[self.earlier :]
         tokens = self._tokens(new)
-        entries = self._kv_tokens(self._prefill)
+        entries = self._history[0] if self._history else []
         encoded: set[int] = set()
         for row in range(self.rows):
             spans = [span for span in new if span.row == row]
@@ -313,31 +320,6 @@ def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
         places.append("before decoder" if probed is None else f"before decoder, by decoder layer {probed}")
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
     return "; ".join(places) or "nowhere"
-
-
-def _rows(layer: CachedLayer, rows: list[int]) -> CachedLayer:
-    slots, length, size = layer
-    return (None if slots is None else slots[rows]), length, size
-
-
-def _cached(layer: Any) -> CachedLayer:
-    return layer.slots, layer.length, _bytes(layer.keys) + _bytes(layer.values)
-
-
-def _bytes(states: Tensor | None) -> int:
-    return 0 if states is None else states.numel() * states.element_size()
-
-
-def _real_entries(slots: Tensor | None, length: int, mask: Tensor | None, rows: int) -> list[int]:
-    if slots is None:
-        if mask is None:
-            return [length] * rows
-        return mask[:, :length].sum(dim=1).tolist()
-    held = slots >= 0
-    if mask is not None:
-        real = mask.to(slots.device).bool().gather(1, slots.clamp(0, mask.shape[1] - 1))
-        held = held & real
-    return held.sum(dim=1).tolist()
 
 
 def _counts(span: ImageSpan, depth: int) -> list[int]:

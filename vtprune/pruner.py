@@ -223,6 +223,12 @@ class Pruner:
         return False
 
     @property
+    def reads_last_query(self) -> bool:
+        """Whether `prune_decoder` needs, of all queries and values, no more than the query of the last prompt
+        token."""
+        return False
+
+    @property
     def reads_next_layer(self) -> bool:
         """Whether `prune_decoder` scores by the query of the last prompt token and the keys that the *next* decoder
         layer would compute, instead of those of the layer that ran."""

@@ -64,6 +64,19 @@ class SampleReport:
 
 
 @dataclass(frozen=True)
+class StepReport:
+    """One forward: the prefill, or a later one on its cache.
+
+    tokens_per_layer[layer][row]: vision tokens processed; kv_tokens_per_layer[layer][row]: vision and text entries in
+    the cache after it, padding left out (no layers without a cache); kv_bytes: what they take.
+    """
+
+    tokens_per_layer: list[list[int]]
+    kv_tokens_per_layer: list[list[int]]
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """The last generation or forward: tokens, FLOPs of the prefill (two a multiply-accumulate), KV bytes.
 
@@ -72,7 +85,7 @@ class Report:
     asked_keep: what each pruner was asked for; achieved_keep: mean over images of kept over all tokens, counted
     as `keep` is; stages: each pruner of the list. flops sums the rows, each as if it ran alone; flops_full is the
     same unpruned. kv_bytes is logical (now), kv_bytes_allocated the cache's tensors with padding; both 0 without a
-    cache.
+    cache. history: the prefill and each later forward, as rows stand now.
     """
 
     method: str
@@ -91,6 +104,7 @@ class Report:
     kv_bytes_full: int
     kv_bytes_allocated: int
     stages: list[StageReport] = field(default_factory=list)
+    history: list[StepReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -89,8 +89,9 @@ class DecoderLayer:
     """One decoder layer during prefill after it ran, for the vision tokens of one image in one row.
 
     query: (H, n, d) and key, value: (H, n, d) of all n tokens of the row at that layer, rotary embedding
-        applied, key-value heads repeated to H. For a method that scores by the next layer
-        (`Pruner.reads_next_layer`) query is that of the last prompt token alone, (H, 1, d), and value is empty.
+        applied, key-value heads repeated to H. For a method that reads no other query or scores by the next layer
+        (`Pruner.reads_last_query`, `reads_next_layer`), query is that of the last prompt token alone, (H, 1, d), and
+        value is empty.
     vision: (N,) places in 0 .. n - 1 of this image's tokens; last: place of the last prompt token.
     scale: softmax scale.
     total: tokens of the whole image; indices: (N,) the place of each in the whole image.

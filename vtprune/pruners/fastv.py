@@ -48,6 +48,11 @@ class FastV(Staged):
         super().__post_init__()
         check_share(self.name, "ratio", self.ratio, self.keep)
 
+    @property
+    def reads_last_query(self) -> bool:
+        """True."""
+        return True
+
     def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
         """All before K, 1 - R from K on."""
         left = 0.5 if self.ratio is None else 1 - self.ratio

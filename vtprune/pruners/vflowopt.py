@@ -172,6 +172,11 @@ class VFlowOpt(Pruner):
         schedule = self.schedule()
         return schedule.counts(tokens)[1 + schedule.layers.index(layer + 1)]
 
+    @property
+    def reads_last_query(self) -> bool:
+        """True: not even that, the importance was remembered."""
+        return True
+
     def remember(self, stream: VisionStream) -> dict[str, Tensor]:
         """The importance of each token: (N,) fp32; raises ScoreError for NaN."""
         assert stream.signals is not None
