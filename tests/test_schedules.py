@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tests.streams import few
 from vtprune import schedules
 from vtprune.errors import VTPruneError
+from vtprune.evals.schedules import main
 
+DOCS = Path(schedules.__file__).parent / "docs"
+APP = typer.Typer()
+APP.command()(main)
 names = st.sampled_from(schedules.NAMES)
 
 
@@ -180,3 +187,22 @@ def test_a_stage_leaves_half_of_their_even_counts_to_those_after_it() -> None:
     assert schedules.reserve(100, 50, [2, 3, 4]) == 3 * 13 + 4 * 7
     assert schedules.reserve(100, 2, [2, 3, 4]) == 3 + 4
     assert schedules.reserve(100, 50, [9]) == 0
+
+
+def test_the_command_draws_each_schedule_that_the_documentation_shows(tmp_path: Path) -> None:
+    done = CliRunner().invoke(APP, [str(tmp_path), "--images", "1"])
+    assert done.exit_code == 0, done.output
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {f"{name}.png" for name in schedules.NAMES}
+    text = (DOCS / "schedules.md").read_text()
+    for name in drawn:
+        assert f"(schedules/{name})" in text
+        assert (DOCS / "schedules" / name).stat().st_size < 60_000
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(APP, [str(tmp_path / "file")])
+    assert done.exit_code == 1
+    assert done.output.startswith("error: output: cannot write to")
