@@ -20,15 +20,17 @@ from vtprune.cache import (
     unsupported_reason,
     with_cache,
 )
-from vtprune.compaction import fill_index
+from vtprune.compaction import fill_index, gather_tokens
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage
 from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
+from vtprune.revival import Revival, check_revival, last_row
 from vtprune.selection import Selection
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import DecoderLayer, VisionStream
+from vtprune.waiting import Tokens
 
 
 class DecoderHooks:
@@ -48,6 +50,7 @@ class DecoderHooks:
         self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
+        self.revives = next((pruner for pruner in pruners if pruner.revives), None)
         self.last: Generation | None = None
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
@@ -91,6 +94,9 @@ class DecoderHooks:
         rotary = self.adapter.rotary if self.compact else None
         flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
+        if layers is not None and (self.revives is not None or layers[0].log is not None):
+            check_revival(layers, self.revives, self.tapped, self.adapter.language_model.config)
+            run.revival = Revival(layers, prompt, "+".join(pruner.name for pruner in self.pruners))
         if layers is not None and prompt.offset == 0:
             layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         if layers is not None and (prompt.offset == 0 or spans):
@@ -254,15 +260,24 @@ class DecoderHooks:
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         run = self.state.leave()
-        if not isinstance(run, DecoderRun) or output is None or not run.spans or index <= run.decided:
+        if not isinstance(run, DecoderRun) or output is None or index <= run.decided:
+            return
+        if not run.spans and run.revival is None:
             return
         run.decided = index
+        hidden = output[0] if isinstance(output, tuple) else output
+        embeddings = kwargs["position_embeddings"]
+        if run.revival is not None and run.revival.decides(index):
+            with torch.no_grad():
+                self._choose_anew(run, run.revival, index, embeddings, kwargs.get("attention_mask"), hidden)
+            front = run.revival.width(index)
+            hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
+            run.taps = {name: states[:, front:] for name, states in run.taps.items()}
         scoring = [pruner for pruner in self.pruners if index in pruner.decoder_layers(self._depth)]
         spans = run.spans
         if any(self._asked(pruner, span, index) for pruner in scoring for span in spans):
-            hidden = output[0] if isinstance(output, tuple) else output
             with torch.no_grad():
-                self._prune(run, index, scoring, kwargs["position_embeddings"], hidden)
+                self._prune(run, index, scoring, embeddings, hidden)
         run.taps.clear()
 
     @staticmethod
@@ -279,11 +294,8 @@ class DecoderHooks:
         embeddings: tuple[Tensor, Tensor],
         hidden: Tensor,
     ) -> None:
-        places = run.layout(index).places
-        column = run.prompt.last_places()
-        where = None if places is None else fill_index(places, run.prompt.length)
-        if where is not None:
-            column = where.gather(1, column[:, None])[:, 0]
+        column, where = self._last_columns(run, index)
+        before = [span.kept for span in run.spans]
         states: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         for ahead in {pruner.reads_next_layer for pruner in scoring}:
             states[ahead] = self._states(run, index, embeddings, hidden, column if ahead else None)
@@ -307,6 +319,36 @@ class DecoderHooks:
                     hidden[row] if pruner.reads_decoder_hidden else None,
                 )  # fmt: skip
                 self._apply(run, span, order, pruner.prune_decoder(layer), budget, index + 1)
+        if run.revival is not None:
+            gone = torch.zeros(run.prompt.batch, run.prompt.length, dtype=torch.bool, device=run.prompt.device)
+            for span, kept in zip(run.spans, before, strict=True):
+                gone[span.row, span.places[kept]] = True
+                gone[span.row, span.places[span.kept]] = False
+            run.revival.record(index, run.spans, gone, where, Tokens(gone, hidden.detach(), *embeddings))
+
+    @staticmethod
+    def _last_columns(run: DecoderRun, index: int) -> tuple[Tensor, Tensor | None]:
+        """(B,) where each row's last token stands among the input's own at a layer, and (B, L) where every place does
+        (None: in order)."""
+        places, column = run.layout(index).places, run.prompt.last_places()
+        if places is None:
+            return column, None
+        where = fill_index(places, run.prompt.length)
+        return where.gather(1, column[:, None])[:, 0], where
+
+    def _choose_anew(
+        self,
+        run: DecoderRun,
+        revival: Revival,
+        index: int,
+        embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        hidden: Tensor,
+    ) -> None:
+        column = self._last_columns(run, index)[0] + revival.width(index)
+        query = self.adapter.decoder_states(run.taps, embeddings)[0].transpose(1, 2)
+        query = gather_tokens(query, column[:, None])[:, 0]
+        revival.decide(index, query, self.adapter.decoder_scale, last_row(mask, column), hidden)
 
     def _states(
         self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor, last: Tensor | None
@@ -323,6 +365,8 @@ class DecoderHooks:
         if run is None or output is None:
             return None
         generation = run.generation
+        if run.revival is not None:
+            run.revival.close(run.spans)
         if self._cut and run.spans:
             run.cut_caches(self._cut)
         if run.prompt.offset > 0 and not run.spans:

@@ -14,8 +14,9 @@ from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
 from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
-from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport
+from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport, StepReport
 from vtprune.state import ROWS
+from vtprune.waiting import VisionLog
 
 # Slots, logical length and bytes of one cache layer.
 CachedLayer = tuple[Tensor | None, int, int]
@@ -42,6 +43,8 @@ class Generation:
     _prefill: list[CachedLayer] = field(default_factory=list)
     _layers: list[CachedLayer] = field(default_factory=list)
     _mask: Tensor | None = None
+    _log: VisionLog | None = None
+    _waiting: int = 0
     _noted: list[int] = field(default_factory=list)
     _cache: weakref.ReferenceType[Cache] | None = None
 
@@ -59,6 +62,7 @@ class Generation:
             return
         self._cache = weakref.ref(run.cache)
         self._layers = [_cached(layer) for layer in run.layers]
+        self._log, self._waiting = run.layers[0].log, _waiting(run.layers)
         self._noted = self.origins(run.layers)
         self._prefill = self._prefill or self._layers
 
@@ -89,6 +93,8 @@ class Generation:
             earlier=len(earlier),
             text=[self.text[origin] for origin in origins],
             _layers=[_cached(layer) for layer in layers] if layers else self._layers,
+            _log=layers[0].log if layers else self._log,
+            _waiting=_waiting(layers) if layers else self._waiting,
             _prefill=[_rows(layer, origins) for layer in self._prefill],
             _mask=None if self._mask is None else self._mask[noted],
         )
@@ -111,9 +117,8 @@ class Generation:
         breakdown, full = self._flops()
         live = self._layers
         kv = self._kv_tokens(live)
-        cached = self._tokens(self.spans, cached=True)
-        dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in cached]
-        full_kv = [[k + d for k, d in zip(a, b, strict=True)] for a, b in zip(kv, dropped, strict=False)]
+        # Unpruned, a layer would hold every place.
+        full_kv = self._kv_tokens([(None, length, 0) for _, length, _ in live])
         achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
@@ -134,14 +139,14 @@ class Generation:
             kv_bytes_full=self._bytes_of(full_kv),
             kv_bytes_allocated=sum(size for _, _, size in live),
             stages=[self._stage(index) for index in range(len(self.pruners))],
+            aux_bytes=self._waiting,
         )
 
-    def _tokens(self, spans: list[ImageSpan], *, cached: bool = False) -> list[list[int]]:
+    def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
         tokens = [[0] * self.rows for _ in range(self.depth)]
         for span in spans:
             for layer in range(self.depth):
-                kept = span.cached_at(layer) if cached else span.kept_at(layer)
-                tokens[layer][span.row] += int(kept.numel())
+                tokens[layer][span.row] += int(span.kept_at(layer).numel())
         return tokens
 
     def _stage(self, index: int) -> StageReport:
@@ -169,6 +174,7 @@ class Generation:
                 cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
                 cls=span.image.cls,
                 notes=list(span.notes),
+                steps=_steps(self._log, span, self.depth),
             )
             for span in self.spans
             if span.row == row
@@ -181,6 +187,7 @@ class Generation:
         new = self.spans[self.earlier :]
         tokens = self._tokens(new)
         entries = self._kv_tokens(self._prefill)
+        places = self._kv_tokens([(None, length, 0) for _, length, _ in self._prefill])
         encoded: set[int] = set()
         for row in range(self.rows):
             spans = [span for span in new if span.row == row]
@@ -203,18 +210,13 @@ class Generation:
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
                 past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
-                dropped = self._dropped_earlier(row)
                 alone = self._attend(alone, [v + text for v in own], past)
                 unpruned = self._attend(
-                    unpruned, [whole + text] * self.depth, [p + d for p, d in zip(past, dropped, strict=True)]
+                    unpruned, [whole + text] * self.depth, [layer[row] - whole - text for layer in places]
                 )
             pruned.append(alone)
             full.append(unpruned)
         return _sum(pruned), _sum(full)
-
-    def _dropped_earlier(self, row: int) -> list[int]:
-        spans = [span for span in self.spans[: self.earlier] if span.row == row]
-        return [sum(s.image.total - s.cached_at(layer).numel() for s in spans) for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""
@@ -293,6 +295,39 @@ def _rows(layer: CachedLayer, rows: list[int]) -> CachedLayer:
 
 def _cached(layer: Any) -> CachedLayer:
     return layer.slots, layer.length, _bytes(layer.keys) + _bytes(layer.values)
+
+
+def _waiting(layers: list[Any]) -> int:
+    return sum(layer.waiting.bytes for layer in layers if layer.waiting is not None)
+
+
+def _steps(log: VisionLog | None, span: ImageSpan, depth: int) -> list[StepReport]:
+    """What the forwards after the one that brought an image made of its tokens."""
+    if log is None:
+        return []
+    entered = span.kept_at(0)
+    own = (span.offset + span.places[entered]).to(log.places.device)
+    row, column = (log.places[span.row] == own[:, None]).nonzero(as_tuple=True)
+    tokens = entered.to(row.device)[row].tolist()
+    return [
+        _step(tokens, step.until[span.row, column].tolist(), step.first[span.row, column].tolist(), depth)
+        for step in log.steps
+        if step.since > span.offset and tokens
+    ]
+
+
+def _step(tokens: list[int], until: list[int], first: list[int], depth: int) -> StepReport:
+    attended: list[list[int]] = []
+    computed: list[list[int]] = []
+    changes = {0, *until, *first}
+    for layer in range(depth):
+        if layer in changes:
+            still = [(token, since) for token, end, since in zip(tokens, until, first, strict=True) if layer < end]
+            alive, new = [token for token, _ in still], [token for token, since in still if since <= layer]
+        # Layers that do the same share a list.
+        attended.append(alive)
+        computed.append(new)
+    return StepReport(attended, computed)
 
 
 def _bytes(states: Tensor | None) -> int:

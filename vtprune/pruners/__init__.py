@@ -7,6 +7,7 @@ from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
 from vtprune.pruners.grid import Grid
 from vtprune.pruners.holov import HoloV
+from vtprune.pruners.lazyllm import LazyLLM
 from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
@@ -24,6 +25,7 @@ __all__ = [
     "FoPru",
     "Grid",
     "HoloV",
+    "LazyLLM",
     "MustDrop",
     "NoPruning",
     "Pool",
