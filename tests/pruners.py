@@ -40,6 +40,9 @@ PRUNERS: list[Pruner] = [
     vtprune.PyramidDrop(),
     vtprune.PyramidDrop(keep=0.4),
     vtprune.PyramidDrop(keep=0.5, schedule="entropy", layers=(1, 2, 4)),
+    vtprune.LazyLLM(),
+    vtprune.LazyLLM(keep=0.4),
+    vtprune.LazyLLM(keep=0.6, schedule="linear"),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).

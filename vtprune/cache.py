@@ -123,8 +123,8 @@ class PrunedLayer(DynamicLayer):
             return
         self.length = max(0, self.length + tokens_to_remove)
         self.aux = {name: values[:, : max(1, self.length)] for name, values in self.aux.items()} if self.length else {}
-        self.waiting = None if self.waiting is None else self.waiting.crop(self.length)
-        self.log = None if self.log is None else self.log.crop(self.length)
+        self.waiting = self.waiting.crop(self.length) if self.waiting is not None and self.length else None
+        self.log = self.log.crop(self.length) if self.log is not None and self.length else None
         if self.slots is None:
             self.keys, self.values = self.keys[..., : self.length, :], self.values[..., : self.length, :]
             return

@@ -20,17 +20,16 @@ from vtprune.cache import (
     unsupported_reason,
     with_cache,
 )
-from vtprune.compaction import fill_index, gather_tokens
+from vtprune.compaction import fill_index
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage
 from vtprune.errors import VTPruneError
 from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
-from vtprune.revival import Revival, check_revival, last_row
+from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import DecoderLayer, VisionStream
-from vtprune.waiting import Tokens
 
 
 class DecoderHooks:
@@ -269,7 +268,10 @@ class DecoderHooks:
         embeddings = kwargs["position_embeddings"]
         if run.revival is not None and run.revival.decides(index):
             with torch.no_grad():
-                self._choose_anew(run, run.revival, index, embeddings, kwargs.get("attention_mask"), hidden)
+                query, _, _ = self.adapter.decoder_states(run.taps, embeddings)
+                last, _ = self._last_columns(run, index)
+                mask, scale = kwargs.get("attention_mask"), self.adapter.decoder_scale
+                run.revival.decide(index, query, last, scale, mask, hidden)
             front = run.revival.width(index)
             hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
             run.taps = {name: states[:, front:] for name, states in run.taps.items()}
@@ -320,11 +322,7 @@ class DecoderHooks:
                 )  # fmt: skip
                 self._apply(run, span, order, pruner.prune_decoder(layer), budget, index + 1)
         if run.revival is not None:
-            gone = torch.zeros(run.prompt.batch, run.prompt.length, dtype=torch.bool, device=run.prompt.device)
-            for span, kept in zip(run.spans, before, strict=True):
-                gone[span.row, span.places[kept]] = True
-                gone[span.row, span.places[span.kept]] = False
-            run.revival.record(index, run.spans, gone, where, Tokens(gone, hidden.detach(), *embeddings))
+            run.revival.record(index, run.spans, before, where, hidden.detach(), embeddings)
 
     @staticmethod
     def _last_columns(run: DecoderRun, index: int) -> tuple[Tensor, Tensor | None]:
@@ -335,20 +333,6 @@ class DecoderHooks:
             return column, None
         where = fill_index(places, run.prompt.length)
         return where.gather(1, column[:, None])[:, 0], where
-
-    def _choose_anew(
-        self,
-        run: DecoderRun,
-        revival: Revival,
-        index: int,
-        embeddings: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        hidden: Tensor,
-    ) -> None:
-        column = self._last_columns(run, index)[0] + revival.width(index)
-        query = self.adapter.decoder_states(run.taps, embeddings)[0].transpose(1, 2)
-        query = gather_tokens(query, column[:, None])[:, 0]
-        revival.decide(index, query, self.adapter.decoder_scale, last_row(mask, column), hidden)
 
     def _states(
         self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor, last: Tensor | None

@@ -160,11 +160,13 @@ class Revival:
         """Whether tokens of the cache are chosen anew after layer `index`."""
         return self.log is not None and self.layers[index + 1].waiting is not None
 
-    def decide(self, index: int, query: Tensor, scale: float, mask: Tensor | None, hidden: Tensor) -> None:
-        """Chooses, after layer `index`, the tokens that the next layers attend to, and computes those that they lack.
+    def decide(
+        self, index: int, query: Tensor, last: Tensor, scale: float, mask: Tensor | None, hidden: Tensor
+    ) -> None:
+        """Chooses, after layer `index`, the tokens that the next layers attend to, and takes up those that they lack.
 
-        query: (B, H, d) of each row's last token; mask: (B, 1 or H, K) its row of the layer's mask, None for no mask;
-        hidden: (B, r + q, D) what the layer put out. Raises ScoreError for NaN.
+        query: (B, H, r + q, d) of the layer; last: (B,) each row's last token among its own ones; mask: (B or 1, 1 or
+        H, r + q, K) that it ran with, or None; hidden: (B, r + q, D) what it put out. Raises ScoreError for NaN.
         """
         following = self.layers[index + 1]
         waiting = following.waiting
@@ -172,8 +174,8 @@ class Revival:
         assert waiting is not None
         keys = self.layers[index].keys
         assert keys is not None
-        weights = check_scores(_attention(query, keys, scale, mask), self.name).to(self.part.device)
-        wanted = self._wanted(weights, self.layers[index].slots, waiting.limits(self.log.images))
+        weights = check_scores(_attention(query, keys, last + self._width, scale, mask), self.name)
+        wanted = self._wanted(weights.to(self.part.device), self.layers[index].slots, waiting.limits(self.log.images))
         pool, flew = waiting.tokens, torch.zeros_like(self.part)
         if self.flying is not None:
             landed = replace(self.flying, states=hidden[:, : self._width])
@@ -214,19 +216,30 @@ class Revival:
         tokens = self._take(landed, left)
         return waiting if tokens is None else waiting.add(tokens, self.prompt.offset)
 
-    def record(self, index: int, spans: list[ImageSpan], gone: Tensor, columns: Tensor | None, states: Tokens) -> None:
-        """Notes what was left out after layer `index` of the images that came with this input.
-
-        gone: (B, L) places of the input that were; columns: (B, L) where each place stands in `states`, all that the
-        layer put out (None: in order).
-        """
+    def record(
+        self,
+        index: int,
+        spans: list[ImageSpan],
+        before: list[Tensor],
+        columns: Tensor | None,
+        hidden: Tensor,
+        embeddings: tuple[Tensor, Tensor],
+    ) -> None:
+        """Notes what was left out after layer `index` of the images that came with this input, of the tokens that each
+        had `before`; columns: (B, L) where each place of the input stands in `hidden` (B, n, D), which the layer put
+        out (None: in order)."""
+        gone = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
+        for span, kept in zip(spans, before, strict=True):
+            gone[span.row, span.places[kept]] = True
+            gone[span.row, span.places[span.kept]] = False
         places = places_of(gone)
         if places.shape[1] == 0:
             return
         self._left_out = True
         offset = self.prompt.offset
         at = places if columns is None else columns.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
-        tokens = replace(states.take(at), places=torch.where(places < 0, places, places + offset))
+        parts = (gather_tokens(part, at) for part in (hidden, *embeddings))
+        tokens = Tokens(torch.where(places < 0, places, places + offset), *parts)
         layer = self.layers[index + 1]
         numbers = self._numbers(spans)
         batch, images = gone.shape[0], self._images(spans)
@@ -267,22 +280,14 @@ class Revival:
         self.layers[0].log = log
 
 
-def _attention(query: Tensor, keys: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """(B, K) softmaxed attention of one query a row, (B, H, d), to the keys of a cache (B, H', K, d), in fp32, mean
-    over heads; mask: (B, 1 or H, K) bool or additive."""
-    batch, heads, width = query.shape
-    grouped = query.float().reshape(batch, keys.shape[1], -1, width)
+def _attention(query: Tensor, keys: Tensor, columns: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """(B, K) softmaxed attention of the queries (B, H, Q, d) in `columns` (B,) to the keys of a cache (B, H', K, d),
+    in fp32, mean over heads; mask: (B or 1, 1 or H, Q, K) bool or additive."""
+    batch, heads = query.shape[:2]
+    last = gather_tokens(query.transpose(1, 2), columns[:, None]).float()
+    grouped = last.reshape(batch, keys.shape[1], heads // keys.shape[1], -1)
     logits = torch.matmul(grouped * scale, keys.float().transpose(-1, -2)).reshape(batch, heads, -1)
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        logits = logits + mask.float()
+    if mask is not None:
+        row = gather_tokens(mask.transpose(1, 2), columns[:, None])[:, 0]
+        logits = logits.masked_fill(~row, float("-inf")) if row.dtype == torch.bool else logits + row.float()
     return logits.softmax(dim=-1).mean(dim=1)
-
-
-def last_row(mask: Tensor | None, columns: Tensor) -> Tensor | None:
-    """(B, 1 or H, K) the row of each query in `columns` (B,) of a mask (B or 1, 1 or H, Q, K)."""
-    if mask is None:
-        return None
-    mask = mask.expand(columns.shape[0], -1, -1, -1).transpose(1, 2)
-    return gather_tokens(mask, columns[:, None])[:, 0]

@@ -14,7 +14,7 @@ from vtprune.compaction import gather_tokens
 
 Change = Callable[[Tensor], Tensor]
 # As the count of an image's tokens: all of them.
-WHOLE = torch.iinfo(torch.long).max
+WHOLE = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True)
