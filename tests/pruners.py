@@ -41,7 +41,7 @@ PRUNERS: list[Pruner] = [
     vtprune.PyramidDrop(keep=0.4),
     vtprune.PyramidDrop(keep=0.5, schedule="entropy", layers=(1, 2, 4)),
     vtprune.LazyLLM(),
-    vtprune.LazyLLM(keep=0.4),
+    vtprune.LazyLLM(keep=14),
     vtprune.LazyLLM(keep=0.6, schedule="linear"),
 ]
 

@@ -1,4 +1,5 @@
-"""LazyLLM token by token on an unwrapped model, for one row: sets and dictionaries, and nothing of vtprune."""
+"""LazyLLM token by token on an unwrapped model, for one row: sets and dictionaries, and nothing of vtprune; and how
+the tests feed a cache."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.models import IMAGE
@@ -109,3 +111,22 @@ class SlowLazyLLM:
         state = self.hidden[index][place] + layer.self_attn.o_proj(mixed.flatten())
         self.hidden[index + 1][place] = state + layer.mlp(layer.post_attention_layernorm(state))
         return dict(zip(seen, logits, strict=True))
+
+
+@torch.no_grad()
+def turn(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> Any:
+    """What a model answers to a prompt, on a cache."""
+    return model(**inputs, past_key_values=DynamicCache() if cache is None else cache, use_cache=True)
+
+
+@torch.no_grad()
+def steps(model: Any, cache: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits (B, n, V) after feeding tokens (B, n) one by one."""
+    logits = []
+    for column in tokens.split(1, dim=1):
+        extra = {}
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(column)], dim=1)
+            extra["attention_mask"] = mask
+        logits.append(model(input_ids=column, past_key_values=cache, **extra).logits)
+    return torch.cat(logits, dim=1)

@@ -93,7 +93,7 @@ class DecoderHooks:
         rotary = self.adapter.rotary if self.compact else None
         flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
-        if layers is not None and (self.revives is not None or layers[0].log is not None):
+        if layers is not None and (layers[0].log is not None or (self.revives is not None and spans)):
             check_revival(layers, self.revives, self.tapped, self.adapter.language_model.config)
             run.revival = Revival(layers, prompt, "+".join(pruner.name for pruner in self.pruners))
         if layers is not None and prompt.offset == 0:

@@ -82,7 +82,9 @@ class Waiting:
         places = places.masked_fill((places >= length) | (self.since >= length), -1)
         columns = (places >= 0).any(dim=0).nonzero().flatten()
         tokens = replace(self.tokens, places=places)
-        return replace(self, tokens=tokens.rows(lambda part: part[:, columns]), since=self.since[columns])
+        return replace(
+            self, tokens=tokens.rows(lambda part: part[:, columns.to(part.device)]), since=self.since[columns]
+        )
 
     @property
     def bytes(self) -> int:
