@@ -117,8 +117,7 @@ class Generation:
         breakdown, full = self._flops()
         live = self._layers
         kv = self._kv_tokens(live)
-        # Unpruned, a layer would hold every place.
-        full_kv = self._kv_tokens([(None, length, 0) for _, length, _ in live])
+        full_kv = self._kv_tokens(_whole(live))
         achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
@@ -140,6 +139,7 @@ class Generation:
             kv_bytes_allocated=sum(size for _, _, size in live),
             stages=[self._stage(index) for index in range(len(self.pruners))],
             aux_bytes=self._waiting,
+            kv_bytes_full_prefill=self._bytes_of(self._kv_tokens(_whole(self._prefill))),
         )
 
     def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
@@ -187,7 +187,7 @@ class Generation:
         new = self.spans[self.earlier :]
         tokens = self._tokens(new)
         entries = self._kv_tokens(self._prefill)
-        places = self._kv_tokens([(None, length, 0) for _, length, _ in self._prefill])
+        places = self._kv_tokens(_whole(self._prefill))
         encoded: set[int] = set()
         for row in range(self.rows):
             spans = [span for span in new if span.row == row]
@@ -295,6 +295,11 @@ def _rows(layer: CachedLayer, rows: list[int]) -> CachedLayer:
 
 def _cached(layer: Any) -> CachedLayer:
     return layer.slots, layer.length, _bytes(layer.keys) + _bytes(layer.values)
+
+
+def _whole(layers: list[CachedLayer]) -> list[CachedLayer]:
+    """These layers unpruned: each would hold every place."""
+    return [(None, length, 0) for _, length, _ in layers]
 
 
 def _waiting(layers: list[Any]) -> int:
