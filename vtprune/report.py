@@ -80,9 +80,9 @@ class Report:
     vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
     asked_keep: what each pruner was asked for; achieved_keep: mean over images of kept over all tokens, counted
     as `keep` is; stages: each pruner of the list. flops sums the rows, each as if it ran alone; flops_full is the
-    same unpruned. kv_bytes is logical (now; `_prefill`: right after the prompt), kv_bytes_allocated the cache's tensors
-    with padding; both 0 without a cache. aux_bytes: hidden states that wait beside the cache, as allocated, where tokens
-    may return.
+    same unpruned. kv_bytes is logical (now; `_prefill`: right after the prompt), kv_bytes_allocated the cache's
+    tensors with padding; both 0 without a cache. aux_bytes: hidden states that wait beside the cache, as allocated,
+    where tokens may return.
     """
 
     method: str
