@@ -153,11 +153,17 @@ class Adapter(ABC):
         config = self.model.config.get_text_config()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
-        query, key = split_heads(taps["q"], heads).float(), split_heads(taps["k"], kv_heads).float()
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        key = rotate(split_heads(taps["k"], kv_heads).float(), cos, sin)
         value = split_heads(taps["v"], kv_heads).float()
         repeat = heads // kv_heads
+        query = self.decoder_query(taps, embeddings)
         return query, key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+
+    def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """q (B, H, n, d) with rotary embedding."""
+        cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
+        heads = self.model.config.get_text_config().num_attention_heads
+        return rotate(split_heads(taps["q"], heads).float(), cos, sin)
 
     def query_and_keys(
         self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor

@@ -24,6 +24,7 @@ from vtprune.compaction import fill_index
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage
 from vtprune.errors import VTPruneError
+from vtprune.eviction import Evictor
 from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
@@ -45,7 +46,9 @@ class DecoderHooks:
         maker: object,
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
+        self._evictor = Evictor(adapter, pruners, facts.decoder_depth)
         self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
+        self.tapped |= self._evictor.watched
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
         self.last: Generation | None = None
@@ -97,6 +100,7 @@ class DecoderHooks:
             self.adapter.remember(layers, prompt)
         ids = frame.inputs.get("input_ids")
         self._select(run, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
+        self._evictor.open(run, frame.inputs)
         _forget_tensors(spans)
         run.generation = self._generation(run)
         return args, {**with_cache(module.forward, kwargs, cache), RUN: run}
@@ -254,9 +258,10 @@ class DecoderHooks:
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         run = self.state.leave()
-        if not isinstance(run, DecoderRun) or output is None or not run.spans or index <= run.decided:
+        if not isinstance(run, DecoderRun) or output is None or index <= run.decided:
             return
         run.decided = index
+        self._evictor.watch(run, index, kwargs["position_embeddings"])
         scoring = [pruner for pruner in self.pruners if index in pruner.decoder_layers(self._depth)]
         spans = run.spans
         if any(self._asked(pruner, span, index) for pruner in scoring for span in spans):
@@ -325,6 +330,7 @@ class DecoderHooks:
         generation = run.generation
         if self._cut and run.spans:
             run.cut_caches(self._cut)
+        self._evictor.close(run)
         if run.prompt.offset > 0 and not run.spans:
             generation.steps += 1
         generation.note_cache(run)

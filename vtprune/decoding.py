@@ -93,18 +93,36 @@ class PromptInfo:
 
     def real(self) -> Tensor:
         """(B, length) True where a token of this input is not padding."""
-        if not isinstance(self.mask, Tensor):
-            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+        return self.real_places()[:, -self.length :]
+
+    def real_places(self) -> Tensor:
+        """(B, offset + length) True where a token is not padding, those in the cache included."""
         mask = self.mask
+        if not isinstance(mask, Tensor):
+            return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
         if mask.ndim == 4:
             # What the last query sees is real.
             mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-        return mask[:, -self.length :].to(self.device).bool().expand(self.batch, -1)
+        return mask.to(self.device).bool().expand(self.batch, -1)
 
     def last_places(self) -> Tensor:
         """(B,) place of each row's last real token."""
         column = torch.arange(self.length, device=self.device)
         return (self.real() * column).max(dim=1).values
+
+
+@dataclass
+class Watch:
+    """The rows whose attention in this forward decides what leaves their caches.
+
+    rows: with images that are to be cut; prompts: those of them to which this forward brings images; real and images:
+    (B, offset + length) which places are not padding, and the number of the image at each, 0 for none.
+    """
+
+    rows: list[int]
+    prompts: set[int]
+    real: Tensor
+    images: Tensor
 
 
 class DecoderRun:
@@ -131,6 +149,7 @@ class DecoderRun:
         self._slots: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
         self._announced: set[int] = set()
         self.decided = -1
+        self.watch: Watch | None = None
 
     def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from decoder layer `layer` on."""

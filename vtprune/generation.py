@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,22 @@ from transformers.cache_utils import Cache
 
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.eviction import MERGED
 from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport
 from vtprune.state import ROWS
 
-# Slots, logical length and bytes of one cache layer.
-CachedLayer = tuple[Tensor | None, int, int]
+
+class CachedLayer(NamedTuple):
+    """One cache layer: slots, logical length and bytes; where its heads were cut, each one's slots and how many entries
+    flowed into each of its own, both (B, Hkv, K)."""
+
+    slots: Tensor | None
+    length: int
+    size: int
+    heads: Tensor | None
+    merged: Tensor | None
 
 
 @dataclass
@@ -95,7 +104,7 @@ class Generation:
 
     def _kv_tokens(self, layers: list[CachedLayer]) -> list[list[int]]:
         """Entries in the cache, [layer][row], padding left out."""
-        return [_real_entries(slots, length, self._mask, self.rows) for slots, length, _ in layers]
+        return [_real_entries(layer.slots, layer.length, self._mask, self.rows) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
@@ -111,10 +120,8 @@ class Generation:
         breakdown, full = self._flops()
         live = self._layers
         kv = self._kv_tokens(live)
-        cached = self._tokens(self.spans, cached=True)
-        dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in cached]
-        full_kv = [[k + d for k, d in zip(a, b, strict=True)] for a, b in zip(kv, dropped, strict=False)]
-        achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
+        full_kv = [_real_entries(None, layer.length, self._mask, self.rows) for layer in live]
+        achieved = [self._achieved(span) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
         return Report(
@@ -132,21 +139,64 @@ class Generation:
             kv_bytes_prefill=self._bytes_of(self._kv_tokens(self._prefill)),
             kv_bytes=self._bytes_of(kv),
             kv_bytes_full=self._bytes_of(full_kv),
-            kv_bytes_allocated=sum(size for _, _, size in live),
+            kv_bytes_allocated=sum(layer.size for layer in live),
             stages=[self._stage(index) for index in range(len(self.pruners))],
         )
 
-    def _tokens(self, spans: list[ImageSpan], *, cached: bool = False) -> list[list[int]]:
+    def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
         tokens = [[0] * self.rows for _ in range(self.depth)]
         for span in spans:
             for layer in range(self.depth):
-                kept = span.cached_at(layer) if cached else span.kept_at(layer)
-                tokens[layer][span.row] += int(kept.numel())
+                tokens[layer][span.row] += int(span.kept_at(layer).numel())
         return tokens
+
+    def _achieved(self, span: ImageSpan) -> float:
+        """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
+        last = self.pruners[-1]
+        evicting = last.evict_layers(self.depth)
+        if not evicting:
+            counts = [int(span.kept_at(layer).numel()) for layer in range(self.depth)]
+            return last.achieved(counts) / span.image.total
+        held = [self._held(span, layer) for layer in evicting]
+        return sum(sum(map(len, heads)) / len(heads) for heads in held) / len(held) / span.image.total
+
+    def _held(self, span: ImageSpan, layer: int) -> list[list[int]]:
+        """The tokens of an image that each head of a layer's cache holds; one list for all while they agree."""
+        cached = self._layers[layer] if layer < len(self._layers) else None
+        if cached is None or cached.heads is None:
+            return [span.cached_at(layer).tolist()]
+        token = torch.full((cached.length,), -1)
+        token[span.offset + span.places.cpu()] = torch.arange(span.image.total)
+        slots = cached.heads[span.row].cpu()
+        held = torch.where(slots < 0, -1, token[slots.clamp(min=0)])
+        return [[one for one in head if one >= 0] for head in held.tolist()]
+
+    def _heads_of(self, span: ImageSpan, layer: int) -> list[list[int]]:
+        return self._held(span, layer) if self._layers[layer].heads is not None else []
+
+    def _notes(self, span: ImageSpan) -> list[str]:
+        """What pruners said of an image, and what became of it in the caches that were cut head by head."""
+        held = {layer: self._held(span, layer) for layer, one in enumerate(self._layers) if one.heads is not None}
+        if not held:
+            return list(span.notes)
+        evicted = sum(span.cached_at(layer).numel() * len(h) - sum(map(len, h)) for layer, h in held.items())
+        merged, inside = 0, torch.zeros(self._layers[0].length + 1, dtype=torch.bool)
+        inside[span.offset + span.places.cpu()] = True
+        for layer in held:
+            heads, counts = self._layers[layer].heads, self._layers[layer].merged
+            assert heads is not None
+            assert counts is not None
+            own = inside[heads[span.row].cpu()][:, : counts.shape[2]]
+            merged += int(counts[span.row].cpu()[own].sum())
+        name = next(pruner.name for pruner in self.pruners if pruner.evict_layers(self.depth))
+        layers = ", ".join(map(str, held))
+        return [*span.notes, f"{name}: {merged} of {evicted} evicted entries merged (all heads of layers {layers})"]
 
     def _stage(self, index: int) -> StageReport:
         pruner = self.pruners[index]
-        left = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
+        left: list[float] = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
+        if pruner.evict_layers(self.depth):
+            left = [self._achieved(span) * span.image.total for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
         return StageReport(pruner.name, acts_at(pruner, self.facts), pruner.asked_keep, mean)
 
@@ -168,7 +218,8 @@ class Generation:
                 merged=_merged(span),
                 cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
                 cls=span.image.cls,
-                notes=list(span.notes),
+                cached_per_head=[self._heads_of(span, layer) for layer in range(len(self._layers))],
+                notes=self._notes(span),
             )
             for span in self.spans
             if span.row == row
@@ -203,18 +254,12 @@ class Generation:
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
                 past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
-                dropped = self._dropped_earlier(row)
+                before = _real_entries(None, self.offset, self._mask, self.rows)[row]
                 alone = self._attend(alone, [v + text for v in own], past)
-                unpruned = self._attend(
-                    unpruned, [whole + text] * self.depth, [p + d for p, d in zip(past, dropped, strict=True)]
-                )
+                unpruned = self._attend(unpruned, [whole + text] * self.depth, [before] * self.depth)
             pruned.append(alone)
             full.append(unpruned)
         return _sum(pruned), _sum(full)
-
-    def _dropped_earlier(self, row: int) -> list[int]:
-        spans = [span for span in self.spans[: self.earlier] if span.row == row]
-        return [sum(s.image.total - s.cached_at(layer).numel() for s in spans) for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""
@@ -223,12 +268,21 @@ class Generation:
         pairs = sum(q * p for q, p in zip(queries, past, strict=True))
         return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
 
+    def _pairs(self, row: int) -> tuple[int, ...]:
+        """Queries times keys of this turn's attention in each decoder layer, padding left out; () without a cache."""
+        if not self._prefill:
+            return ()
+        own = [layer[row] + self.text[row] for layer in self._tokens(self.spans[self.earlier :])]
+        keys = [layer[row] for layer in self._kv_tokens(self._prefill)] if self.offset else own
+        return tuple(n * k for n, k in zip(own, keys, strict=True))
+
     def _scoring(self, span: ImageSpan, row: int) -> int:
         config, text = self.config.vision_config, self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         blocks = model_cost(self.config).vision.blocks
         patches = span.image.total * self.facts.group
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
+        new = self.spans[self.earlier :]
         total = 0
         for index, pruner in enumerate(self.pruners):
             if pruner.budget(span.image.total) >= span.image.total:
@@ -245,6 +299,8 @@ class Generation:
                 text=self.text[row],
                 text_after=span.text_after,
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
+                decoder_pairs=self._pairs(row),
+                images=sum(pruner.budget(n) < n for n in (s.image.total for s in new if s.row == row)),
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
                 decoder_layers=tuple(span.asked.get(index, ())),
@@ -282,17 +338,27 @@ def acts_at(pruner: Pruner, facts: ModelFacts) -> str:
     layers = pruner.decoder_layers(facts.decoder_depth)
     places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
     places += ["before decoder"] if pruner.selects else []
+    evicted = pruner.evict_layers(facts.decoder_depth)
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
+    places += (
+        [
+            f"in the cache{'s' * (len(evicted) > 1)} of decoder layer{'s' * (len(evicted) > 1)} "
+            f"{', '.join(map(str, evicted))}"
+        ]
+        if evicted
+        else []
+    )
     return "; ".join(places) or "nowhere"
 
 
 def _rows(layer: CachedLayer, rows: list[int]) -> CachedLayer:
-    slots, length, size = layer
-    return (None if slots is None else slots[rows]), length, size
+    slots, heads, merged = (None if part is None else part[rows] for part in (layer.slots, layer.heads, layer.merged))
+    return CachedLayer(slots, layer.length, layer.size, heads, merged)
 
 
 def _cached(layer: Any) -> CachedLayer:
-    return layer.slots, layer.length, _bytes(layer.keys) + _bytes(layer.values)
+    size = _bytes(layer.keys) + _bytes(layer.values)
+    return CachedLayer(layer.slots, layer.length, size, layer.head_slots, layer.entries.get(MERGED))
 
 
 def _bytes(states: Tensor | None) -> int:
@@ -309,10 +375,3 @@ def _real_entries(slots: Tensor | None, length: int, mask: Tensor | None, rows: 
         real = mask.to(slots.device).bool().gather(1, slots.clamp(0, mask.shape[1] - 1))
         held = held & real
     return held.sum(dim=1).tolist()
-
-
-def _achieved(span: ImageSpan, depth: int, pruners: list[Pruner]) -> float:
-    """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
-    total = span.image.total
-    counts = [int(span.kept_at(layer).numel()) for layer in range(depth)]
-    return pruners[-1].achieved(counts) / total

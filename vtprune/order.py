@@ -7,7 +7,7 @@ import itertools
 from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, Pruner
 
-PLACES = ("in the encoder", "before the decoder", "inside the decoder")
+PLACES = ("in the encoder", "before the decoder", "inside the decoder", "in the cache that the prompt left")
 
 
 def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
@@ -15,6 +15,7 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
     for first, second in itertools.combinations(pruners, 2):
         _check_budgets(first, second)
         _check_encoder(first, second, facts)
+        _check_caches(first, second, facts)
         if second.needs_whole_grid and _start(first, facts) < 2 and first.name != "none":
             raise VTPruneError(
                 f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out "
@@ -31,6 +32,8 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
 def _start(pruner: Pruner, facts: ModelFacts) -> int:
     if pruner.encoder_layers(facts.encoder_depth):
         return 0
+    if pruner.evict_layers(facts.decoder_depth):
+        return 3
     return 2 if pruner.decoder_layers(facts.decoder_depth) and not pruner.selects else 1
 
 
@@ -60,4 +63,12 @@ def _check_encoder(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
         raise VTPruneError(
             f"{first.name} and {second.name} both act after encoder layer {shared[0]}, and one of them merges there: "
             "what would flow into what is not defined"
+        )
+
+
+def _check_caches(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
+    if first.evict_layers(facts.decoder_depth) and second.evict_layers(facts.decoder_depth):
+        raise VTPruneError(
+            f"{first.name} and {second.name} both cut the caches after the prompt; a list takes one such method, at its "
+            "end"
         )

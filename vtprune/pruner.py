@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.selection import EncoderSelection, Selection
-from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+from vtprune.selection import EncoderSelection, Eviction, Selection
+from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, VisionStream
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,32 @@ class Pruner:
         """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""
         return ()
 
+    def evict_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers whose cache `evict` may cut, head by head, in forwards that bring no new image."""
+        return ()
+
+    def density_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers of which `evict` needs the density."""
+        return self.evict_layers(depth)
+
+    @property
+    def evicts_again(self) -> bool:
+        """Whether `evict` is called after every forward that brings no image, not just after the first one that
+        follows a prompt with images."""
+        return False
+
+    def density(self, sums: Tensor) -> float:
+        """A number for the attention of one row in one layer, which `evict` finds in `CachedRow.densities`.
+
+        sums: (Hkv, G, n) what each token of the prompt got from all of its tokens, by query head, G of which share a
+        key-value head.
+        """
+        return 0.0
+
+    def evict(self, row: CachedRow) -> list[Eviction | None]:
+        """What the cache of each of `row.layers` goes on with, None for all of it."""
+        return [None] * len(row.layers)
+
     def scoring_flops(self, work: ScoringWork) -> int:
         """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
         return 0
@@ -259,7 +285,8 @@ class ScoringWork:
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
-    encoder has a CLS token; decoder_kv_width: of the keys.
+    encoder has a CLS token; decoder_kv_width: of the keys; decoder_pairs: queries times keys of the row in each
+    decoder layer, () without a cache; images: how many of the row's images the method acts on.
     """
 
     patches: int
@@ -277,3 +304,5 @@ class ScoringWork:
     has_cls: bool = True
     text_after: int = 0
     decoder_kv_width: int = 0
+    decoder_pairs: tuple[int, ...] = ()
+    images: int = 1

@@ -40,7 +40,9 @@ class ImageReport:
 
     grid: (t, h, w) in vision tokens; kept: tokens that enter the decoder; kept_per_layer: tokens that each
     decoder layer processes; cached_per_layer: tokens in each layer's cache after the prefill; merged: what flowed
-    into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said.
+    into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said;
+    cached_per_head: the tokens that each key-value head of a layer's cache holds now, by layer, [] for a layer whose
+    heads all hold what they held after the prefill.
     """
 
     grid: tuple[int, int, int]
@@ -51,6 +53,7 @@ class ImageReport:
     cached_per_layer: list[list[int]] = field(default_factory=list)
     cls: int = -1
     notes: list[str] = field(default_factory=list)
+    cached_per_head: list[list[list[int]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
