@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models import IMAGE
-from tests.oracle import STEPS, embeddings, positions_of
+from tests.oracle import embeddings_of, positions_of
 
 
 @dataclass
@@ -54,19 +54,21 @@ class Reference:
         self.sets: list[list[list[list[int]]]] = []
 
     @torch.no_grad()
-    def run(self, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        """Logits (L + STEPS, V) of a prompt of one row and of each of `tokens` (1, STEPS)."""
+    def run(self, inputs: dict[str, Tensor], tokens: Tensor, first: int = 1) -> Tensor:
+        """Logits (L + n, V) of a prompt of one row and of each of `tokens` (1, n), `first` of which come at once, the
+        others one by one."""
         ids = torch.cat([inputs["input_ids"], tokens], dim=1)
         length = inputs["input_ids"].shape[1]
-        states = embeddings(self.model, inputs, ids, None)
+        states = embeddings_of(self.model, inputs, ids, None)
         cos, sin = self.decoder.rotary_emb(states, positions_of(self.kind, self.model, inputs, ids.shape[1]))
         marks = self._marks(ids[0], inputs)
         logits = []
-        for first, last in [(0, length), *((place, place + 1) for place in range(length, length + STEPS))]:
-            part = slice(first, last)
-            logits.append(self._forward(states[0, part], cos[0, part], sin[0, part], marks[part], first))
-            if first:
-                self._cut(last)
+        ends = [length, *range(length + first, ids.shape[1] + 1)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            part = slice(start, end)
+            logits.append(self._forward(states[0, part], cos[0, part], sin[0, part], marks[part], start))
+            if start:
+                self._cut(end)
             self.sets.append(self._held())
         return torch.cat(logits)
 

@@ -67,7 +67,7 @@ def run_masked(
     compact: whether each layer numbers the tokens alive in it without gaps.
     """
     ids = torch.cat([inputs["input_ids"], next_tokens(inputs["input_ids"].shape[0])], dim=1)
-    embeds = embeddings(model, inputs, ids, features)
+    embeds = embeddings_of(model, inputs, ids, features)
     decoder = model.model.language_model
     handles = []
     length = inputs["input_ids"].shape[1]
@@ -104,7 +104,7 @@ def positions_of(kind: str, model: Any, inputs: dict[str, Tensor], length: int) 
     return torch.cat([positions, tail], dim=-1) if extra else positions
 
 
-def embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any) -> Tensor:
+def embeddings_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any) -> Tensor:
     embeds = model.get_input_embeddings()(ids).clone()
     if "pixel_values" not in inputs:
         return embeds

@@ -42,8 +42,8 @@ PRUNERS: list[Pruner] = [
     vtprune.PyramidDrop(keep=0.5, schedule="entropy", layers=(1, 2, 4)),
 ]
 
-# Methods that cut caches head by head once the prompt is read. Up to the first decode step they are the unpruned model;
-# what comes after it no mask of whole tokens can describe, and tests/test_d2o.py has a reference of its own for it.
+# Methods that cut caches head by head once the prompt is read. Up to the first decode step they are the unpruned
+# model; no mask of whole tokens describes what follows: tests/test_d2o.py has a reference of its own for it.
 CACHE: list[Pruner] = [
     vtprune.D2O(),
     vtprune.D2O(keep=9, merge=False),

@@ -161,9 +161,9 @@ class PrunedLayer(DynamicLayer):
         first, last = self.guard
         if first < length < last:
             raise VTPruneError(
-                f"this KV cache cannot be cropped to {length} places: the attention of the tokens up to place {last - 1} "
-                f"decides, or has decided, which entries from place {first} on stay; crop to at least {last} or at most "
-                f"{first} places, or start a new cache"
+                f"this KV cache cannot be cropped to {length} places: the attention of all {last} tokens decides, or "
+                f"has decided, which entries from place {first} on stay; crop to at least {last} or at most {first} "
+                "places, or start a new cache"
             )
         if length <= first:
             # All that was scored or cut is gone; the entries before it are the same in every head.

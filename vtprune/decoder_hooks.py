@@ -28,7 +28,7 @@ from vtprune.eviction import Evictor
 from vtprune.generation import Generation
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
-from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
+from vtprune.state import FRAME, GENERATION, LOGITS, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import DecoderLayer, VisionStream
 
 
@@ -56,9 +56,19 @@ class DecoderHooks:
         self._depth = facts.decoder_depth
         self._layers = list(adapter.decoder_layers)
 
+    @property
+    def notes_logits(self) -> bool:
+        """Whether `open_call` has something to do."""
+        return self._evictor.pruner is not None
+
+    def open_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kept = kwargs.get("logits_to_keep")
+        return (args, {**kwargs, LOGITS: kept}) if isinstance(kept, int) and kept > 1 else None
+
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        logits = kwargs.pop(LOGITS, 0)
         inputs = self._signature.bind(*args, **kwargs).arguments
-        frame = Frame(inputs)
+        frame = Frame(inputs, logits=logits)
         self.state.frame = frame
         given = inputs.get("mm_encoder_outputs") or {}
         if inputs.get("pixel_values_videos") is not None or given.get("video") is not None:
@@ -100,7 +110,7 @@ class DecoderHooks:
             self.adapter.remember(layers, prompt)
         ids = frame.inputs.get("input_ids")
         self._select(run, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
-        self._evictor.open(run, frame.inputs)
+        self._evictor.open(run, frame.logits)
         _forget_tensors(spans)
         run.generation = self._generation(run)
         return args, {**with_cache(module.forward, kwargs, cache), RUN: run}

@@ -1,15 +1,13 @@
 """Cutting a filled cache head by head: who is watched, how much attention its entries get, and what is left of it.
 
-A method that cuts caches (`Pruner.evict_layers`) needs a dense prefill: while a prompt with images is read, the columns
-of the attention maps are summed, entry by entry. The first forward that brings no new image (a decode step, or a
-turn of text) adds its own rows, attends to everything, and afterwards the method says what each head goes on with.
-All that is remembered in between lies with the cache.
+While a prompt with images is read, the columns of the attention maps are summed, entry by entry. The first forward
+that brings no new image (a decode step, or a turn of text) adds its own rows and attends to everything; afterwards the
+method says what each head goes on with. All that is remembered in between lies with the cache.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -46,12 +44,15 @@ class Evictor:
         kinds = getattr(adapter.model.config.get_text_config(), "layer_types", None) or ()
         if self.pruner is not None and any("sliding" in kind for kind in kinds):
             raise UnsupportedModelError(
-                f"{self.pruner.name} cannot cut the caches of a decoder with sliding-window layers, whose masks differ "
-                "from head to head once heads keep different entries"
+                f"{self.pruner.name} cannot cut the caches of a decoder with sliding-window layers: their masks would "
+                "differ from head to head once heads keep different entries"
             )
 
-    def open(self, run: DecoderRun, inputs: dict[str, Any]) -> None:
-        """Notes the new images, and which rows this forward is to be watched for."""
+    def open(self, run: DecoderRun, logits: int) -> None:
+        """Notes the new images, and which rows this forward is to be watched for; `logits`: how many were asked for.
+
+        Raises VTPruneError for several logits, the mark of assisted decoding.
+        """
         pruner, prompt = self.pruner, run.prompt
         if pruner is None or run.layers is None:
             return
@@ -67,7 +68,7 @@ class Evictor:
         rows = asking.nonzero().flatten().tolist()
         if not rows:
             return
-        _check_kept_logits(pruner, inputs)
+        _check_logits(pruner, logits)
         prompts = {span.row for span in run.spans} & set(rows)
         run.watch = Watch(rows, prompts, real, images)
         cuts = aux.get(CUTS, torch.zeros(prompt.batch, 1, device=prompt.device)).clone()
@@ -187,14 +188,13 @@ def _numbered(known: Tensor | None, new: list[ImageSpan], batch: int, length: in
     return images
 
 
-def _check_kept_logits(pruner: Pruner, inputs: dict[str, Any]) -> None:
-    """Assisted decoding asks for the logits of the tokens that it verifies, and takes some of them back."""
-    kept = inputs.get("logits_to_keep")
-    if isinstance(kept, int) and kept > 1:
+def _check_logits(pruner: Pruner, logits: int) -> None:
+    """Assisted decoding asks for the logits of the tokens that it verifies, and may take them back."""
+    if logits > 1:
         raise VTPruneError(
-            f"{pruner.name} cuts the cache by the attention of the tokens that it holds, so it cannot follow assisted "
-            f"decoding, which takes tokens back (logits_to_keep={kept}); generate without an assistant model and "
-            "prompt_lookup_num_tokens, or pass logits_to_keep 0 or 1"
+            f"{pruner.name} cuts the cache by the attention of the tokens that it reads, so it cannot follow assisted "
+            f"decoding, which takes tokens back (logits_to_keep={logits}); generate without assistant_model and "
+            "prompt_lookup_num_tokens, or pass logits_to_keep=0 (all) or 1"
         )
 
 

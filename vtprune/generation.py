@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +12,11 @@ from transformers.cache_utils import Cache
 
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
-from vtprune.eviction import MERGED
+from vtprune.holdings import Holding, real_entries
 from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport
 from vtprune.state import ROWS
-
-
-class CachedLayer(NamedTuple):
-    """One cache layer: slots, logical length and bytes; where its heads were cut, each one's slots and how many entries
-    flowed into each of its own, both (B, Hkv, K)."""
-
-    slots: Tensor | None
-    length: int
-    size: int
-    heads: Tensor | None
-    merged: Tensor | None
 
 
 @dataclass
@@ -48,8 +37,8 @@ class Generation:
     earlier: int = 0
     offset: int = 0
     steps: int = 0
-    _prefill: list[CachedLayer] = field(default_factory=list)
-    _layers: list[CachedLayer] = field(default_factory=list)
+    _prefill: list[Holding] = field(default_factory=list)
+    _layers: list[Holding] = field(default_factory=list)
     _mask: Tensor | None = None
     _noted: list[int] = field(default_factory=list)
     _cache: weakref.ReferenceType[Cache] | None = None
@@ -67,7 +56,7 @@ class Generation:
         if run.cache is None or run.layers is None:
             return
         self._cache = weakref.ref(run.cache)
-        self._layers = [_cached(layer) for layer in run.layers]
+        self._layers = [Holding.of(layer) for layer in run.layers]
         self._noted = self.origins(run.layers)
         self._prefill = self._prefill or self._layers
 
@@ -97,14 +86,18 @@ class Generation:
             spans=self.live_spans(origins, length),
             earlier=len(earlier),
             text=[self.text[origin] for origin in origins],
-            _layers=[_cached(layer) for layer in layers] if layers else self._layers,
-            _prefill=[_rows(layer, origins) for layer in self._prefill],
+            _layers=[Holding.of(layer) for layer in layers] if layers else self._layers,
+            _prefill=[layer.rows(origins) for layer in self._prefill],
             _mask=None if self._mask is None else self._mask[noted],
         )
 
-    def _kv_tokens(self, layers: list[CachedLayer]) -> list[list[int]]:
+    def _kv_tokens(self, layers: list[Holding]) -> list[list[int]]:
         """Entries in the cache, [layer][row], padding left out."""
-        return [_real_entries(layer.slots, layer.length, self._mask, self.rows) for layer in layers]
+        return [real_entries(layer.slots, layer.length, self._mask, self.rows) for layer in layers]
+
+    def _unpruned(self, layers: list[Holding]) -> list[list[int]]:
+        """The entries that these layers would hold if nothing were pruned."""
+        return [real_entries(None, layer.length, self._mask, self.rows) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
@@ -120,7 +113,6 @@ class Generation:
         breakdown, full = self._flops()
         live = self._layers
         kv = self._kv_tokens(live)
-        full_kv = [_real_entries(None, layer.length, self._mask, self.rows) for layer in live]
         achieved = [self._achieved(span) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
@@ -137,8 +129,9 @@ class Generation:
             flops_full=full.total,
             flops_breakdown=breakdown,
             kv_bytes_prefill=self._bytes_of(self._kv_tokens(self._prefill)),
+            kv_bytes_prefill_full=self._bytes_of(self._unpruned(self._prefill)),
             kv_bytes=self._bytes_of(kv),
-            kv_bytes_full=self._bytes_of(full_kv),
+            kv_bytes_full=self._bytes_of(self._unpruned(live)),
             kv_bytes_allocated=sum(layer.size for layer in live),
             stages=[self._stage(index) for index in range(len(self.pruners))],
         )
@@ -162,35 +155,21 @@ class Generation:
 
     def _held(self, span: ImageSpan, layer: int) -> list[list[int]]:
         """The tokens of an image that each head of a layer's cache holds; one list for all while they agree."""
-        cached = self._layers[layer] if layer < len(self._layers) else None
-        if cached is None or cached.heads is None:
-            return [span.cached_at(layer).tolist()]
-        token = torch.full((cached.length,), -1)
-        token[span.offset + span.places.cpu()] = torch.arange(span.image.total)
-        slots = cached.heads[span.row].cpu()
-        held = torch.where(slots < 0, -1, token[slots.clamp(min=0)])
-        return [[one for one in head if one >= 0] for head in held.tolist()]
+        held = self._layers[layer].tokens(span) if self._layers else None
+        return [span.cached_at(layer).tolist()] if held is None else held
 
-    def _heads_of(self, span: ImageSpan, layer: int) -> list[list[int]]:
-        return self._held(span, layer) if self._layers[layer].heads is not None else []
+    def _per_head(self, span: ImageSpan) -> list[list[list[int]]]:
+        return [layer.tokens(span) or [] for layer in self._layers]
 
     def _notes(self, span: ImageSpan) -> list[str]:
-        """What pruners said of an image, and what became of it in the caches that were cut head by head."""
-        held = {layer: self._held(span, layer) for layer, one in enumerate(self._layers) if one.heads is not None}
-        if not held:
-            return list(span.notes)
-        evicted = sum(span.cached_at(layer).numel() * len(h) - sum(map(len, h)) for layer, h in held.items())
-        merged, inside = 0, torch.zeros(self._layers[0].length + 1, dtype=torch.bool)
-        inside[span.offset + span.places.cpu()] = True
-        for layer in held:
-            heads, counts = self._layers[layer].heads, self._layers[layer].merged
-            assert heads is not None
-            assert counts is not None
-            own = inside[heads[span.row].cpu()][:, : counts.shape[2]]
-            merged += int(counts[span.row].cpu()[own].sum())
-        name = next(pruner.name for pruner in self.pruners if pruner.evict_layers(self.depth))
-        layers = ", ".join(map(str, held))
-        return [*span.notes, f"{name}: {merged} of {evicted} evicted entries merged (all heads of layers {layers})"]
+        """What pruners said of an image, and what became of the entries that left its cache head by head."""
+        notes, heads = list(span.notes), self._per_head(span)
+        evicted = sum(len(of) * span.cached_at(layer).numel() - sum(map(len, of)) for layer, of in enumerate(heads))
+        if evicted:
+            merged = sum(layer.merged_into(span) for layer in self._layers)
+            name = next(pruner.name for pruner in self.pruners if pruner.evict_layers(self.depth))
+            notes.append(f"{name}: {merged} entries merged of {evicted} evicted, summed over layers and heads")
+        return notes
 
     def _stage(self, index: int) -> StageReport:
         pruner = self.pruners[index]
@@ -218,7 +197,7 @@ class Generation:
                 merged=_merged(span),
                 cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
                 cls=span.image.cls,
-                cached_per_head=[self._heads_of(span, layer) for layer in range(len(self._layers))],
+                cached_per_head=self._per_head(span),
                 notes=self._notes(span),
             )
             for span in self.spans
@@ -254,7 +233,7 @@ class Generation:
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
                 past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
-                before = _real_entries(None, self.offset, self._mask, self.rows)[row]
+                before = real_entries(None, self.offset, self._mask, self.rows)[row]
                 alone = self._attend(alone, [v + text for v in own], past)
                 unpruned = self._attend(unpruned, [whole + text] * self.depth, [before] * self.depth)
             pruned.append(alone)
@@ -340,38 +319,5 @@ def acts_at(pruner: Pruner, facts: ModelFacts) -> str:
     places += ["before decoder"] if pruner.selects else []
     evicted = pruner.evict_layers(facts.decoder_depth)
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
-    places += (
-        [
-            f"in the cache{'s' * (len(evicted) > 1)} of decoder layer{'s' * (len(evicted) > 1)} "
-            f"{', '.join(map(str, evicted))}"
-        ]
-        if evicted
-        else []
-    )
+    places += [f"cache{'s' * (len(evicted) > 1)} of layers {', '.join(map(str, evicted))}"] if evicted else []
     return "; ".join(places) or "nowhere"
-
-
-def _rows(layer: CachedLayer, rows: list[int]) -> CachedLayer:
-    slots, heads, merged = (None if part is None else part[rows] for part in (layer.slots, layer.heads, layer.merged))
-    return CachedLayer(slots, layer.length, layer.size, heads, merged)
-
-
-def _cached(layer: Any) -> CachedLayer:
-    size = _bytes(layer.keys) + _bytes(layer.values)
-    return CachedLayer(layer.slots, layer.length, size, layer.head_slots, layer.entries.get(MERGED))
-
-
-def _bytes(states: Tensor | None) -> int:
-    return 0 if states is None else states.numel() * states.element_size()
-
-
-def _real_entries(slots: Tensor | None, length: int, mask: Tensor | None, rows: int) -> list[int]:
-    if slots is None:
-        if mask is None:
-            return [length] * rows
-        return mask[:, :length].sum(dim=1).tolist()
-    held = slots >= 0
-    if mask is not None:
-        real = mask.to(slots.device).bool().gather(1, slots.clamp(0, mask.shape[1] - 1))
-        held = held & real
-    return held.sum(dim=1).tolist()

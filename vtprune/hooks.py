@@ -73,6 +73,8 @@ class Wrapping:
         hooks = self._decoder
         for owner, name, replacement in adapter.overrides():
             self._override(owner, name, replacement)
+        if hooks.notes_logits:
+            self._before(adapter.model, hooks.open_call)
         self._before(adapter.inner, hooks.open_frame)
         self._before(adapter.language_model, hooks.open_decoder)
         self._after(adapter.language_model, hooks.close_decoder)

@@ -69,6 +69,6 @@ def _check_encoder(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
 def _check_caches(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
     if first.evict_layers(facts.decoder_depth) and second.evict_layers(facts.decoder_depth):
         raise VTPruneError(
-            f"{first.name} and {second.name} both cut the caches after the prompt; a list takes one such method, at its "
-            "end"
+            f"{first.name} and {second.name} both cut the cache that the prompt left; a list takes one such method, "
+            "as its last"
         )

@@ -72,8 +72,8 @@ class Report:
     vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
     asked_keep: what each pruner was asked for; achieved_keep: mean over images of kept over all tokens, counted
     as `keep` is; stages: each pruner of the list. flops sums the rows, each as if it ran alone; flops_full is the
-    same unpruned. kv_bytes is logical (now), kv_bytes_allocated the cache's tensors with padding; both 0 without a
-    cache.
+    same unpruned. kv_bytes is logical (now; kv_bytes_prefill: right after the prompt), `_full` the same unpruned,
+    kv_bytes_allocated the cache's tensors with padding; all 0 without a cache.
     """
 
     method: str
@@ -88,6 +88,7 @@ class Report:
     flops_full: int
     flops_breakdown: FlopsBreakdown
     kv_bytes_prefill: int
+    kv_bytes_prefill_full: int
     kv_bytes: int
     kv_bytes_full: int
     kv_bytes_allocated: int

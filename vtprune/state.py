@@ -16,6 +16,8 @@ from vtprune.encoding import EncodedImage, Encoding
 RUN = "vtprune_run"
 # The argument that carries a forward's Frame to the decoder.
 FRAME = "vtprune_frame"
+# The argument that carries the number of logits asked for from the whole model to its inner one.
+LOGITS = "vtprune_logits"
 # The attribute of an image's feature tensor that holds its EncodedImage.
 RECORD = "_vtprune_image"
 # The aux tensor of a cache that says which row of the prompt each row was.
@@ -26,10 +28,12 @@ GENERATION = "_vtprune"
 
 @dataclass
 class Frame:
-    """One forward of the multimodal model: its inputs, and its images once they are encoded."""
+    """One forward of the multimodal model: its inputs, its images once they are encoded, and for how many of its last
+    tokens logits were asked for, 0 where that was not noted."""
 
     inputs: dict[str, Any]
     images: list[EncodedImage] = field(default_factory=list)
+    logits: int = 0
 
 
 class ThreadState(threading.local):

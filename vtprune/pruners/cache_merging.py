@@ -69,8 +69,8 @@ def shares_out(weights: Sequence[float], most: Sequence[int], total: int) -> lis
 
 
 def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The columns of the highest `count` of `scores` (H, n) in each head, and those of the others, both ascending; ties
-    go to the lowest column."""
+    """The columns of the highest `count` of `scores` (H, n) in each head, and those of the others, both ascending;
+    ties go to the lowest column."""
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
 

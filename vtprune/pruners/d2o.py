@@ -76,8 +76,8 @@ class D2O(Pruner):
         check_choice(self.name, "variant", self.variant, self.info.variants)
         if self.text and isinstance(self.keep, int):
             raise VTPruneError(
-                f"{self.name}: text=True counts all entries of a prompt, so keep is a fraction (a float in (0, 1]), got "
-                f"{self.keep!r}"
+                f"{self.name}: text=True counts all entries of a prompt, so keep is a fraction (a float in (0, 1]), "
+                f"got {self.keep!r}"
             )
 
     def for_model(self, facts: ModelFacts) -> Self:
@@ -200,7 +200,6 @@ class _Cut:
         """What is left, None if that is all of it."""
         if bool(self._stays.all()) and not always:
             return None
-        heads, columns = self._stays.nonzero().unbind(dim=1)
-        kept = columns.view(self._stays.shape[0], -1)
+        kept = self._stays.nonzero()[:, 1].view(self._stays.shape[0], -1)
         rows = torch.arange(len(kept), device=kept.device)[:, None]
         return Eviction(kept, self._key[rows, kept], self._value[rows, kept], self._merged[rows, kept], state)
