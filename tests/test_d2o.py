@@ -34,6 +34,7 @@ RULES = {
     "plain eviction": Rule(keep=0.4, merge=False),
     "released": Rule(keep=0.3, released=True),
     "text": Rule(keep=0.4, text=True),
+    "text, released": Rule(keep=0.4, text=True, released=True),
     "text, plain eviction": Rule(keep=0.5, text=True, merge=False),
 }
 BATCHES = {"alone": ([0], "left"), "ragged-left": ([0, 1, 2], "left"), "ragged-right": ([0, 1, 2], "right")}
@@ -50,9 +51,11 @@ def own_logits(logits: torch.Tensor, inputs: dict[str, torch.Tensor], row: int) 
     return logits[row, torch.cat([mask, torch.ones(STEPS, dtype=torch.bool)])]
 
 
+CASES = [("sdpa", rule) for rule in RULES] + [("eager", rule) for rule in ("default", "text")]
+
+
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "rule"), CASES)
 @every_model
 def test_prefill_and_decoding_equal_the_reference_by_hand(kind: str, attention: str, rule: str, batch: str) -> None:
     rows, padding = BATCHES[batch]
