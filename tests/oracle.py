@@ -162,11 +162,27 @@ def _replace(mask: Tensor, embeddings: Any, merges: list[tuple[int, int, Tensor,
         if embeddings is not None:
             new["position_embeddings"] = embeddings
         states = args[0].clone()
+        # In the order in which they came about: what one stage merged may flow on in the next.
         for row, into, members, weights in merges:
-            states[row, into] = (args[0][row, members] * weights.to(states)[:, None]).sum(dim=0)
+            states[row, into] = (states[row, members] * weights.to(states)[:, None]).sum(dim=0)
         return (states, *args[1:]), {**kwargs, **new}
 
     return hook
+
+
+def image_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Features of the wrapped model, zeros where its encoder dropped tokens."""
+    grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
+    with torch.no_grad():
+        return [one.clone() for one in model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output]
+
+
+def difference_from_masked(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[float, vtprune.Report]:
+    """How far the wrapped model's logits are from those of the masked one, and its report; unwraps the model."""
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    features = image_features(model, inputs)
+    expected = run_masked(kind, vtprune.unwrap(model), inputs, report, features)
+    return compare(logits, expected, inputs), report
 
 
 def compare(actual: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> float:

@@ -10,7 +10,7 @@ import torch
 
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt
-from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
+from tests.oracle import TOLERANCE, difference_from_masked
 from vtprune.pruner import Pruner
 from vtprune.selection import Selection
 from vtprune.stream import VisionStream
@@ -24,18 +24,16 @@ from vtprune.stream import VisionStream
         [vtprune.Turbo(keep=12), vtprune.DivPrune(keep=7)],
         [vtprune.FlowCut(keep=11, stages=1), vtprune.CDPruner(keep=8), vtprune.Random(keep=3)],
         [vtprune.MustDrop(keep=10), vtprune.HoloV(keep=5)],
+        [vtprune.Pool(keep=12), vtprune.VFlowOpt(keep=6, cell=3.0)],
+        [vtprune.Pool(keep=16), vtprune.DivPrune(keep=5)],
     ],
     ids=lambda stages: "+".join(stage.name for stage in stages),
 )
 def test_stages_of_all_kinds_compose_exactly(kind: str, stages: list[Pruner]) -> None:
     inputs = prompt(kind, ROWS[kind])
     model = vtprune.wrap(make(kind), stages)
-    logits, report, _ = run_wrapped(kind, model, inputs)
-    grids = {"image_grid_thw": inputs["image_grid_thw"]} if kind.startswith("qwen") else {}
-    with torch.no_grad():
-        features = [f.clone() for f in model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output]
-    expected = run_masked(kind, vtprune.unwrap(model), inputs, report, features)
-    assert compare(logits, expected, inputs) < TOLERANCE
+    difference, report = difference_from_masked(kind, model, inputs)
+    assert difference < TOLERANCE
     assert [stage.method for stage in report.stages] == [stage.name for stage in stages]
     assert all(stage.tokens_left <= stages[i].keep for i, stage in enumerate(report.stages))
 
@@ -123,9 +121,17 @@ def test_a_later_stage_sees_the_signals_of_the_tokens_that_are_left(kind: str, f
 def test_methods_that_read_the_encoder_follow_others(kind: str, second: Pruner) -> None:
     inputs = prompt(kind, ROWS[kind])
     model = vtprune.wrap(make(kind), [vtprune.DivPrune(keep=10), second])
-    logits, report, _ = run_wrapped(kind, model, inputs)
-    expected = run_masked(kind, vtprune.unwrap(model), inputs, report)
-    assert compare(logits, expected, inputs) < TOLERANCE
+    assert difference_from_masked(kind, model, inputs)[0] < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_one_stage_merged_flows_on_in_the_next(kind: str) -> None:
+    stages = [vtprune.Pool(keep=16), vtprune.VFlowOpt(keep=12, cell=3.0), vtprune.SparseVLM(keep=8)]
+    model = vtprune.wrap(make(kind), stages)
+    difference, report = difference_from_masked(kind, model, prompt(kind, ROWS[kind]))
+    assert difference < TOLERANCE
+    merges = [merge for sample in report.samples for image in sample.images for merge in image.merged]
+    assert {merge.layer > 0 for merge in merges} == {True, False}
 
 
 def test_no_pruning_may_stand_anywhere_in_a_list() -> None:
@@ -133,3 +139,19 @@ def test_no_pruning_may_stand_anywhere_in_a_list() -> None:
     with torch.no_grad():
         model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
     assert len(vtprune.report(model).samples[0].images[0].kept) == 9
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_later_stage_sees_the_vectors_that_an_earlier_one_merged(kind: str) -> None:
+    whole = _seen(kind, [Signals(keep=4)])
+    model = vtprune.wrap(make(kind), [vtprune.Pool(keep=9), Signals(keep=4)])
+    Signals.seen.clear()
+    with torch.no_grad():
+        model(**prompt(kind, ROWS[kind]))
+    images = [image for sample in vtprune.report(model).samples for image in sample.images]
+    for before, after, image in zip(whole, list(Signals.seen), images, strict=True):
+        merged = {merge.into: merge for merge in image.merged}
+        for token, vector in zip(after.indices.tolist(), after.features, strict=True):
+            weights = torch.tensor(merged[token].weights)
+            expected = (before.features[merged[token].members] * weights[:, None]).sum(dim=0)
+            assert torch.allclose(vector, expected, atol=1e-6)

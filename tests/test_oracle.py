@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt
-from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
+from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
 from tests.pruners import DROPS, PRUNERS, RELEASED, label
 from vtprune.pruner import Pruner
 
 BATCHES = {"alone": ([0], "left"), "ragged-left": ([0, 1, 2], "left"), "ragged-right": ([0, 1, 2], "right")}
-
-
-def _features(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Features of the wrapped model, zeros where its encoder dropped tokens."""
-    grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
-    with torch.no_grad():
-        return [one.clone() for one in model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output]
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -33,7 +23,7 @@ def test_dropping_equals_masking_in_prefill_and_decode(kind: str, attention: str
     model = make(kind, attention)
     vtprune.wrap(model, pruner)
     logits, report, _ = run_wrapped(kind, model, inputs)
-    features = _features(model, inputs)
+    features = image_features(model, inputs)
     vtprune.unwrap(model)
     expected = run_masked(kind, model, inputs, report, features)
     assert compare(logits, expected, inputs) < TOLERANCE
@@ -49,7 +39,7 @@ def test_renumbered_positions_have_no_gaps_at_any_layer(kind: str, pruner: Prune
     options = {} if pruner.compact_positions else {"positions": "compact"}
     vtprune.wrap(model, pruner, **options)
     logits, report, _ = run_wrapped(kind, model, inputs)
-    features = _features(model, inputs)
+    features = image_features(model, inputs)
     vtprune.unwrap(model)
     expected = run_masked(kind, model, inputs, report, features, compact=True)
     assert compare(logits, expected, inputs) < TOLERANCE
@@ -61,7 +51,7 @@ def test_released_variants_keep_m_rope_positions(pruner: Pruner) -> None:
     inputs = prompt(kind, ROWS[kind])
     model = vtprune.wrap(make(kind), pruner)
     logits, report, _ = run_wrapped(kind, model, inputs)
-    features = _features(model, inputs)
+    features = image_features(model, inputs)
     expected = run_masked(kind, vtprune.unwrap(model), inputs, report, features)
     assert compare(logits, expected, inputs) < TOLERANCE
 

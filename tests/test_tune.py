@@ -13,60 +13,28 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.checkpoint import png, random_qwen_checkpoint
 from tests.test_tune_parts import pictures
-from vtprune.cli import app
-from vtprune.config import from_dict
+from tests.tuning import (
+    KEEP,
+    fails,
+    numbers,
+    private_environment,  # noqa: F401 (a fixture of every test here)
+    read,
+    run,
+    tune,
+)
 from vtprune.errors import VTPruneError
 from vtprune.evals import tune_search
 from vtprune.evals.loading import load_model
 from vtprune.evals.prompts import encode, place, question
-from vtprune.evals.settings import build_settings, parse_flops
+from vtprune.evals.settings import build_settings
 from vtprune.evals.tune_data import draw_shapes
 from vtprune.evals.tune_measure import Meter
-from vtprune.evals.tune_space import STARTUP, propose, setting_key
+from vtprune.evals.tune_space import propose, setting_key
 from vtprune.evals.tune_store import search_fingerprint
-from vtprune.pruners.vflow_budget import stage_layers
-
-SMALL = ("--samples", "3", "--check-samples", "2")
-KEEP = ("--keep", "15%")
-
-
-@pytest.fixture(autouse=True)
-def _private_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
-
-
-def tune(output: Path, *arguments: str | Path, method: str = "holov") -> Result:
-    return run("tune", method, "--output", output, *SMALL, *arguments)
-
-
-def read(output: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((output / "search.json").read_text())
-    return data
-
-
-def numbers(output: Path) -> list[dict[str, Any]]:
-    """All of the trials but how long they took."""
-    return [{name: value for name, value in trial.items() if name != "seconds"} for trial in read(output)["trials"]]
-
-
-def fails(result: Result, *fragments: str, status: int = 2) -> None:
-    assert result.exit_code == status, result.output
-    message = result.stderr.strip()
-    assert message.startswith("vtprune: ")
-    assert len(message.splitlines()) == 1
-    for fragment in fragments:
-        assert fragment in message
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +212,6 @@ def test_a_lost_setting_is_written_again(tmp_path: Path) -> None:
         assert vtprune.load_config(output) == best
 
 
-def test_a_search_ends_early_where_every_setting_is_refused_alike(tmp_path: Path) -> None:
-    result = tune(tmp_path / "out", "--flops", "1%", "--trials", "40")
-    fails(result, "no setting of holov meets", "the least that was reached")
-    assert len(read(tmp_path / "out")["trials"]) == STARTUP
-
-
 def test_bench_takes_the_folder_as_a_method(finished: Path, tmp_path: Path) -> None:
     result = run(
         "bench", "--methods", f"grid,{finished}", "--keep", "9", "--limit", "5", "--output", tmp_path / "bench"
@@ -278,19 +240,6 @@ def test_a_folder_is_known_by_what_it_holds(tmp_path: Path) -> None:
     assert build_settings([str(tmp_path / "c/copy")], [1])[1].key() == first.key()
     with pytest.raises(VTPruneError, match=r"no vtprune_config\.json in"):
         build_settings([str(tmp_path)], [0.5])
-
-
-def test_a_flops_budget_gives_every_setting_the_most_tokens_that_fit(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    assert tune(output, "--flops", "60%", "--trials", "3").exit_code == 0
-    for trial in read(output)["trials"]:
-        assert 0.59 < trial["flops_share"] <= 0.6
-        assert trial["pruner"]["keep"] == pytest.approx(trial["kept"] / 144)
-
-
-def test_a_flops_budget_that_no_setting_meets(tmp_path: Path) -> None:
-    fails(tune(tmp_path, "--flops", "20%", "--trials", "3"), "no setting of holov meets 20% of the FLOPs", "49.", "%")
-    assert not (tmp_path / "vtprune_config.json").exists()
 
 
 def test_a_setting_that_is_not_a_number_is_told_and_passed_over(
@@ -347,10 +296,6 @@ def test_a_request_that_makes_no_sense(
     assert not (tmp_path / "vtprune_config.json").exists()
 
 
-def test_a_share_of_flops_is_read() -> None:
-    assert (parse_flops("40%"), parse_flops(" 0.4 ")) == (0.4, 0.4)
-
-
 def test_a_folder_of_pictures_is_searched_on_another_family(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "data", 5)
     rows = [{"file_name": f"{i}.png", "question": f"number {i}?"} for i in range(4)] + [{"file_name": "4.png"}]
@@ -383,44 +328,3 @@ def test_a_finite_space_is_searched_to_its_end_and_no_further(tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert "every setting of the search space has been tried (4)" in result.output
     assert len(read(tmp_path)["trials"]) == 4
-
-
-@pytest.mark.parametrize("budget", [("--keep", "20%"), ("--keep", "30"), ("--flops", "65%")])
-def test_staged_settings_meet_the_budgets_equation(tmp_path: Path, budget: tuple[str, str]) -> None:
-    output = tmp_path / "out"
-    result = tune(output, *budget, "--trials", "5", "--samples", "2", method="vflowopt")
-    assert result.exit_code == 0, result.output
-    trials = [trial for trial in read(output)["trials"] if trial["state"] == "measured"]
-    assert trials[0]["params"].keys() == {"first", "second", "threshold", "cell", "alpha"}
-    for trial in trials:
-        pruner = from_dict(trial["pruner"])
-        fitted = pruner.for_model(vtprune.pruner.ModelFacts(True, 5, 6, 1))
-        entering, middle, last = fitted.schedule().counts(144)
-        start, end = stage_layers(6)
-        assert trial["kept"] == pytest.approx((start * entering + (end - start) * middle + (6 - end) * last) / 6)
-        assert trial["kept"] <= fitted.budget(144)
-        if budget[0] == "--keep":
-            assert pruner.keep == (0.2 if "%" in budget[1] else 30)
-        else:
-            assert trial["flops_share"] <= 0.65
-            assert fitted.budget(144) <= 1.6 * trial["kept"]
-
-
-def test_an_interrupted_search_at_a_flops_budget_goes_on_as_it_would_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    budget = ("--flops", "70%", "--trials", "5", "--samples", "2")
-    assert tune(tmp_path / "whole", *budget).exit_code == 0
-    original, count = tune_search.Tuner._try, [0]
-
-    def stop(self: Any, *args: Any) -> None:
-        count[0] += 1
-        if count[0] == 4:
-            raise KeyboardInterrupt
-        original(self, *args)
-
-    monkeypatch.setattr(tune_search.Tuner, "_try", stop)
-    assert tune(tmp_path / "cut", *budget).exit_code == 130
-    monkeypatch.setattr(tune_search.Tuner, "_try", original)
-    assert tune(tmp_path / "cut", *budget).exit_code == 0
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")

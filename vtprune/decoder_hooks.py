@@ -20,7 +20,7 @@ from vtprune.cache import (
     unsupported_reason,
     with_cache,
 )
-from vtprune.compaction import fill_index
+from vtprune.decoder_scoring import DecoderScoring
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.errors import VTPruneError
@@ -31,7 +31,7 @@ from vtprune.pruner import ModelFacts, Pruner
 from vtprune.selection import Selection
 from vtprune.signals import LayerSignals, full_precision
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
-from vtprune.stream import DecoderLayer, VisionStream
+from vtprune.stream import VisionStream
 
 
 class DecoderHooks:
@@ -54,7 +54,7 @@ class DecoderHooks:
         self.last: Generation | None = None
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
-        self._layers = list(adapter.decoder_layers)
+        self._scoring = DecoderScoring(adapter, pruners, self._depth)
 
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
@@ -168,7 +168,7 @@ class DecoderHooks:
             for span in run.spans:
                 if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
                     continue
-                stream = self._stream(pruner, span, embeds, text[span.row], input_ids, pictures)
+                stream = self._stream(run, pruner, span, embeds, text[span.row], input_ids, pictures)
                 if probe is not None:
                     stream = replace(stream, probe=probe.of(span, text[span.row], stream.budget))
                 with full_precision(embeds.device):
@@ -197,6 +197,7 @@ class DecoderHooks:
 
     def _stream(
         self,
+        run: DecoderRun,
         pruner: Pruner,
         span: ImageSpan,
         embeds: Tensor,
@@ -212,7 +213,7 @@ class DecoderHooks:
                 pictures[id(image)] = self.adapter.picture(image.pixels, image.grid)
             picture = pictures[id(image)]
         return VisionStream(
-            features=embeds[span.row, span.places[span.kept]],
+            features=run.merged(span, embeds[span.row, span.places[span.kept]]),
             grid=image.grid,
             indices=span.kept,
             total=image.total,
@@ -287,78 +288,14 @@ class DecoderHooks:
         if not isinstance(run, DecoderRun) or output is None or not run.spans or index <= run.decided:
             return
         run.decided = index
-        scoring = [pruner for pruner in self.pruners if index in pruner.decoder_layers(self._depth)]
-        spans = run.spans
-        if any(self._asked(pruner, span, index) for pruner in scoring for span in spans):
-            hidden = output[0] if isinstance(output, tuple) else output
-            with torch.no_grad():
-                self._prune(run, index, scoring, kwargs["position_embeddings"], hidden)
+        hidden = output[0] if isinstance(output, tuple) else output
+        with torch.no_grad():
+            views = self._scoring.views(run, index, kwargs["position_embeddings"], hidden, self._text(run))
+            for span, order, layer in views:
+                with full_precision(hidden.device):
+                    selection = self.pruners[order].prune_decoder(layer)
+                self._apply(run, span, order, selection, layer.budget, index + 1)
         run.taps.clear()
-
-    @staticmethod
-    def _asked(pruner: Pruner, span: ImageSpan, index: int) -> bool:
-        """Whether a method has to say which tokens of an image go on after a decoder layer."""
-        entered = span.kept_at(0).numel()
-        if pruner.adaptive:
-            return pruner.acts_after(span.image.total, index, entered)
-        return pruner.decoder_budget(span.image.total, index, entered) < span.kept.numel()
-
-    def _prune(
-        self,
-        run: DecoderRun,
-        index: int,
-        scoring: list[Pruner],
-        embeddings: tuple[Tensor, Tensor],
-        hidden: Tensor,
-    ) -> None:
-        places = run.layout(index).places
-        where = None if places is None else fill_index(places, run.prompt.length)
-        first, column = run.prompt.ends(places)
-        states: dict[tuple[bool, bool], tuple[Tensor, Tensor, Tensor]] = {}
-        for ahead, single in {(pruner.reads_next_layer, pruner.reads_last_query) for pruner in scoring}:
-            states[ahead, single] = self._states(run, index, embeddings, hidden, column, ahead=ahead, single=single)
-        text = self._text(run)
-        cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]) for part in embeddings)
-        for span in run.spans:
-            row = span.row
-            for order, pruner in enumerate(self.pruners):
-                if pruner not in scoring or not self._asked(pruner, span, index):
-                    continue
-                span.asked.setdefault(order, []).append(index)
-                entered = span.kept_at(0).numel()
-                budget = pruner.decoder_budget(span.image.total, index, entered)
-                vision, words = span.places[span.kept], text[row]
-                if where is not None:
-                    vision, words = where[row, vision], where[row, words]
-                query, key, value = (part[row] for part in states[pruner.reads_next_layer, pruner.reads_last_query])
-                layer = DecoderLayer(
-                    query, key, value, vision, int(column[row]), self.adapter.decoder_scale,
-                    span.image.total, span.kept, budget, index, self._depth, words, span.memories.get(order, {}),
-                    entered, sum(span.kept_at(one).numel() for one in range(index + 1)),
-                    hidden[row] if pruner.reads_decoder_hidden else None,
-                    (cos[row], sin[row]), int(first[row]),
-                )  # fmt: skip
-                with full_precision(key.device):
-                    selection = pruner.prune_decoder(layer)
-                self._apply(run, span, order, selection, budget, index + 1)
-
-    def _states(
-        self,
-        run: DecoderRun,
-        index: int,
-        embeddings: tuple[Tensor, Tensor],
-        hidden: Tensor,
-        last: Tensor,
-        *,
-        ahead: bool,
-        single: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of the layer that ran, `single`: of each row's column `last` the query alone; `ahead`: that query
-        and all keys of the next layer."""
-        if not ahead:
-            return self.adapter.decoder_states(run.taps, embeddings, last if single else None)
-        query, key = self.adapter.query_and_keys(self._layers[index + 1], hidden, embeddings, last)
-        return query, key, key[:, :, :0]
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         run = kwargs.get(RUN)

@@ -132,7 +132,8 @@ class DecoderRun:
         self.generation: Any = None
         self.taps: dict[str, Tensor] = {}
         self.alive: Tensor | None = None
-        self._changed: list[tuple[int, Tensor, Tensor]] = []
+        # By span: its row, the places of its tokens and their new vectors, until the next layer is fed them.
+        self._changed: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._layouts: dict[int, Layout] = {}
         self._masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
         self._slots: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
@@ -154,8 +155,16 @@ class DecoderRun:
             whole = Merge(int(before[merge.into]), tuple(int(before[m]) for m in merge.members), merge.weights)
             span.merges.append((layer, whole))
         self.mark(span)
-        if selection.vectors is not None:
-            self._changed.append((span.row, span.places[span.kept], selection.vectors))
+        vectors, earlier = selection.vectors, self._changed.get(id(span))
+        if vectors is None and earlier is not None:
+            vectors = earlier[2][left.to(earlier[2].device)]
+        if vectors is not None:
+            self._changed[id(span)] = span.row, span.places[span.kept], vectors
+
+    def merged(self, span: ImageSpan, states: Tensor) -> Tensor:
+        """The states (N, D) of a span's tokens, or the vectors that merging has made of them before the next layer."""
+        changed = self._changed.get(id(span))
+        return states if changed is None else changed[2].to(states)
 
     def mark(self, span: ImageSpan) -> None:
         """Notes that only `span.kept` of the image is alive."""
@@ -170,7 +179,7 @@ class DecoderRun:
     def take_over(self, other: DecoderRun) -> None:
         """Starts with the tokens and vectors that another run of this prompt has before its first layer."""
         self.alive = None if other.alive is None else other.alive.clone()
-        self._changed = list(other._changed)
+        self._changed = dict(other._changed)
 
     def layout(self, index: int) -> Layout:
         """The layout of a layer; fixed the first time that it is asked for."""
@@ -197,15 +206,12 @@ class DecoderRun:
             ragged = len(places) > 1 and bool((places < 0).any())
             self.alive = None
         layout = Layout(places, ragged, relative)
-        for row, where, vectors in self._changed:
+        for row, where, vectors in self._changed.values():
             at = where
             if places is not None:
-                # A later stage may have dropped what an earlier one merged.
-                still = torch.isin(where, places[row])
-                where, vectors = where[still], vectors[still.to(vectors.device)]
                 at = relative_places(where[None], places[row : row + 1], self.prompt.length)[0]
             layout.vectors.append((row, at, vectors))
-        self._changed = []
+        self._changed = {}
         return layout
 
     def _still(self, places: Tensor) -> Tensor:
