@@ -159,6 +159,10 @@ class Adapter(ABC):
         query, key = self._turned(query, turn), self._turned(taps["k"], embeddings)
         return query, self._repeated(key), self._repeated(split_heads(value, self._kv_heads).float())
 
+    def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """q (B, H, n, d) in fp32 with rotary embedding."""
+        return self._turned(taps["q"], embeddings)
+
     def query_and_keys(
         self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor
     ) -> tuple[Tensor, Tensor]:

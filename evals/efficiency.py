@@ -40,7 +40,6 @@ def row_costs(report: Report, achieved: Callable[[list[int]], float], prefill_se
     (`Pruner.achieved`).
     """
     rows = len(report.samples)
-    decoded = report.kv_bytes - report.kv_bytes_prefill
     return [
         RowCost(
             visual_tokens=sum(image.tokens for image in sample.images),
@@ -49,7 +48,7 @@ def row_costs(report: Report, achieved: Callable[[list[int]], float], prefill_se
             flops_full=report.flops_full / rows,
             scoring_flops=report.flops_breakdown.scoring / rows,
             kv_bytes=report.kv_bytes_prefill / rows,
-            kv_bytes_full=(report.kv_bytes_full - decoded) / rows,
+            kv_bytes_full=report.kv_bytes_prefill_full / rows,
             prefill_ms=1000 * prefill_seconds / rows,
             published_tokens=_published(sample),
         )

@@ -1,7 +1,8 @@
 """The proof that pruning is exact: the unpruned decoder with the dropped tokens masked out of attention.
 
 From each layer on, the tokens that the report names as dropped are masked, and for decode steps those that were
-cut from a layer's cache too; where tokens merge, the layer is fed the merged vector at the survivor's place.
+cut from a layer's cache too; where tokens merge, the layer is fed the merged vector at the survivor's place. Tokens
+that return see what the layer had computed by then, and each step what the report says that it attended to.
 Positions are those of the unpruned prompt. Nothing here uses vtprune's own compaction.
 """
 
@@ -78,6 +79,7 @@ def run_masked(
         numbers[:, length:] = (cached.cumsum(dim=1) - 1)[:, length:]
         embeddings = decoder.rotary_emb(embeds, numbers) if compact else None
         mask = torch.cat([_mask(alive)[:, :, :length], _mask(cached)[:, :, length:]], dim=2)
+        _return(mask, ids, real, report, index)
         merges = _merges(ids, report, index)
         handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings, merges), with_kwargs=True))
     positions = _positions(kind, model, inputs, ids.shape[1])
@@ -146,6 +148,27 @@ def _alive(ids: Tensor, real: Tensor, report: vtprune.Report, *, cached: bool = 
                 first += image.tokens
         found.append(alive)
     return found
+
+
+def _return(mask: Tensor, ids: Tensor, real: Tensor, report: vtprune.Report, layer: int) -> None:
+    """Opens and closes the mask for tokens that return, and for the steps, the last ones, to which they return."""
+    for row, sample in enumerate(report.samples):
+        places, first = (ids[row] == IMAGE).nonzero().flatten(), 0
+        # The step that computed each place at this layer: 0 for the prefill, infinity where none did.
+        computed = torch.zeros(ids.shape[1]).masked_fill(~real[row], torch.inf)
+        for image in sample.images:
+            own = places[first : first + image.tokens]
+            first += image.tokens
+            computed[own] = torch.inf
+            computed[own[image.kept_per_layer[layer]]] = 0
+            for number, step in enumerate(image.steps):
+                computed[own[step.computed_per_layer[layer]]] = number + 1
+                query = ids.shape[1] - len(image.steps) + number
+                mask[row, 0, query, own] = float("-inf")
+                mask[row, 0, query, own[step.attended_per_layer[layer]]] = 0.0
+        for place in (computed.isfinite() & (computed > 0)).nonzero().flatten().tolist():
+            seen = (computed <= computed[place]) & (torch.arange(ids.shape[1]) <= place)
+            mask[row, 0, place] = torch.zeros(ids.shape[1]).masked_fill(~seen, float("-inf"))
 
 
 def _mask(alive: Tensor) -> Tensor:

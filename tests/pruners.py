@@ -46,6 +46,9 @@ PRUNERS: list[Pruner] = [
     vtprune.SparseVLM(adaptive_rank=True, scale=2.5),
     vtprune.GemFilter(keep=0.25),
     vtprune.GemFilter(keep=5, layer=4, pooling="grid"),
+    vtprune.LazyLLM(),
+    vtprune.LazyLLM(keep=14),
+    vtprune.LazyLLM(keep=0.6, schedule="linear"),
 ]
 
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).

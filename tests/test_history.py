@@ -37,7 +37,7 @@ def _run(kind: str, pruner: Pruner, indices: tuple[int, ...]) -> tuple[vtprune.R
     inputs, model = prompt(kind, rows), vtprune.wrap(make(kind), pruner)
     out = model(**inputs, use_cache=True)
     cache, measured = out.past_key_values, [_layer_bytes(out.past_key_values)]
-    tokens = next_tokens(len(rows))
+    tokens = next_tokens(len(ROWS[kind]))[list(indices)]
     for step in range(STEPS):
         mask = {"attention_mask": full_mask(inputs, step + 1)} if len(rows) > 1 else {}
         model(input_ids=tokens[:, step : step + 1], past_key_values=cache, **mask)
@@ -81,7 +81,15 @@ def test_the_steps_begin_with_the_prefill_and_end_with_now(kind: str, pruner: Pr
     assert prefill.tokens_per_layer == report.tokens_per_layer
     assert prefill.kv_bytes == report.kv_bytes_prefill
     assert len(later) == report.steps
-    assert all(count == 0 for step in later for layer in step.tokens_per_layer for count in layer)
+    for number, step in enumerate(later):
+        for row, sample in enumerate(report.samples):
+            returned = [0] * DECODER_LAYERS
+            if pruner.revives:
+                returned = [
+                    sum(map(len, layers))
+                    for layers in zip(*(image.steps[number].computed_per_layer for image in sample.images), strict=True)
+                ]
+            assert [layer[row] for layer in step.tokens_per_layer] == returned or not sample.images
     assert later[-1].kv_tokens_per_layer == report.kv_tokens_per_layer
     assert later[-1].kv_bytes == report.kv_bytes
     assert json.loads(json.dumps(report.to_dict()))["history"][0]["kv_bytes"] == prefill.kv_bytes

@@ -65,6 +65,7 @@ def test_kv_bytes_are_the_caches(kind: str, pruner: Pruner) -> None:
         assert report.kv_bytes_allocated == tensors
         assert report.kv_bytes == _logical_bytes(cache, mask)
         assert report.kv_bytes_prefill == prefill.kv_bytes
+        assert report.kv_bytes_prefill_full == prefill.kv_bytes_full
         assert report.steps == 8
         if len(rows) == 1:
             assert report.kv_bytes == report.kv_bytes_allocated

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vtprune.errors import UnsupportedCacheError, VTPruneError
+from vtprune.waiting import VisionLog, Waiting
 
 
 class PrunedLayer(DynamicLayer):
@@ -21,6 +22,9 @@ class PrunedLayer(DynamicLayer):
     `get_seq_length` answers.
     aux: (B, n) tensors that belong to the rows, by name: a value for each of the first n places, the last one
     holding on (the M-RoPE delta, the shift of renumbered positions), or one for the row (n = 1).
+    Where vision tokens may return: waiting: those that were left out before this layer; log: all of them (the first
+    layer has it); since: (K,) how long the sequence was before the forward that computed an entry of an earlier place,
+    0 for every other entry.
     """
 
     def __init__(self) -> None:
@@ -29,6 +33,9 @@ class PrunedLayer(DynamicLayer):
         self.ragged = False
         self.length = 0
         self.aux: dict[str, Tensor] = {}
+        self.waiting: Waiting | None = None
+        self.log: VisionLog | None = None
+        self.since: Tensor | None = None
         self._announced = False
 
     @classmethod
@@ -41,9 +48,17 @@ class PrunedLayer(DynamicLayer):
             new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
         return new
 
-    def announce(self, slots: Tensor | None, new_length: int, *, ragged: bool = False) -> None:
+    def announce(self, slots: Tensor | None, new_length: int, *, ragged: bool = False, returning: int = 0) -> None:
         """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None; `ragged`:
-        whether there may be padding among the new ones."""
+        whether there may be padding among the new ones. The first `returning` of these are of places that the sequence
+        had before."""
+        if slots is not None and (returning or self.since is not None):
+            held = 0 if self.keys is None else self.keys.shape[-2]
+            since = slots.new_zeros(slots.shape[1])
+            if self.since is not None:
+                since[:held] = self.since
+            since[held : held + returning] = self.length
+            self.since = since
         self.slots = slots
         self.ragged = self.ragged or ragged
         self.length = new_length
@@ -104,20 +119,26 @@ class PrunedLayer(DynamicLayer):
         """Empties the layer."""
         super().reset()
         self.slots, self.ragged, self.length, self.aux, self._announced = None, False, 0, {}, False
+        self.waiting = self.log = self.since = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` logical places."""
+        """Removes the last `-tokens_to_remove` logical places; tokens that returned since are left out again."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number of tokens to remove")
         if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
         self.length = max(0, self.length + tokens_to_remove)
         self.aux = {name: values[:, : max(1, self.length)] for name, values in self.aux.items()} if self.length else {}
+        self.waiting = self.waiting.crop(self.length) if self.waiting is not None and self.length else None
+        self.log = self.log.crop(self.length) if self.log is not None and self.length else None
         if self.slots is None:
             self.keys, self.values = self.keys[..., : self.length, :], self.values[..., : self.length, :]
             return
         slots = self.slots.masked_fill(self.slots >= self.length, -1)
+        if self.since is not None:
+            slots = slots.masked_fill(self.since >= self.length, -1)
         used = (slots >= 0).any(dim=0)
+        self.since = None if self.since is None else self.since[used]
         self.slots = _shared(self.slots, self.length, lambda: slots[:, used])
         self.ragged = self.ragged or len(slots) > 1
         columns = used.nonzero().flatten().to(self.keys.device)
@@ -143,6 +164,8 @@ class PrunedLayer(DynamicLayer):
         if slots is not None:
             self.slots = _shared(slots, key, lambda: change(slots))
         self.aux = {name: change(value) for name, value in self.aux.items()}
+        self.waiting = None if self.waiting is None else self.waiting.rows(change)
+        self.log = None if self.log is None else self.log.rows(change)
 
 
 def _shared(slots: Tensor, key: object, change: Callable[[], Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from vtprune.generation import Generation
 from vtprune.history import origins
 from vtprune.probe import Probe, Prober
 from vtprune.pruner import ModelFacts, Pruner
+from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection
 from vtprune.signals import LayerSignals, full_precision
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
@@ -51,6 +52,7 @@ class DecoderHooks:
         self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
+        self.revives = next((pruner for pruner in pruners if pruner.revives), None)
         self.last: Generation | None = None
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
@@ -94,6 +96,9 @@ class DecoderHooks:
         rotary = self.adapter.rotary if self.compact else None
         flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
+        if layers is not None and (layers[0].log is not None or (self.revives is not None and spans)):
+            check_revival(layers, self.revives, self.tapped, self.adapter.language_model.config)
+            run.revival = Revival(layers, prompt, "+".join(pruner.name for pruner in self.pruners))
         if layers is not None and prompt.offset == 0:
             layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         if layers is not None and (prompt.offset == 0 or spans):
@@ -285,16 +290,28 @@ class DecoderHooks:
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         run = self.state.leave()
-        if not isinstance(run, DecoderRun) or output is None or not run.spans or index <= run.decided:
+        if not isinstance(run, DecoderRun) or output is None or index <= run.decided:
+            return
+        if not run.spans and run.revival is None:
             return
         run.decided = index
         hidden = output[0] if isinstance(output, tuple) else output
+        embeddings, last = kwargs["position_embeddings"], run.prompt.ends(run.layout(index).places)[1]
+        revival, before = run.revival, [span.kept for span in run.spans]
         with torch.no_grad():
-            views = self._scoring.views(run, index, kwargs["position_embeddings"], hidden, self._text(run))
-            for span, order, layer in views:
+            if revival is not None and revival.decides(index):
+                query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
+                with full_precision(hidden.device):
+                    revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
+                front = revival.width(index)
+                hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
+                run.taps = {name: states[:, front:] for name, states in run.taps.items()}
+            for span, order, layer in self._scoring.views(run, index, embeddings, hidden, self._text(run)):
                 with full_precision(hidden.device):
                     selection = self.pruners[order].prune_decoder(layer)
                 self._apply(run, span, order, selection, layer.budget, index + 1)
+            if revival is not None:
+                revival.record(index, run.spans, before, run.layout(index).places, hidden, embeddings)
         run.taps.clear()
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -302,6 +319,8 @@ class DecoderHooks:
         if run is None or output is None:
             return None
         generation = run.generation
+        if run.revival is not None:
+            run.revival.close(run.spans)
         if self._cut and run.spans:
             run.cut_caches(self._cut)
         if run.prompt.offset > 0 and not run.spans:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from vtprune.cache import PrunedLayer, all_slots
 from vtprune.compaction import fill_index, gather_tokens, layer_mask, places_of, relative_places
 from vtprune.encoding import Call, EncodedImage
+from vtprune.revival import Revival
 from vtprune.selection import Merge, Selection
 
 # How many tokens were dropped before each place, in a layer whose positions are renumbered.
@@ -96,13 +97,17 @@ class PromptInfo:
 
     def real(self) -> Tensor:
         """(B, length) True where a token of this input is not padding."""
+        return self.real_so_far()[:, -self.length :]
+
+    def real_so_far(self) -> Tensor:
+        """(B, offset + length) the same of the whole sequence, with what is in the cache."""
         if not isinstance(self.mask, Tensor):
-            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+            return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
         mask = self.mask
         if mask.ndim == 4:
             # What the last query sees is real.
             mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-        return mask[:, -self.length :].to(self.device).bool().expand(self.batch, -1)
+        return mask.to(self.device).bool().expand(self.batch, -1)
 
     def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B,) the columns, among the tokens at `places` (B, n) (None: all), of each row's first and last token that
@@ -130,13 +135,14 @@ class DecoderRun:
         self.prompt, self.spans, self.layers = prompt, spans, layers
         self.cache, self.flash, self.rotary = cache, flash, rotary
         self.generation: Any = None
+        self.revival: Revival | None = None
         self.taps: dict[str, Tensor] = {}
         self.alive: Tensor | None = None
         # By span: its row, the places of its tokens and their new vectors, until the next layer is fed them.
         self._changed: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._layouts: dict[int, Layout] = {}
         self._masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
-        self._slots: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
+        self._slots: dict[tuple[int, int, int], tuple[Any, Tensor | None]] = {}
         self._announced: set[int] = set()
         self.decided = -1
 
@@ -223,14 +229,22 @@ class DecoderRun:
     def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The inputs of decoder layer `index`, cut to the tokens alive, with this layer's own mask."""
         layout = self.layout(index)
+        revival = self.revival
         states = args[0] if args else kwargs["hidden_states"]
+        if revival is not None:
+            states = revival.split(states)
         if layout.relative is not None:
             states = gather_tokens(states, layout.relative)
         states = _place_vectors(states, layout.vectors)
         slots, ragged = self._announce(index, layout)
-        mask = self._mask(kwargs.get("attention_mask"), layout, slots, ragged)
-        kwargs = {**kwargs, "attention_mask": mask}
+        mask = kwargs.get("attention_mask")
         embeddings = self._embeddings(index, layout, states, kwargs["position_embeddings"])
+        if revival is not None and revival.active and slots is not None:
+            mask = revival.mask(mask, layout.places, slots)
+            states, embeddings = revival.join(index, states, embeddings)
+        else:
+            mask = self._mask(mask, layout, slots, ragged)
+        kwargs = {**kwargs, "attention_mask": mask}
         if embeddings is not kwargs["position_embeddings"]:
             kwargs["position_embeddings"] = embeddings
             # Gapped 1-D positions would be taken for packed sequences; rotary has used them already.
@@ -247,15 +261,19 @@ class DecoderRun:
         layer = self.layers[index]
         if index not in self._announced:
             self._announced.add(index)
-            slots = self._extend(layer.slots, layout)
-            layer.announce(slots, prompt.offset + prompt.length, ragged=layout.ragged)
+            front = None if self.revival is None else self.revival.front
+            slots = self._extend(layer.slots, layout, front)
+            returning = 0 if front is None else front.shape[1]
+            ragged = layout.ragged or (returning > 0 and prompt.batch > 1)
+            layer.announce(slots, prompt.offset + prompt.length, ragged=ragged, returning=returning)
         return layer.slots, layer.ragged
 
-    def _extend(self, past: Tensor | None, layout: Layout) -> Tensor | None:
-        """The slots of a layer after this input; layers with equal slots share one tensor."""
-        if past is None and layout.places is None:
+    def _extend(self, past: Tensor | None, layout: Layout, front: Tensor | None) -> Tensor | None:
+        """The slots of a layer after this input, with the places `front` before its own; layers with equal slots share
+        one tensor."""
+        if past is None and layout.places is None and front is None:
             return None
-        key = (id(past), id(layout.places))
+        key = (id(past), id(layout.places), id(front))
         if key not in self._slots:
             prompt = self.prompt
             old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past
@@ -264,8 +282,9 @@ class DecoderRun:
                 new = new.expand(prompt.batch, -1)
             else:
                 new = torch.where(layout.places < 0, layout.places, layout.places + prompt.offset)
-            # The past tensor is kept alive with the entry, so its id cannot be reused within this forward.
-            self._slots[key] = (past, torch.cat([old, new.to(old.device)], dim=1))
+            parts = [old, new] if front is None else [old, front, new]
+            # These are kept alive with the entry, so their ids cannot be reused within this forward.
+            self._slots[key] = ((past, front), torch.cat([part.to(old.device) for part in parts], dim=1))
         return self._slots[key][1]
 
     def _mask(self, mask: Tensor | None, layout: Layout, slots: Tensor | None, ragged: bool) -> Tensor | None:
@@ -349,6 +368,8 @@ class DecoderRun:
 
     def restore(self, states: Tensor, index: int) -> Tensor:
         """Hidden states after layer `index` at the full length: a dropped place repeats the last kept one."""
+        front = 0 if self.revival is None else self.revival.width(index)
+        states = states[:, front:] if front else states
         places = self.layout(index).places
         if places is None or states.shape[1] != places.shape[1]:
             return states

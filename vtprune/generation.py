@@ -12,10 +12,11 @@ from transformers.cache_utils import Cache
 
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
-from vtprune.history import CacheNote, origins
+from vtprune.history import CacheNote, Held, image_steps, origins
 from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport, StepReport
+from vtprune.waiting import VisionLog
 
 
 @dataclass
@@ -39,10 +40,10 @@ class Generation:
     _notes: list[CacheNote] = field(default_factory=list)
     _mask: Tensor | None = None
     _cache: weakref.ReferenceType[Cache] | None = None
-    # Entries [layer][row] after each forward and now, and bytes now: known once a report is asked for.
-    _history: list[list[list[int]]] = field(default_factory=list)
-    _now: list[list[int]] = field(default_factory=list)
-    _allocated: int = 0
+    _log: VisionLog | None = None
+    # What the cache held after each forward and holds now: known once a report is asked for.
+    _history: list[Held] = field(default_factory=list)
+    _now: Held = field(default_factory=Held)
 
     @property
     def rows(self) -> int:
@@ -57,6 +58,7 @@ class Generation:
         self._mask = mask if mask is not None and mask.ndim == 2 else None
         self._cache = weakref.ref(run.cache)
         self._notes.append(CacheNote.of(run.layers, self._mask))
+        self._log = run.layers[0].log
 
     def live_spans(self, rows: list[int], length: int) -> list[ImageSpan]:
         """The images that are still in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
@@ -89,11 +91,11 @@ class Generation:
         earlier = replace(self, spans=self.spans[: self.earlier]).live_spans(rows, length)
         # Of rows that were reordered since, the past is that of the row that each came from.
         past = [[own.index(row) for row in rows] for own in noted]
-        history = [note.counts(at) for note, at in zip(self._notes, past, strict=True)]
-        now, allocated = history[-1] if history else [], self._notes[-1].allocated if history else 0
+        history = [note.held(at) for note, at in zip(self._notes, past, strict=True)]
+        now = history[-1] if history else Held()
         if layers:
             note = CacheNote.of(layers, None if self._mask is None else self._mask[past[-1]])
-            now, allocated = note.counts(range(len(rows))), note.allocated
+            now = note.held(range(len(rows)))
         return replace(
             self,
             spans=self.live_spans(rows, length),
@@ -101,20 +103,18 @@ class Generation:
             text=[self.text[row] for row in rows],
             _history=history,
             _now=now,
-            _allocated=allocated,
+            _log=layers[0].log if layers else self._log,
         )
 
     def _build(self) -> Report:
         tokens = self._tokens(self.spans)
         breakdown, full = self._flops()
-        kv = self._now
-        cached = self._tokens(self.spans, cached=True)
-        dropped = [[self._total(row) - layer[row] for row in range(self.rows)] for layer in cached]
-        full_kv = [[k + d for k, d in zip(a, b, strict=True)] for a, b in zip(kv, dropped, strict=False)]
+        kv = self._now.entries
         achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
         history = self._steps()
+        before = self._history[0] if self._history else Held()
         return Report(
             method="+".join(pruner.name for pruner in self.pruners),
             samples=[self._sample(row) for row in range(self.rows)],
@@ -129,26 +129,27 @@ class Generation:
             flops_breakdown=breakdown,
             kv_bytes_prefill=history[0].kv_bytes,
             kv_bytes=self._bytes_of(kv),
-            kv_bytes_full=self._bytes_of(full_kv),
-            kv_bytes_allocated=self._allocated,
+            kv_bytes_full=self._bytes_of(self._now.unpruned),
+            kv_bytes_allocated=self._now.allocated,
             stages=[self._stage(index) for index in range(len(self.pruners))],
             history=history,
+            aux_bytes=self._now.waiting,
+            kv_bytes_prefill_full=self._bytes_of(before.unpruned),
         )
 
     def _steps(self) -> list[StepReport]:
-        """The prefill and every forward after it, which no vision token goes through."""
-        prefill, later = self._tokens(self.spans[self.earlier :]), [[0] * self.rows for _ in range(self.depth)]
+        """The prefill and every forward after it, which vision tokens go through only where they return."""
+        prefill, none = self._tokens(self.spans[self.earlier :]), [[0] * self.rows for _ in range(self.depth)]
         return [
-            StepReport(later if step else prefill, kv, self._bytes_of(kv))
-            for step, kv in enumerate(self._history or [[]])
+            StepReport(held.with_returned(none if step else prefill), held.entries, self._bytes_of(held.entries))
+            for step, held in enumerate(self._history or [Held()])
         ]
 
-    def _tokens(self, spans: list[ImageSpan], *, cached: bool = False) -> list[list[int]]:
+    def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
         tokens = [[0] * self.rows for _ in range(self.depth)]
         for span in spans:
             for layer in range(self.depth):
-                kept = span.cached_at(layer) if cached else span.kept_at(layer)
-                tokens[layer][span.row] += int(kept.numel())
+                tokens[layer][span.row] += int(span.kept_at(layer).numel())
         return tokens
 
     def _stage(self, index: int) -> StageReport:
@@ -178,6 +179,7 @@ class Generation:
                 cls=span.image.cls,
                 notes=span.notes + _published_notes(span, self.depth, self.pruners),
                 published_tokens=self.pruners[-1].published_count(_counts(span, self.depth)),
+                steps=image_steps(self._log, span, self.depth),
             )
             for span in self.spans
             if span.row == row
@@ -188,8 +190,8 @@ class Generation:
         """FLOPs of this turn's prefill, pruned and unpruned."""
         pruned, full = [], []
         new = self.spans[self.earlier :]
-        tokens = self._tokens(new)
-        entries = self._history[0] if self._history else []
+        held = self._history[0] if self._history else Held()
+        tokens, entries = held.with_returned(self._tokens(new)), held.entries
         encoded: set[int] = set()
         for row in range(self.rows):
             spans = [span for span in new if span.row == row]
@@ -214,18 +216,13 @@ class Generation:
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
-                dropped = self._dropped_earlier(row)
                 alone = self._attend(alone, [v + text for v in own], past)
                 unpruned = self._attend(
-                    unpruned, [whole + text] * self.depth, [p + d for p, d in zip(past, dropped, strict=True)]
+                    unpruned, [whole + text] * self.depth, [layer[row] - whole - text for layer in held.unpruned]
                 )
             pruned.append(alone)
             full.append(unpruned)
         return _sum(pruned), _sum(full)
-
-    def _dropped_earlier(self, row: int) -> list[int]:
-        spans = [span for span in self.spans[: self.earlier] if span.row == row]
-        return [sum(s.image.total - s.cached_at(layer).numel() for s in spans) for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""

@@ -15,6 +15,7 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
     for first, second in itertools.combinations(pruners, 2):
         _check_budgets(first, second)
         _check_encoder(first, second, facts)
+        _check_returning(first, second, facts)
         if second.needs_whole_grid and _start(first, facts) < 2 and first.name != "none":
             raise VTPruneError(
                 f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out "
@@ -61,3 +62,14 @@ def _check_encoder(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
             f"{first.name} and {second.name} both act after encoder layer {shared[0]}, and one of them merges there: "
             "what would flow into what is not defined"
         )
+
+
+def _check_returning(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
+    for one, other in ((first, second), (second, first)):
+        depth = facts.decoder_depth
+        if one.revives and (other.revives or other.decoder_layers(depth) or other.cache_layers(depth)):
+            raise VTPruneError(
+                f"{one.name} chooses anew at every step which tokens each decoder layer attends to, so {other.name} "
+                "cannot drop tokens inside the decoder beside it; combine it with methods that act in the encoder or "
+                "before the decoder"
+            )

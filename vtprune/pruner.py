@@ -247,6 +247,12 @@ class Pruner:
         """Which tokens of one image go on to the next decoder layer, or None for all."""
         return None
 
+    @property
+    def revives(self) -> bool:
+        """Whether what `prune_decoder` left out may return: later forwards on the cache then choose anew after each
+        layer, as many of an image's tokens as the prefill kept there, by the attention of their last token."""
+        return False
+
     def cache_layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""
         return ()

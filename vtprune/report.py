@@ -24,6 +24,15 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
+class ImageStep:
+    """One forward on the cache, for one image whose tokens may return: the tokens that each decoder layer attended to,
+    and those of them that it computed in this step."""
+
+    attended_per_layer: list[list[int]]
+    computed_per_layer: list[list[int]]
+
+
+@dataclass(frozen=True)
 class StageReport:
     """One pruner of the list: where it acts, what it was asked to keep, and the tokens an image that it left (the
     mean over images; where it acts more than once, the last time)."""
@@ -41,7 +50,8 @@ class ImageReport:
     grid: (t, h, w) in vision tokens; kept: tokens that enter the decoder; kept_per_layer: tokens that each
     decoder layer processes; cached_per_layer: tokens in each layer's cache after the prefill; merged: what flowed
     into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said;
-    published_tokens: what was kept as the last method's paper counts it, None where it counts as this report does.
+    published_tokens: what was kept as the last method's paper counts it, None where it counts as this report does;
+    steps: every forward on the cache after the one that brought the image, where its tokens may return.
     """
 
     grid: tuple[int, int, int]
@@ -53,6 +63,7 @@ class ImageReport:
     cls: int = -1
     notes: list[str] = field(default_factory=list)
     published_tokens: float | None = None
+    steps: list[ImageStep] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,10 @@ class Report:
     vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
     asked_keep: what each pruner was asked for; achieved_keep: mean over images of kept over all tokens, counted
     as `keep` is; stages: each pruner of the list. flops sums the rows, each as if it ran alone; flops_full is the
-    same unpruned. kv_bytes is logical (now), kv_bytes_allocated the cache's tensors with padding; both 0 without a
-    cache. history: the prefill and each later forward, as rows stand now.
+    same unpruned. kv_bytes is logical (now; `_prefill`: right after the prompt; `_full`: had nothing been dropped),
+    kv_bytes_allocated the cache's tensors with padding; all 0 without a cache. aux_bytes: hidden states that wait
+    beside the cache, as allocated, where tokens may return. history: the prefill and each later forward, as rows
+    stand now.
     """
 
     method: str
@@ -105,6 +118,8 @@ class Report:
     kv_bytes_allocated: int
     stages: list[StageReport] = field(default_factory=list)
     history: list[StepReport] = field(default_factory=list)
+    aux_bytes: int = 0
+    kv_bytes_prefill_full: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

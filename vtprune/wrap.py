@@ -55,6 +55,12 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
             f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
             "'original'"
         )
+    returning = next((one.name for one in pruners if one.revives), None)
+    if positions == "compact" and returning:
+        raise VTPruneError(
+            f"positions='compact' numbers the tokens that are left, and with {returning} those that were left out "
+            "return; use 'original'"
+        )
     # The released code of a method may renumber; on M-RoPE models the authors' own ports keep or garble positions.
     released = any(one.compact_positions for one in pruners) and adapter.renumbers
     compact = positions == "compact" or released

@@ -8,6 +8,7 @@ from vtprune.pruners.fopru import FoPru
 from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
 from vtprune.pruners.holov import HoloV
+from vtprune.pruners.lazyllm import LazyLLM
 from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pool import Pool
@@ -27,6 +28,7 @@ __all__ = [
     "GemFilter",
     "Grid",
     "HoloV",
+    "LazyLLM",
     "MustDrop",
     "NoPruning",
     "Pool",

@@ -11,13 +11,9 @@ from vtprune import schedules
 from vtprune.pruner import ScoringWork
 from vtprune.pruners.checks import check_choice, check_share
 from vtprune.pruners.prompt_attention import last_attention
-from vtprune.pruners.staged import Staged, scaled_layers
+from vtprune.pruners.staged import Staged, moved_layers
 from vtprune.registry import register
 from vtprune.stream import DecoderLayer
-
-# Where a budget is too low for the published layers, they move towards the first ones in steps of this size, until
-# no stage leaves less than LEAST of what it sees.
-STEPS, LEAST = 16, 0.5
 
 
 @register(
@@ -75,13 +71,7 @@ class PyramidDrop(Staged):
         """`layers`, or the published ones, moved towards the first ones where `share` is too low for them."""
         if self.layers is not None:
             return self.layers
-        whole = scaled_layers(self.published_layers, depth)
-        for step in range(STEPS):
-            moved = scaled_layers(self.published_layers, depth, 32 * STEPS // (STEPS - step))
-            layers = tuple(min(pair) for pair in zip(whole, moved, strict=False))
-            if share is None or schedules.mean(schedules.factor_steps(depth, layers, LEAST)) <= share:
-                break
-        return layers
+        return moved_layers(self.published_layers, depth, share)
 
     def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
         """1, lambda, lambda^2, lambda^3."""

@@ -20,6 +20,10 @@ from vtprune.stream import DecoderLayer
 
 R = TypeVar("R")
 
+# Where a budget is too low for the published layers, they move towards the first ones in steps of this size, until
+# no stage leaves less than LEAST of what it sees.
+STEPS, LEAST = 16, 0.5
+
 
 @dataclass(frozen=True)
 class Staged(Pruner):
@@ -203,3 +207,15 @@ def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int =
         place = max(1, (2 * layer * depth + published_depth) // (2 * published_depth))
         found.append(max(place, found[-1] + 1) if found else place)
     return tuple(layer for layer in found if layer < depth)
+
+
+def moved_layers(published: tuple[int, ...], depth: int, share: float | None) -> tuple[int, ...]:
+    """The published layers at this depth, moved towards the first ones where a mean of `share` is too low for them."""
+    whole = scaled_layers(published, depth)
+    layers = whole
+    for step in range(STEPS):
+        moved = scaled_layers(published, depth, 32 * STEPS // (STEPS - step))
+        layers = tuple(min(pair) for pair in zip(whole, moved, strict=False))
+        if share is None or schedules.mean(schedules.factor_steps(depth, layers, LEAST)) <= share:
+            break
+    return layers
