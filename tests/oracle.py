@@ -68,7 +68,7 @@ def run_masked(
     compact: whether each layer numbers the tokens alive in it without gaps.
     """
     ids = torch.cat([inputs["input_ids"], next_tokens(inputs["input_ids"].shape[0])], dim=1)
-    embeds = _embeddings(model, inputs, ids, features)
+    embeds = embeddings_of(model, inputs, ids, features)
     decoder = model.model.language_model
     handles = []
     length = inputs["input_ids"].shape[1]
@@ -82,7 +82,7 @@ def run_masked(
         _return(mask, ids, real, report, index)
         merges = _merges(ids, report, index)
         handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings, merges), with_kwargs=True))
-    positions = _positions(kind, model, inputs, ids.shape[1])
+    positions = positions_of(kind, model, inputs, ids.shape[1])
     try:
         out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
     finally:
@@ -91,7 +91,7 @@ def run_masked(
     return model.lm_head(out.last_hidden_state)
 
 
-def _positions(kind: str, model: Any, inputs: dict[str, Tensor], length: int) -> Tensor:
+def positions_of(kind: str, model: Any, inputs: dict[str, Tensor], length: int) -> Tensor:
     extra = length - inputs["input_ids"].shape[1]
     text = text_positions(inputs, extra)
     if not kind.startswith("qwen"):
@@ -106,7 +106,7 @@ def _positions(kind: str, model: Any, inputs: dict[str, Tensor], length: int) ->
     return torch.cat([positions, tail], dim=-1) if extra else positions
 
 
-def _embeddings(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any) -> Tensor:
+def embeddings_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any) -> Tensor:
     embeds = model.get_input_embeddings()(ids).clone()
     if "pixel_values" not in inputs:
         return embeds

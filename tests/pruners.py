@@ -51,6 +51,15 @@ PRUNERS: list[Pruner] = [
     vtprune.LazyLLM(keep=0.6, schedule="linear"),
 ]
 
+# Methods that cut caches head by head once the prompt is read. Up to the first decode step they are the unpruned
+# model; no mask of whole tokens describes what follows: tests/test_d2o.py has a reference of its own for it.
+CACHE: list[Pruner] = [
+    vtprune.D2O(),
+    vtprune.D2O(keep=9, merge=False),
+    vtprune.D2O(keep=0.3, variant="released"),
+    vtprune.D2O(keep=0.4, text=True),
+]
+
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
 RELEASED: list[Pruner] = [
     vtprune.FlowCut(keep=8, variant="released"),

@@ -13,14 +13,14 @@ import torch
 import vtprune
 from tests.models import DECODER_LAYERS, MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, full_mask, next_tokens
-from tests.pruners import DROPS, PRUNERS, RELEASED, Drops, label
+from tests.pruners import CACHE, DROPS, PRUNERS, RELEASED, Drops, label
 from vtprune.generation import Generation
 from vtprune.history import CacheNote
 from vtprune.pruner import Pruner
 
 STEPS, ALL = 3, (0, 1, 2)
 every_model = pytest.mark.parametrize("kind", MODELS)
-every_pruner = pytest.mark.parametrize("pruner", DROPS + PRUNERS + RELEASED, ids=label)
+every_pruner = pytest.mark.parametrize("pruner", DROPS + PRUNERS + RELEASED + CACHE, ids=label)
 
 
 def _layer_bytes(cache: Any) -> list[int]:
@@ -87,7 +87,9 @@ def test_the_steps_begin_with_the_prefill_and_end_with_now(kind: str, pruner: Pr
             if pruner.revives:
                 returned = [
                     sum(map(len, layers))
-                    for layers in zip(*(image.steps[number].computed_per_layer for image in sample.images), strict=True)
+                    for layers in zip(
+                        *(image.steps[number].computed_per_layer for image in sample.images), strict=True
+                    )
                 ]
             assert [layer[row] for layer in step.tokens_per_layer] == returned or not sample.images
     assert later[-1].kv_tokens_per_layer == report.kv_tokens_per_layer

@@ -12,10 +12,10 @@ import torch
 import vtprune
 from tests.models import MODELS, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
-from tests.pruners import DROPS, PRUNERS, Drops, label
+from tests.pruners import CACHE, DROPS, PRUNERS, Drops, label
 from vtprune.pruner import Pruner
 
-ALL = DROPS[-1:] + PRUNERS
+ALL = DROPS[-1:] + PRUNERS + CACHE
 every_model = pytest.mark.parametrize("kind", MODELS)
 every_pruner = pytest.mark.parametrize("pruner", ALL, ids=label)
 
@@ -31,7 +31,7 @@ def _whole(pruner: Pruner) -> Pruner:
 
 @every_model
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("pruner", [_whole(one) for one in PRUNERS], ids=label)
+@pytest.mark.parametrize("pruner", [_whole(one) for one in PRUNERS + CACHE], ids=label)
 def test_keeping_everything_is_the_unpruned_model_bit_for_bit(kind: str, attention: str, pruner: Pruner) -> None:
     inputs = prompt(kind, ROWS[kind])
     model = make(kind, attention)

@@ -13,12 +13,12 @@ import vtprune
 from tests.flop_helper import measured_flops
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import run_wrapped
-from tests.pruners import DROPS, PRUNERS, label
+from tests.pruners import CACHE, DROPS, PRUNERS, label
 from vtprune.encoding import EncodedImage
 from vtprune.pruner import Pruner
 
 every_model = pytest.mark.parametrize("kind", MODELS)
-every_pruner = pytest.mark.parametrize("pruner", DROPS + PRUNERS, ids=label)
+every_pruner = pytest.mark.parametrize("pruner", DROPS + PRUNERS + CACHE, ids=label)
 
 
 @every_model

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import vtprune
 from tests.models import IMAGE, MODELS, ROWS, make, prompt
 from tests.oracle import STEPS, run_masked
-from tests.pruners import PRUNERS, Drops, label
+from tests.pruners import CACHE, PRUNERS, Drops, label
 from vtprune.pruner import Pruner
 from vtprune.signals import LayerSignals
 
@@ -135,7 +135,7 @@ def test_offloaded_weights_give_the_same_answer(kind: str) -> None:
 
 @every_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pruner", PRUNERS, ids=label)
+@pytest.mark.parametrize("pruner", PRUNERS + CACHE, ids=label)
 def test_half_precision_models_prune_and_generate(kind: str, dtype: torch.dtype, pruner: Pruner) -> None:
     inputs = prompt(kind, ROWS[kind])
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)

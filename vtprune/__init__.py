@@ -15,6 +15,7 @@ from vtprune.errors import (
 )
 from vtprune.pruner import Pruner, PrunerInfo
 from vtprune.pruners import (
+    D2O,
     CDPruner,
     DivPrune,
     FastV,
@@ -46,6 +47,7 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "D2O",
     "CDPruner",
     "DecoderLayer",
     "DivPrune",

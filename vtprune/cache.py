@@ -25,6 +25,10 @@ class PrunedLayer(DynamicLayer):
     Where vision tokens may return: waiting: those that were left out before this layer; log: all of them (the first
     layer has it); since: (K,) how long the sequence was before the forward that computed an entry of an earlier place,
     0 for every other entry.
+    head_slots: (B, Hkv, K) the place of each head's own entries, once heads were cut to different ones, else None.
+    Heads of a row hold equally many, in columns that agree on what is padding; slots are then those of head 0.
+    entries: (B, Hkv, k) values of the first k entries, by name; 0 for those after them. guard: crop may not end
+    between these two places, as what the queries after the first one decided cannot be undone, or None.
     """
 
     def __init__(self) -> None:
@@ -36,6 +40,9 @@ class PrunedLayer(DynamicLayer):
         self.waiting: Waiting | None = None
         self.log: VisionLog | None = None
         self.since: Tensor | None = None
+        self.head_slots: Tensor | None = None
+        self.entries: dict[str, Tensor] = {}
+        self.guard: tuple[int, int] | None = None
         self._announced = False
 
     @classmethod
@@ -52,6 +59,11 @@ class PrunedLayer(DynamicLayer):
         """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None; `ragged`:
         whether there may be padding among the new ones. The first `returning` of these are of places that the sequence
         had before."""
+        heads = self.head_slots
+        if heads is not None:
+            assert slots is not None
+            new = slots[:, None, heads.shape[2] :].expand(-1, heads.shape[1], -1)
+            self.head_slots = torch.cat([heads, new.to(heads.device)], dim=2)
         if slots is not None and (returning or self.since is not None):
             held = 0 if self.keys is None else self.keys.shape[-2]
             since = slots.new_zeros(slots.shape[1])
@@ -91,6 +103,21 @@ class PrunedLayer(DynamicLayer):
             values = torch.cat([past[:, places].to(values.device), values], dim=1)
         self.aux[name] = values
 
+    def values_of(self, name: str) -> Tensor:
+        """(B, Hkv, K) the values of all entries, fp32."""
+        assert self.keys is not None
+        known = self.entries.get(name)
+        missing = self.keys.shape[2] - (0 if known is None else known.shape[2])
+        new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
+        return new if known is None else torch.cat([known, new], dim=2)
+
+    def cut_heads(self, keys: Tensor, values: Tensor, head_slots: Tensor, entries: dict[str, Tensor]) -> None:
+        """Holds these (B, Hkv, K, d) keys and values of the places `head_slots` (B, Hkv, K) instead, with the values
+        `entries` of theirs."""
+        self.keys, self.values, self.head_slots, self.entries = keys, values, head_slots, entries
+        self.slots = head_slots[:, 0]
+        self.ragged = self.ragged or len(head_slots) > 1
+
     def cut(self, slots: Tensor, columns: Tensor, removed: Tensor, shift: str) -> None:
         """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`; the positions of later
         tokens count the (B, 1) `removed` ones as dropped where the aux tensor `shift` renumbers them."""
@@ -98,9 +125,16 @@ class PrunedLayer(DynamicLayer):
         assert self.values is not None
         index = columns.clamp(min=0).to(self.keys.device)
         rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        for name in self.entries:
+            self.entries[name] = self.values_of(name).transpose(1, 2)[rows, index].transpose(1, 2)
         self.keys = self.keys.transpose(1, 2)[rows, index].transpose(1, 2)
         self.values = self.values.transpose(1, 2)[rows, index].transpose(1, 2)
         self.slots = slots
+        if self.head_slots is not None:
+            found = self.head_slots.transpose(1, 2)[rows, index].masked_fill(
+                columns.to(index.device)[..., None] < 0, -1
+            )
+            self.head_slots = found.transpose(1, 2)
         # Rows of one length need no padding; asking the device whether these are would cost a wait.
         self.ragged = self.ragged or len(slots) > 1
         if shift in self.aux:
@@ -120,6 +154,7 @@ class PrunedLayer(DynamicLayer):
         super().reset()
         self.slots, self.ragged, self.length, self.aux, self._announced = None, False, 0, {}, False
         self.waiting = self.log = self.since = None
+        self.head_slots, self.entries, self.guard = None, {}, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` logical places; tokens that returned since are left out again."""
@@ -127,6 +162,7 @@ class PrunedLayer(DynamicLayer):
             raise ValueError("crop takes a negative number of tokens to remove")
         if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
+        self._check_crop(max(0, self.length + tokens_to_remove))
         self.length = max(0, self.length + tokens_to_remove)
         self.aux = {name: values[:, : max(1, self.length)] for name, values in self.aux.items()} if self.length else {}
         self.waiting = self.waiting.crop(self.length) if self.waiting is not None and self.length else None
@@ -142,7 +178,25 @@ class PrunedLayer(DynamicLayer):
         self.slots = _shared(self.slots, self.length, lambda: slots[:, used])
         self.ragged = self.ragged or len(slots) > 1
         columns = used.nonzero().flatten().to(self.keys.device)
+        if self.head_slots is not None:
+            heads = self.head_slots.masked_fill(self.head_slots >= self.length, -1)
+            self.head_slots = heads.index_select(2, columns)
+        self.entries = {name: self.values_of(name).index_select(2, columns) for name in self.entries}
         self.keys, self.values = self.keys.index_select(-2, columns), self.values.index_select(-2, columns)
+
+    def _check_crop(self, length: int) -> None:
+        if self.guard is None:
+            return
+        first, last = self.guard
+        if first < length < last:
+            raise VTPruneError(
+                f"this KV cache cannot be cropped to {length} places: the attention of all {last} tokens decides, or "
+                f"has decided, which entries from place {first} on stay; crop to at least {last} or at most {first} "
+                "places, or start a new cache"
+            )
+        if length <= first:
+            # All that was scored or cut is gone; the entries before it are the same in every head.
+            self.guard, self.head_slots, self.entries = None, None, {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the rows `beam_idx`, as beam search does."""
@@ -163,6 +217,9 @@ class PrunedLayer(DynamicLayer):
         slots = self.slots
         if slots is not None:
             self.slots = _shared(slots, key, lambda: change(slots))
+        if self.head_slots is not None:
+            self.head_slots = change(self.head_slots)
+        self.entries = {name: change(value) for name, value in self.entries.items()}
         self.aux = {name: change(value) for name, value in self.aux.items()}
         self.waiting = None if self.waiting is None else self.waiting.rows(change)
         self.log = None if self.log is None else self.log.rows(change)

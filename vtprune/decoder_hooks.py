@@ -24,6 +24,7 @@ from vtprune.decoder_scoring import DecoderScoring
 from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
 from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.errors import VTPruneError
+from vtprune.eviction import Evictor
 from vtprune.generation import Generation
 from vtprune.history import origins
 from vtprune.probe import Probe, Prober
@@ -49,10 +50,14 @@ class DecoderHooks:
         maker: object,
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
+        self._evictor = Evictor(adapter, pruners, facts.decoder_depth)
         self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
+        self.tapped |= self._evictor.watched
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
         self.revives = next((pruner for pruner in pruners if pruner.revives), None)
+        # Which method decides by every token that it reads, so that none may be taken back.
+        self.reads_all = self.revives or self._evictor.pruner
         self.last: Generation | None = None
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
@@ -106,6 +111,7 @@ class DecoderHooks:
         ids = frame.inputs.get("input_ids")
         prober = Prober(self.adapter, module, args, kwargs, run)
         self._select(prober, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
+        self._evictor.open(run)
         _forget_tensors(spans)
         run.generation = self._generation(run)
         if cache is not cache_in(kwargs):
@@ -292,16 +298,19 @@ class DecoderHooks:
         run = self.state.leave()
         if not isinstance(run, DecoderRun) or output is None or index <= run.decided:
             return
-        if not run.spans and run.revival is None:
+        if not run.spans and run.revival is None and run.watch is None:
             return
         run.decided = index
         hidden = output[0] if isinstance(output, tuple) else output
-        embeddings, last = kwargs["position_embeddings"], run.prompt.ends(run.layout(index).places)[1]
-        revival, before = run.revival, [span.kept for span in run.spans]
+        embeddings, revival, places = kwargs["position_embeddings"], run.revival, run.layout(index).places
+        before = [span.kept for span in run.spans]
         with torch.no_grad():
+            with full_precision(hidden.device):
+                self._evictor.watch(run, index, embeddings)
             if revival is not None and revival.decides(index):
                 query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
                 with full_precision(hidden.device):
+                    last = run.prompt.ends(places)[1]
                     revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
                 front = revival.width(index)
                 hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
@@ -311,7 +320,7 @@ class DecoderHooks:
                     selection = self.pruners[order].prune_decoder(layer)
                 self._apply(run, span, order, selection, layer.budget, index + 1)
             if revival is not None:
-                revival.record(index, run.spans, before, run.layout(index).places, hidden, embeddings)
+                revival.record(index, run.spans, before, places, hidden, embeddings)
         run.taps.clear()
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -323,6 +332,7 @@ class DecoderHooks:
             run.revival.close(run.spans)
         if self._cut and run.spans:
             run.cut_caches(self._cut)
+        self._evictor.close(run)
         if run.prompt.offset > 0 and not run.spans:
             generation.steps += 1
         generation.note_cache(run)

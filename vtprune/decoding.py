@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from vtprune.compaction import fill_index, gather_tokens, layer_mask, places_of,
 from vtprune.encoding import Call, EncodedImage
 from vtprune.revival import Revival
 from vtprune.selection import Merge, Selection
+
+if TYPE_CHECKING:
+    from vtprune.eviction import Watch
 
 # How many tokens were dropped before each place, in a layer whose positions are renumbered.
 SHIFT = "position_shift"
@@ -104,6 +107,8 @@ class PromptInfo:
         if not isinstance(self.mask, Tensor):
             return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
         mask = self.mask
+        if not isinstance(mask, Tensor):
+            return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
         if mask.ndim == 4:
             # What the last query sees is real.
             mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
@@ -145,6 +150,7 @@ class DecoderRun:
         self._slots: dict[tuple[int, int, int], tuple[Any, Tensor | None]] = {}
         self._announced: set[int] = set()
         self.decided = -1
+        self.watch: Watch | None = None
 
     def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from decoder layer `layer` on."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.decoding import DecoderRun, ImageSpan
 from vtprune.history import CacheNote, Held, image_steps, origins
+from vtprune.holdings import Heads, eviction_notes, mean_held, tokens_per_head
 from vtprune.model_cost import model_cost
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport, StepReport
@@ -41,6 +42,7 @@ class Generation:
     _mask: Tensor | None = None
     _cache: weakref.ReferenceType[Cache] | None = None
     _log: VisionLog | None = None
+    _heads: list[Heads] = field(default_factory=list)
     # What the cache held after each forward and holds now: known once a report is asked for.
     _history: list[Held] = field(default_factory=list)
     _now: Held = field(default_factory=Held)
@@ -58,7 +60,7 @@ class Generation:
         self._mask = mask if mask is not None and mask.ndim == 2 else None
         self._cache = weakref.ref(run.cache)
         self._notes.append(CacheNote.of(run.layers, self._mask))
-        self._log = run.layers[0].log
+        self._log, self._heads = run.layers[0].log, [Heads.of(layer) for layer in run.layers]
 
     def live_spans(self, rows: list[int], length: int) -> list[ImageSpan]:
         """The images that are still in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
@@ -104,13 +106,14 @@ class Generation:
             _history=history,
             _now=now,
             _log=layers[0].log if layers else self._log,
+            _heads=[Heads.of(layer) for layer in layers] or self._heads,
         )
 
     def _build(self) -> Report:
         tokens = self._tokens(self.spans)
         breakdown, full = self._flops()
         kv = self._now.entries
-        achieved = [_achieved(span, self.depth, self.pruners) for span in self.spans]
+        achieved = [self._achieved(span) for span in self.spans]
         kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
         history = self._steps()
@@ -152,9 +155,18 @@ class Generation:
                 tokens[layer][span.row] += int(span.kept_at(layer).numel())
         return tokens
 
+    def _achieved(self, span: ImageSpan) -> float:
+        """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
+        last = self.pruners[-1]
+        evicting = last.evict_layers(self.depth)
+        held = mean_held(self._heads, span, evicting) if evicting else last.achieved(_counts(span, self.depth))
+        return held / span.image.total
+
     def _stage(self, index: int) -> StageReport:
         pruner = self.pruners[index]
-        left = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
+        left: list[float] = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
+        if pruner.evict_layers(self.depth):
+            left = [self._achieved(span) * span.image.total for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
         asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
         return StageReport(pruner.name, acts_at(pruner, self.facts, asked), pruner.asked_keep, mean)
@@ -177,14 +189,20 @@ class Generation:
                 merged=_merged(span),
                 cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
                 cls=span.image.cls,
-                notes=span.notes + _published_notes(span, self.depth, self.pruners),
+                notes=self._notes_of(span),
                 published_tokens=self.pruners[-1].published_count(_counts(span, self.depth)),
                 steps=image_steps(self._log, span, self.depth),
+                cached_per_head=tokens_per_head(self._heads, span),
             )
             for span in self.spans
             if span.row == row
         ]
         return SampleReport(images, self.text[row])
+
+    def _notes_of(self, span: ImageSpan) -> list[str]:
+        last = self.pruners[-1]
+        evicted = eviction_notes(self._heads, span, last.name)
+        return [*span.notes, *evicted, *_published_notes(_counts(span, self.depth), last)]
 
     def _flops(self) -> tuple[FlopsBreakdown, FlopsBreakdown]:
         """FLOPs of this turn's prefill, pruned and unpruned."""
@@ -245,6 +263,14 @@ class Generation:
                 total += 2 * decoder.probe_macs(layer, tokens, past)
         return total
 
+    def _pairs(self, row: int) -> tuple[int, ...]:
+        """Queries times keys of this turn's attention in each decoder layer, padding left out; () without a cache."""
+        if not self._history:
+            return ()
+        own = [layer[row] + self.text[row] for layer in self._tokens(self.spans[self.earlier :])]
+        keys = [layer[row] for layer in self._history[0].entries] if self.offset else own
+        return tuple(n * k for n, k in zip(own, keys, strict=True))
+
     def _scoring(self, spans: list[ImageSpan], place: int) -> int:
         """What all methods add for one of the images of a row."""
         span, row = spans[place], spans[place].row
@@ -271,6 +297,8 @@ class Generation:
                 text=self.text[row],
                 text_after=span.text_after,
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
+                decoder_pairs=self._pairs(row),
+                images=sum(pruner.budget(one.image.total) < one.image.total for one in spans),
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
                 decoder_layers=tuple(asked),
@@ -312,10 +340,11 @@ def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
     """Where a pruner acts on this model, in words; asked: the decoder layers after which it was, if any."""
     layers = asked or pruner.decoder_layers(facts.decoder_depth)
     places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
-    probed = pruner.probe_layer(facts.decoder_depth)
+    probed, evicted = pruner.probe_layer(facts.decoder_depth), pruner.evict_layers(facts.decoder_depth)
     if pruner.selects:
         places.append("before decoder" if probed is None else f"before decoder, by decoder layer {probed}")
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
+    places += [f"cache{'s' * (len(evicted) > 1)} of layers {', '.join(map(str, evicted))}"] if evicted else []
     return "; ".join(places) or "nowhere"
 
 
@@ -324,14 +353,8 @@ def _counts(span: ImageSpan, depth: int) -> list[int]:
     return [int(span.kept_at(layer).numel()) for layer in range(depth)]
 
 
-def _achieved(span: ImageSpan, depth: int, pruners: list[Pruner]) -> float:
-    """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
-    return pruners[-1].achieved(_counts(span, depth)) / span.image.total
-
-
-def _published_notes(span: ImageSpan, depth: int, pruners: list[Pruner]) -> list[str]:
+def _published_notes(counts: list[int], last: Pruner) -> list[str]:
     """Both counts of what an image kept, where the last pruner's paper counts otherwise."""
-    counts, last = _counts(span, depth), pruners[-1]
     published, achieved = last.published_count(counts), last.achieved(counts)
     if published is None or published == achieved:
         return []

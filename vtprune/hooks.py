@@ -76,8 +76,8 @@ class Wrapping:
         self._before(adapter.inner, hooks.open_frame)
         self._before(adapter.language_model, hooks.open_decoder)
         self._after(adapter.language_model, hooks.close_decoder)
-        if hooks.revives is not None:
-            self._override(adapter.model, "_get_candidate_generator", _no_assistant(hooks.revives.name))
+        if hooks.reads_all is not None:
+            self._override(adapter.model, "_get_candidate_generator", _no_assistant(hooks.reads_all.name))
         for index, layer in enumerate(adapter.decoder_layers):
             self._before(layer, functools.partial(hooks.before_layer, index))
             if index in hooks.tapped:
@@ -123,8 +123,8 @@ class Wrapping:
 def _no_assistant(method: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise VTPruneError(
-            f"{method} chooses the vision tokens anew for every new token, and assisted decoding checks several at a "
-            "time; generate without assistant_model and prompt_lookup_num_tokens"
+            f"{method} decides by the attention of every new token what stays, and assisted decoding checks several "
+            "at a time and takes some back; generate without assistant_model and prompt_lookup_num_tokens"
         )
 
     return refuse

@@ -7,7 +7,7 @@ import itertools
 from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, Pruner
 
-PLACES = ("in the encoder", "before the decoder", "inside the decoder")
+PLACES = ("in the encoder", "before the decoder", "inside the decoder", "in the cache that the prompt left")
 
 
 def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
@@ -16,6 +16,7 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
         _check_budgets(first, second)
         _check_encoder(first, second, facts)
         _check_returning(first, second, facts)
+        _check_caches(first, second, facts)
         if second.needs_whole_grid and _start(first, facts) < 2 and first.name != "none":
             raise VTPruneError(
                 f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out "
@@ -32,6 +33,8 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
 def _start(pruner: Pruner, facts: ModelFacts) -> int:
     if pruner.encoder_layers(facts.encoder_depth):
         return 0
+    if pruner.evict_layers(facts.decoder_depth):
+        return 3
     return 2 if pruner.decoder_layers(facts.decoder_depth) and not pruner.selects else 1
 
 
@@ -67,9 +70,19 @@ def _check_encoder(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
 def _check_returning(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
     for one, other in ((first, second), (second, first)):
         depth = facts.decoder_depth
-        if one.revives and (other.revives or other.decoder_layers(depth) or other.cache_layers(depth)):
+        if one.revives and (
+            other.revives or other.decoder_layers(depth) or other.cache_layers(depth) or other.evict_layers(depth)
+        ):
             raise VTPruneError(
                 f"{one.name} chooses anew at every step which tokens each decoder layer attends to, so {other.name} "
-                "cannot drop tokens inside the decoder beside it; combine it with methods that act in the encoder or "
-                "before the decoder"
+                "cannot drop tokens inside the decoder or from its cache beside it; combine it with methods that act "
+                "in the encoder or before the decoder"
             )
+
+
+def _check_caches(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
+    if first.evict_layers(facts.decoder_depth) and second.evict_layers(facts.decoder_depth):
+        raise VTPruneError(
+            f"{first.name} and {second.name} both cut the cache that the prompt left; a list takes one such method, "
+            "as its last"
+        )

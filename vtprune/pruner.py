@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.selection import EncoderSelection, Selection
-from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+from vtprune.selection import EncoderSelection, Eviction, Selection
+from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, VisionStream
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,32 @@ class Pruner:
         """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""
         return ()
 
+    def evict_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers whose cache `evict` may cut, head by head, in forwards that bring no new image."""
+        return ()
+
+    def density_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers of which `evict` needs the density."""
+        return self.evict_layers(depth)
+
+    @property
+    def evicts_again(self) -> bool:
+        """Whether `evict` is called after every forward that brings no image, not just after the first one that
+        follows a prompt with images."""
+        return False
+
+    def density(self, sums: Tensor) -> float:
+        """A number for the attention of one row in one layer, which `evict` finds in `CachedRow.densities`.
+
+        sums: (Hkv, G, n) what each token of the prompt got from all of its tokens, by query head, G of which share a
+        key-value head.
+        """
+        return 0.0
+
+    def evict(self, row: CachedRow) -> list[Eviction | None]:
+        """What the cache of each of `row.layers` goes on with, None for all of it."""
+        return [None] * len(row.layers)
+
     def scoring_flops(self, work: ScoringWork) -> int:
         """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
         return 0
@@ -295,7 +321,8 @@ class ScoringWork:
     encoder has a CLS token; decoder_kv_width: of the keys; decoder_tokens: tokens of the row in each of
     `decoder_layers`, image_tokens: of the image alone; first_asked: for each of them, whether no earlier image of the
     row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
-    tokens left in the end; probed: tokens of the row that the method's probe saw.
+    tokens left in the end; probed: tokens of the row that the method's probe saw; decoder_pairs: queries times keys of
+    the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on.
     """
 
     patches: int
@@ -318,3 +345,5 @@ class ScoringWork:
     image_tokens: tuple[int, ...] = ()
     memory: dict[str, Any] = field(default_factory=dict)
     probed: int = 0
+    decoder_pairs: tuple[int, ...] = ()
+    images: int = 1

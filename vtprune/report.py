@@ -51,7 +51,9 @@ class ImageReport:
     decoder layer processes; cached_per_layer: tokens in each layer's cache after the prefill; merged: what flowed
     into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said;
     published_tokens: what was kept as the last method's paper counts it, None where it counts as this report does;
-    steps: every forward on the cache after the one that brought the image, where its tokens may return.
+    steps: every forward on the cache after the one that brought the image, where its tokens may return;
+    cached_per_head: the tokens that each key-value head of a layer's cache holds now, by layer, [] for a layer whose
+    heads all hold what they held after the prefill.
     """
 
     grid: tuple[int, int, int]
@@ -64,6 +66,7 @@ class ImageReport:
     notes: list[str] = field(default_factory=list)
     published_tokens: float | None = None
     steps: list[ImageStep] = field(default_factory=list)
+    cached_per_head: list[list[list[int]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,13 @@ class Report:
     flops_full: int
     flops_breakdown: FlopsBreakdown
     kv_bytes_prefill: int
+    kv_bytes_prefill_full: int
     kv_bytes: int
     kv_bytes_full: int
     kv_bytes_allocated: int
     stages: list[StageReport] = field(default_factory=list)
     history: list[StepReport] = field(default_factory=list)
     aux_bytes: int = 0
-    kv_bytes_prefill_full: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

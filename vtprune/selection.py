@@ -86,6 +86,31 @@ class EncoderSelection:
         )
 
 
+@dataclass(frozen=True)
+class Eviction:
+    """What a layer's cache goes on with, of one row.
+
+    kept: (Hkv, m) int64, the entries that stay, ascending in each head; the heads may keep different ones. key, value:
+    (Hkv, m, d) what they are from now on; merged: (Hkv, m) how many evicted entries flowed into each. state: numbers
+    to remember until the next call.
+    """
+
+    kept: Tensor
+    key: Tensor
+    value: Tensor
+    merged: Tensor
+    state: dict[str, float] = field(default_factory=dict)
+
+    def check(self, entries: int) -> None:
+        """Raises VTPruneError unless the entries are ascending, distinct and inside `entries` in every head."""
+        kept, shapes = self.kept, {tuple(part.shape[:2]) for part in (self.kept, self.key, self.value, self.merged)}
+        if kept.ndim != 2 or kept.numel() == 0 or len(shapes) != 1:
+            raise VTPruneError(f"an eviction keeps equally many entries in every head, got shapes {sorted(shapes)}")
+        ascending = bool((kept[:, 1:] > kept[:, :-1]).all())
+        if not ascending or int(kept.min()) < 0 or int(kept.max()) >= entries:
+            raise VTPruneError(f"kept entries must be ascending, distinct and below {entries} in every head")
+
+
 def check_scores(scores: Tensor, method: str) -> Tensor:
     """The scores (any shape) in fp32; raises ScoreError if one of them is NaN or infinite."""
     scores = scores.float()

@@ -61,6 +61,24 @@ def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bo
     return received / (heads * (tokens - skip)), torch.cat(given)
 
 
+def attention_sums(query: Tensor, key: Tensor, asked: Tensor, places: Tensor, scale: float) -> Tensor:
+    """The attention that each key gets from all queries up to which it is visible, in fp32, accumulated in chunks of
+    queries.
+
+    query: (H, Q, d), of the tokens at the places `asked` (Q,); key: (Hkv, N, d), at `places` (N,), each shared by
+    H / Hkv heads. Returns (H, N).
+    """
+    group = query.shape[0] // key.shape[0]
+    turned = key.float().transpose(-1, -2)
+    sums = torch.zeros(query.shape[0], key.shape[1], device=key.device)
+    rows = max(1, CHUNK_BYTES // (4 * query.shape[0] * key.shape[1]))
+    for some, when in zip(query.split(rows, dim=1), asked.split(rows), strict=True):
+        some = rearrange(some.float() * scale, "(k g) q d -> k (g q) d", g=group)
+        logits = rearrange(torch.matmul(some, turned), "k (g q) n -> (k g) q n", g=group)
+        sums += logits.masked_fill(places > when[:, None], float("-inf")).softmax(dim=-1).sum(dim=1)
+    return sums
+
+
 @dataclass(frozen=True)
 class LayerSignals:
     """Queries, keys and values of one vision-encoder layer, for the tokens of one image.

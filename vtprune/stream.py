@@ -1,4 +1,4 @@
-"""What a pruner sees: the vision tokens of one image, an encoder layer, or a decoder layer."""
+"""What a pruner sees: the vision tokens of one image, an encoder layer, a decoder layer, or a row of the cache."""
 
 from __future__ import annotations
 
@@ -132,3 +132,36 @@ class DecoderLayer:
     def last_query(self) -> Tensor:
         """(H, 1, d) the query of the last prompt token."""
         return self.query if self.query.shape[1] == 1 else self.query[:, self.last, None]
+
+
+@dataclass(frozen=True)
+class CacheEntries:
+    """What one decoder layer's cache holds of one row, in the order of the sequence, without padding.
+
+    key, value: (Hkv, n, d), as the layer attends to them. scores: (Hkv, n) fp32, the attention that each entry has got
+    from every token since the prompt began, summed over the query heads that share the key-value head. images: (n,)
+    the number of the image that an entry belongs to, 0 for everything that is not to be cut as an image. index:
+    0-based decoder layer. state: what the method's last `Eviction` of this row and layer told it to remember.
+    """
+
+    key: Tensor
+    value: Tensor
+    scores: Tensor
+    images: Tensor
+    index: int
+    state: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CachedRow:
+    """One row's cache after a forward that brought no image, for the layers that a method may cut.
+
+    layers: the layers of `Pruner.evict_layers`, in order; densities: `Pruner.density` of each layer that was asked, by
+    its index; totals: tokens of each whole image that is to be cut, by its number; first: whether nothing of the row
+    was cut since its last prompt with an image.
+    """
+
+    layers: tuple[CacheEntries, ...]
+    densities: dict[int, float]
+    totals: dict[int, int]
+    first: bool

@@ -1,0 +1,206 @@
+"""D2O: after the prompt the cache keeps what was attended to most, and similar entries take in what leaves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork, budget_of
+from vtprune.pruners import cache_merging as merging
+from vtprune.pruners.checks import check_choice
+from vtprune.registry import register
+from vtprune.selection import Eviction, check_scores
+from vtprune.stream import CachedRow, CacheEntries
+
+# Entries at the start of the row that text=True never evicts (attention sinks).
+SINKS = 4
+# What the reference sets a layer's share to at the least.
+LEAST = 0.01
+
+
+@register(
+    "d2o",
+    stage="cache",
+    paper="D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models",
+    arxiv="2406.13035",
+    licence="Apache-2.0",
+    needs="q of the decoder layers that it cuts (released: of all), and their caches",
+    variants=("paper", "released"),
+)
+@dataclass(frozen=True)
+class D2O(Pruner):
+    """D2O: Dynamic Discriminative Operations (ICLR 2025, arXiv 2406.13035).
+
+    The prefill is dense. The first forward afterwards that brings no new image (a decode step, or a turn of text)
+    still attends to everything; then the caches of decoder layers 2 .. L - 2 are cut. In each key-value head the
+    vision entries stay that got the most attention from the whole prompt and from the new tokens, summed over the
+    query heads that share it. An evicted entry flows into the kept entry of its image with the nearest key (cosine,
+    rotary embedding applied) if the cosine is at least the mean over the image's evicted entries and heads: that entry
+    becomes the mean of itself and the evicted keys (values), each times its cosine. merge=False just evicts. Text
+    entries stay, and nothing is cut again until another image comes.
+
+    `keep` counts the entries kept of an image in the layers that may be cut, their mean, which is met exactly; None is
+    the paper's 0.2. Layers share it by softmax(-f), f the variance of the attention that tokens get in the layer:
+    flat layers keep more. Each keeps at least one entry of an image and at most those it has; what these limits
+    change, the other layers make up in proportion.
+
+    text=True is the reference's rule, for rows with images: all entries of the prompt count and may go, but for the
+    first 4 and a window of the latest, half the budget; after the first cut each new token evicts one entry, by
+    attention summed over all steps. The threshold is then the mean of the last one and the new. `keep` is a fraction
+    of all entries at the first cut (what is left of the image is not held to it), and a later image starts anew.
+
+    Reference: AIoT-MLSys-Lab/D2O. Its code stands in for the paper's own text, which was not at hand: the paper's
+    merging weights (an exponential of the cosine, commented out in the code) are left out. Departures: the code evicts
+    per query head from keys repeated for each, a cache several times as large; its threshold of a prompt starts from
+    that of the one before; it spreads the budget over all L layers though it cuts L - 3; it scales variances to 0 .. 1
+    among the heads of a layer, so that a layer's own variance drops out (here: by N, the largest it can be); it
+    lets the mean over heads of their j-th evicted entries, which are unrelated, decide for all. variant="released"
+    does the last three; its `keep` may be exceeded or not be met.
+    """
+
+    merge: bool = True
+    text: bool = False
+    variant: str = "paper"
+
+    default_keep: ClassVar[int | float] = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("merge", "text"):
+            check_choice(self.name, option, getattr(self, option), (True, False))
+        check_choice(self.name, "variant", self.variant, self.info.variants)
+        if self.text and isinstance(self.keep, int):
+            raise VTPruneError(
+                f"{self.name}: text=True counts all entries of a prompt, so keep is a fraction (a float in (0, 1]), "
+                f"got {self.keep!r}"
+            )
+
+    def for_model(self, facts: ModelFacts) -> Self:
+        """Raises VTPruneError for a decoder that has no layer to cut."""
+        if facts.decoder_depth < 4:
+            raise VTPruneError(
+                f"{self.name} cuts the caches of decoder layers 2 .. L - 2 and needs at least 4 layers, got "
+                f"{facts.decoder_depth}"
+            )
+        return self
+
+    @property
+    def released(self) -> bool:
+        """Whether the released code's rules hold."""
+        return self.variant == "released"
+
+    def input_budget(self, tokens: int) -> int:
+        """All of them enter."""
+        return tokens
+
+    def evict_layers(self, depth: int) -> tuple[int, ...]:
+        """All but the first two and the last, where any entry is to go."""
+        return () if isinstance(self.keep, float) and self.keep == 1 else tuple(range(2, depth - 1))
+
+    def density_layers(self, depth: int) -> tuple[int, ...]:
+        """Those that may be cut; all for variant="released"."""
+        cut = self.evict_layers(depth)
+        return tuple(range(depth)) if self.released and cut else cut
+
+    @property
+    def evicts_again(self) -> bool:
+        """Where text may go."""
+        return self.text
+
+    def density(self, sums: Tensor) -> float:
+        """How concentrated attention is in a layer, from 0 to 1."""
+        return merging.skew_of_heads(sums) if self.released else merging.spread_of_columns(sums)
+
+    def _sizes(self, row: CachedRow, held: list[int], tokens: int) -> list[int]:
+        """Entries that each layer keeps of the `held` ones, which were `tokens` at first."""
+        weights = dict(zip(row.densities, merging.flatness(list(row.densities.values())), strict=True))
+        layers = [layer.index for layer in row.layers]
+        budget = budget_of(self.asked_keep, tokens)
+        if not self.released:
+            return merging.shares_out([weights[index] for index in layers], held, budget * len(layers))
+        ratios = [min(1.0, max(LEAST, weights[index] * len(weights) * budget / tokens)) for index in layers]
+        return [min(n, max(1, int(ratio * tokens))) for ratio, n in zip(ratios, held, strict=True)]
+
+    def evict(self, row: CachedRow) -> list[Eviction | None]:
+        """Keeps the most attended entries of each head; raises ScoreError for NaN."""
+        if self.text:
+            return self._evict_all(row)
+        counts = {}
+        for number, total in row.totals.items():
+            held = [int((layer.images == number).sum()) for layer in row.layers]
+            counts[number] = self._sizes(row, held, total)
+        return [
+            self._evict_images(layer, {number: sizes[order] for number, sizes in counts.items()})
+            for order, layer in enumerate(row.layers)
+        ]
+
+    def _evict_images(self, layer: CacheEntries, counts: dict[int, int]) -> Eviction | None:
+        scores = check_scores(layer.scores, self.name)
+        cut = _Cut(layer, self)
+        for number, count in counts.items():
+            own = (layer.images == number).nonzero().flatten()
+            kept, evicted = merging.best_of(scores[:, own], count)
+            cut.evict(own[kept], own[evicted], None)
+        return cut.result({})
+
+    def _evict_all(self, row: CachedRow) -> list[Eviction | None]:
+        sizes = [int(layer.state.get("size", 0)) for layer in row.layers]
+        if row.first:
+            held = [layer.scores.shape[1] for layer in row.layers]
+            sizes = self._sizes(row, held, max(held))
+        return [self._evict_oldest(layer, size) for layer, size in zip(row.layers, sizes, strict=True)]
+
+    def _evict_oldest(self, layer: CacheEntries, size: int) -> Eviction | None:
+        scores = check_scores(layer.scores, self.name).clone()
+        recent = size // 2
+        candidates = scores.shape[1] - recent
+        scores[:, :SINKS] = math.inf
+        kept, evicted = merging.best_of(scores[:, :candidates], size - recent)
+        window = torch.arange(candidates, scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
+        cut = _Cut(layer, self)
+        tau = cut.evict(torch.cat([kept, window], dim=1), evicted, layer.state.get("threshold"))
+        state = {"size": float(size)} if tau is None else {"size": float(size), "threshold": tau}
+        return cut.result(state, always=True)
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """The products of queries and keys in the watched layers, shared among the images of the row."""
+        if not work.decoder_pairs:
+            return 0
+        depth = len(work.decoder_pairs)
+        watched = {*self.evict_layers(depth), *self.density_layers(depth)}
+        return 2 * work.decoder_width * sum(work.decoder_pairs[layer] for layer in watched) // work.images
+
+
+class _Cut:
+    """One layer of one row while its entries leave."""
+
+    def __init__(self, layer: CacheEntries, method: D2O) -> None:
+        self._method, self._key, self._value = method, layer.key, layer.value
+        self._stays = torch.ones(layer.scores.shape, dtype=torch.bool, device=layer.scores.device)
+        self._merged = torch.zeros(layer.scores.shape, device=layer.scores.device)
+
+    def evict(self, kept: Tensor, evicted: Tensor, threshold: float | None) -> float | None:
+        """Takes (H, e) columns out, which may flow into those of `kept`; answers the new threshold."""
+        if evicted.shape[1] == 0:
+            return threshold
+        self._stays.scatter_(1, evicted, False)
+        if not self._method.merge:
+            return threshold
+        self._key, self._value, merged, threshold = merging.merge_evicted(
+            self._key, self._value, kept, evicted, threshold, by_order=self._method.released, method=self._method.name
+        )
+        self._merged += merged
+        return threshold
+
+    def result(self, state: dict[str, float], *, always: bool = False) -> Eviction | None:
+        """What is left, None if that is all of it."""
+        if bool(self._stays.all()) and not always:
+            return None
+        kept = self._stays.nonzero()[:, 1].view(self._stays.shape[0], -1)
+        rows = torch.arange(len(kept), device=kept.device)[:, None]
+        return Eviction(kept, self._key[rows, kept], self._value[rows, kept], self._merged[rows, kept], state)
