@@ -69,7 +69,6 @@ def compare_answers(
                 model,
                 processor.tokenizer,
                 inputs,
-                achieved=chosen.achieved,
                 max_new_tokens=max_new_tokens,
                 stops=STOPS,
             )
@@ -91,7 +90,8 @@ def table(asked: Asked, label: str) -> Table:
     for name, before, after, digits in (
         ("vision tokens", full.kept_tokens, pruned.kept_tokens, 1),
         ("prefill GFLOPs", full.flops / 1e9, pruned.flops / 1e9, 3),
-        ("KV cache kB", full.kv_bytes / 1e3, pruned.kv_bytes / 1e3, 1),
+        ("KV cache kB, prompt", full.kv_bytes / 1e3, pruned.kv_bytes / 1e3, 1),
+        ("KV cache kB, at the end", full.kv_bytes_end / 1e3, pruned.kv_bytes_end / 1e3, 1),
     ):
         result.add_row(name, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{100 * after / before:.1f}%")
     times = (f"{prefill.median(name):.1f}" for name in ("unpruned", "pruned"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from vtprune.report import Report, SampleReport
@@ -13,9 +12,10 @@ class RowCost:
     """The cost of one sample.
 
     visual_tokens: before pruning; kept_tokens: what the method counts as achieved; flops: of the prefill,
-    the vision tower included; kv_bytes: what the prompt leaves in the cache; `_full`: the same without pruning.
-    All but the tokens are means of the rows that were answered together. prefill_ms: the batch's time to its
-    first token, divided by its rows. published_tokens: what was kept as the method's paper counts it.
+    the vision tower included; kv_bytes: what the prompt leaves in the cache; kv_bytes_end: what is there when the
+    answer is complete, with what waits beside it; `_full`: the same without pruning. All but the tokens are means of
+    the rows that were answered together. prefill_ms: the batch's time to its first token, divided by its rows.
+    published_tokens: what was kept as the method's paper counts it.
     """
 
     visual_tokens: int
@@ -25,6 +25,8 @@ class RowCost:
     scoring_flops: float
     kv_bytes: float
     kv_bytes_full: float
+    kv_bytes_end: float
+    kv_bytes_end_full: float
     prefill_ms: float
     published_tokens: float | None = None
 
@@ -33,22 +35,20 @@ class RowCost:
         return asdict(self)
 
 
-def row_costs(report: Report, achieved: Callable[[list[int]], float], prefill_seconds: float) -> list[RowCost]:
-    """The costs of the rows of the generation that `report` describes.
-
-    achieved: how the method counts what it kept of an image, from its tokens at each decoder layer
-    (`Pruner.achieved`).
-    """
+def row_costs(report: Report, prefill_seconds: float) -> list[RowCost]:
+    """The costs of the rows of the generation that `report` describes."""
     rows = len(report.samples)
     return [
         RowCost(
             visual_tokens=sum(image.tokens for image in sample.images),
-            kept_tokens=sum(achieved([len(kept) for kept in image.kept_per_layer]) for image in sample.images),
+            kept_tokens=sum(image.achieved_tokens for image in sample.images),
             flops=report.flops / rows,
             flops_full=report.flops_full / rows,
             scoring_flops=report.flops_breakdown.scoring / rows,
             kv_bytes=report.kv_bytes_prefill / rows,
             kv_bytes_full=report.kv_bytes_prefill_full / rows,
+            kv_bytes_end=(report.kv_bytes + report.aux_bytes) / rows,
+            kv_bytes_end_full=report.kv_bytes_full / rows,
             prefill_ms=1000 * prefill_seconds / rows,
             published_tokens=_published(sample),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,11 +95,10 @@ def answer_batch(
     tokenizer: Any,
     inputs: Any,
     *,
-    achieved: Callable[[list[int]], float],
     max_new_tokens: int,
     stops: Sequence[str] = (),
 ) -> list[Answer]:
-    """Greedy answers of a wrapped model to a left-padded batch; `achieved` is its pruner's."""
+    """Greedy answers of a wrapped model to a left-padded batch."""
     inputs = place(inputs, model)
     prompt = inputs["input_ids"].shape[1]
     clock = FirstTokenClock()
@@ -124,7 +123,7 @@ def answer_batch(
     synchronise(model.device)
     seconds = time.perf_counter() - start
     rows = ids[:, prompt:].tolist()
-    costs = row_costs(vtprune.report(model), achieved, (clock.time or start) - start)
+    costs = row_costs(vtprune.report(model), (clock.time or start) - start)
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     ends = _end_tokens(model)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()

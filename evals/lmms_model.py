@@ -46,7 +46,7 @@ class VTPrune(lmms):
     pretrained: a model id or folder (default: the bundled one); method, keep and any further option: as
     `vtprune.wrap` takes them; config: a folder with vtprune_config.json instead; batch_size: rows that are
     answered together; max_new_tokens: where a task sets none. `model` and `processor` hand in a loaded model,
-    which is left as it is: its owner wraps it, and sets `achieved` to its pruner's.
+    which is left as it is: its owner wraps it.
     """
 
     is_simple = False
@@ -74,7 +74,6 @@ class VTPrune(lmms):
         self.journal: Journal | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
         self.requests: list[Instance] = []
-        self.achieved: Callable[[list[int]], float] = vtprune.NoPruning().achieved
         if model is not None:
             self.model, self.processor = model, processor
             return
@@ -90,7 +89,6 @@ class VTPrune(lmms):
             given = {name: parse_value(v) if isinstance(v, str) else v for name, v in options.items()}
             pruners = resolve(method, keep=chosen, **given)
         vtprune.wrap(self.model, pruners, positions=positions)
-        self.achieved = pruners[-1].achieved
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:
@@ -168,7 +166,6 @@ class VTPrune(lmms):
             self.model,
             self.processor.tokenizer,
             inputs,
-            achieved=self.achieved,
             max_new_tokens=int(options.get("max_new_tokens") or self.max_new_tokens),
             stops=[stops] if isinstance(stops, str) else list(stops),
         )

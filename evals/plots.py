@@ -15,7 +15,7 @@ from .tables import Record, is_share, kept_score, main_scores, reference
 # Okabe and Ito's colours, told apart with any colour vision; with more methods the markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#5B4B8A")
 MARKERS = "osD^vP*Xhp"
-PANELS = (("flops", "FLOPs, % of unpruned"), ("kv", "KV cache, % of unpruned"))
+PANELS = (("flops", "share", "FLOPs, % of unpruned"), ("kv", "end_share", "KV cache at the end, % of unpruned"))
 
 
 def _height(record: Record, unpruned: Record | None) -> tuple[float, float | None]:
@@ -42,15 +42,16 @@ def _style(index: int, method: str) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index // len(COLOURS) + index) % 10]}
 
 
-def _draw(axes: Axes, part: str, groups: dict[str, list[Record]], unpruned: Record | None) -> None:
+def _draw(axes: Axes, of: tuple[str, str], groups: dict[str, list[Record]], unpruned: Record | None) -> None:
+    part, share = of
     coloured = [label for label, records in groups.items() if records[0]["method"] not in BASELINES]
     for label, records in groups.items():
-        records = sorted(records, key=lambda record: record[part]["share"])
+        records = sorted(records, key=lambda record: record[part][share])
         heights = [_height(record, unpruned) for record in records]
         errors = [error or 0.0 for _, error in heights]
         index = coloured.index(label) if label in coloured else 0
         axes.errorbar(
-            [100 * record[part]["share"] for record in records],
+            [100 * record[part][share] for record in records],
             [height for height, _ in heights],
             yerr=errors if any(errors) else None,
             label=label,
@@ -77,8 +78,8 @@ def pareto_png(records: Sequence[Record], title: str) -> bytes:
     # A long legend needs a taller figure.
     figure = Figure(figsize=(11.5, max(4.8, 1.0 + 0.3 * len(groups))), layout="constrained", dpi=150)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, (part, label) in zip(panels, PANELS, strict=True):
-        _draw(axes, part, groups, unpruned)
+    for axes, (part, share, label) in zip(panels, PANELS, strict=True):
+        _draw(axes, (part, share), groups, unpruned)
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ import torch
 from .failures import InputError, RunError
 from .loading import first_line, is_local
 
-FORMAT = 1
+FORMAT = 2
 FILE = "results.json"
 UNFINISHED = ".answers-"
 # Above this size a checkpoint file is known by its size and time, not by its content.

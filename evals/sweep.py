@@ -43,7 +43,6 @@ class Sweep:
         started = time.perf_counter()
         with _told(setting):
             pruners = setting.pruners()
-            self.lm.achieved = pruners[-1].achieved
             with vtprune.wrapped(self.lm.model, pruners):
                 raw = self._evaluate(setting, journal)
             record = self._record(setting, raw)
@@ -164,6 +163,8 @@ def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "mean_bytes": total("kv_bytes") / count,
             "unpruned_bytes": total("kv_bytes_full") / count,
             "share": share("kv_bytes", "kv_bytes_full"),
+            "end_bytes": total("kv_bytes_end") / count,
+            "end_share": share("kv_bytes_end", "kv_bytes_end_full"),
         },
         "batched_prefill_ms": statistics.fmean(cost["prefill_ms"] for cost in costs),
     }

@@ -116,6 +116,7 @@ def cost_columns() -> list[Column]:
         Column("tokens kept", _tokens),
         Column("FLOPs %", lambda record: _percent(record["flops"]["share"])),
         Column("KV %", lambda record: _percent(record["kv"]["share"])),
+        Column("KV % at the end", lambda record: _percent(record["kv"]["end_share"])),
         Column("prefill ms", _prefill),
         Column("scoring % of FLOPs", lambda record: f"{100 * record['flops']['scoring_share']:.2f}"),
         Column("ms over grid", _over),
@@ -150,7 +151,8 @@ def notes(data: dict[str, Any]) -> list[str]:
         f"{len(data['questions'])} questions ({', '.join(config['tasks'])}), model {config['model']}, "
         f"{machine['dtype']} on {machine['device']}.",
         "± is the standard error. Tokens, FLOPs of the prefill (vision tower included) and KV bytes of the "
-        "prompt are what the report of each generation says was achieved, not what was asked for.",
+        "prompt and at the end of the answer (what waits beside the cache included) are what the report of each "
+        "generation says was achieved, not what was asked for.",
         "Prefill is the median at batch 1 and its ratio to the unwrapped model, measured in turns on the "
         f"same prompts ({machine['processor']}, {machine['threads']} threads). 'ms over grid' is the time "
         "above the grid baseline, which scores nothing, at the same keep.",

@@ -79,7 +79,7 @@ class Meter:
             for batch in self._batches:
                 states.append(self._forward(batch))
                 report = vtprune.report(self.model)
-                costs += row_costs(report, pruner.achieved, 0.0)
+                costs += row_costs(report, 0.0)
                 flops, full = flops + report.flops, full + report.flops_full
         cosines = torch.cosine_similarity(torch.cat(states), unpruned, dim=-1)
         return Measured(

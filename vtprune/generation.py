@@ -113,8 +113,8 @@ class Generation:
         tokens = self._tokens(self.spans)
         breakdown, full = self._flops()
         kv = self._now.entries
-        achieved = [self._achieved(span) for span in self.spans]
-        kept = [a * span.image.total for a, span in zip(achieved, self.spans, strict=True)]
+        kept = [self._achieved_tokens(span) for span in self.spans]
+        achieved = [tokens / span.image.total for tokens, span in zip(kept, self.spans, strict=True)]
         asked = [pruner.asked_keep for pruner in self.pruners]
         history = self._steps()
         before = self._history[0] if self._history else Held()
@@ -155,18 +155,17 @@ class Generation:
                 tokens[layer][span.row] += int(span.kept_at(layer).numel())
         return tokens
 
-    def _achieved(self, span: ImageSpan) -> float:
-        """The share of an image's tokens that was kept, counted as the last pruner counts its `keep`."""
+    def _achieved_tokens(self, span: ImageSpan) -> float:
+        """An image's tokens that were kept, counted as the last pruner counts its `keep`."""
         last = self.pruners[-1]
         evicting = last.evict_layers(self.depth)
-        held = mean_held(self._heads, span, evicting) if evicting else last.achieved(_counts(span, self.depth))
-        return held / span.image.total
+        return mean_held(self._heads, span, evicting) if evicting else last.achieved(_counts(span, self.depth))
 
     def _stage(self, index: int) -> StageReport:
         pruner = self.pruners[index]
         left: list[float] = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
         if pruner.evict_layers(self.depth):
-            left = [self._achieved(span) * span.image.total for span in self.spans]
+            left = [self._achieved_tokens(span) for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
         asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
         return StageReport(pruner.name, acts_at(pruner, self.facts, asked), pruner.asked_keep, mean)
@@ -193,6 +192,7 @@ class Generation:
                 published_tokens=self.pruners[-1].published_count(_counts(span, self.depth)),
                 steps=image_steps(self._log, span, self.depth),
                 cached_per_head=tokens_per_head(self._heads, span),
+                achieved_tokens=self._achieved_tokens(span),
             )
             for span in self.spans
             if span.row == row

@@ -53,7 +53,8 @@ class ImageReport:
     published_tokens: what was kept as the last method's paper counts it, None where it counts as this report does;
     steps: every forward on the cache after the one that brought the image, where its tokens may return;
     cached_per_head: the tokens that each key-value head of a layer's cache holds now, by layer, [] for a layer whose
-    heads all hold what they held after the prefill.
+    heads all hold what they held after the prefill; achieved_tokens: what was kept, counted as the last method counts
+    `keep`.
     """
 
     grid: tuple[int, int, int]
@@ -67,6 +68,7 @@ class ImageReport:
     published_tokens: float | None = None
     steps: list[ImageStep] = field(default_factory=list)
     cached_per_head: list[list[list[int]]] = field(default_factory=list)
+    achieved_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
