@@ -279,7 +279,7 @@ def test_exact_match_forgives_case_spaces_and_punctuation(answer: str) -> None:
 
 def record(method: str, share: float, value: float) -> dict[str, Any]:
     score = {"name": "t", "task": "t", "metric": "accuracy", "value": value, "stderr": 0.02, "count": 9}
-    part = {"share": share}
+    part = {"share": share, "end_share": share}
     return {"method": method, "label": method, "keep": share, "scores": [score], "flops": part, "kv": part}
 
 
