@@ -141,6 +141,11 @@ class Adapter(ABC):
         """The projections of one decoder layer."""
         return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
 
+    def decoder_mlp(self, layer: Any) -> nn.Module:
+        """The MLP of one decoder layer, whose output is added to the residual."""
+        mlp: nn.Module = layer.mlp
+        return mlp
+
     @property
     def decoder_scale(self) -> float:
         """Softmax scale of the decoder."""

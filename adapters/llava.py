@@ -90,7 +90,9 @@ class LlavaAdapter(Adapter):
 
     def facts(self) -> ModelFacts:
         text = self.model.config.get_text_config()
-        return ModelFacts(bool(self._prefix), self.depth, text.num_hidden_layers, 1, self.source)
+        return ModelFacts(
+            bool(self._prefix), self.depth, text.num_hidden_layers, 1, self.source, decoder_width=text.hidden_size
+        )
 
     def encoder_projections(self, layer: Any) -> Projections:
         return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})

@@ -62,10 +62,11 @@ class QwenVLAdapter(Adapter):
         return int(self.model.config.vision_config.spatial_merge_size)
 
     def facts(self) -> ModelFacts:
-        config = self.model.config
+        config, text = self.model.config, self.model.config.get_text_config()
         return ModelFacts(
-            False, config.vision_config.depth, config.get_text_config().num_hidden_layers, self._merge**2, self.source
-        )
+            False, config.vision_config.depth, text.num_hidden_layers, self._merge**2, self.source,
+            decoder_width=text.hidden_size,
+        )  # fmt: skip
 
     def encoder_projections(self, layer: Any) -> Projections:
         return Projections(layer.attn, {"qkv": "qkv"})

@@ -81,6 +81,8 @@ def run_masked(
         mask = torch.cat([_mask(alive)[:, :, :length], _mask(cached)[:, :, length:]], dim=2)
         _return(mask, ids, real, report, index)
         merges = _merges(ids, report, index)
+        if _skipped(ids, report, index).any():
+            handles.append(layer.register_forward_hook(_keep_as_it_was(_skipped(ids, report, index))))
         handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings, merges), with_kwargs=True))
     positions = positions_of(kind, model, inputs, ids.shape[1])
     try:
@@ -169,6 +171,27 @@ def _return(mask: Tensor, ids: Tensor, real: Tensor, report: vtprune.Report, lay
         for place in (computed.isfinite() & (computed > 0)).nonzero().flatten().tolist():
             seen = (computed <= computed[place]) & (torch.arange(ids.shape[1]) <= place)
             mask[row, 0, place] = torch.zeros(ids.shape[1]).masked_fill(~seen, float("-inf"))
+
+
+def _skipped(ids: Tensor, report: vtprune.Report, layer: int) -> Tensor:
+    """(B, L) the vision tokens that skip a layer and go on: a later layer processes them again."""
+    later = torch.zeros_like(ids, dtype=torch.bool)
+    for row, sample in enumerate(report.samples):
+        places, first = (ids[row] == IMAGE).nonzero().flatten(), 0
+        for image in sample.images:
+            own = places[first : first + image.tokens]
+            first += image.tokens
+            for kept in image.kept_per_layer[layer + 1 :]:
+                later[row, own[kept]] = True
+            later[row, own[image.kept_per_layer[layer]]] = False
+    return later
+
+
+def _keep_as_it_was(skipped: Tensor) -> Any:
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        return torch.where(skipped[..., None], args[0], output)
+
+    return hook
 
 
 def _mask(alive: Tensor) -> Tensor:

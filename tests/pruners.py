@@ -46,6 +46,8 @@ PRUNERS: list[Pruner] = [
     vtprune.SparseVLM(adaptive_rank=True, scale=2.5),
     vtprune.GemFilter(keep=0.25),
     vtprune.GemFilter(keep=5, layer=4, pooling="grid"),
+    vtprune.PMoD(),
+    vtprune.PMoD(keep=0.6, layers=(2,), schedule="linear"),
     vtprune.LazyLLM(),
     vtprune.LazyLLM(keep=14),
     vtprune.LazyLLM(keep=0.6, schedule="linear"),

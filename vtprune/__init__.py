@@ -37,9 +37,10 @@ from vtprune.pruners import (
 )
 from vtprune.registry import available, register
 from vtprune.report import Report
+from vtprune.routing import PMoD
 from vtprune.selection import Merge, Selection
 from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
-from vtprune.wrap import report, save_config, unwrap, wrap, wrapped
+from vtprune.wrap import auxiliary_loss, load_weights, report, save, save_config, unwrap, wrap, wrapped
 
 try:
     __version__ = version("vtprune")
@@ -63,6 +64,7 @@ __all__ = [
     "Merge",
     "MustDrop",
     "NoPruning",
+    "PMoD",
     "Pool",
     "Pruner",
     "PrunerInfo",
@@ -81,12 +83,15 @@ __all__ = [
     "VisionStream",
     "VisionZip",
     "__version__",
+    "auxiliary_loss",
     "available",
     "flops",
     "kv_bytes",
     "load_config",
+    "load_weights",
     "register",
     "report",
+    "save",
     "save_config",
     "unwrap",
     "wrap",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from vtprune.pruner import ModelFacts, Pruner
 from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection
 from vtprune.signals import LayerSignals, full_precision
+from vtprune.skipping import RoutedLayers
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import VisionStream
 
@@ -48,11 +50,14 @@ class DecoderHooks:
         *,
         compact: bool,
         maker: object,
+        modules: dict[int, nn.Module],
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
         self._evictor = Evictor(adapter, pruners, facts.decoder_depth)
         self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
         self.tapped |= self._evictor.watched
+        self.routed = RoutedLayers(adapter, pruners, modules, facts.decoder_depth)
+        self.entered = self.tapped | self.routed.layers
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
         self.revives = next((pruner for pruner in pruners if pruner.revives), None)
@@ -104,6 +109,7 @@ class DecoderHooks:
         if layers is not None and (layers[0].log is not None or (self.revives is not None and spans)):
             check_revival(layers, self.revives, self.tapped, self.adapter.language_model.config)
             run.revival = Revival(layers, prompt, "+".join(pruner.name for pruner in self.pruners))
+        run.routed = self.routed if self.routed.layers else None
         if layers is not None and prompt.offset == 0:
             layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         if layers is not None and (prompt.offset == 0 or spans):
@@ -288,7 +294,7 @@ class DecoderHooks:
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         run = kwargs.pop(RUN, None)
-        if index in self.tapped:
+        if index in self.entered:
             self.state.enter(run)
         if run is None:
             return None
@@ -323,11 +329,43 @@ class DecoderHooks:
                 revival.record(index, run.spans, before, places, hidden, embeddings)
         run.taps.clear()
 
+    def routed_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer for the tokens that it computes; the others come back as they were."""
+        run = self.state.running
+        packed = run.packed if isinstance(run, DecoderRun) else None
+        if packed is None:
+            return forward(*args, **kwargs)
+        output = packed.states if packed.empty else forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (packed.unpack(output[0]), *output[1:])
+        return packed.unpack(output)
+
+    def after_mlp(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """Multiplies what the MLP of a routed layer adds to each token by its gate."""
+        run = self.state.running
+        gate = run.packed.gate if isinstance(run, DecoderRun) and run.packed is not None else None
+        return None if gate is None or output is None else output * gate[..., None].to(output)
+
+    def open_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.state.loss = None
+
+    def add_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Adds what routing costs to the loss of a forward with labels."""
+        loss = self.state.loss
+        if loss is None or output is None or kwargs.get("labels") is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + loss.to(output[0]), *output[1:])
+        output.loss = output.loss + loss.to(output.loss)
+        return output
+
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         run = kwargs.get(RUN)
         if run is None or output is None:
             return None
         generation = run.generation
+        if run.losses:
+            self.state.loss = torch.stack([loss.to(run.prompt.device) for loss in run.losses.values()]).sum()
         if run.revival is not None:
             run.revival.close(run.spans)
         if self._cut and run.spans:

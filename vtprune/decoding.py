@@ -13,11 +13,13 @@ from transformers.cache_utils import Cache
 from vtprune.cache import PrunedLayer, all_slots
 from vtprune.compaction import fill_index, gather_tokens, layer_mask, places_of, relative_places
 from vtprune.encoding import Call, EncodedImage
+from vtprune.packing import Packed
 from vtprune.revival import Revival
 from vtprune.selection import Merge, Selection
 
 if TYPE_CHECKING:
     from vtprune.eviction import Watch
+    from vtprune.skipping import RoutedLayers
 
 # How many tokens were dropped before each place, in a layer whose positions are renumbered.
 SHIFT = "position_shift"
@@ -34,7 +36,8 @@ class ImageSpan:
     with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said;
     text_after: text tokens of the row after it; left: tokens left after each pruner (by its place in the list) acted
     on the decoder's side; asked: the decoder layers after which each of them was asked; probed: the tokens that
-    each one's probe saw; cut: layers whose cache holds only what the last layer left.
+    each one's probe saw; cut: layers whose cache holds only what the last layer left; routed: by routed layer, the
+    tokens alive and which of them it computes.
     """
 
     row: int
@@ -51,6 +54,7 @@ class ImageSpan:
     asked: dict[int, list[int]] = field(default_factory=dict)
     probed: dict[int, int] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
+    routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -59,6 +63,9 @@ class ImageSpan:
 
     def kept_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer `layer` processes."""
+        if layer in self.routed:
+            alive, computed = self.routed[layer]
+            return alive[computed]
         return [kept for first, kept in self.history if first <= layer][-1]
 
     def cached_at(self, layer: int) -> Tensor:
@@ -151,6 +158,10 @@ class DecoderRun:
         self._announced: set[int] = set()
         self.decided = -1
         self.watch: Watch | None = None
+        self.routed: RoutedLayers | None = None
+        self.packed: Packed | None = None
+        self.losses: dict[int, Tensor] = {}
+        self._routed_layouts: dict[int, Layout] = {}
 
     def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from decoder layer `layer` on."""
@@ -242,6 +253,7 @@ class DecoderRun:
         if layout.relative is not None:
             states = gather_tokens(states, layout.relative)
         states = _place_vectors(states, layout.vectors)
+        layout, states = self._pack(index, layout, states)
         slots, ragged = self._announce(index, layout)
         mask = kwargs.get("attention_mask")
         embeddings = self._embeddings(index, layout, states, kwargs["position_embeddings"])
@@ -258,6 +270,23 @@ class DecoderRun:
         if args:
             return (states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": states}
+
+    def _pack(self, index: int, layout: Layout, states: Tensor) -> tuple[Layout, Tensor]:
+        """Of the tokens of a layout those that a routed layer computes, and their hidden states."""
+        self.packed = None
+        routes = None if self.routed is None else self.routed.routes(self, index, states, layout.places)
+        if routes is None:
+            return layout, states
+        self.packed = Packed.of(states, routes)
+        columns = self.packed.columns
+        if columns is None:
+            return layout, states
+        places = columns
+        if layout.places is not None:
+            places = layout.places.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+        # Kept while the run lives: slots and masks are known by the identity of these places.
+        self._routed_layouts[index] = Layout(places, ragged=len(places) > 1)
+        return self._routed_layouts[index], self.packed.inside
 
     def _announce(self, index: int, layout: Layout) -> tuple[Tensor | None, bool]:
         """The places of the layer's keys, once its cache knows those of this input, and whether they are ragged."""

@@ -38,6 +38,8 @@ class Generation:
     earlier: int = 0
     offset: int = 0
     steps: int = 0
+    # Text tokens of each row that a routed layer computed in the prefill, by layer.
+    routed_text: dict[int, Tensor] = field(default_factory=dict)
     _notes: list[CacheNote] = field(default_factory=list)
     _mask: Tensor | None = None
     _cache: weakref.ReferenceType[Cache] | None = None
@@ -103,6 +105,7 @@ class Generation:
             spans=self.live_spans(rows, length),
             earlier=len(earlier),
             text=[self.text[row] for row in rows],
+            routed_text={layer: counts[rows] for layer, counts in self.routed_text.items()},
             _history=history,
             _now=now,
             _log=layers[0].log if layers else self._log,
@@ -218,14 +221,15 @@ class Generation:
             encoded.update(id(span.image) for span in spans)
             grids = [span.image.grid for span in fresh]
             text, whole = self.text[row], sum(span.image.total for span in spans)
+            words = self._text_per_layer(row)
             own = [layer[row] for layer in tokens]
             past = [0] * self.depth
             if entries and self.offset:
-                past = [layer[row] - vision - text for layer, vision in zip(entries, own, strict=True)]
+                past = [layer[row] - v - t for layer, v, t in zip(entries, own, words, strict=True)]
             alone = flops(
                 self.config,
                 own,
-                text_tokens=text,
+                text_tokens=words,
                 images=grids,
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
@@ -234,13 +238,17 @@ class Generation:
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
-                alone = self._attend(alone, [v + text for v in own], past)
+                alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
                 unpruned = self._attend(
                     unpruned, [whole + text] * self.depth, [layer[row] - whole - text for layer in held.unpruned]
                 )
             pruned.append(alone)
             full.append(unpruned)
         return _sum(pruned), _sum(full)
+
+    def _text_per_layer(self, row: int) -> list[int]:
+        """Text tokens of a row that each layer computed in the prefill."""
+        return [int(self.routed_text[n][row]) if n in self.routed_text else self.text[row] for n in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""
@@ -299,6 +307,7 @@ class Generation:
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
                 decoder_pairs=self._pairs(row),
                 images=sum(pruner.budget(one.image.total) < one.image.total for one in spans),
+                depth=self.depth,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
                 decoder_layers=tuple(asked),
@@ -343,6 +352,8 @@ def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
     probed, evicted = pruner.probe_layer(facts.decoder_depth), pruner.evict_layers(facts.decoder_depth)
     if pruner.selects:
         places.append("before decoder" if probed is None else f"before decoder, by decoder layer {probed}")
+    routed = pruner.routed_layers(facts.decoder_depth)
+    places += [f"in decoder layers {', '.join(map(str, routed))}, routed"] if routed else []
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
     places += [f"cache{'s' * (len(evicted) > 1)} of layers {', '.join(map(str, evicted))}"] if evicted else []
     return "; ".join(places) or "nowhere"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
@@ -26,16 +26,25 @@ class Wrapping:
     """The hooks and overrides of one wrapped model, all on its instance, none on a class."""
 
     def __init__(
-        self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, *, compact: bool, given: list[Pruner]
+        self,
+        adapter: Adapter,
+        pruners: list[Pruner],
+        facts: ModelFacts,
+        *,
+        compact: bool,
+        given: list[Pruner],
+        modules: dict[int, nn.Module],
     ) -> None:
-        self.given = given
+        self.given, self.modules = given, modules
         self.name = "+".join(pruner.name for pruner in pruners)
         self._handles: list[RemovableHandle] = []
         self._overridden: list[tuple[Any, str, Any]] = []
-        state = ThreadState()
+        self._state = state = ThreadState()
         self._taps = Taps(state.sink)
         self._encoder = EncoderHooks(adapter, pruners, facts, state, self._taps)
-        self._decoder = DecoderHooks(adapter, pruners, facts, state, compact=compact, maker=self._encoder.token)
+        self._decoder = DecoderHooks(
+            adapter, pruners, facts, state, compact=compact, maker=self._encoder.token, modules=modules
+        )
         try:
             self._install_taps(adapter)
             self._install_encoder(adapter)
@@ -43,6 +52,11 @@ class Wrapping:
         except AttributeError as error:
             self.remove()
             raise UnsupportedModelError(f"the {adapter.name} adapter does not fit this model: {error}") from error
+
+    @property
+    def loss(self) -> Tensor | None:
+        """What routing adds to the loss of this thread's last forward."""
+        return self._state.loss
 
     @property
     def last(self) -> Generation | None:
@@ -80,8 +94,14 @@ class Wrapping:
             self._override(adapter.model, "_get_candidate_generator", _no_assistant(hooks.reads_all.name))
         for index, layer in enumerate(adapter.decoder_layers):
             self._before(layer, functools.partial(hooks.before_layer, index))
-            if index in hooks.tapped:
+            if index in hooks.entered:
                 self._after(layer, functools.partial(hooks.after_layer, index))
+            if index in hooks.routed.layers:
+                self._override(layer, "forward", functools.partial(hooks.routed_forward, layer.forward))
+                self._after(adapter.decoder_mlp(layer), hooks.after_mlp)
+        if hooks.routed.layers:
+            self._before(adapter.model, hooks.open_loss)
+            self._after(adapter.model, hooks.add_loss)
 
     def _install_taps(self, adapter: Adapter) -> None:
         encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)

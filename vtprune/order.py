@@ -17,6 +17,7 @@ def check_order(pruners: list[Pruner], facts: ModelFacts) -> None:
         _check_encoder(first, second, facts)
         _check_returning(first, second, facts)
         _check_caches(first, second, facts)
+        _check_routes(first, second, facts)
         if second.needs_whole_grid and _start(first, facts) < 2 and first.name != "none":
             raise VTPruneError(
                 f"{second.name} needs every token of the image's grid, and {first.name} leaves some of them out "
@@ -77,6 +78,24 @@ def _check_returning(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
                 f"{one.name} chooses anew at every step which tokens each decoder layer attends to, so {other.name} "
                 "cannot drop tokens inside the decoder or from its cache beside it; combine it with methods that act "
                 "in the encoder or before the decoder"
+            )
+
+
+def _check_routes(first: Pruner, second: Pruner, facts: ModelFacts) -> None:
+    depth = facts.decoder_depth
+    for one, other in ((first, second), (second, first)):
+        acts_inside = (
+            other.decoder_layers(depth)
+            or other.cache_layers(depth)
+            or other.evict_layers(depth)
+            or other.routed_layers(depth)
+            or other.probe_layer(depth) is not None
+        )
+        if one.routed_layers(depth) and acts_inside:
+            raise VTPruneError(
+                f"{one.name} decides at each of its decoder layers what they compute, so {other.name} cannot choose "
+                "tokens by the decoder's layers beside it; combine it with methods that act in the encoder or before "
+                "the decoder"
             )
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune.errors import VTPruneError
-from vtprune.selection import EncoderSelection, Eviction, Selection
-from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, VisionStream
+from vtprune.selection import EncoderSelection, Eviction, Routes, Selection
+from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,30 @@ class Pruner:
         """What the cache of each of `row.layers` goes on with, None for all of it."""
         return [None] * len(row.layers)
 
+    def routed_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers (of 1 .. depth - 1) that `route` is asked about: they compute some tokens, the others skip
+        them."""
+        return ()
+
+    def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
+        """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that a routed layer computes
+        at the most."""
+        return entered
+
+    @property
+    def routes_text(self) -> bool:
+        """Whether `route` is asked in forwards that bring no image, too."""
+        return False
+
+    def make_module(self, facts: ModelFacts) -> nn.Module | None:
+        """The weights that the method brings to a model, as they are before training, or None; `wrap` puts them on the
+        model, where `route` and the optimizer find them."""
+        return None
+
+    def route(self, tokens: RoutedTokens) -> Routes:
+        """Which tokens a routed layer computes."""
+        raise TypeError(f"{type(self).__name__} does not say how it routes tokens")
+
     def scoring_flops(self, work: ScoringWork) -> int:
         """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
         return 0
@@ -298,7 +322,8 @@ class ModelFacts:
 
     has_cls: whether the vision encoder has a CLS token; encoder_depth: encoder layers that feed the features;
     decoder_depth: decoder layers; group: encoder patches that form one vision token; source: the folder or hub
-    id that the model came from, "" if it is not known; first: whether no other method acts before this one.
+    id that the model came from, "" if it is not known; first: whether no other method acts before this one;
+    decoder_width: size of the decoder's hidden states.
     """
 
     has_cls: bool
@@ -307,6 +332,7 @@ class ModelFacts:
     group: int
     source: str = ""
     first: bool = True
+    decoder_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -322,7 +348,8 @@ class ScoringWork:
     `decoder_layers`, image_tokens: of the image alone; first_asked: for each of them, whether no earlier image of the
     row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
     tokens left in the end; probed: tokens of the row that the method's probe saw; decoder_pairs: queries times keys of
-    the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on.
+    the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on; depth:
+    decoder layers.
     """
 
     patches: int
@@ -347,3 +374,4 @@ class ScoringWork:
     probed: int = 0
     decoder_pairs: tuple[int, ...] = ()
     images: int = 1
+    depth: int = 0

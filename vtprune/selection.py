@@ -47,6 +47,34 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Routes:
+    """Which tokens of a batch a routed decoder layer computes, and what it makes of them.
+
+    kept: (B, n) bool, the others skip the layer. gate: (B, n) what the output of the layer's MLP is multiplied by, for
+    kept tokens; scale: (B, n) what a skipped token's hidden state is multiplied by; branch: (B, n) what all that the
+    layer adds to a kept token's hidden state is multiplied by. None leaves them as they are. loss: what the routing
+    adds to the loss in training, a scalar.
+    """
+
+    kept: Tensor
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+    branch: Tensor | None = None
+    loss: Tensor | None = None
+
+
+def best_of_each(scores: Tensor, image: Tensor, budgets: Tensor) -> Tensor:
+    """(B, n) which tokens are among the best `budgets` (B, I) of their image (B, n) (-1: none, never among them) by
+    their scores (B, n); ties go to the lowest index."""
+    count = budgets.shape[1]
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    owner = image.gather(1, order)
+    mine = owner[..., None] == torch.arange(count, device=image.device)
+    rank = torch.zeros_like(order).scatter(1, order, (mine.cumsum(dim=1) * mine).sum(dim=-1))
+    return (image >= 0) & (rank <= budgets.gather(1, image.clamp(min=0)))
+
+
+@dataclass(frozen=True)
 class EncoderSelection:
     """Which tokens of a batch of images go on after an encoder layer, and what flows into them.
 

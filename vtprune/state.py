@@ -41,6 +41,8 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.encoding: Encoding | None = None
+        # What routing adds to the loss of the forward under way.
+        self.loss: Tensor | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None
         self._runs: list[weakref.ReferenceType[Encoding | DecoderRun] | None] = []
 

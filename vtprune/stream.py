@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +133,36 @@ class DecoderLayer:
     def last_query(self) -> Tensor:
         """(H, 1, d) the query of the last prompt token."""
         return self.query if self.query.shape[1] == 1 else self.query[:, self.last, None]
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The tokens of a batch before one decoder layer that a method routes.
+
+    hidden: (B, n, D) hidden states; norm: the layer's own input norm. real: (B, n) which columns hold a token. image:
+        (B, n) the number of the image that a token belongs to among those that its row brings, -1 for text.
+    totals: (B, I) tokens of each whole image, 0 where a row has fewer images; budgets: (B, I) those that the layer is
+        to compute at the most.
+    index: 0-based index of the layer; depth: number of decoder layers.
+    module: what `Pruner.make_module` made, with its weights as they are now; training: whether the decoder is in
+        training mode.
+    """
+
+    hidden: Tensor
+    norm: Callable[[Tensor], Tensor]
+    real: Tensor
+    image: Tensor
+    totals: Tensor
+    budgets: Tensor
+    index: int
+    depth: int
+    module: Any
+    training: bool
+
+    @property
+    def vision(self) -> Tensor:
+        """(B, n) which columns hold a vision token."""
+        return self.image >= 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune import config
@@ -21,6 +22,7 @@ from vtprune.order import check_order
 from vtprune.pruner import Pruner
 from vtprune.registry import create
 from vtprune.report import Report
+from vtprune.weights import WEIGHTS_NAME, attach, detach, make_modules, read_weights, write_weights
 
 POSITIONS = ("original", "compact")
 ATTRIBUTE = "_vtprune"
@@ -64,8 +66,13 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     # The released code of a method may renumber; on M-RoPE models the authors' own ports keep or garble positions.
     released = any(one.compact_positions for one in pruners) and adapter.renumbers
     compact = positions == "compact" or released
-    # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree.
-    core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact, given=given)
+    modules = make_modules(pruners, facts, adapter)
+    if modules and isinstance(pruner, str | os.PathLike) and (Path(pruner) / WEIGHTS_NAME).exists():
+        read_weights(modules, Path(pruner), core.config)
+    # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
+    # weights that a method brings, which are trained and moved with it.
+    core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules)
+    attach(core, modules)
     return model
 
 
@@ -73,6 +80,7 @@ def unwrap(model: M) -> M:
     """Takes every hook, attribute and override off again and returns the model as it was."""
     core = core_model(model)
     _wrapping(core, "unwrap").remove()
+    detach(core)
     del core.__dict__[ATTRIBUTE]
     return model
 
@@ -114,6 +122,32 @@ def save_config(source: Any, folder: str | Path) -> Path:
         return config.save_config(source, folder)
     given = _wrapping(core_model(source), "save the config").given
     return config.save_config(given[0] if len(given) == 1 else given, folder)
+
+
+def save(model: Any, folder: str | Path) -> Path:
+    """Writes the pruners of a wrapped model, and the weights that they brought to it, to `folder` and returns it.
+
+    `wrap(model, folder)` brings both to another copy of the same base model. Raises VTPruneError for a model that is
+    not wrapped, and for a folder that cannot be written; what stood there before is then still whole.
+    """
+    core = core_model(model)
+    modules = _wrapping(core, "save").modules
+    if modules:
+        write_weights(modules, Path(folder), core.config)
+    save_config(model, folder)
+    return Path(folder)
+
+
+def load_weights(model: Any, folder: str | Path) -> None:
+    """Reads what `save` wrote into the methods of a wrapped model; raises VTPruneError where it does not fit."""
+    core = core_model(model)
+    read_weights(_wrapping(core, "load weights").modules, Path(folder), core.config)
+
+
+def auxiliary_loss(model: Any) -> Tensor | None:
+    """What routing adds to the loss of this thread's last forward, or None; a forward with labels has added it to its
+    own loss."""
+    return _wrapping(core_model(model), "ask for a loss").loss
 
 
 def resolve(pruner: Any, **options: Any) -> list[Pruner]:

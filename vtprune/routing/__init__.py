@@ -1,0 +1,5 @@
+"""Mixture of depths: methods that let each decoder layer choose which vision tokens it computes, one file a method."""
+
+from vtprune.routing.pmod import PMoD
+
+__all__ = ["PMoD"]

@@ -1,0 +1,131 @@
+"""The weights that methods bring to a model: on it, on disk as safetensors, and checked against the model they fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Adapter
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner
+
+WEIGHTS_NAME = "vtprune_weights.safetensors"
+# The submodule of a wrapped model that holds them.
+SUBMODULE = "vtprune_weights"
+FORMAT, VERSION = "vtprune-weights", "1"
+# What a config says beside the architecture: where it came from, how it runs, what generation does.
+PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+def make_modules(pruners: Sequence[Pruner], facts: ModelFacts, adapter: Adapter) -> dict[int, nn.Module]:
+    """The modules that the pruners bring, by their place in the list, of the decoder's type and on its device."""
+    found: dict[int, nn.Module] = {}
+    weight = next(parameter for parameter in adapter.language_model.parameters() if parameter.is_floating_point())
+    for order, pruner in enumerate(pruners):
+        module = pruner.make_module(facts)
+        if module is not None:
+            found[order] = module.to(device=weight.device, dtype=weight.dtype)
+    return found
+
+
+def attach(core: Any, modules: dict[int, nn.Module]) -> None:
+    """Puts the modules on the model, so that they are trained, moved and synchronised with it."""
+    if modules:
+        core.add_module(SUBMODULE, nn.ModuleDict({str(order): module for order, module in modules.items()}))
+
+
+def detach(core: Any) -> None:
+    """Takes them off again."""
+    core._modules.pop(SUBMODULE, None)
+
+
+def config_hash(config: Any) -> str:
+    """Identifies the architecture of a base model: its config without what passes."""
+    return hashlib.sha256(json.dumps(_lasting(config.to_dict()), sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _lasting(one) for key, one in value.items() if key not in PASSING}
+    return [_lasting(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def write_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> None:
+    """Writes the modules' weights, whole or not at all; raises VTPruneError where the folder cannot be written."""
+    tensors = {
+        f"{order}.{name}": tensor.detach().contiguous().cpu()
+        for order, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    metadata = {"format": FORMAT, "version": VERSION, "base": config_hash(config), "model_type": config.model_type}
+    write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file beside `path` and moves it there; raises VTPruneError where there is no room."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise VTPruneError(f"cannot write {path}: {error}; what stood there before is unchanged") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def read_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> None:
+    """Reads what `write_weights` wrote into these modules.
+
+    Raises VTPruneError, naming the file, if it is missing, cut short, of another base model, or of other modules.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        raise VTPruneError(f"no {WEIGHTS_NAME} in {folder}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise VTPruneError(f"{path} is not a safetensors file (cut short?): {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        raise VTPruneError(f"{path} does not hold weights of vtprune's methods")
+    own = config_hash(config)
+    if metadata.get("base") != own:
+        raise VTPruneError(
+            f"{path} was trained on another base model ({metadata.get('model_type')}, config {metadata.get('base')}; "
+            f"this one is {config.model_type}, config {own}); load it on the base that it was trained on"
+        )
+    _fill(modules, tensors, path)
+
+
+def _fill(modules: dict[int, nn.Module], tensors: dict[str, Tensor], path: Path) -> None:
+    wanted = {f"{o}.{name}": t for o, module in modules.items() for name, t in module.state_dict().items()}
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    shapes = [name for name in wanted if name in tensors and tensors[name].shape != wanted[name].shape]
+    if missing or extra or shapes:
+        raise VTPruneError(
+            f"{path} does not fit the methods of this model: missing {missing[:3]}, unknown {extra[:3]}, of another "
+            f"shape {shapes[:3]}; wrap it with the settings that the weights were trained with"
+        )
+    with torch.no_grad():
+        for name, target in wanted.items():
+            target.copy_(tensors[name].to(target))
