@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -296,3 +297,42 @@ def test_tables_compare_with_the_unpruned_model() -> None:
     assert kept_score(records[1], records[0]) == pytest.approx(0.5)
     table = markdown_table(quality_columns(records), records)
     assert "| grid | 25% | 40.0 ± 2.0 | 50.0 |" in table
+
+
+def test_a_folder_with_trained_weights_runs_on_the_model_that_lies_beside_them(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder, alone = tmp_path / "trained", tmp_path / "weights-alone"
+    model = AutoModelForImageTextToText.from_pretrained(random_checkpoint())
+    with torch.no_grad():
+        for weight in model.get_output_embeddings().parameters():
+            weight.neg_()
+        model.save_pretrained(folder)
+        AutoProcessor.from_pretrained(random_checkpoint()).save_pretrained(folder)
+        vtprune.wrap(model, "pmod")
+        for name, weight in model.named_parameters():
+            if name.startswith("vtprune_weights"):
+                weight.normal_()
+    for one in (folder, alone):
+        vtprune.save(model, one)
+    result = bench(tmp_path / "out", "--methods", f"{folder},{alone},pmod", "--keep", "0.6")
+    assert result.exit_code == 0, result.output
+    none, trained, weights, untrained = read(tmp_path / "out")["settings"].values()
+    assert [record["label"] for record in (trained, weights, untrained)] == ["trained", "weights-alone", "pmod"]
+    assert trained["answers"] != weights["answers"]
+    for record in (trained, weights, untrained):
+        assert 0 < record["tokens"]["share"] < 0.7
+        assert none["flops"]["share"] > record["flops"]["share"] > 0
+    again = bench(tmp_path / "out", "--methods", str(folder))
+    assert "2 of 2 settings are in" in again.output
+    (alone / "vtprune_weights.safetensors").unlink()
+    refused = bench(tmp_path / "other", "--methods", str(alone))
+    assert refused.exit_code == 2
+    assert "vtprune train" in refused.output
+
+
+def test_methods_that_have_to_be_trained_are_not_among_the_defaults() -> None:
+    from vtprune.evals.settings import all_methods
+
+    assert "pmod" not in all_methods()
+    assert {"fastv", "d2o", "lazyllm"} <= set(all_methods())
