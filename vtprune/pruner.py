@@ -298,6 +298,11 @@ class Pruner:
         """Whether `route` is asked in forwards that bring no image, too."""
         return False
 
+    @property
+    def skips_text(self) -> bool:
+        """Whether `route` may leave text out, as only released code does."""
+        return False
+
     def make_module(self, facts: ModelFacts) -> nn.Module | None:
         """The weights that the method brings to a model, as they are before training, or None; `wrap` puts them on the
         model, where `route` and the optimizer find them."""
