@@ -234,7 +234,9 @@ class Generation:
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
-                scoring=sum(self._scoring(spans, place) for place in range(len(spans))) + self._probes(row, past),
+                scoring=sum(self._scoring(spans, place) for place in range(len(spans)))
+                + self._probes(row, past)
+                + sum(pruner.row_flops(own[0] + text, self.facts) for pruner in self.pruners),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:
@@ -289,7 +291,7 @@ class Generation:
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
         for index, pruner in enumerate(self.pruners):
-            if not _works_on(pruner, span):
+            if pruner.budget(span.image.total) >= span.image.total:
                 continue
             asked = span.asked.get(index, [])
             known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
@@ -306,7 +308,7 @@ class Generation:
                 text_after=span.text_after,
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
                 decoder_pairs=self._pairs(row),
-                images=sum(_works_on(pruner, one) for one in spans),
+                images=sum(pruner.budget(one.image.total) < one.image.total for one in spans),
                 depth=self.depth,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
@@ -320,11 +322,6 @@ class Generation:
             )
             total += pruner.scoring_flops(work)
         return total
-
-
-def _works_on(pruner: Pruner, span: ImageSpan) -> bool:
-    """Whether a method has anything to do with an image: it drops some of it, or routes every token that comes."""
-    return pruner.routes_text or pruner.budget(span.image.total) < span.image.total
 
 
 def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:

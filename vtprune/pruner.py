@@ -316,6 +316,11 @@ class Pruner:
         """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
         return 0
 
+    def row_flops(self, tokens: int, facts: ModelFacts) -> int:
+        """FLOPs of those that the method adds for each row whose forward brings `tokens` to the decoder, with images
+        or without."""
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         """The hyper-parameters as plain JSON types, with the method's name first."""
         return {"method": self.name, **dataclasses.asdict(self)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, Pruner, ScoringWork, budget_of
+from vtprune.pruner import ModelFacts, Pruner, budget_of
 from vtprune.pruners.checks import check_choice, check_factor, check_share
 from vtprune.pruners.staged import scaled_layers
 from vtprune.registry import register
@@ -215,10 +215,9 @@ class GammaMoD(Pruner):
             return None
         return self.loss_weight * cross_entropy(logits[routable], kept[routable].long())
 
-    def scoring_flops(self, work: ScoringWork) -> int:
-        """Two products with the router a token and routed layer; the images of a row share those of its text."""
-        each = len(self.routed_layers(work.depth)) * 4 * work.decoder_width
-        return each * work.kept + each * work.text // work.images
+    def row_flops(self, tokens: int, facts: ModelFacts) -> int:
+        """Two products with the router a token and routed layer."""
+        return len(self.routed_layers(facts.decoder_depth)) * 4 * tokens * facts.decoder_width
 
 
 def released_training(pruner: GammaMoD, scores: Tensor, tokens: RoutedTokens) -> Tensor:
