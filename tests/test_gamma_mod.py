@@ -447,3 +447,52 @@ def test_the_router_learns_from_the_answer_and_from_its_own_loss() -> None:
         plain = model(**inputs, labels=labels, use_cache=False).loss
     assert vtprune.auxiliary_loss(model) is None
     assert float(with_loss.detach()) == pytest.approx(float(plain) + float(auxiliary.detach()), rel=1e-5)
+
+
+@every_model
+@pytest.mark.parametrize(
+    "pruner", [GammaMoD(loss_weight=0.5), GammaMoD(variant="released", loss_weight=0.5)], ids=label
+)
+def test_gradients_are_the_same_through_checkpoints(kind: str, pruner: Any) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] >= 90) | (inputs["input_ids"] == 0), -100)
+    gradients, losses = [], []
+    for checkpointing in (False, True):
+        model = wrapped(make(kind), pruner).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-4), name
+
+
+def test_released_training_counts_by_row_whatever_the_padding() -> None:
+    inputs = prompt("llava-clip", ROWS["llava-clip"][:2])
+    model = wrapped(make("llava-clip"), GammaMoD(variant="released")).train()
+    with torch.no_grad():
+        model(**inputs)
+    # Of the 36 tokens of an image and the 3 and 2 before it, half skip each routed layer.
+    expected = [math.ceil(46 * (1 - 0.5 * 39 / 46)), math.ceil(42 * (1 - 0.5 * 38 / 42))]
+    for layer, tokens in enumerate(vtprune.report(model).kv_tokens_per_layer):
+        assert tokens == (expected if layer in (1, 2, 3) else [46, 42])
+
+
+def test_bfloat16_models_compute_nearly_the_same_tokens() -> None:
+    inputs = prompt("llava-clip", ROWS["llava-clip"])
+    kept = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = wrapped(make("llava-clip").to(dtype), GammaMoD(layers=(1,)))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            out = model(
+                **{name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+            )
+        assert out.logits.isfinite().all()
+        kept.append([set(image[1]) for image in _kept(vtprune.report(model))])
+    for first, second in zip(*kept, strict=True):
+        assert len(first) == len(second)
+        assert len(first & second) >= len(first) - 3

@@ -192,21 +192,18 @@ class GammaMoD(Pruner):
         logits = self.logits(tokens)
         gate = logits.softmax(dim=-1)[..., 1]
         scores = check_scores(gate.detach().masked_fill(~tokens.real, 0.0), self.name)
-        if self.released and (tokens.training or not self._ranks(tokens)):
-            kept = released_training(self, scores, tokens) if tokens.training else self._above(scores, tokens)
-        else:
-            kept = best_of_each(scores, tokens.image, tokens.budgets) | ~tokens.vision
-        kept = kept | ~tokens.real
+        kept = self._computed(scores, tokens) | ~tokens.real
         return Routes(kept, gate=gate, loss=self._loss(logits, kept, tokens) if tokens.training else None)
 
-    def _ranks(self, tokens: RoutedTokens) -> bool:
-        """Whether a `keep` decides about these tokens in the released variant: about those of a prompt."""
-        return self.keep is not None and not tokens.continues
-
-    def _above(self, scores: Tensor, tokens: RoutedTokens) -> Tensor:
-        if tokens.continues:
+    def _computed(self, scores: Tensor, tokens: RoutedTokens) -> Tensor:
+        """(B, n) which tokens the layer computes."""
+        if self.released and tokens.training:
+            return released_training(self, scores, tokens)
+        if self.released and tokens.continues:
             return scores >= STEP_THRESHOLD
-        return scores > (PROMPT_THRESHOLD if self.threshold is None else self.threshold)
+        if self.adaptive:
+            return scores > (PROMPT_THRESHOLD if self.threshold is None else self.threshold)
+        return best_of_each(scores, tokens.image, tokens.budgets) | ~tokens.vision
 
     def _loss(self, logits: Tensor, kept: Tensor, tokens: RoutedTokens) -> Tensor | None:
         """The mean over the tokens that could be routed, weighed; None where there are none."""
@@ -236,7 +233,8 @@ def released_training(pruner: GammaMoD, scores: Tensor, tokens: RoutedTokens) ->
         if pruner.keep is not None:
             budgets.append(c - less)
         else:
-            # With nothing after the image nothing is skipped.
+            # With nothing after the image nothing is skipped. The rounding is that of the reference's formula: where
+            # skip * c is whole, it may leave one token more.
             budgets.append(math.ceil(n * (1 - pruner.skipped_share * c / n)) - (n - c) if n > c else c)
     best = best_of_each(scores, front.long() - 1, torch.tensor(budgets, device=scores.device)[:, None])
     return best | ~front
