@@ -1,4 +1,4 @@
-"""gamma-MoD's rules, on tokens whose p is known: what is computed, what the loss is, and which settings are refused."""
+"""gamma-MoD's rules, on tokens whose p is known: what is computed, what the loss is, which settings are refused."""
 
 from __future__ import annotations
 
