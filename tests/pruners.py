@@ -62,6 +62,14 @@ CACHE: list[Pruner] = [
     vtprune.D2O(keep=0.4, text=True),
 ]
 
+# Methods that weigh what layers compute even where they skip nothing, so that they are never the unpruned model:
+# tests/test_gamma_mod.py has their reference, and the properties of the list above.
+GATED: list[Pruner] = [
+    vtprune.GammaMoD(),
+    vtprune.GammaMoD(keep=0.6),
+    vtprune.GammaMoD(layers=(2, 4), skip=0.75),
+]
+
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
 RELEASED: list[Pruner] = [
     vtprune.FlowCut(keep=8, variant="released"),

@@ -37,7 +37,7 @@ from vtprune.pruners import (
 )
 from vtprune.registry import available, register
 from vtprune.report import Report
-from vtprune.routing import PMoD
+from vtprune.routing import GammaMoD, PMoD
 from vtprune.selection import Merge, Selection
 from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
 from vtprune.wrap import auxiliary_loss, load_weights, report, save, save_config, unwrap, wrap, wrapped
@@ -57,6 +57,7 @@ __all__ = [
     "FlopsBreakdown",
     "FlowCut",
     "FoPru",
+    "GammaMoD",
     "GemFilter",
     "Grid",
     "HoloV",

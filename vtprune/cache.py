@@ -160,13 +160,16 @@ class PrunedLayer(DynamicLayer):
         """Removes the last `-tokens_to_remove` logical places; tokens that returned since are left out again."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number of tokens to remove")
-        if tokens_to_remove == 0 or self.keys is None or self.values is None:
+        if tokens_to_remove == 0:
             return
         self._check_crop(max(0, self.length + tokens_to_remove))
         self.length = max(0, self.length + tokens_to_remove)
         self.aux = {name: values[:, : max(1, self.length)] for name, values in self.aux.items()} if self.length else {}
         self.waiting = self.waiting.crop(self.length) if self.waiting is not None and self.length else None
         self.log = self.log.crop(self.length) if self.log is not None and self.length else None
+        if self.keys is None or self.values is None:
+            # A routed layer may have computed nothing so far.
+            return
         if self.slots is None:
             self.keys, self.values = self.keys[..., : self.length, :], self.values[..., : self.length, :]
             return
@@ -200,17 +203,20 @@ class PrunedLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the rows `beam_idx`, as beam search does."""
-        super().reorder_cache(beam_idx)
+        if self.keys is not None:
+            super().reorder_cache(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)), beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
-        super().batch_repeat_interleave(repeats)
+        if self.keys is not None:
+            super().batch_repeat_interleave(repeats)
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0), repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows."""
-        super().batch_select_indices(indices)
+        if self.keys is not None:
+            super().batch_select_indices(indices)
         self._map_rows(lambda rows: rows[indices], indices)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor], key: object) -> None:

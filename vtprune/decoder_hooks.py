@@ -101,7 +101,7 @@ class DecoderHooks:
         prompt = self._prompt(embeds, cache, kwargs)
         spans = self._spans(frame, embeds, prompt)
         layers = self._adopt(cache, spans)
-        if layers is None and not spans:
+        if layers is None and not spans and not self.routed.routes_text:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
         flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
@@ -169,7 +169,8 @@ class DecoderHooks:
         if reason is None:
             return adopt_cache(cache, self._depth)
         totals = [(span.image.total, pruner) for span in spans for pruner in self.pruners]
-        if any(pruner.budget(total) < total for total, pruner in totals):
+        skips_text = self.routed.pruner is not None and self.routed.pruner.skips_text
+        if skips_text or any(pruner.budget(total) < total for total, pruner in totals):
             raise unsupported_cache(reason)
         return None
 

@@ -234,7 +234,9 @@ class Generation:
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
-                scoring=sum(self._scoring(spans, place) for place in range(len(spans))) + self._probes(row, past),
+                scoring=sum(self._scoring(spans, place) for place in range(len(spans)))
+                + self._probes(row, past)
+                + sum(pruner.row_flops(own[0] + text, self.facts) for pruner in self.pruners),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
             if entries and self.offset:

@@ -298,6 +298,11 @@ class Pruner:
         """Whether `route` is asked in forwards that bring no image, too."""
         return False
 
+    @property
+    def skips_text(self) -> bool:
+        """Whether `route` may leave text out, as only released code does."""
+        return False
+
     @classmethod
     def brings_weights(cls) -> bool:
         """Whether the method has weights of its own, which are to be trained."""
@@ -314,6 +319,11 @@ class Pruner:
 
     def scoring_flops(self, work: ScoringWork) -> int:
         """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
+        return 0
+
+    def row_flops(self, tokens: int, facts: ModelFacts) -> int:
+        """FLOPs of those that the method adds for each row whose forward brings `tokens` to the decoder, with images
+        or without."""
         return 0
 
     def to_dict(self) -> dict[str, Any]:

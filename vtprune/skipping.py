@@ -12,6 +12,7 @@ from vtprune.compaction import fill_index
 from vtprune.decoding import DecoderRun, ImageSpan
 from vtprune.pruner import Pruner
 from vtprune.selection import Routes
+from vtprune.signals import full_precision
 from vtprune.stream import RoutedTokens
 
 
@@ -25,6 +26,11 @@ class RoutedLayers:
         self._module = modules.get(found[0][0]) if found else None
         self._modules: list[Any] = list(adapter.decoder_layers)
         self._adapter, self._depth = adapter, depth
+
+    @property
+    def routes_text(self) -> bool:
+        """Whether forwards without an image are routed, too."""
+        return self.pruner is not None and self.pruner.routes_text
 
     def routes(self, run: DecoderRun, index: int, states: Tensor, places: Tensor | None) -> Routes | None:
         """Which of the tokens at `places` (B, n) (None: all) of the input a layer computes, or None where it is not
@@ -45,13 +51,14 @@ class RoutedLayers:
         for span, number in zip(run.spans, numbers, strict=True):
             total, entered = span.image.total, span.kept_at(0).numel()
             totals[span.row][number], budgets[span.row][number] = total, pruner.routed_budget(total, index, entered)
-        routes = pruner.route(
-            RoutedTokens(
-                states, self._modules[index].input_layernorm, real, image,
-                torch.tensor(totals, device=states.device), torch.tensor(budgets, device=states.device),
-                index, self._depth, self._module, bool(self._adapter.language_model.training),
-            )
+        tokens = RoutedTokens(
+            states, self._modules[index].input_layernorm, real, image,
+            torch.tensor(totals, device=states.device), torch.tensor(budgets, device=states.device),
+            index, self._depth, self._module, bool(self._adapter.language_model.training),
+            continues=run.prompt.offset > 0 and not run.spans,
         )  # fmt: skip
+        with full_precision(states.device):
+            routes = pruner.route(tokens)
         self._note(run, index, routes, places, real & (image < 0))
         return routes
 
@@ -59,7 +66,7 @@ class RoutedLayers:
         """Leaves with the images, and with the generation, what the layer computes of this input."""
         if routes.loss is not None:
             run.losses[index] = routes.loss
-        if not run.spans:
+        if run.prompt.offset and not run.spans:
             return
         where = None if places is None else fill_index(places, run.prompt.length)
         for span in run.spans:

@@ -145,7 +145,7 @@ class RoutedTokens:
         to compute at the most.
     index: 0-based index of the layer; depth: number of decoder layers.
     module: what `Pruner.make_module` made, with its weights as they are now; training: whether the decoder is in
-        training mode.
+        training mode. continues: whether these tokens follow what is in the cache, without a new image.
     """
 
     hidden: Tensor
@@ -158,6 +158,7 @@ class RoutedTokens:
     depth: int
     module: Any
     training: bool
+    continues: bool = False
 
     @property
     def vision(self) -> Tensor:

@@ -1,0 +1,146 @@
+"""`vtprune arank`: which decoder layers of a model have attention maps of low rank, and are therefore to be routed."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vtprune.assets import TINY_LLAVA
+from vtprune.routing import GammaMoD
+from vtprune.routing.arank import choose, rank_layers
+
+from .failures import InputError
+from .loading import first_line, is_local, load_model
+from .plots import COLOURS
+from .prompts import encode, place, question
+from .results import check_writable, write_atomically
+from .suite import prepare_environment
+from .tune_data import Sample, draw_shapes, read_folder
+
+FORMAT = "vtprune-arank"
+
+
+@dataclass(frozen=True)
+class ARankConfig:
+    """What to rank. At most one of count and share says how many layers to route; neither: as many as gamma-MoD routes
+    at the model's depth."""
+
+    output: Path
+    count: int | None = None
+    share: float | None = None
+    model: str | None = None
+    data: Path | None = None
+    question: str = "Describe the image."
+    samples: int = 16
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+
+
+def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
+    """Ranks the layers, prints them with the choice, and returns the content of the file that it writes.
+
+    Raises VTPruneError for a request that cannot be carried out.
+    """
+    plot = config.output.with_suffix(".png")
+    if config.output.suffix == ".png" or config.output.is_dir():
+        raise InputError(f"output: the ranks go to a JSON file such as arank.json, got {config.output}")
+    if config.count is not None and config.share is not None:
+        raise InputError("layers: give --count or --share, one of them")
+    samples, source = _samples(config, console)
+    check_writable(config.output.parent)
+    prepare_environment(offline=is_local(config.model or str(TINY_LLAVA)))
+    model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
+    depth = model.config.get_text_config().num_hidden_layers
+    count = config.count
+    if count is None and config.share is None:
+        count = len(GammaMoD().routed_layers(depth))
+    # A number of layers that the model does not have is refused before anything is computed.
+    choose([0.0] * depth, count=count, share=config.share)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("attention maps", total=len(samples))
+        ranks = rank_layers(model, _batches(model, processor, samples), lambda done: progress.advance(bar, done))
+    layers = choose(ranks, count=count, share=config.share)
+    name = "bundled tiny-llava" if config.model is None else config.model
+    data = {
+        "format": FORMAT,
+        "model": name,
+        "source": source,
+        "samples": len(samples),
+        "seed": config.seed,
+        "arank": ranks,
+        "layers": list(layers),
+    }
+    write_atomically(config.output, json.dumps(data, indent=2).encode())
+    write_atomically(plot, arank_png(ranks, layers, f"{name}, {len(samples)} samples"))
+    console.print(_table(ranks, layers))
+    console.print(f"layers={layers}", style="bold", highlight=False)
+    console.print(f'vtprune.wrap(model, "gamma_mod", layers={layers})', style="dim", highlight=False)
+    console.print(f"wrote {config.output}, {plot}", highlight=False)
+    return data
+
+
+def _samples(config: ARankConfig, console: Console) -> tuple[list[Sample], str]:
+    """Pictures with a question each, and where they came from."""
+    if config.data is not None:
+        found = read_folder(config.data, config.question, config.samples, 0, config.seed)
+        if len(found.search) < config.samples:
+            console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
+    elif config.model is not None:
+        raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
+    else:
+        found = draw_shapes(config.samples, 0, config.seed)
+    return found.search, found.source
+
+
+def _batches(model: Any, processor: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    """One sample at a time, on the model's device."""
+    for sample in samples:
+        try:
+            batch = encode(processor, [question(sample.image, sample.question)])
+        except Exception as error:
+            raise InputError(f"data: the processor refuses {sample.name}: {first_line(error)}") from error
+        yield place(batch, model)
+
+
+def _table(ranks: Sequence[float], layers: Sequence[int]) -> Table:
+    order = sorted(range(len(ranks)), key=lambda layer: (ranks[layer], layer))
+    table = Table(title="Rank of attention maps by decoder layer", title_justify="left", title_style="bold")
+    for heading in ("layer", "ARank", "lowest first"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for layer, rank in enumerate(ranks):
+        ends = layer in (0, len(ranks) - 1)
+        word = "routed" if layer in layers else "always computes everything" if ends else "computes everything"
+        table.add_row(str(layer), f"{rank:.2f}", str(order.index(layer) + 1), word)
+    return table
+
+
+def arank_png(ranks: Sequence[float], layers: Sequence[int], title: str) -> bytes:
+    """A bar a layer, in another colour and hatched where it is routed."""
+    figure = Figure(figsize=(max(4.5, 1.5 + 0.25 * len(ranks)), 3.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for routed, label in ((True, "routed"), (False, "computes everything")):
+        own = [layer for layer in range(len(ranks)) if (layer in layers) == routed]
+        hatch = "//" if routed else None
+        axes.bar(own, [ranks[layer] for layer in own], color=COLOURS[not routed], hatch=hatch, label=label)
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("ARank")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
