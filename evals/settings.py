@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from vtprune.assets import TRAINED
 from vtprune.config import load_config, to_dict
 from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner, check_keep
@@ -172,6 +173,11 @@ def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
 def all_methods() -> list[str]:
     """Every method that is known, third-party ones included, but for those that have to be trained."""
     return [name for name in available() if name != UNPRUNED and not pruner_class(name).brings_weights()]
+
+
+def trained_folders() -> list[str]:
+    """The bundled folders of methods that have to be trained, as `--methods` takes them."""
+    return [str(folder) for folder in TRAINED]
 
 
 def ablations() -> list[str]:

@@ -127,7 +127,7 @@ def bench(
         from vtprune.evals.bench import BenchConfig, run_bench
 
         config = BenchConfig(
-            **_what_to_run(tasks, methods, keep, everything, limit),
+            **_what_to_run(tasks, methods, keep, everything, limit, model is None),
             output=output,
             model=model,
             device=device,
@@ -143,7 +143,7 @@ def bench(
 
 
 def _what_to_run(
-    tasks: str, methods: str | None, keep: str | None, everything: bool, limit: int | None
+    tasks: str, methods: str | None, keep: str | None, everything: bool, limit: int | None, bundled: bool
 ) -> dict[str, Any]:
     """The settings and questions that the options stand for, as fields of a BenchConfig."""
     from vtprune.evals import settings
@@ -155,6 +155,7 @@ def _what_to_run(
         chosen = _split(methods, "methods")
     else:
         chosen = settings.all_methods() + (settings.ablations() if everything else [])
+        chosen += settings.trained_folders() if bundled else []
     if keep is not None:
         keeps = tuple(settings.parse_keep(part) for part in _split(keep, "keep"))
     else:
