@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from vtprune.console import one_line_errors, open_console
 from vtprune.errors import VTPruneError
-
-BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+from vtprune.training.command import train
 
 app = typer.Typer(
     help="Prune, merge and route the vision tokens of vision-language models.",
@@ -23,42 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-errors = Console(stderr=True, soft_wrap=True)
-
-
-def _console() -> Console:
-    """stdout; wide where it is not a terminal, so that tables in a log are not cut."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
-def _stop(message: str, status: int) -> typer.Exit:
-    errors.print(Text(f"vtprune: {message}", style="red"))
-    return typer.Exit(status)
-
-
-@contextlib.contextmanager
-def _one_line_errors(traceback: bool) -> Iterator[None]:
-    """Turns what goes wrong into one red line on stderr and the right exit status."""
-    from vtprune.evals.failures import RunError
-
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt as error:
-        raise _stop(
-            "interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED
-        ) from error
-    except Exception as error:
-        if traceback:
-            raise
-        if isinstance(error, VTPruneError):
-            raise _stop(str(error), BAD_INPUT) from error
-        if isinstance(error, RunError):
-            raise _stop(str(error), FAILURE) from error
-        reason = " ".join(str(error).split()) or "no message"
-        hint = "; --traceback shows where"
-        raise _stop(f"{type(error).__name__}: {reason}{hint}", FAILURE) from error
 
 
 def _split(text: str, name: str) -> list[str]:
@@ -164,7 +123,7 @@ def bench(
 
     A run that was interrupted goes on where it stopped when the same command is given again.
     """
-    with _one_line_errors(traceback):
+    with one_line_errors(traceback):
         from vtprune.evals.bench import BenchConfig, run_bench
 
         config = BenchConfig(
@@ -180,7 +139,7 @@ def bench(
             seed=seed,
             resume=resume,
         )
-        run_bench(config, _console())
+        run_bench(config, open_console())
 
 
 def _what_to_run(
@@ -235,14 +194,14 @@ def ask(
     layer without them; patches that were merged share a tint, and the token that they flowed into has a frame.
     Below are the vision tokens and the KV entries of every decoder layer.
     """
-    with _one_line_errors(traceback):
+    with one_line_errors(traceback):
         from vtprune.evals.ask import run_ask
         from vtprune.evals.settings import parse_keep
 
         run_ask(
             image,
             question,
-            _console(),
+            open_console(),
             method=method,
             keep=parse_keep(keep),
             output=output,
@@ -319,7 +278,7 @@ def tune(
 
     Then: vtprune bench --methods holov,my-tune --keep 15%, or vtprune.wrap(model, "my-tune").
     """
-    with _one_line_errors(traceback):
+    with one_line_errors(traceback):
         from vtprune.evals.settings import parse_flops, parse_keep
         from vtprune.evals.tune import TuneConfig, run_tune
 
@@ -341,13 +300,13 @@ def tune(
             batch_size=batch_size,
             restart=restart,
         )
-        run_tune(config, _console())
+        run_tune(config, open_console())
 
 
 @app.command(name="list")
 def list_methods(traceback: Traceback = False) -> None:
     """List the methods and the model families."""
-    with _one_line_errors(traceback):
+    with one_line_errors(traceback):
         import vtprune
         from vtprune.adapters import adapters
         from vtprune.evals.suite import TASK_FOLDER
@@ -363,7 +322,7 @@ def list_methods(traceback: Traceback = False) -> None:
             families.add_column(heading)
         for name, models, notes in adapters():
             families.add_row(name, models if isinstance(models, str) else ", ".join(models), notes)
-        console = _console()
+        console = open_console()
         console.print(methods)
         console.print(families)
         console.print(
@@ -372,6 +331,9 @@ def list_methods(traceback: Traceback = False) -> None:
             soft_wrap=True,
             highlight=False,
         )
+
+
+app.command()(train)
 
 
 def main() -> None:
