@@ -124,11 +124,10 @@ def _into(folder: Path, write: Callable[[Path], None]) -> None:
         draft.mkdir(parents=True)
         write(draft)
         for path in sorted(draft.iterdir()):
+            os.chmod(path, 0o755 if path.is_dir() else 0o644)
             os.replace(path, folder / path.name)
     except Exception as error:
         # safetensors has an exception of its own for a full disk.
-        raise RunError(
-            f"cannot write to {folder}: {error}; the checkpoint is kept, and the run goes on from it"
-        ) from (error)
+        raise RunError(f"cannot write to {folder}: {error}; the checkpoint is kept, to go on from") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

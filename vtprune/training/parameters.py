@@ -67,17 +67,13 @@ def halve_frozen(model: Any, config: TrainConfig, dtype: torch.dtype) -> None:
 def groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups for AdamW: matrices of the base decay, vectors and the method's weights do not; `peak`: their rate."""
     routers = brought(model)
-    own = set() if routers is None else set(routers.parameters())
-    base = [weight for weight in model.parameters() if weight.requires_grad and weight not in own]
-    router_rate = config.router_lr or config.rate
+    own = [] if routers is None else list(routers.parameters())
+    known = set(own)
+    base = [weight for weight in model.parameters() if weight.requires_grad and weight not in known]
     found = [
         {"params": [w for w in base if w.dim() > 1], "peak": config.rate, "weight_decay": config.weight_decay},
         {"params": [w for w in base if w.dim() <= 1], "peak": config.rate, "weight_decay": 0.0},
-        {
-            "params": list(routers.parameters()) if routers is not None else [],
-            "peak": router_rate,
-            "weight_decay": 0.0,
-        },
+        {"params": own, "peak": config.router_lr or config.rate, "weight_decay": 0.0},
     ]
     return [group for group in found if group["params"]]
 

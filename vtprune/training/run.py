@@ -56,8 +56,8 @@ def train(
     """Trains a wrapped model, in place, and writes what came of it to `config.output`.
 
     Goes on from the checkpoint in there if there is one, and returns at once where the run has ended already. LoRA
-    adapters stay on the model. identity: what else a run must share with the one that it goes on from. Raises VTPruneError for what cannot be trained and for the folder of another run,
-    RunError for what goes wrong on the way.
+    adapters stay on the model. identity: what else a run must share with the one that it goes on from. Raises
+    VTPruneError for what cannot be trained and for the folder of another run, RunError for what goes wrong on the way.
     """
     check_writable(config.output)
     base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
