@@ -141,6 +141,11 @@ class Adapter(ABC):
         """The projections of one decoder layer."""
         return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
 
+    def decoder_attention(self, layer: Any) -> nn.Module:
+        """The attention of one decoder layer, which runs before its MLP and is given the layer's keyword arguments."""
+        attention: nn.Module = layer.self_attn
+        return attention
+
     def decoder_mlp(self, layer: Any) -> nn.Module:
         """The MLP of one decoder layer, whose output is added to the residual."""
         mlp: nn.Module = layer.mlp

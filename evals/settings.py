@@ -18,6 +18,7 @@ from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner, check_keep
 from vtprune.pruners.staged import Staged
 from vtprune.registry import available, create, pruner_class
+from vtprune.weights import WEIGHTS_NAME
 from vtprune.wrap import resolve
 
 from .failures import InputError
@@ -85,7 +86,8 @@ class Setting:
     """One row of a sweep: a method, how much it keeps and its other options, or what a folder's config says.
 
     config: the content of a vtprune_config.json as JSON; method and keep then only tell what is in it, and
-    title is the folder's name.
+    title is the folder's name. folder: where trained weights are read from, and the model itself if it lies there
+    too; stamp: identifies what lies there.
     """
 
     method: str
@@ -93,6 +95,8 @@ class Setting:
     options: tuple[tuple[str, Any], ...] = ()
     config: str = ""
     title: str = ""
+    folder: str = ""
+    stamp: str = ""
 
     @property
     def label(self) -> str:
@@ -101,7 +105,7 @@ class Setting:
 
     def key(self) -> str:
         """Identifies the setting inside one run, a folder by what its config says; 1 and 1.0 differ."""
-        text = self.config or json.dumps([self.method, self.keep, self.options], sort_keys=True)
+        text = self.config + self.stamp or json.dumps([self.method, self.keep, self.options], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pruners(self) -> list[Pruner]:
@@ -109,6 +113,16 @@ class Setting:
         if self.config:
             return resolve(json.loads(self.config))
         return [create(self.method, keep=self.keep, **dict(self.options))]
+
+    @property
+    def method_source(self) -> str | list[Pruner]:
+        """What `vtprune.wrap` takes: the folder with the weights, or the pruners."""
+        return self.folder or self.pruners()
+
+    @property
+    def own_model(self) -> str:
+        """The folder with the model that the weights were trained with, "" where any model will do."""
+        return self.folder if self.folder and (Path(self.folder) / "config.json").is_file() else ""
 
     def pruner(self) -> Pruner:
         """The pruner itself, the last of several; raises VTPruneError for an unknown method or option."""
@@ -126,7 +140,20 @@ def folder_setting(folder: str) -> Setting:
     pruners = found if isinstance(found, list) else [found]
     content = json.dumps(to_dict(found), sort_keys=True)
     methods = "+".join(pruner.name for pruner in pruners)
-    return Setting(methods, pruners[-1].keep, config=content, title=Path(folder).resolve().name)
+    path = Path(folder).resolve()
+    trained = str(path) if (path / WEIGHTS_NAME).is_file() else ""
+    if not trained and any(pruner.brings_weights() for pruner in pruners):
+        raise InputError(f"{folder}: {methods} needs the weights that `vtprune train` writes, {WEIGHTS_NAME}")
+    return Setting(methods, pruners[-1].keep, config=content, title=path.name, folder=trained, stamp=_stamp(path))
+
+
+def _stamp(folder: Path) -> str:
+    """Changes with the weights in a folder, "" where there are none."""
+    found = [path for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+    if not (folder / WEIGHTS_NAME).is_file():
+        return ""
+    sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
@@ -143,8 +170,8 @@ def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
 
 
 def all_methods() -> list[str]:
-    """Every method that is known, third-party ones included."""
-    return [name for name in available() if name != UNPRUNED]
+    """Every method that is known, third-party ones included, but for those that have to be trained."""
+    return [name for name in available() if name != UNPRUNED and not pruner_class(name).brings_weights()]
 
 
 def ablations() -> list[str]:

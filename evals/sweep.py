@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from vtprune.registry import available, create
 from .failures import InputError, RunError
 from .journal import Journal
 from .lmms_model import VTPrune
-from .loading import first_line
+from .loading import first_line, load_model
 from .results import Results
 from .scores import all_metrics, sample_scores, task_scores
 from .settings import UNPRUNED, Setting, show_keep
@@ -41,9 +41,8 @@ class Sweep:
         """Evaluates and times one setting, and writes its record; raises RunError."""
         journal = Journal(self.results.unfinished(setting.key()))
         started = time.perf_counter()
-        with _told(setting):
-            pruners = setting.pruners()
-            with vtprune.wrapped(self.lm.model, pruners):
+        with _told(setting), self._model_of(setting):
+            with vtprune.wrapped(self.lm.model, setting.method_source):
                 raw = self._evaluate(setting, journal)
             record = self._record(setting, raw)
             record["prefill"] = self._time(setting)
@@ -51,6 +50,22 @@ class Sweep:
         self.results.set(setting.key(), record)
         journal.discard()
         return record
+
+    @contextmanager
+    def _model_of(self, setting: Setting) -> Iterator[None]:
+        """The model that a setting's weights were trained with, in the place of the sweep's own."""
+        if not setting.own_model:
+            yield
+            return
+        shared = self.lm.model
+        self.lm.model, _ = load_model(
+            setting.own_model, device=str(shared.device), dtype=str(shared.dtype).removeprefix("torch."),
+            attn_implementation=shared.config.get_text_config()._attn_implementation,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            self.lm.model = shared
 
     def _evaluate(self, setting: Setting, journal: Journal) -> dict[str, Any]:
         from lmms_eval.evaluator import simple_evaluate
@@ -114,7 +129,7 @@ class Sweep:
     def _time(self, setting: Setting) -> dict[str, float | None]:
         """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""
         inputs = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
-        pruners: dict[str, Any] = {"unpruned": None, "ours": setting.pruners()}
+        pruners: dict[str, Any] = {"unpruned": None, "ours": setting.method_source}
         scored = setting.method not in (UNPRUNED, SCORELESS) and SCORELESS in available()
         if scored:
             pruners["scoreless"] = create(SCORELESS, keep=setting.keep)
@@ -190,7 +205,10 @@ def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) ->
     taken, refused = [], {}
     for setting in settings:
         try:
-            with vtprune.wrapped(model, setting.pruners()):
+            if setting.own_model:
+                taken.append(setting)
+                continue
+            with vtprune.wrapped(model, setting.method_source):
                 taken.append(setting)
         except vtprune.UnsupportedModelError as error:
             raise InputError(f"model: {first_line(error)}") from error

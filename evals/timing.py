@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 import vtprune
-from vtprune.pruner import Pruner
 
 from .generation import synchronise
 from .prompts import place
@@ -52,9 +51,10 @@ def prefill_seconds(model: Any, inputs: Any) -> float:
 
 
 def measure_prefill(
-    model: Any, inputs: Sequence[Any], pruners: Mapping[str, Pruner | None], rounds: int = ROUNDS
+    model: Any, inputs: Sequence[Any], pruners: Mapping[str, Any], rounds: int = ROUNDS
 ) -> PrefillTimes:
-    """Times each prompt at batch 1 under each pruner in turn; None is the model as it came, unwrapped."""
+    """Times each prompt at batch 1 under each pruner in turn; None is the model as it came, unwrapped; else what
+    `vtprune.wrap` takes."""
     placed = [place(one, model) for one in inputs]
     times: dict[str, list[float]] = {name: [] for name in pruners}
     for turn in range(rounds + 1):

@@ -34,7 +34,7 @@ from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection
 from vtprune.signals import LayerSignals, full_precision
 from vtprune.skipping import RoutedLayers
-from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
+from vtprune.state import FRAME, GATE, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import VisionStream
 
 
@@ -335,15 +335,19 @@ class DecoderHooks:
         packed = run.packed if isinstance(run, DecoderRun) else None
         if packed is None:
             return forward(*args, **kwargs)
-        output = packed.states if packed.empty else forward(*args, **kwargs)
+        output = packed.states if packed.empty else forward(*args, **{**kwargs, GATE: packed.gate})
         if isinstance(output, tuple):
             return (packed.unpack(output[0]), *output[1:])
         return packed.unpack(output)
 
+    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Takes the gate from the arguments, which gradient checkpointing hands to the layer again, for its MLP."""
+        self.state.gate = kwargs.get(GATE)
+        return args, {name: value for name, value in kwargs.items() if name != GATE}
+
     def after_mlp(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         """Multiplies what the MLP of a routed layer adds to each token by its gate."""
-        run = self.state.running
-        gate = run.packed.gate if isinstance(run, DecoderRun) and run.packed is not None else None
+        gate, self.state.gate = self.state.gate, None
         return None if gate is None or output is None else output * gate[..., None].to(output)
 
     def open_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ class Wrapping:
                 self._after(layer, functools.partial(hooks.after_layer, index))
             if index in hooks.routed.layers:
                 self._override(layer, "forward", functools.partial(hooks.routed_forward, layer.forward))
+                self._before(adapter.decoder_attention(layer), hooks.before_attention)
                 self._after(adapter.decoder_mlp(layer), hooks.after_mlp)
         if hooks.routed.layers:
             self._before(adapter.model, hooks.open_loss)

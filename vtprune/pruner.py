@@ -298,6 +298,11 @@ class Pruner:
         """Whether `route` is asked in forwards that bring no image, too."""
         return False
 
+    @classmethod
+    def brings_weights(cls) -> bool:
+        """Whether the method has weights of its own, which are to be trained."""
+        return cls.make_module is not Pruner.make_module
+
     def make_module(self, facts: ModelFacts) -> nn.Module | None:
         """The weights that the method brings to a model, as they are before training, or None; `wrap` puts them on the
         model, where `route` and the optimizer find them."""

@@ -82,7 +82,17 @@ def linear(depth: int, layers: Sequence[int], keep: float) -> Ratios:
 def cosine_ratios(depth: int, shift: float, highest: float = HIGHEST, lowest: float = LOWEST) -> Ratios:
     """p-MoD's progressive ratio decay (arXiv 2412.04449): 0.5 cos(pi l / (depth - 1)) + shift, at least `lowest`; a
     layer at which it is above `highest` is left whole."""
-    values = (0.5 * math.cos(math.pi * layer / max(1, depth - 1)) + shift for layer in range(depth))
+    return _capped(
+        [0.5 * math.cos(math.pi * layer / max(1, depth - 1)) + shift for layer in range(depth)], highest, lowest
+    )
+
+
+def line_ratios(depth: int, shift: float, highest: float = HIGHEST, lowest: float = LOWEST) -> Ratios:
+    """The same with a straight line, 0.5 - l / (depth - 1) + shift."""
+    return _capped([0.5 - layer / max(1, depth - 1) + shift for layer in range(depth)], highest, lowest)
+
+
+def _capped(values: Sequence[float], highest: float, lowest: float) -> Ratios:
     return tuple(1.0 if value > highest else max(value, lowest) for value in values)
 
 

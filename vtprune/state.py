@@ -14,6 +14,8 @@ from vtprune.encoding import EncodedImage, Encoding
 
 # The argument that carries a run through the layers' keyword arguments.
 RUN = "vtprune_run"
+# The argument that carries the gates of a routed layer to its attention, which runs before its MLP.
+GATE = "vtprune_gate"
 # The argument that carries a forward's Frame to the decoder.
 FRAME = "vtprune_frame"
 # The attribute of an image's feature tensor that holds its EncodedImage.
@@ -41,6 +43,8 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.encoding: Encoding | None = None
+        # What the output of the next MLP is multiplied by.
+        self.gate: Tensor | None = None
         # What routing adds to the loss of the forward under way.
         self.loss: Tensor | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None

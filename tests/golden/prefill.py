@@ -124,11 +124,13 @@ def project(model: Any, index: int, hidden: Tensor, positions: Tensor) -> tuple[
     return rotate(query, cos, sin), key, value
 
 
-def decode(model: Any, hidden: Tensor, caches: list[Cached], positions: list[int]) -> Tensor:
-    """(1, 1, D) after one more token, at its own position in each layer."""
+def decode(model: Any, hidden: Tensor, caches: list[Cached], positions: list[int], *, grow: bool = False) -> Tensor:
+    """(1, 1, D) after one more token, at its own position in each layer; grow: its keys and values stay."""
     for index, (layer, cached, position) in enumerate(zip(model.layers, caches, positions, strict=True)):
         query, key, value = project(model, index, hidden, torch.tensor([position]))
         keys, values = torch.cat([cached.key[None], key], dim=2), torch.cat([cached.value[None], value], dim=2)
+        if grow:
+            cached.key, cached.value = keys[0], values[0]
         attended, _ = towers.recording_attention(layer.self_attn, query, keys, values, None, layer.self_attn.scaling)
         hidden = hidden + layer.self_attn.o_proj(attended.flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -20,6 +20,7 @@ from vtprune.selection import Routes, best_of_each, check_scores
 from vtprune.stream import RoutedTokens
 
 NORMS = ("tanh", "sigmoid", "softmax", "none")
+DECAYS = {"cosine": schedules.cosine_ratios, "linear": schedules.line_ratios}
 
 
 @register(
@@ -46,6 +47,9 @@ class PMoD(Staged):
     token through the gates of the layers that the published schedule routes. Ratios are met image by image, rounded
     down (the reference: over all images of a row).
 
+    The reference's alternatives: `decay="linear"`, a straight line 0.5 - l / (L - 1) + `beta` under the same limits;
+    other `norm`s, with `scale=1`.
+
     Defaults are those of the released code, since the paper's own text was not at hand. variant="paper" is the formula
     as it is usually quoted, x + g T(x): all that the layer adds is multiplied by g, attention too.
     Reference: MCG-NJU/p-MoD.
@@ -53,6 +57,7 @@ class PMoD(Staged):
 
     schedule: str = "shifted_cosine"
     beta: float | None = None
+    decay: str = "cosine"
     norm: str = "tanh"
     scale: float = 0.2
     bias: float = 1.0
@@ -63,22 +68,23 @@ class PMoD(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.name, "norm", self.norm, NORMS)
+        check_choice(self.name, "decay", self.decay, tuple(DECAYS))
         check_choice(self.name, "variant", self.variant, self.info.variants)
         for option in ("scale", "bias", "beta"):
             value = getattr(self, option)
             number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
             if not number and not (option == "beta" and value is None):
                 raise VTPruneError(f"{self.name}: {option} is a finite number, got {value!r}")
-        if self.beta is not None and (self.keep is not None or self.schedule != "shifted_cosine"):
-            raise VTPruneError(f"{self.name}: beta shifts the published cosine; give it without keep and schedule")
+        if self.beta is not None and (isinstance(self.keep, int) or self.keep not in (None, 1.0)):
+            raise VTPruneError(f"{self.name}: beta shifts the published decay, and keep fits one; give one of them")
 
     def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
         """The first layer that may be routed: layer 1, or the one given."""
         return (1,) if self.layers is None else self.layers
 
     def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
-        """The published cosine."""
-        ratios = schedules.cosine_ratios(depth, 0.5 if self.beta is None else self.beta)
+        """The published decay."""
+        ratios = DECAYS[self.decay](depth, 0.5 if self.beta is None else self.beta)
         return (1.0,) * layers[0] + ratios[layers[0] :]
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
@@ -121,9 +127,11 @@ class PMoD(Staged):
         router, vision = tokens.module[str(tokens.index)], tokens.vision
         states = tokens.hidden.float()
         weight, bias = (part.to(states.device).float() for part in (router.weight, router.bias))
-        gates = self.gates(linear(states, weight, bias)[..., 0], vision)
-        scores = check_scores(gates.detach(), self.name)
+        logits = linear(states, weight, bias)[..., 0]
+        # The order of the gates, without the ties that saturated ones make.
+        scores = check_scores(math.copysign(1.0, self.scale) * logits.detach(), self.name)
         kept = best_of_each(scores, tokens.image, tokens.budgets) | ~vision
+        gates = self.gates(logits, vision)
         gates = torch.where(vision, gates, torch.ones_like(gates))
         if self.variant == "paper":
             return Routes(kept, scale=gates, branch=gates)
