@@ -88,7 +88,7 @@ class Run:
         self.model = parameters.choose(model.float(), config).to(self.device)
         parameters.halve_frozen(self.model, config, dtype)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpoint_activations(self.model)
         groups = parameters.groups(self.model, config)
         self.weights = [weight for group in groups for weight in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=config.rate, betas=BETAS)
@@ -239,6 +239,12 @@ class Run:
         if self.main:
             save_state(self.config.output, self.model, self.optimizer, self.progress, self.settings, random)
         self.accelerator.wait_for_everyone()
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Layers are computed again in the backward pass; transformers 5.24 has another name for it than 5.20."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], config: TrainConfig) -> None:
