@@ -2,7 +2,8 @@
 
 from vtprune.training.config import TrainConfig
 from vtprune.training.conversations import Collator, Conversation
+from vtprune.training.llava import LlavaData
 from vtprune.training.run import train
 from vtprune.training.shapes import ShapesData
 
-__all__ = ["Collator", "Conversation", "ShapesData", "TrainConfig", "train"]
+__all__ = ["Collator", "Conversation", "LlavaData", "ShapesData", "TrainConfig", "train"]

@@ -13,8 +13,6 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 
 IGNORED = -100
-# What a processor returns for each token, beside the ids themselves.
-BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Conversation:
 class Rendered:
     """A conversation as text, and the answers in it as ranges of its tokens other than vision tokens.
 
-    answers: [first, end), the end token among them; closed: whether an end token is still to be added.
+    answers: [first, end), the end token among them.
     """
 
     text: str
@@ -56,7 +54,6 @@ class Collator:
             raise VTPruneError("the model's processor has no chat template, so no conversation can be written")
         self.image_token: int = processor.image_token_id
         self.end: int | None = self.tokenizer.eos_token_id
-        self._known: dict[str, list[int]] = {}
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """The batch of these conversations."""
@@ -78,29 +75,25 @@ class Collator:
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text, and where its answers are."""
-        messages = list(conversation.messages)
-        text = self._write(messages)
-        if self.end is not None and not self._ends(text, messages):
+        messages, turns = list(conversation.messages), range(1, len(conversation.messages), 2)
+        text, prompts = self._write(messages), [self._write(messages[:turn], prompt=True) for turn in turns]
+        if self.end is not None and self.tokenizer.eos_token not in text[len(prompts[-1]) :]:
             # The template closes no answer: without this the model would never learn to stop.
             text += self.tokenizer.eos_token
         ids = self._tokens(text)
+        starts = [self._length(prompt, ids, text, conversation) for prompt in prompts]
         answers = []
-        for turn in range(1, len(messages), 2):
-            start = self._length(messages[:turn], ids, text, conversation, prompt=True)
-            last = turn == len(messages) - 1
-            end = len(ids) if last else self._length(messages[: turn + 1], ids, text, conversation, prompt=False)
-            if self.end in ids[start:end]:
+        for turn, start, limit in zip(turns, starts, [*starts[1:], len(ids)], strict=True):
+            if self.end in ids[start:limit]:
                 end = ids.index(self.end, start) + 1
+            else:
+                end = self._length(self._write(messages[: turn + 1]), ids, text, conversation)
             answers.append((start, end))
         return Rendered(text, ids, answers)
 
     def _write(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         return text
-
-    def _ends(self, text: str, messages: list[dict[str, Any]]) -> bool:
-        """Whether the template put an end token behind the last answer."""
-        return self.tokenizer.eos_token in text[len(self._write(messages[:-1], prompt=True)) :]
 
     def _begins(self, text: str) -> bool:
         """Whether the tokenizer is to add what a text begins with: not where the template wrote it."""
@@ -112,16 +105,13 @@ class Collator:
         ids = self.tokenizer(text, add_special_tokens=self._begins(text))["input_ids"]
         return [token for token in ids if token != self.image_token]
 
-    def _length(
-        self, messages: list[dict[str, Any]], ids: list[int], text: str, of: Conversation, *, prompt: bool
-    ) -> int:
-        """How many of the tokens the beginning of a conversation takes."""
-        beginning = self._write(messages, prompt=prompt)
+    def _length(self, beginning: str, ids: list[int], text: str, of: Conversation) -> int:
+        """How many of the tokens of a conversation its beginning takes."""
         part = self._tokens(beginning)
         if not text.startswith(beginning) or ids[: len(part)] != part:
             raise VTPruneError(
-                f"{of.name or 'a conversation'}: the chat template does not write its first {len(messages)} turns as "
-                f"it writes them in the whole conversation, so its answers cannot be found (it ends in "
+                f"{of.name or 'a conversation'}: the chat template does not write the beginning of a conversation as "
+                f"it writes it in the whole, so the answers cannot be found (the beginning ends in "
                 f"{beginning[-40:]!r})"
             )
         return len(part)

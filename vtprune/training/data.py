@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from vtprune.errors import VTPruneError
 from vtprune.training.conversations import Conversation
 
 
@@ -38,3 +40,32 @@ class Order:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size)
         return int(self._order[rest])
+
+
+class Part:
+    """Some of the samples of a data set."""
+
+    def __init__(self, data: TrainingData, indices: Sequence[int]) -> None:
+        self.data, self.indices = data, indices
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Conversation:
+        """One of them."""
+        return self.data[self.indices[index]]
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two of these the same."""
+        return {**self.data.identity(), "records": self.size}
+
+
+def hold_out(data: TrainingData, count: int, seed: int) -> tuple[Part, Part]:
+    """The data without `count` samples drawn with the seed, and these; raises VTPruneError if too few are left."""
+    size = data.size or 0
+    if count >= size:
+        raise VTPruneError(f"eval_limit: {count} samples are to be held out, and there are {size}")
+    mixed = np.random.default_rng([seed, size]).permutation(size).tolist()
+    return Part(data, sorted(mixed[count:])), Part(data, sorted(mixed[:count]))

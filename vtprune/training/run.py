@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from vtprune.evals.results import check_writable, model_fingerprint
 from vtprune.evals.settings import is_folder, parse_method, parse_value
 from vtprune.evals.suite import prepare_environment
 from vtprune.training.config import TrainConfig
-from vtprune.training.data import TrainingData
+from vtprune.training.data import TrainingData, hold_out
+from vtprune.training.llava import LlavaData
 from vtprune.training.loop import Run, check_same
 from vtprune.training.output import FINISHED, drop_checkpoint, read_log, write_log, write_outputs
 from vtprune.training.progress import Display
@@ -89,11 +91,17 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
     given = _method(source)
     pretrained = os.fspath(TINY_LLAVA) if source.model is None else source.model
     prepare_environment(offline=is_local(pretrained))
-    data, validation = _data(source, config, console)
+    data, validation = _data(source, config, _teller(console))
     model, processor = load_model(pretrained, device="cpu")
     wrap(model, given)
     identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
     return train(model, processor, data, config, validation=validation, console=console, identity=identity)
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    """Prints in the main process alone."""
+    shown = os.environ.get("RANK", "0") == "0"
+    return lambda text: console.print(text, highlight=False, soft_wrap=True) if shown else None
 
 
 def _method(source: Source) -> Any:
@@ -115,13 +123,17 @@ def _method(source: Source) -> Any:
     return resolve(name, **options)
 
 
-def _data(source: Source, config: TrainConfig, console: Console) -> tuple[TrainingData, TrainingData | None]:
+def _data(
+    source: Source, config: TrainConfig, tell: Callable[[str], None]
+) -> tuple[TrainingData, TrainingData | None]:
     """What to train on, and what to validate on."""
-    if source.data is None:
-        if source.model is not None and not is_local(source.model):
-            raise InputError(
-                "data: drawn shapes teach a model from elsewhere nothing of use; give --data and --images"
-            )
-        drawn = ShapesData(config.seed, questions=source.questions)
-        return drawn, ShapesData(config.seed, "val", source.questions)
-    raise InputError("data: not yet")
+    if source.data is not None:
+        found = LlavaData(source.data, source.images, skip_missing=source.skip_missing, tell=tell)
+        held_out = config.eval_limit * config.batch_size
+        return hold_out(found, held_out, config.seed) if held_out else (found, None)
+    if source.images is not None or source.skip_missing:
+        raise InputError("images: --images and --skip-missing go with --data")
+    if source.model is not None and not is_local(source.model):
+        raise InputError("data: drawn shapes are for the bundled model; give --data and --images")
+    drawn = ShapesData(config.seed, questions=source.questions)
+    return drawn, ShapesData(config.seed, "val", source.questions)
