@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtprune
+from tests.models import make
 from tests.tiny_training import ask, load, run
 from vtprune.errors import VTPruneError
 from vtprune.evals.failures import RunError
+from vtprune.training import TrainConfig
 from vtprune.training.state import FILE, FOLDER
 
 
@@ -161,3 +163,39 @@ def test_gradient_checkpointing_and_micro_batches_train_the_same(tmp_path: Path)
     plain = run(tmp_path / "a", steps=2, batch_size=4).state_dict()
     pieces = run(tmp_path / "b", steps=2, batch_size=2, accumulate=2, gradient_checkpointing=True).state_dict()
     assert all(torch.allclose(plain[name], pieces[name], atol=2e-5) for name in plain)
+
+
+@pytest.mark.parametrize(("method", "message"), [("none", "not finite at step 2"), ("pmod", "step 2: .*NaN")])
+def test_a_run_that_diverges_ends_with_the_step_at_which_it_did(tmp_path: Path, method: str, message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        run(tmp_path, method, steps=3, lr=1e30)
+
+
+def test_what_was_trained_is_refused_on_another_base(tmp_path: Path) -> None:
+    run(tmp_path, steps=1, train="routers")
+    with pytest.raises(VTPruneError, match="another base model"):
+        vtprune.wrap(make("llava-clip"), tmp_path)
+
+
+def test_a_folder_that_holds_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(VTPruneError, match="holds a model"):
+        run(tmp_path, steps=1)
+
+
+def test_the_rate_rises_and_falls_as_half_a_cosine(tmp_path: Path) -> None:
+    config = TrainConfig(output=tmp_path, warmup=0.1)
+    rates = [config.rate_at(step, 100) for step in range(101)]
+    assert rates[0] == 1 / 11
+    assert max(rates) == rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == 0
+    assert config.rate_at(0, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0}, {"batch_size": True}, {"steps": 0}, {"warmup": 1}, {"dtype": "float16"}, {"seed": -1}]
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, bad: dict[str, Any]) -> None:
+    with pytest.raises(VTPruneError, match=next(iter(bad))):
+        TrainConfig(output=tmp_path, **bad)

@@ -124,7 +124,8 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path: Path, arguments: list
 def test_two_processes_train_to_the_same_weights_as_one_with_twice_the_batch(tmp_path: Path) -> None:
     common = ["--steps", "3", "--questions", "2", "--lr", "1e-3", "--log-every", "1", "--device", "cpu"]
     train = ["-m", "vtprune.cli", "train", "pmod", *common]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    # On CPUs `accelerate launch` starts several processes through MPI only.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one = [*train, "--batch-size", "4", "--output", str(tmp_path / "one")]
     two = [*launch, *train, "--batch-size", "2", "--output", str(tmp_path / "two")]
     for command in (one, two):
@@ -137,4 +138,4 @@ def test_two_processes_train_to_the_same_weights_as_one_with_twice_the_batch(tmp
         assert abs(first["loss"] - second["loss"]) < 1e-5
     for name in ("model.safetensors", "vtprune_weights.safetensors"):
         weights = [load_file(tmp_path / folder / name) for folder in ("one", "two")]
-        assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
+        assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 
 from vtprune.adapters import adapter_for, core_model
-from vtprune.errors import VTPruneError
+from vtprune.errors import ScoreError, VTPruneError
 from vtprune.evals.failures import RunError
 from vtprune.training import parameters
 from vtprune.training.config import TrainConfig
@@ -46,7 +47,10 @@ def make_accelerator(device: str | None) -> Accelerator:
                 torch.cuda.set_device(chosen)
     # Routed layers and images that are missing leave weights without a gradient in some steps.
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+    if accelerator.num_processes < int(os.environ.get("WORLD_SIZE", "1")):
+        raise VTPruneError("several processes were started, but accelerate sees one; see `accelerate env`")
     simple = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in simple:
         raise VTPruneError(
@@ -171,17 +175,19 @@ class Run:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
-                loss, extra = self.prepared(send_to_device(batch, self.device))
+                try:
+                    loss, extra = self.prepared(send_to_device(batch, self.device))
+                except ScoreError as error:
+                    raise RunError(f"step {self.progress.step + 1}: {error}") from error
                 # Gradients are averaged over processes, and this loss is a sum over them.
                 (loss * self.processes / targets + extra / config.accumulate).backward()
             sums += torch.stack([loss.detach(), extra.detach() / config.accumulate / self.processes])
         entropy, extra_loss = self._reduce(sums)
-        if not math.isfinite(entropy + extra_loss):
+        norm = nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
+        if not math.isfinite(entropy + extra_loss + norm.item()):
             raise RunError(
-                f"the loss is not finite at step {self.progress.step + 1}; a lower --lr may help. The checkpoint in "
-                f"{config.output} is of an earlier step"
+                f"the loss or its gradient is not finite at step {self.progress.step + 1}; a lower --lr may help"
             )
-        nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1

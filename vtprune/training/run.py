@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
+from vtprune.config import CONFIG_NAME
 from vtprune.evals.failures import InputError
 from vtprune.evals.loading import is_local, load_model
 from vtprune.evals.results import check_writable, model_fingerprint
@@ -25,6 +26,9 @@ from vtprune.training.progress import Display
 from vtprune.training.shapes import ShapesData
 from vtprune.training.state import Progress
 from vtprune.wrap import resolve, wrap
+
+# Files that a run would overwrite, were they not its own.
+FOREIGN = ("config.json", CONFIG_NAME)
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,12 @@ def train(
     VTPruneError for what cannot be trained and for the folder of another run, RunError for what goes wrong on the way.
     """
     check_writable(config.output)
+    old = read_log(config.output)
+    if old is None and any((config.output / name).exists() for name in FOREIGN):
+        raise InputError(f"output: {config.output} holds a model or a method already; give a folder of its own")
     base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     run = Run(model, processor, data, config, validation, identity or {})
     with Display(console or Console(quiet=True), run.steps, shown=run.main) as display:
-        old = read_log(config.output)
         if old is not None:
             check_same(old["settings"], run.settings, config)
             if old["state"] == FINISHED:
