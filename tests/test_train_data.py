@@ -154,6 +154,76 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         Collator(Shouting())([Conversation((), messages, "sample 3")])
 
 
+QWEN = (
+    "{% for m in messages %}{% if loop.first %}<|im_start|>system\nyou are helpful.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA = (
+    "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% for p in m['content'] if p['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def _qwen() -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    tokenizer = processor().tokenizer
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks, "eos_token": "<|im_end|>"})
+    images = Qwen2VLImageProcessor(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 16)
+    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=QWEN)
+
+
+def _llava() -> Any:
+    """A tokenizer that adds the first token itself, and a template that ends no answer."""
+    from tokenizers.processors import TemplateProcessing
+
+    of = processor()
+    first = (of.tokenizer.bos_token, of.tokenizer.bos_token_id)
+    of.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[first])
+    of.chat_template = LLAVA
+    return of
+
+
+def _talk(*turns: str) -> tuple[dict[str, Any], ...]:
+    """User and assistant in turn; "*" stands for an image."""
+
+    def part(word: str) -> dict[str, str]:
+        return {"type": "image"} if word == "*" else {"type": "text", "text": word}
+
+    return tuple(
+        {"role": ("user", "assistant")[at % 2], "content": [part(word) for word in text.split("|")]}
+        for at, text in enumerate(turns)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "learnt"),
+    [
+        (_qwen, ["no<|im_end|>yes yes<|im_end|>", "b<|im_end|>", "circle<|im_end|>"]),
+        (_llava, ["no yes yes</s>", "b</s>", "circle</s>"]),
+    ],
+)
+def test_other_families_templates_are_learnt_from_alike(make: Any, learnt: list[str]) -> None:
+    of, picture = make(), Image.new("RGB", (60, 90))
+    conversations = [
+        Conversation((picture, picture), _talk("*|red?", "no", "*|and blue?", "yes yes")),
+        Conversation((), _talk("a?", "b")),
+        Conversation((picture,), _talk("*|what?", "circle")),
+    ]
+    batch = Collator(of)(conversations)
+    for row, text in zip(batch["labels"], learnt, strict=True):
+        assert of.decode(row[row >= 0]).replace(" ", "") == text.replace(" ", "")
+    begins = batch["input_ids"][:, 0] == of.tokenizer.bos_token_id
+    assert begins.all() or make is _qwen
+
+
 def test_an_end_token_that_the_template_leaves_out_is_learnt_all_the_same() -> None:
     of = processor()
     of.chat_template = of.chat_template.replace("{{ eos_token }}", "")

@@ -16,10 +16,28 @@ from torch.utils.data import Subset
 from typer.testing import CliRunner
 
 import vtprune
+from tests.models import IMAGE, MODELS, ROWS, make, prompt
 from tests.tiny_training import ask, load, processor, run
 from vtprune.cli import app
 from vtprune.errors import VTPruneError
 from vtprune.training import Collator, ShapesData
+from vtprune.training.objective import Objective, count_targets
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_objective_is_the_models_own_loss_summed_over_the_answers(kind: str) -> None:
+    inputs = prompt(kind, ROWS[kind], "right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-4] = labels[:, :-4].masked_fill(torch.arange(labels.shape[1] - 4) % 3 > 0, -100)
+    labels = labels.masked_fill(inputs["input_ids"] == IMAGE, -100)
+    labels[:, 0] = -100
+    batch = {**inputs, "labels": labels}
+    model = vtprune.wrap(make(kind), "pmod")
+    with torch.no_grad():
+        loss, extra = Objective(model, torch.float32)(batch)
+        expected = model(**batch).loss
+    assert extra == 0
+    assert abs(loss / count_targets(batch) - expected) < 1e-5
 
 
 def test_lora_trains_adapters_and_routers_and_peft_reads_them_back(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vtprune.training.config import TrainConfig
 from vtprune.training.conversations import Collator
 from vtprune.training.data import Order, TrainingData
 from vtprune.training.objective import Objective, count_targets
-from vtprune.training.output import computed_shares
+from vtprune.training.output import computed_shares, write_log
 from vtprune.training.progress import Display
 from vtprune.training.state import Progress, load_state, random_state, read_settings, save_state
 from vtprune.weights import config_hash
@@ -240,10 +240,11 @@ class Run:
         return computed_shares(self.model)
 
     def save(self) -> None:
-        """Writes the checkpoint."""
+        """Writes the checkpoint, and the curve so far."""
         random = self.accelerator.gather(random_state(self.device)[None].to(self.device))
         if self.main:
             save_state(self.config.output, self.model, self.optimizer, self.progress, self.settings, random)
+            write_log(self.config.output, self.settings, self.progress, self.model, [], finished=False)
         self.accelerator.wait_for_everyone()
 
 

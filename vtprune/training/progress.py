@@ -43,7 +43,7 @@ class Display:
         self.tick(progress)
         point, rate = progress.curve[-1], progress.tokens / max(progress.seconds, 1e-9)
         extra = f" + {point['auxiliary']:.4f}" if point["auxiliary"] else ""
-        text = f"loss {point['loss']:.4f}{extra}  {rate:.0f} tokens/s"
+        text = f"loss {point['loss']:.4f}{extra}  {rate:.0f} answer tokens/s"
         if self._bars is not None:
             self._bars.update(self._task, description=text)
         else:
