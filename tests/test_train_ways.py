@@ -145,7 +145,7 @@ def test_two_processes_train_to_the_same_weights_as_one_with_twice_the_batch(tmp
     # On CPUs `accelerate launch` starts several processes through MPI only.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one = [*train, "--batch-size", "4", "--output", str(tmp_path / "one")]
-    two = [*launch, *train, "--batch-size", "2", "--output", str(tmp_path / "two")]
+    two = [*launch, *train, "--batch-size", "1", "--accumulate", "2", "--output", str(tmp_path / "two")]
     for command in (one, two):
         result = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -93,7 +93,7 @@ def train(
     A run that was interrupted goes on where it stopped when the same command is given again. For several processes:
     accelerate launch -m vtprune.cli train ...
 
-    Example: vtprune train pmod --output my-pmod --steps 1000 --lr 3e-4
+    Example: vtprune train pmod --output my-pmod --steps 1000 --lr 3e-4 --router-lr 3e-3
 
     Then: vtprune bench --model my-pmod --methods my-pmod, or vtprune.wrap(model, "my-pmod").
     """
