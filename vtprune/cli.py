@@ -11,6 +11,7 @@ from rich.table import Table
 from vtprune.console import one_line_errors, open_console
 from vtprune.errors import VTPruneError
 from vtprune.routing.command import arank
+from vtprune.training.command import train
 
 app = typer.Typer(
     help="Prune, merge and route the vision tokens of vision-language models.",
@@ -335,6 +336,7 @@ def list_methods(traceback: Traceback = False) -> None:
 
 
 app.command()(arank)
+app.command()(train)
 
 
 def main() -> None:

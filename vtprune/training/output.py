@@ -1,0 +1,133 @@
+"""What a finished run leaves: the method, what was trained of the base, training.json and the plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.adapters import core_model
+from vtprune.errors import VTPruneError
+from vtprune.evals.failures import RunError
+from vtprune.evals.results import machine, versions, write_atomically
+from vtprune.training.config import TrainConfig
+from vtprune.training.plots import loss_png, routed_png
+from vtprune.training.state import FOLDER, Progress
+from vtprune.weights import SUBMODULE
+from vtprune.wrap import ATTRIBUTE, report, save
+
+LOG, LOSS_PLOT, ROUTED_PLOT, ADAPTER = "training.json", "loss.png", "routed.png", "adapter"
+DRAFT = ".saving"
+LEARNT, FINISHED = "training", "finished"
+
+
+def write_log(
+    folder: Path, settings: dict[str, Any], progress: Progress, model: Any, shares: list[float], *, finished: bool
+) -> None:
+    """Writes training.json: settings, versions, machine, curves; `shares`: what each decoder layer computes."""
+    data = {
+        "format": 1,
+        "state": FINISHED if finished else LEARNT,
+        "settings": settings,
+        "command": " ".join(sys.argv),
+        "versions": versions(),
+        "machine": machine(model),
+        "steps": progress.step,
+        "samples": progress.samples,
+        "answer_tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "curve": progress.curve,
+        "validation": progress.validation,
+        "computed": shares,
+    }
+    write_atomically(folder / LOG, json.dumps(data, indent=1, allow_nan=False).encode())
+
+
+def read_log(folder: Path) -> dict[str, Any] | None:
+    """The content of training.json, or None where there is none; raises VTPruneError for one that is cut short."""
+    path = folder / LOG
+    if not path.exists():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data["settings"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VTPruneError(f"{path} is not the log of a training run (cut short?): give another --output") from error
+    return data
+
+
+def write_outputs(
+    model: Any, processor: Any, config: TrainConfig, base_dtype: torch.dtype, progress: Progress, shares: list[float]
+) -> None:
+    """Writes what was trained, so that the base loads as any model does and `vtprune.wrap(model, folder)` follows.
+
+    base_dtype: in which the base's weights are written. Raises RunError where there is no room; the checkpoint is then
+    still there.
+    """
+    folder = config.output
+    if config.train == "lora":
+        _into(folder / ADAPTER, lambda draft: model.save_pretrained(draft))
+    elif config.train != "routers":
+        core: Any = core_model(model)
+        weights = base_weights(core, base_dtype)
+        _into(folder, lambda draft: _save_base(core, processor, weights, draft))
+    if hasattr(core_model(model), ATTRIBUTE):
+        try:
+            save(model, folder)
+        except VTPruneError as error:
+            raise RunError(str(error)) from error
+    write_atomically(folder / LOSS_PLOT, loss_png(progress))
+    if shares:
+        write_atomically(folder / ROUTED_PLOT, routed_png(shares))
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Removes the checkpoint of a run that has ended."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def base_weights(core: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The base model's own state dict, without what methods brought."""
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in core.state_dict().items()
+        if not name.startswith(f"{SUBMODULE}.")
+    }
+
+
+def computed_shares(model: Any) -> list[float]:
+    """Which share of the vision tokens of the last forward each decoder layer computed."""
+    if not hasattr(core_model(model), ATTRIBUTE):
+        return []
+    found = report(model)
+    tokens = sum(image.tokens for sample in found.samples for image in sample.images)
+    return [sum(row) / tokens for row in found.tokens_per_layer] if tokens else []
+
+
+def _save_base(core: Any, processor: Any, weights: dict[str, Tensor], draft: Path) -> None:
+    core.save_pretrained(draft, state_dict=weights)
+    processor.save_pretrained(draft)
+
+
+def _into(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes files into a draft folder and moves them to `folder` once they are whole."""
+    draft = folder / DRAFT
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        for path in sorted(draft.iterdir()):
+            os.chmod(path, 0o755 if path.is_dir() else 0o644)
+            os.replace(path, folder / path.name)
+    except Exception as error:
+        # safetensors has an exception of its own for a full disk.
+        raise RunError(f"cannot write to {folder}: {error}; the checkpoint is kept, to go on from") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""loss.png and routed.png: how a run went, and what each decoder layer computes after it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vtprune.evals.plots import COLOURS
+from vtprune.training.state import Progress
+
+
+def loss_png(progress: Progress) -> bytes:
+    """The loss (and that of validation, and what the method adds) and the learning rate, over steps."""
+    figure = Figure(figsize=(7, 5), layout="constrained", dpi=150)
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    steps = [point["step"] for point in progress.curve]
+    loss.plot(steps, [point["loss"] for point in progress.curve], color=COLOURS[0], label="training", linewidth=1)
+    extra = [point["auxiliary"] for point in progress.curve]
+    if any(extra):
+        loss.plot(steps, extra, color=COLOURS[1], label="auxiliary", linewidth=1)
+    if progress.validation:
+        places, values = zip(*((point["step"], point["loss"]) for point in progress.validation), strict=True)
+        loss.plot(places, values, color=COLOURS[2], label="validation", marker="o", markersize=4)
+    loss.set_ylabel("cross-entropy an answer token")
+    loss.legend(frameon=False)
+    rate.plot(steps, [point["rate"] for point in progress.curve], color="#7f7f7f", linewidth=1)
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step")
+    return _png(figure, (loss, rate))
+
+
+def routed_png(shares: Sequence[float]) -> bytes:
+    """A bar a decoder layer: the share of the vision tokens that it computes."""
+    figure = Figure(figsize=(7, 3), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    axes.bar(range(len(shares)), [100 * share for share in shares], color=COLOURS[0])
+    axes.axhline(100 * sum(shares) / len(shares), color="black", linewidth=1, linestyle="--", label="mean")
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("vision tokens computed, %")
+    axes.set_ylim(0, 105)
+    axes.legend(frameon=False)
+    return _png(figure, (axes,))
+
+
+def _png(figure: Figure, panels: Sequence[Axes]) -> bytes:
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,145 @@
+"""Training from Python (`train`) and from the command line (`run_train`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vtprune.assets import TINY_LLAVA
+from vtprune.config import CONFIG_NAME
+from vtprune.evals.failures import InputError
+from vtprune.evals.loading import is_local, load_model
+from vtprune.evals.results import check_writable, model_fingerprint
+from vtprune.evals.settings import is_folder, parse_method, parse_value
+from vtprune.evals.suite import prepare_environment
+from vtprune.training.config import TrainConfig
+from vtprune.training.data import TrainingData, hold_out
+from vtprune.training.llava import LlavaData
+from vtprune.training.loop import Run, check_same
+from vtprune.training.output import FINISHED, drop_checkpoint, read_log, write_log, write_outputs
+from vtprune.training.progress import Display
+from vtprune.training.shapes import ShapesData
+from vtprune.training.state import Progress
+from vtprune.wrap import resolve, wrap
+
+# Files that a run would overwrite, were they not its own.
+FOREIGN = ("config.json", CONFIG_NAME)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `vtprune train` is to train, and on what.
+
+    method: a name, with options as pmod:scale=0.3, or a folder with vtprune_config.json; options: "name=value" each;
+    data: LLaVA-format JSON or JSON lines, None for drawn shapes.
+    """
+
+    method: str
+    model: str | None = None
+    keep: int | float | None = None
+    options: tuple[str, ...] = ()
+    data: Path | None = None
+    images: Path | None = None
+    skip_missing: bool = False
+    questions: int = 6
+
+
+def train(
+    model: Any,
+    processor: Any,
+    data: TrainingData,
+    config: TrainConfig,
+    *,
+    validation: TrainingData | None = None,
+    console: Console | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Progress:
+    """Trains a wrapped model, in place, and writes what came of it to `config.output`.
+
+    Goes on from the checkpoint in there if there is one, and returns at once where the run has ended already. LoRA
+    adapters stay on the model. identity: what else a run must share with the one that it goes on from. Raises
+    VTPruneError for what cannot be trained and for the folder of another run, RunError for what goes wrong on the way.
+    """
+    check_writable(config.output)
+    old = read_log(config.output)
+    if old is None and any((config.output / name).exists() for name in FOREIGN):
+        raise InputError(f"output: {config.output} holds a model or a method already; give a folder of its own")
+    base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    run = Run(model, processor, data, config, validation, identity or {})
+    with Display(console or Console(quiet=True), run.steps, shown=run.main) as display:
+        if old is not None:
+            check_same(old["settings"], run.settings, config)
+            if old["state"] == FINISHED:
+                display.say(f"{config.output} holds this run, finished")
+                return Progress(old["steps"], old["samples"], old["answer_tokens"], old["seconds"], old["curve"])
+        if run.resumed:
+            display.say(f"going on from step {run.progress.step} of {config.output}")
+        if run.main:
+            write_log(config.output, run.settings, run.progress, run.model, [], finished=False)
+        progress = run.run(display)
+        if run.main:
+            shares = run.shares()
+            write_outputs(run.model, processor, config, base_dtype, progress, shares)
+            write_log(config.output, run.settings, progress, run.model, shares, finished=True)
+            drop_checkpoint(config.output)
+        run.accelerator.wait_for_everyone()
+        display.say(f"trained {progress.step} steps; the results are in {config.output}")
+    return progress
+
+
+def run_train(source: Source, config: TrainConfig, console: Console) -> Progress:
+    """`vtprune train`: loads the model, wraps it with the method, and trains it."""
+    given = _method(source)
+    pretrained = os.fspath(TINY_LLAVA) if source.model is None else source.model
+    prepare_environment(offline=is_local(pretrained))
+    data, validation = _data(source, config, _teller(console))
+    model, processor = load_model(pretrained, device="cpu")
+    wrap(model, given)
+    identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
+    return train(model, processor, data, config, validation=validation, console=console, identity=identity)
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    """Prints in the main process alone."""
+    shown = os.environ.get("RANK", "0") == "0"
+    return lambda text: console.print(text, highlight=False, soft_wrap=True) if shown else None
+
+
+def _method(source: Source) -> Any:
+    """The method with its options, or the folder that holds one."""
+    options: dict[str, Any] = {}
+    for text in source.options:
+        name, found, value = text.partition("=")
+        if not found or not name:
+            raise InputError(f"set: cannot read {text!r}; give name=value")
+        options[name] = parse_value(value)
+    if is_folder(source.method):
+        if options or source.keep is not None:
+            raise InputError(f"{source.method} is a folder, which has its own options; leave out --keep and --set")
+        return Path(source.method)
+    name, given = parse_method(source.method)
+    options = {**dict(given), **options}
+    if source.keep is not None:
+        options["keep"] = source.keep
+    return resolve(name, **options)
+
+
+def _data(
+    source: Source, config: TrainConfig, tell: Callable[[str], None]
+) -> tuple[TrainingData, TrainingData | None]:
+    """What to train on, and what to validate on."""
+    if source.data is not None:
+        found = LlavaData(source.data, source.images, skip_missing=source.skip_missing, tell=tell)
+        held_out = config.eval_limit * config.batch_size
+        return hold_out(found, held_out, config.seed) if held_out else (found, None)
+    if source.images is not None or source.skip_missing:
+        raise InputError("images: --images and --skip-missing go with --data")
+    if source.model is not None and not is_local(source.model):
+        raise InputError("data: drawn shapes are for the bundled model; give --data and --images")
+    drawn = ShapesData(config.seed, questions=source.questions)
+    return drawn, ShapesData(config.seed, "val", source.questions)

@@ -1,0 +1,136 @@
+"""Checkpoints of a running training: one safetensors file, written whole or not at all, from which a run goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vtprune.errors import VTPruneError
+from vtprune.evals.failures import RunError
+from vtprune.training.parameters import brought, trained
+from vtprune.weights import write_tensors
+
+FOLDER, FILE = "checkpoint", "state.safetensors"
+FORMAT, VERSION = "vtprune-training", "1"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT, RANDOM = "weight:", "random:"
+
+
+@dataclass
+class Progress:
+    """How far a run has come: steps done, samples seen, answer tokens learnt from, seconds spent, the curve so far.
+
+    curve: {"step", "loss", "auxiliary", "rate"} a log line; validation: {"step", "loss"}.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """(n,) uint8: torch's generator, and that of the GPU where one is used, as one row."""
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
+
+
+def restore_random_state(state: Tensor, device: torch.device) -> None:
+    """Puts it back."""
+    length = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:length].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[length:].clone(), device)
+
+
+def save_state(
+    folder: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: dict[str, Any],
+    random: Tensor,
+) -> None:
+    """Replaces the checkpoint of `folder`: weights, moments, random states (processes, n), and the rest as JSON.
+
+    Raises RunError where it cannot be written; the one before is then still whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _weights(model).items():
+        tensors[WEIGHT + name] = tensor.detach().contiguous().cpu()
+    steps: dict[str, float] = {}
+    for name, weight in trained(model).items():
+        entry = optimizer.state.get(weight)
+        if entry:
+            steps[name] = float(entry["step"])
+            tensors.update({f"{key}:{name}": entry[key].contiguous().cpu() for key in MOMENTS})
+    tensors.update({f"{RANDOM}{process}": row.contiguous().cpu() for process, row in enumerate(random)})
+    rest = {"progress": asdict(progress), "settings": settings, "optimizer_steps": steps}
+    metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(rest, allow_nan=False)}
+    try:
+        write_tensors(tensors, folder / FOLDER / FILE, metadata)
+    except VTPruneError as error:
+        raise RunError(str(error)) from error
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that a checkpoint belongs to, or None where there is no checkpoint."""
+    if not (folder / FOLDER / FILE).exists():
+        return None
+    settings: dict[str, Any] = _open(folder)[1]["settings"]
+    return settings
+
+
+def load_state(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, device: torch.device, process: int
+) -> Progress:
+    """Puts a checkpoint's weights, moments and random state back; raises VTPruneError where it does not fit."""
+    tensors, rest = _open(folder)
+    weights, steps = _weights(model), rest["optimizer_steps"]
+    needed = {WEIGHT + name: weight.shape for name, weight in weights.items()}
+    needed |= {f"{key}:{name}": trained(model)[name].shape for name in steps for key in MOMENTS}
+    if any(name not in tensors or tensors[name].shape != shape for name, shape in needed.items()):
+        raise VTPruneError(f"{folder / FOLDER / FILE} does not fit this model and method; give another --output")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[WEIGHT + name])
+    for name, weight in trained(model).items():
+        if name in steps:
+            moments = {key: tensors[f"{key}:{name}"].to(weight) for key in MOMENTS}
+            optimizer.state[weight] = {"step": torch.tensor(steps[name]), **moments}
+    restore_random_state(tensors[f"{RANDOM}{process}"], device)
+    return Progress(**rest["progress"])
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """What a run changes: trained weights, and the buffers of the method's modules."""
+    found: dict[str, Tensor] = dict(trained(model))
+    module: nn.Module | None = brought(model)
+    if module is not None:
+        kept = module.state_dict()
+        found |= {f"buffer.{name}": buffer for name, buffer in module.named_buffers() if name in kept}
+    return found
+
+
+def _open(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = folder / FOLDER / FILE
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+            raise VTPruneError(f"{path} is not a checkpoint that this version of vtprune reads")
+        rest: dict[str, Any] = json.loads(metadata["state"])
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise VTPruneError(
+            f"{path} is not a whole checkpoint (cut short?): {error}; delete it to start afresh"
+        ) from error
+    return tensors, rest
