@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 from vtprune.adapters.rotary import rotate
 from vtprune.cache import PrunedLayer
 from vtprune.compaction import gather_tokens
-from vtprune.decoding import PromptInfo
 from vtprune.encoding import Encoding
+from vtprune.prompt import PromptInfo
 from vtprune.pruner import ModelFacts
 from vtprune.signals import split_heads
 from vtprune.source import image_statistics

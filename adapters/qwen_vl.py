@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 from vtprune.adapters.base import Adapter, Projections
 from vtprune.adapters.packed import PackedEncoding, sized_attention
 from vtprune.cache import PrunedLayer, cache_in, is_adopted
-from vtprune.decoding import PromptInfo
 from vtprune.encoding import Encoding
 from vtprune.errors import UnsupportedModelError
+from vtprune.prompt import PromptInfo
 from vtprune.pruner import ModelFacts
 
 ROPE_DELTA = "rope_delta"

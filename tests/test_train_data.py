@@ -237,5 +237,5 @@ def test_an_end_token_that_the_template_leaves_out_is_learnt_all_the_same() -> N
 
 def test_a_picture_that_the_first_draw_has_no_question_for_gets_one() -> None:
     conversation = ShapesData(questions=6)[6644]
-    assert len(conversation.turns) >= 2
-    assert conversation.turns[0]["content"][0] == {"type": "image"}
+    assert len(conversation.messages) >= 2
+    assert conversation.messages[0]["content"][0] == {"type": "image"}

@@ -22,13 +22,14 @@ from vtprune.cache import (
     with_cache,
 )
 from vtprune.decoder_scoring import DecoderScoring
-from vtprune.decoding import DecoderRun, ImageSpan, PromptInfo
+from vtprune.decoding import DecoderRun
 from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.errors import VTPruneError
 from vtprune.eviction import Evictor
 from vtprune.generation import Generation
 from vtprune.history import origins
 from vtprune.probe import Probe, Prober
+from vtprune.prompt import ImageSpan, PromptInfo
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.compaction import fill_index
-from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.decoding import DecoderRun
+from vtprune.prompt import ImageSpan
 from vtprune.pruner import Pruner
 from vtprune.stream import DecoderLayer
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache import PrunedLayer, all_slots
-from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.decoding import DecoderRun
 from vtprune.errors import UnsupportedModelError
+from vtprune.prompt import ImageSpan
 from vtprune.pruner import Pruner
 from vtprune.selection import Eviction, check_scores
 from vtprune.signals import attention_sums

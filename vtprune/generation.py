@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
-from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.decoding import DecoderRun
 from vtprune.history import CacheNote, Held, image_steps, origins
 from vtprune.holdings import Heads, eviction_notes, mean_held, tokens_per_head
 from vtprune.model_cost import model_cost
+from vtprune.prompt import ImageSpan
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport, StepReport
 from vtprune.waiting import VisionLog

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtprune.cache import PrunedLayer
-from vtprune.decoding import ImageSpan
+from vtprune.prompt import ImageSpan
 from vtprune.report import ImageStep
 from vtprune.state import ROWS
 from vtprune.waiting import Step, VisionLog

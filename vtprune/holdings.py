@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vtprune.cache import PrunedLayer
-from vtprune.decoding import ImageSpan
 from vtprune.eviction import MERGED
+from vtprune.prompt import ImageSpan
 
 
 class Heads(NamedTuple):

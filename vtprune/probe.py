@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache
 from vtprune.adapters.base import Adapter
 from vtprune.cache import PrunedLayer, with_cache
 from vtprune.compaction import fill_index
-from vtprune.decoding import DecoderRun, ImageSpan
+from vtprune.decoding import DecoderRun
 from vtprune.encoding import Call
+from vtprune.prompt import ImageSpan
 from vtprune.state import RUN
 from vtprune.stream import DecoderLayer
 

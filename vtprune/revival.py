@@ -20,7 +20,7 @@ from vtprune.waiting import WHOLE, Step, Tokens, VisionLog, Waiting
 
 if TYPE_CHECKING:
     from vtprune.cache import PrunedLayer
-    from vtprune.decoding import ImageSpan, PromptInfo
+    from vtprune.prompt import ImageSpan, PromptInfo
     from vtprune.pruner import Pruner
 
 
