@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vtprune.console import one_line_errors, open_console
+from vtprune.console import Device, Dtype, Model, Traceback, one_line_errors, open_console
 from vtprune.errors import VTPruneError
 from vtprune.routing.command import arank
 from vtprune.training.command import train
@@ -47,14 +47,7 @@ def _options(
 
 
 PANEL, BUDGET, SAMPLES = "What to run", "Budget (one of them)", "Samples"
-Model = Annotated[
-    str | None,
-    typer.Option(help="A model id or a folder with a checkpoint.", show_default="the bundled tiny LLaVA"),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto.", show_default="a GPU if there is one")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, …")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")]
 Tasks = Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas.", rich_help_panel=PANEL)]
 Methods = Annotated[
     str | None,

@@ -1,10 +1,11 @@
-"""What every command shares: its console, and errors of one line."""
+"""What every command shares: some options, its console, and errors of one line."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +14,14 @@ from rich.text import Text
 from vtprune.errors import VTPruneError
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="A model id or a folder with a checkpoint.", show_default="the bundled tiny LLaVA"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto.", show_default="a GPU if there is one")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")]
 
 errors = Console(stderr=True, soft_wrap=True)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtprune.console import one_line_errors, open_console
+from vtprune.console import Device, Dtype, Model, Traceback, one_line_errors, open_console
 
 LAYERS, SAMPLES = "How many layers to route (one of them)", "Samples"
 
@@ -25,10 +25,7 @@ def arank(
     share: Annotated[
         float | None, typer.Option(help="A share of all layers (0.6), rounded down.", rich_help_panel=LAYERS)
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A model id or a folder with a checkpoint.", show_default="the bundled tiny LLaVA"),
-    ] = None,
+    model: Model = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -43,11 +40,9 @@ def arank(
     ] = "Describe the image.",
     samples: Annotated[int, typer.Option(min=1, help="To average the ranks over.", rich_help_panel=SAMPLES)] = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.", rich_help_panel=SAMPLES)] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, or auto.", show_default="a GPU if there is one")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    traceback: Traceback = False,
 ) -> None:
     """Rank a model's decoder layers by their attention maps, and choose those that gamma_mod routes.
 

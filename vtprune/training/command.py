@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtprune.console import one_line_errors, open_console
+from vtprune.console import Model, Traceback, one_line_errors, open_console
 
 METHOD, DATA, HOW, RUN = "Method", "Data", "How to train", "The run"
 
@@ -20,10 +20,7 @@ def train(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for what was trained, and for the checkpoint on the way.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="A model id or a folder with a checkpoint.", show_default="the bundled tiny LLaVA"),
-    ] = None,
+    model: Model = None,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +83,7 @@ def train(
     eval_limit: Annotated[
         int, typer.Option(help="Validation batches at each checkpoint, held out of --data.", rich_help_panel=RUN)
     ] = 0,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Train the weights that a method brings to a model, alone or with the model's own.
 
