@@ -17,6 +17,7 @@ from vtprune.pruner import Pruner, PrunerInfo
 from vtprune.pruners import (
     D2O,
     CDPruner,
+    CoViPAL,
     DivPrune,
     FastV,
     FlowCut,
@@ -50,6 +51,7 @@ except PackageNotFoundError:
 __all__ = [
     "D2O",
     "CDPruner",
+    "CoViPAL",
     "DecoderLayer",
     "DivPrune",
     "EncoderLayer",

@@ -145,7 +145,7 @@ def load_weights(model: Any, folder: str | Path) -> None:
 
 
 def auxiliary_loss(model: Any) -> Tensor | None:
-    """What routing adds to the loss of this thread's last forward, or None; a forward with labels has added it to its
+    """What methods add to the loss of this thread's last forward, or None; a forward with labels has added it to its
     own loss."""
     return _wrapping(core_model(model), "ask for a loss").loss
 
