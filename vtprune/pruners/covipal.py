@@ -46,8 +46,8 @@ def guide_attention(layer: DecoderLayer, queries: str) -> Tensor:
 class CoViPAL(Pruner):
     """CoViPAL: Layer-wise Contextualized Visual Token Pruning (EMNLP 2025 Findings, arXiv 2508.17243).
 
-    A plug-and-play module scores an image's tokens by their decoder-width vectors and the text's embeddings; those with
-    the highest scores enter the decoder, in order and at their own positions. It is trained with the model frozen,
+    A plug-and-play module scores an image's tokens by their decoder-width vectors and the text's embeddings; those
+    with the highest scores enter the decoder, in order and at their own positions. It is trained with the model frozen,
     `stage` by stage, whenever it is in training mode and gradients are recorded; otherwise it selects:
 
     "guide": nothing is dropped, and the scores learn the attention that decoder layer `guide` (None: 18 of 32 as a
@@ -101,8 +101,9 @@ class CoViPAL(Pruner):
 
     def for_model(self, facts: ModelFacts) -> CoViPAL:
         """Itself; raises VTPruneError for a guide that the decoder does not have."""
-        guide, depth = self.guide_layer(facts.decoder_depth), facts.decoder_depth
-        if self.stage == "guide" and (guide is None or guide >= depth):
+        depth = facts.decoder_depth
+        guide = self.guide_layer(depth)
+        if (guide is None and self.stage == "guide") or (guide is not None and guide >= depth):
             raise VTPruneError(
                 f"{self.name}: guide is one of the decoder's layers 1 to {depth - 1}, got {self.guide!r}"
             )
