@@ -47,8 +47,8 @@ class CoViPAL(Pruner):
     """CoViPAL: Layer-wise Contextualized Visual Token Pruning (EMNLP 2025 Findings, arXiv 2508.17243).
 
     A plug-and-play module scores an image's tokens by their decoder-width vectors and the text's embeddings; those
-    with the highest scores enter the decoder, in order and at their own positions. It is trained with the model frozen,
-    `stage` by stage, whenever it is in training mode and gradients are recorded; otherwise it selects:
+    with the highest scores enter the decoder, in order and at their own positions. It is trained with the model
+    frozen, `stage` by stage, whenever it is in training mode and gradients are recorded; otherwise it selects:
 
     "guide": nothing is dropped, and the scores learn the attention that decoder layer `guide` (None: 18 of 32 as a
     fraction of the depth; the paper wants it deeper than the pruning) pays to each token. "task": the loss of the
