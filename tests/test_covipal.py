@@ -234,6 +234,14 @@ def test_outside_of_training_tokens_are_dropped(method: CoViPAL, state: str) -> 
     assert vtprune.auxiliary_loss(model) is None
 
 
+@pytest.mark.parametrize("method", [SMALL, GUIDED])
+def test_a_new_module_is_in_the_mode_of_its_model(method: CoViPAL) -> None:
+    inputs = prompt("llava-clip", ROWS["llava-clip"])
+    for model, kept in ((make("llava-clip"), 14), (make("llava-clip").train(), 36)):
+        vtprune.wrap(model, method)(**inputs)
+        assert len(vtprune.report(model).samples[0].images[0].kept) == kept
+
+
 @every_model
 @pytest.mark.parametrize("method", [SMALL, GUIDED])
 def test_answers_are_not_shown(kind: str, method: CoViPAL, monkeypatch: pytest.MonkeyPatch) -> None:
