@@ -41,7 +41,7 @@ from vtprune.report import Report
 from vtprune.routing import GammaMoD, PMoD
 from vtprune.selection import Merge, Selection
 from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
-from vtprune.wrap import auxiliary_loss, load_weights, report, save, save_config, unwrap, wrap, wrapped
+from vtprune.wrap import auxiliary_loss, load_weights, mark_answers, report, save, save_config, unwrap, wrap, wrapped
 
 try:
     __version__ = version("vtprune")
@@ -92,6 +92,7 @@ __all__ = [
     "kv_bytes",
     "load_config",
     "load_weights",
+    "mark_answers",
     "register",
     "report",
     "save",

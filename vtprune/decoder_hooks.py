@@ -376,7 +376,9 @@ class DecoderHooks:
         return None if gate is None or output is None else output * gate[..., None].to(output)
 
     def open_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.state.loss, self.state.labels = None, kwargs.get("labels")
+        self.state.loss = None
+        if kwargs.get("labels") is not None:
+            self.state.labels = kwargs["labels"]
 
     def add_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Adds what methods add to the loss of a forward with labels."""

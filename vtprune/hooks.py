@@ -58,6 +58,11 @@ class Wrapping:
         """What methods add to the loss of this thread's last forward."""
         return self._state.loss
 
+    def mark_answers(self, labels: Tensor) -> None:
+        """Hands labels to this thread's next forward, if a method of the wrapping asks for them."""
+        if self.modules:
+            self._state.labels = labels
+
     @property
     def last(self) -> Generation | None:
         """The last generation of this model, whichever thread ran it."""

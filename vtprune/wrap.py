@@ -150,6 +150,13 @@ def auxiliary_loss(model: Any) -> Tensor | None:
     return _wrapping(core_model(model), "ask for a loss").loss
 
 
+def mark_answers(model: Any, labels: Tensor) -> None:
+    """Tells the methods of a wrapped model which tokens of this thread's next forward are answers: those whose label
+    (B, L) is not -100. For training loops that compute the loss themselves; `labels` given to the forward do the same.
+    """
+    _wrapping(core_model(model), "mark answers").mark_answers(labels)
+
+
 def resolve(pruner: Any, **options: Any) -> list[Pruner]:
     """The pruners that a name, Pruner, list, config dict or folder stands for, in stage order."""
     if (isinstance(pruner, str) and not options and (os.sep in pruner or Path(pruner).is_dir())) or isinstance(

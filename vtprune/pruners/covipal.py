@@ -20,7 +20,7 @@ from vtprune.selection import Selection, check_scores, top
 from vtprune.stream import DecoderLayer, VisionStream
 
 STAGES = ("task", "guide")
-RELAXATIONS = ("soft", "hard")
+RELAXATIONS = ("hard", "soft")
 QUERIES = ("text", "last")
 
 
@@ -52,28 +52,29 @@ class CoViPAL(Pruner):
 
     "guide": nothing is dropped, and the scores learn the attention that decoder layer `guide` (None: 18 of 32 as a
     fraction of the depth; the paper wants it deeper than the pruning) pays to each token. "task": the loss of the
-    answers reaches the scores through a soft choice. Train one, save, and go on from these weights with the other.
+    answers reaches the scores through attention. Train one, save, and go on from these weights with the other.
 
     Abstract and summaries were all that was at hand, so what follows is this project's own choice. Module: LayerNorm
     and a linear map to `width` for vision and text; `blocks` of self-attention, cross-attention to the text (`heads`)
     and an MLP of ratio 2; a LayerNorm and one number a token. It has no positions of its own: the encoder's vectors
     carry theirs, and the text is a set of words. An untrained module always has the same weights. Guide: the attention
     of the text after the image, the mean over its tokens (`queries="last"`: its last token), over heads, normalised
-    over the image; the loss is KL(attention || softmax(scores / `temperature`)). Task, `relaxation="soft"`: nothing is
-    dropped; p = sigmoid((score - t) / `temperature`), with t such that p sums to the budget, and log p is added to the
-    attention logits of each token as a key in every layer, which is removal at p = 0. The budget is exact, so no
-    further loss keeps it. "hard": the tokens that inference would keep, alone, with the gradient of log p. Every
-    score has a gradient, with "hard" those of dropped tokens through t alone. One module before the decoder (the paper
-    may place more, between shallow layers). `keep` None is 0.25.
+    over the image; the loss is KL(attention || softmax(scores / `temperature`)). Task: p = sigmoid((score - t) /
+    `temperature`), with t such that p sums to the budget, so that no further loss has to keep it; log p is added to
+    the attention logits of each token as a key in every layer. `relaxation="soft"` does just that and drops nothing (p = 0
+    is removal); "hard" drops what inference would drop, and gives the tokens kept log p's gradient without its value.
+    Every score has a gradient, with "hard" those of dropped tokens through t alone. "hard" is the default because it
+    trains what is then run: on the bundled model it came out ahead. One module before the decoder (the paper may
+    place more, between shallow layers). `keep` None is 0.25.
 
-    Text that the labels of a forward mark as an answer is not shown to the module, nor among the guide's queries; a
-    forward without labels cannot tell it from the question. `keep` 1.0 leaves nothing to train. "task" needs
-    attn_implementation="sdpa" or "eager", and checkpointing, if any, without reentrance.
+    Text that the labels of a forward (or `vtprune.mark_answers`) mark as an answer is not shown to the module, nor
+    among the guide's queries; without them it cannot be told from the question. `keep` 1.0 leaves nothing to train.
+    "task" needs attn_implementation="sdpa" or "eager", and checkpointing, if any, without reentrance.
     """
 
     guide: int | None = None
     stage: str = "task"
-    relaxation: str = "soft"
+    relaxation: str = "hard"
     queries: str = "text"
     width: int = 512
     heads: int = 8
