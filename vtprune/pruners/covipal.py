@@ -64,8 +64,8 @@ class CoViPAL(Pruner):
     the attention logits of each token as a key in every layer. `relaxation="soft"` does just that and drops nothing
     (p = 0 is removal); "hard" drops what inference would drop, and gives the tokens kept log p's gradient without its
     value. Every score has a gradient, with "hard" those of dropped tokens through t alone. "hard" is the default
-    because it trains what is then run, at less cost; in one short run each from the same weights, on the bundled model,
-    it came out ahead. One module before the decoder (the paper may place more, between shallow layers). `keep` None
+    because it trains what is then run, at less cost; in one short run each from the same weights it came out ahead on
+    the bundled model. One module before the decoder (the paper may place more, between shallow layers). `keep` None
     is 0.25.
 
     Text that the labels of a forward (or `vtprune.mark_answers`) mark as an answer is not shown to the module, nor
