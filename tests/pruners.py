@@ -51,6 +51,8 @@ PRUNERS: list[Pruner] = [
     vtprune.LazyLLM(),
     vtprune.LazyLLM(keep=14),
     vtprune.LazyLLM(keep=0.6, schedule="linear"),
+    vtprune.CoViPAL(keep=0.4, width=32, heads=2),
+    vtprune.CoViPAL(keep=9, width=16, blocks=2, stage="guide"),
 ]
 
 # Methods that cut caches head by head once the prompt is read. Up to the first decode step they are the unpruned

@@ -17,6 +17,7 @@ from vtprune.pruner import Pruner, PrunerInfo
 from vtprune.pruners import (
     D2O,
     CDPruner,
+    CoViPAL,
     DivPrune,
     FastV,
     FlowCut,
@@ -40,7 +41,7 @@ from vtprune.report import Report
 from vtprune.routing import GammaMoD, PMoD
 from vtprune.selection import Merge, Selection
 from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
-from vtprune.wrap import auxiliary_loss, load_weights, report, save, save_config, unwrap, wrap, wrapped
+from vtprune.wrap import auxiliary_loss, load_weights, mark_answers, report, save, save_config, unwrap, wrap, wrapped
 
 try:
     __version__ = version("vtprune")
@@ -50,6 +51,7 @@ except PackageNotFoundError:
 __all__ = [
     "D2O",
     "CDPruner",
+    "CoViPAL",
     "DecoderLayer",
     "DivPrune",
     "EncoderLayer",
@@ -90,6 +92,7 @@ __all__ = [
     "kv_bytes",
     "load_config",
     "load_weights",
+    "mark_answers",
     "register",
     "report",
     "save",

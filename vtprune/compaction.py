@@ -86,6 +86,30 @@ def layer_mask(
     return _cut_4d(mask, queries, keys)
 
 
+def biased_mask(
+    mask: Tensor | None, bias: Tensor, queries: Tensor | None, keys: Tensor | None, offset: int, dtype: torch.dtype
+) -> Tensor:
+    """One layer's mask as an additive (B, 1, q, k) one, with `bias` added to each key's column.
+
+    mask, queries, keys, offset: of the layer, as in `layer_mask`; bias: (B, P) by logical place, P being the end of
+    this input.
+    Raises VTPruneError for masks that take no bias.
+    """
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
+        raise VTPruneError("a bias on attention needs attn_implementation='sdpa' or 'eager'")
+    batch, end = bias.shape
+    own = bias if keys is None else bias.gather(1, keys.clamp(min=0))
+    if mask is None:
+        everything = torch.arange(end, device=bias.device).expand(batch, -1)
+        queries = everything[:, : end - offset] if queries is None else queries
+        keys = everything if keys is None else keys
+        mask = _mask_from_places(queries, keys, offset, flash=False)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    # A sum keeps nothing for the backward pass, so that a checkpoint may find the mask made already.
+    return mask + own[:, None, None, :].to(mask)
+
+
 def _mask_from_places(queries: Tensor | None, keys: Tensor, offset: int, flash: bool) -> Tensor:
     if flash:
         return keys >= 0

@@ -28,6 +28,7 @@ from vtprune.errors import VTPruneError
 from vtprune.eviction import Evictor
 from vtprune.generation import Generation
 from vtprune.history import origins
+from vtprune.learning import Teacher
 from vtprune.probe import Probe, Prober
 from vtprune.prompt import ImageSpan, PromptInfo
 from vtprune.pruner import ModelFacts, Pruner
@@ -37,6 +38,9 @@ from vtprune.signals import LayerSignals, full_precision
 from vtprune.skipping import RoutedLayers
 from vtprune.state import FRAME, GATE, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import VisionStream
+
+# The label of what is no answer.
+IGNORED = -100
 
 
 class DecoderHooks:
@@ -57,6 +61,9 @@ class DecoderHooks:
         self._evictor = Evictor(adapter, pruners, facts.decoder_depth)
         self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
         self.tapped |= self._evictor.watched
+        self._teacher = Teacher(pruners, facts.decoder_depth)
+        self.tapped |= self._teacher.layers
+        self.modules = modules
         self.routed = RoutedLayers(adapter, pruners, modules, facts.decoder_depth)
         self.entered = self.tapped | self.routed.layers
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
@@ -178,6 +185,7 @@ class DecoderHooks:
     def _select(self, prober: Prober, embeds: Tensor, input_ids: Tensor | None) -> None:
         run = prober.run
         text = self._text(run) if run.spans else []
+        questions = self._questions(text)
         pictures: dict[int, Tensor] = {}
         for span in run.spans:
             run.mark(span)
@@ -187,7 +195,8 @@ class DecoderHooks:
             for span in run.spans:
                 if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
                     continue
-                stream = self._stream(run, pruner, span, embeds, text[span.row], input_ids, pictures)
+                words = (questions if index in self.modules else text)[span.row]
+                stream = self._stream(run, index, span, embeds, words, input_ids, pictures)
                 if probe is not None:
                     stream = replace(stream, probe=probe.of(span, text[span.row], stream.budget))
                 with full_precision(embeds.device):
@@ -217,14 +226,14 @@ class DecoderHooks:
     def _stream(
         self,
         run: DecoderRun,
-        pruner: Pruner,
+        index: int,
         span: ImageSpan,
         embeds: Tensor,
         text: Tensor,
         input_ids: Tensor | None,
         pictures: dict[int, Tensor],
     ) -> VisionStream:
-        image = span.image
+        image, pruner, module = span.image, self.pruners[index], self.modules.get(index)
         assert image.pixels is not None
         picture = None
         if pruner.reads_picture:
@@ -244,7 +253,9 @@ class DecoderHooks:
             last_signals=_left(image.last_signals, image, span),
             picture=picture,
             source=self.facts.source,
-            text_after=span.text_after,
+            text_after=int((text > span.places[-1]).sum()),
+            module=module,
+            training=module is not None and module.training and torch.is_grad_enabled(),
         )
 
     def _apply(
@@ -254,9 +265,10 @@ class DecoderHooks:
         if selection is None:
             return
         selection.check(span.kept.numel())
-        if selection.kept.numel() > budget and not pruner.adaptive:
+        if selection.kept.numel() > budget and not pruner.adaptive and not selection.learns:
             raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
         run.drop(span, selection, layer)
+        self._teacher.enrol(run, span, index, selection)
         span.left[index] = span.kept.numel()
         if selection.note:
             span.notes.append(f"{pruner.name}: {selection.note}")
@@ -267,6 +279,13 @@ class DecoderHooks:
         for span in run.spans:
             real[span.row, span.places] = False
         return [row.nonzero().flatten() for row in real]
+
+    def _questions(self, text: list[Tensor]) -> list[Tensor]:
+        """Of the places of each row's text those that the labels of this forward do not mark as an answer."""
+        labels = self.state.labels
+        if labels is None:
+            return text
+        return [places[labels[row, places].to(places.device) == IGNORED] for row, places in enumerate(text)]
 
     def _generation(self, run: DecoderRun) -> Generation:
         """The record of this generation: the cache's own, unless this forward brings a prompt of its own."""
@@ -327,6 +346,11 @@ class DecoderHooks:
                 with full_precision(hidden.device):
                     selection = self.pruners[order].prune_decoder(layer)
                 self._apply(run, span, order, selection, layer.budget, index + 1)
+            wanted = self._teacher.wanted(run, index)
+            if wanted:
+                words = self._questions(self._text(run))
+                views = self._scoring.shown(run, index, embeddings, hidden, words, wanted)
+                self._teacher.show(run, views)
             if revival is not None:
                 revival.record(index, run.spans, before, places, hidden, embeddings)
         run.taps.clear()
@@ -354,9 +378,12 @@ class DecoderHooks:
 
     def open_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.state.loss = None
+        if kwargs.get("labels") is not None:
+            self.state.labels = kwargs["labels"]
 
     def add_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Adds what routing costs to the loss of a forward with labels."""
+        """Adds what methods add to the loss of a forward with labels."""
+        self.state.labels = None
         loss = self.state.loss
         if loss is None or output is None or kwargs.get("labels") is None:
             return None
@@ -370,6 +397,7 @@ class DecoderHooks:
         if run is None or output is None:
             return None
         generation = run.generation
+        self._teacher.close(run)
         if run.losses:
             self.state.loss = torch.stack([loss.to(run.prompt.device) for loss in run.losses.values()]).sum()
         if run.revival is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -36,49 +36,59 @@ class DecoderScoring:
         }
         if not any(asked(pruner, span, index) for pruner in scoring.values() for span in run.spans):
             return
+        wanted = (
+            (span, order) for span in run.spans for order, pruner in scoring.items() if asked(pruner, span, index)
+        )
+        for span, order, layer in self.shown(run, index, embeddings, hidden, text, wanted):
+            span.asked.setdefault(order, []).append(index)
+            yield span, order, layer
+
+    def shown(
+        self,
+        run: DecoderRun,
+        index: int,
+        embeddings: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        text: list[Tensor],
+        wanted: Iterable[tuple[ImageSpan, int]],
+    ) -> Iterator[tuple[ImageSpan, int, DecoderLayer]]:
+        """Layer `index` as each of these images and methods sees it; arguments as for `views`."""
         places = run.layout(index).places
         where = None if places is None else fill_index(places, run.prompt.length)
         first, last = run.prompt.ends(places)
         cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]) for part in embeddings)
         states: dict[tuple[bool, bool], States] = {}
-        for span in run.spans:
-            row = span.row
-            for order, pruner in scoring.items():
-                if not asked(pruner, span, index):
-                    continue
-                span.asked.setdefault(order, []).append(index)
-                kind = pruner.reads_next_layer, pruner.reads_last_query
-                if kind not in states:
-                    states[kind] = self._states(run, index, embeddings, hidden, last, *kind)
-                query, key, value = (part[row] for part in states[kind])
-                vision, words = span.places[span.kept], text[row]
-                if where is not None:
-                    vision, words = where[row, vision], where[row, words]
-                entered = span.kept_at(0).numel()
-                yield (
-                    span,
-                    order,
-                    DecoderLayer(
-                        query=query,
-                        key=key,
-                        value=value,
-                        vision=vision,
-                        last=int(last[row]),
-                        scale=self.adapter.decoder_scale,
-                        total=span.image.total,
-                        indices=span.kept,
-                        budget=pruner.decoder_budget(span.image.total, index, entered),
-                        index=index,
-                        depth=self.depth,
-                        text=words,
-                        memory=span.memories.get(order, {}),
-                        entered=entered,
-                        processed=sum(span.kept_at(one).numel() for one in range(index + 1)),
-                        hidden=hidden[row] if pruner.reads_decoder_hidden else None,
-                        rotary=(cos[row], sin[row]),
-                        first=int(first[row]),
-                    ),
-                )
+        for span, order in wanted:
+            row, pruner = span.row, self.pruners[order]
+            kind = pruner.reads_next_layer, pruner.reads_last_query
+            if kind not in states:
+                states[kind] = self._states(run, index, embeddings, hidden, last, *kind)
+            query, key, value = (part[row] for part in states[kind])
+            vision, words = span.places[span.kept], text[row]
+            if where is not None:
+                vision, words = where[row, vision], where[row, words]
+            entered = span.kept_at(0).numel()
+            layer = DecoderLayer(
+                query=query,
+                key=key,
+                value=value,
+                vision=vision,
+                last=int(last[row]),
+                scale=self.adapter.decoder_scale,
+                total=span.image.total,
+                indices=span.kept,
+                budget=pruner.decoder_budget(span.image.total, index, entered),
+                index=index,
+                depth=self.depth,
+                text=words,
+                memory=span.memories.get(order, {}),
+                entered=entered,
+                processed=sum(span.kept_at(one).numel() for one in range(index + 1)),
+                hidden=hidden[row] if pruner.reads_decoder_hidden else None,
+                rotary=(cos[row], sin[row]),
+                first=int(first[row]),
+            )
+            yield span, order, layer
 
     def _states(
         self,

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune.cache import PrunedLayer, all_slots
-from vtprune.compaction import fill_index, gather_tokens, layer_mask, places_of, relative_places
+from vtprune.compaction import biased_mask, fill_index, gather_tokens, layer_mask, places_of, relative_places
 from vtprune.encoding import Call
+from vtprune.errors import VTPruneError
 from vtprune.packing import Packed
 from vtprune.prompt import ImageSpan, PromptInfo
 from vtprune.revival import Revival
@@ -20,6 +21,7 @@ from vtprune.selection import Merge, Selection
 
 if TYPE_CHECKING:
     from vtprune.eviction import Watch
+    from vtprune.learning import Lesson
     from vtprune.skipping import RoutedLayers
 
 # How many tokens were dropped before each place, in a layer whose positions are renumbered.
@@ -75,6 +77,8 @@ class DecoderRun:
         self.routed: RoutedLayers | None = None
         self.packed: Packed | None = None
         self.losses: dict[int, Tensor] = {}
+        self.lessons: list[Lesson] = []
+        self.bias: Tensor | None = None
         self._routed_layouts: dict[int, Layout] = {}
 
     def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
@@ -97,6 +101,19 @@ class DecoderRun:
             vectors = earlier[2][left.to(earlier[2].device)]
         if vectors is not None:
             self._changed[id(span)] = span.row, span.places[span.kept], vectors
+        if selection.bias is not None:
+            self._add_bias(span, selection.bias)
+
+    def _add_bias(self, span: ImageSpan, values: Tensor) -> None:
+        """Adds values (K,) to what every layer adds to the attention logits of the span's tokens as keys."""
+        prompt = self.prompt
+        if self.flash:
+            raise VTPruneError("flash attention takes no bias to learn by; train with attn_implementation='sdpa'")
+        if self.bias is None:
+            self.bias = torch.zeros(prompt.batch, prompt.offset + prompt.length, device=prompt.device)
+        places = prompt.offset + span.places[span.kept]
+        rows = torch.full_like(places, span.row)
+        self.bias = self.bias.index_put((rows, places), values.to(self.bias), accumulate=True)
 
     def merged(self, span: ImageSpan, states: Tensor) -> Tensor:
         """The states (N, D) of a span's tokens, or the vectors that merging has made of them before the next layer."""
@@ -176,6 +193,8 @@ class DecoderRun:
             states, embeddings = revival.join(index, states, embeddings)
         else:
             mask = self._mask(mask, layout, slots, ragged)
+            if self.bias is not None:
+                mask = biased_mask(mask, self.bias, layout.places, slots, self.prompt.offset, states.dtype)
         kwargs = {**kwargs, "attention_mask": mask}
         if embeddings is not kwargs["position_embeddings"]:
             kwargs["position_embeddings"] = embeddings

@@ -55,8 +55,13 @@ class Wrapping:
 
     @property
     def loss(self) -> Tensor | None:
-        """What routing adds to the loss of this thread's last forward."""
+        """What methods add to the loss of this thread's last forward."""
         return self._state.loss
+
+    def mark_answers(self, labels: Tensor) -> None:
+        """Hands labels to this thread's next forward, if a method of the wrapping asks for them."""
+        if self.modules:
+            self._state.labels = labels
 
     @property
     def last(self) -> Generation | None:
@@ -100,7 +105,7 @@ class Wrapping:
                 self._override(layer, "forward", functools.partial(hooks.routed_forward, layer.forward))
                 self._before(adapter.decoder_attention(layer), hooks.before_attention)
                 self._after(adapter.decoder_mlp(layer), hooks.after_mlp)
-        if hooks.routed.layers:
+        if hooks.routed.layers or hooks.modules:
             self._before(adapter.model, hooks.open_loss)
             self._after(adapter.model, hooks.add_loss)
 

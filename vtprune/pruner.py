@@ -217,6 +217,14 @@ class Pruner:
         """Which tokens enter the decoder, or None for all; called only where the budget is below N."""
         return None
 
+    def learns_from(self, depth: int) -> int | None:
+        """The decoder layer (of 0 .. depth - 1) that teaches `Selection.scores` in training, or None."""
+        return None
+
+    def lesson(self, scores: Tensor, layer: DecoderLayer) -> Tensor:
+        """The loss, a scalar, of the scores (N,) of one image by that layer; the mean over images is added."""
+        raise TypeError(f"{type(self).__name__} does not say what it learns from a layer")
+
     @property
     def reads_decoder_hidden(self) -> bool:
         """Whether `prune_decoder` needs the hidden states."""

@@ -27,12 +27,21 @@ class Selection:
     vectors: (K, D) new vectors for the kept tokens, or None to leave them as they are.
     merges: for each token with a new vector, where the vector came from.
     note: what the report should say of this choice, "" for nothing.
+    bias: (K,) what every decoder layer adds to the attention logits of each kept token as a key, or None; scores: (N,)
+    what the layer of `Pruner.learns_from` is to teach. Both are for training, carry gradients, and lift the budget.
     """
 
     kept: Tensor
     vectors: Tensor | None = None
     merges: tuple[Merge, ...] = field(default=())
     note: str = ""
+    bias: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether this is a choice that weights are trained by."""
+        return self.bias is not None or self.scores is not None
 
     def check(self, tokens: int) -> None:
         """Raises VTPruneError unless the indices are ascending, distinct and inside `tokens`."""
@@ -44,6 +53,10 @@ class Selection:
             raise VTPruneError(f"kept indices must be ascending, distinct and below {tokens}, got {kept.tolist()}")
         if self.vectors is not None and self.vectors.shape[0] != kept.numel():
             raise VTPruneError(f"{self.vectors.shape[0]} merged vectors for {kept.numel()} kept tokens")
+        if self.bias is not None and self.bias.shape != kept.shape:
+            raise VTPruneError(f"a bias of shape {tuple(self.bias.shape)} for {kept.numel()} kept tokens")
+        if self.scores is not None and self.scores.shape != (tokens,):
+            raise VTPruneError(f"scores of shape {tuple(self.scores.shape)} for {tokens} tokens")
 
 
 @dataclass(frozen=True)

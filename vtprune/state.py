@@ -45,8 +45,9 @@ class ThreadState(threading.local):
         self.encoding: Encoding | None = None
         # What the output of the next MLP is multiplied by.
         self.gate: Tensor | None = None
-        # What routing adds to the loss of the forward under way.
+        # What methods add to the loss of the forward under way, and its labels, if it has any.
         self.loss: Tensor | None = None
+        self.labels: Tensor | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None
         self._runs: list[weakref.ReferenceType[Encoding | DecoderRun] | None] = []
 

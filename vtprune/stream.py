@@ -32,6 +32,9 @@ class VisionStream:
     memory: what the pruner's own `remember` answered, for these N tokens.
     source: the folder or hub id that the model came from, "" if it is not known.
     probe: the decoder layer that the method asks for (`Pruner.probe_layer`), else None.
+    module: what `Pruner.make_module` made, with its weights as they are now, else None; a method that has one is not
+        shown text that the forward's labels mark as an answer.
+    training: whether that module is being trained: it is in training mode, and gradients are recorded.
     """
 
     features: Tensor
@@ -49,6 +52,8 @@ class VisionStream:
     source: str = ""
     text_after: int = 0
     probe: DecoderLayer | None = None
+    module: Any = None
+    training: bool = False
 
 
 @dataclass(frozen=True)

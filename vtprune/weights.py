@@ -39,9 +39,10 @@ def make_modules(pruners: Sequence[Pruner], facts: ModelFacts, adapter: Adapter)
 
 
 def attach(core: Any, modules: dict[int, nn.Module]) -> None:
-    """Puts the modules on the model, so that they are trained, moved and synchronised with it."""
+    """Puts the modules on the model, in its mode, so that they are trained, moved and synchronised with it."""
     if modules:
-        core.add_module(SUBMODULE, nn.ModuleDict({str(order): module for order, module in modules.items()}))
+        brought = nn.ModuleDict({str(order): module for order, module in modules.items()})
+        core.add_module(SUBMODULE, brought.train(core.training))
 
 
 def detach(core: Any) -> None:

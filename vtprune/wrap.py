@@ -145,9 +145,16 @@ def load_weights(model: Any, folder: str | Path) -> None:
 
 
 def auxiliary_loss(model: Any) -> Tensor | None:
-    """What routing adds to the loss of this thread's last forward, or None; a forward with labels has added it to its
+    """What methods add to the loss of this thread's last forward, or None; a forward with labels has added it to its
     own loss."""
     return _wrapping(core_model(model), "ask for a loss").loss
+
+
+def mark_answers(model: Any, labels: Tensor) -> None:
+    """Tells the methods of a wrapped model which tokens of this thread's next forward are answers: those whose label
+    (B, L) is not -100. For training loops that compute the loss themselves; `labels` given to the forward do the same.
+    """
+    _wrapping(core_model(model), "mark answers").mark_answers(labels)
 
 
 def resolve(pruner: Any, **options: Any) -> list[Pruner]:

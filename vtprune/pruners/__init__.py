@@ -1,6 +1,7 @@
 """The methods, one file each; importing this package registers them all."""
 
 from vtprune.pruners.cdpruner import CDPruner
+from vtprune.pruners.covipal import CoViPAL
 from vtprune.pruners.d2o import D2O
 from vtprune.pruners.divprune import DivPrune
 from vtprune.pruners.fastv import FastV
@@ -23,6 +24,7 @@ from vtprune.pruners.visionzip import VisionZip
 __all__ = [
     "D2O",
     "CDPruner",
+    "CoViPAL",
     "DivPrune",
     "FastV",
     "FlowCut",
