@@ -15,6 +15,7 @@ from vtprune.decoder_hooks import DecoderHooks
 from vtprune.encoder_hooks import EncoderHooks
 from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.generation import Generation
+from vtprune.learning_hooks import LearningHooks
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.state import ThreadState
 from vtprune.taps import Taps
@@ -89,7 +90,7 @@ class Wrapping:
         self._after(adapter.projector, hooks.after_projector)
 
     def _install_decoder(self, adapter: Adapter) -> None:
-        hooks = self._decoder
+        hooks, learning = self._decoder, LearningHooks(self._state)
         for owner, name, replacement in adapter.overrides():
             self._override(owner, name, replacement)
         self._before(adapter.inner, hooks.open_frame)
@@ -102,12 +103,12 @@ class Wrapping:
             if index in hooks.entered:
                 self._after(layer, functools.partial(hooks.after_layer, index))
             if index in hooks.routed.layers:
-                self._override(layer, "forward", functools.partial(hooks.routed_forward, layer.forward))
-                self._before(adapter.decoder_attention(layer), hooks.before_attention)
-                self._after(adapter.decoder_mlp(layer), hooks.after_mlp)
+                self._override(layer, "forward", functools.partial(learning.routed_forward, layer.forward))
+                self._before(adapter.decoder_attention(layer), learning.before_attention)
+                self._after(adapter.decoder_mlp(layer), learning.after_mlp)
         if hooks.routed.layers or hooks.modules:
-            self._before(adapter.model, hooks.open_loss)
-            self._after(adapter.model, hooks.add_loss)
+            self._before(adapter.model, learning.open_loss)
+            self._after(adapter.model, learning.add_loss)
 
     def _install_taps(self, adapter: Adapter) -> None:
         encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from vtprune.adapters import core_model
 from vtprune.errors import VTPruneError
 from vtprune.training.conversations import IGNORED
-from vtprune.wrap import ATTRIBUTE, auxiliary_loss
+from vtprune.wrap import ATTRIBUTE, auxiliary_loss, mark_answers
 
 
 class Objective(nn.Module):
@@ -33,6 +33,8 @@ class Objective(nn.Module):
         if not columns.numel():
             raise VTPruneError("a batch holds no answer to learn from")
         inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self._wrapped:
+            mark_answers(self.model, batch["labels"])
         half = self.dtype != torch.float32
         with torch.autocast(labels.device.type, self.dtype) if half else nullcontext():
             logits = self.model(**inputs, logits_to_keep=columns, use_cache=False).logits
