@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import vtprune
-from vtprune.assets import EXAMPLE_IMAGE, SHAPES_EVAL, TINY_LLAVA
+from vtprune.assets import EXAMPLE_IMAGE, SHAPES_EVAL, TINY_LLAVA, TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +141,17 @@ def test_the_unpruned_model_answers_ninety_percent_and_eighty_in_each_category(b
     shares = {category: sum(found) / len(found) for category, found in right.items()}
     assert sum(map(sum, right.values())) / len(rows) >= 0.9
     assert min(shares.values()) >= 0.8, shares
+
+
+def test_the_model_trained_with_routers_answers_at_half_of_the_decoder(bundled: tuple[Any, Any]) -> None:
+    _, processor = bundled
+    (folder,) = TRAINED
+    rows = _rows(150)
+    model = vtprune.wrap(AutoModelForImageTextToText.from_pretrained(folder), str(folder))
+    assert _accuracy(rows, _answers(model, processor, rows)) > 0.9
+    report = vtprune.report(model)
+    assert report.achieved_keep < 0.55
+    assert report.kv_bytes_prefill < 0.6 * report.kv_bytes_prefill_full
+    untrained = vtprune.wrap(AutoModelForImageTextToText.from_pretrained(TINY_LLAVA), "pmod")
+    with pytest.raises(vtprune.VTPruneError, match="does not fit"):
+        vtprune.load_weights(vtprune.wrap(vtprune.unwrap(untrained), "pmod", keep=40), folder)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tests.tiny_training import processor
 from vtprune.errors import VTPruneError
@@ -88,7 +88,12 @@ def test_llava_files_become_conversations(tmp_path: Path, lines: bool) -> None:
         hold_out(data, 3, seed=0)
 
 
-def test_missing_and_broken_images_are_found_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lenient", [False, True])
+def test_missing_and_broken_images_are_found_before_training(
+    tmp_path: Path, lenient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What lmms-eval sets for the whole process.
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     path = _write(tmp_path, [_row("0.png"), _row("gone.png"), _row("1.png"), _row("2.png")])
     whole = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from vtprune.evals.failures import InputError, SampleError
+from vtprune.evals.prompts import whole_images
 from vtprune.training.conversations import Conversation
 
 PLACEHOLDER = "<image>"
@@ -81,7 +82,8 @@ class LlavaData:
         """One of them; raises SampleError for a picture that has gone since the scan."""
         record = self.records[index]
         try:
-            images = tuple(_open(self.folder / name) for name in record.images)
+            with whole_images():
+                images = tuple(_open(self.folder / name) for name in record.images)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SampleError(f"{record.name}: cannot read an image: {error}") from error
         return Conversation(images, record.messages, record.name)
@@ -158,7 +160,8 @@ def _message(name: str, turn: Any, at: int) -> dict[str, Any]:
 def _broken(folder: Path, records: list[Record]) -> dict[str, str]:
     """The pictures that cannot be read, and why."""
     names = list(dict.fromkeys(name for record in records for name in record.images))
-    with ThreadPoolExecutor(READERS) as readers:
+    # Around all of them: the switch is one for the whole process.
+    with whole_images(), ThreadPoolExecutor(READERS) as readers:
         reasons = list(readers.map(partial(_trouble, folder), names))
     return {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
 
