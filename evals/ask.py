@@ -52,11 +52,11 @@ def compare_answers(
     processor: Any,
     image: Image.Image,
     text: str,
-    pruner: vtprune.Pruner,
+    pruner: Any,
     *,
     max_new_tokens: int = 128,
 ) -> Asked:
-    """Asks an unwrapped model and the same model under the pruner."""
+    """Asks an unwrapped model and the same model under the pruner, which may be all that `vtprune.wrap` takes."""
     try:
         inputs = encode(processor, [question(image, text)])
     except ValueError as error:
@@ -120,8 +120,8 @@ def run_ask(
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"output: {output} should end in .png, .jpg or .webp")
     check_writable(output.parent)
-    model, processor = load_model(model_name, device=device, dtype=dtype)
-    asked = compare_answers(model, processor, image, text, setting.pruner(), max_new_tokens=max_new_tokens)
+    model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
+    asked = compare_answers(model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens)
     console.print(table(asked, setting.label))
     for note in asked.report.samples[0].images[0].notes:
         console.print(note, style="dim", highlight=False)

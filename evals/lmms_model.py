@@ -83,12 +83,12 @@ class VTPrune(lmms):
         if config is not None:
             if method != "none" or keep is not None or options:
                 raise InputError("config: a folder says all of method, keep and options; give no others")
-            pruners = resolve(Path(config))
+            given_to_wrap: Any = Path(config)
         else:
             chosen = parse_keep(keep) if isinstance(keep, str) else keep
             given = {name: parse_value(v) if isinstance(v, str) else v for name, v in options.items()}
-            pruners = resolve(method, keep=chosen, **given)
-        vtprune.wrap(self.model, pruners, positions=positions)
+            given_to_wrap = resolve(method, keep=chosen, **given)
+        vtprune.wrap(self.model, given_to_wrap, positions=positions)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:

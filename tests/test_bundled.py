@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import vtprune
@@ -155,3 +157,31 @@ def test_the_model_trained_with_routers_answers_at_half_of_the_decoder(bundled: 
     untrained = vtprune.wrap(AutoModelForImageTextToText.from_pretrained(TINY_LLAVA), "pmod")
     with pytest.raises(vtprune.VTPruneError, match="does not fit"):
         vtprune.load_weights(vtprune.wrap(vtprune.unwrap(untrained), "pmod", keep=40), folder)
+
+
+def test_ask_and_the_lmms_eval_model_take_the_trained_weights(tmp_path: Path) -> None:
+    from vtprune.evals.ask import run_ask
+    from vtprune.evals.lmms_model import VTPrune
+
+    (folder,) = TRAINED
+    asked = run_ask(
+        EXAMPLE_IMAGE,
+        "how many shapes are there?",
+        Console(quiet=True),
+        method=str(folder),
+        keep=0.25,
+        output=tmp_path / "ask.png",
+    )
+    assert [layer[0] for layer in asked.report.tokens_per_layer] == [144, 144, 94, 49, 21, 21]
+    assert asked.report.samples[0].images[0].kept_per_layer[-2] != list(range(21))
+    served = VTPrune(str(folder), config=str(folder)).model
+    learnt = [float(weight.abs().sum()) > 0 for weight in served.vtprune_weights["0"]["3"].parameters()]
+    assert learnt == [True, True]
+
+
+def test_a_folder_that_lacks_the_weights_of_its_method_is_refused(tmp_path: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(TINY_LLAVA)
+    vtprune.save_config(vtprune.PMoD(), tmp_path)
+    with pytest.raises(vtprune.VTPruneError, match=r"no vtprune_weights.safetensors in"):
+        vtprune.wrap(model, str(tmp_path))
+    assert not any("vtprune" in name for name, _ in model.named_parameters())

@@ -22,7 +22,7 @@ from vtprune.order import check_order
 from vtprune.pruner import Pruner
 from vtprune.registry import create
 from vtprune.report import Report
-from vtprune.weights import WEIGHTS_NAME, attach, detach, make_modules, read_weights, write_weights
+from vtprune.weights import attach, detach, make_modules, read_weights, write_weights
 
 POSITIONS = ("original", "compact")
 ATTRIBUTE = "_vtprune"
@@ -67,7 +67,7 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     released = any(one.compact_positions for one in pruners) and adapter.renumbers
     compact = positions == "compact" or released
     modules = make_modules(pruners, facts, adapter)
-    if modules and isinstance(pruner, str | os.PathLike) and (Path(pruner) / WEIGHTS_NAME).exists():
+    if modules and isinstance(pruner, str | os.PathLike) and Path(pruner).is_dir():
         read_weights(modules, Path(pruner), core.config)
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
     # weights that a method brings, which are trained and moved with it.

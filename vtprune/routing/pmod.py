@@ -41,7 +41,9 @@ class PMoD(Staged):
     on the layer's input gives each vision token a gate g = `bias` + `scale` * norm(logit); those with the highest are
     computed, at their own positions among all the text. The MLP's output of a computed token is multiplied by g, and
     so is the whole hidden state of one that skips the layer. The router starts at zero: all gates are 1, and the first
-    tokens are computed. There is no further loss. Text is computed everywhere, without a gate.
+    tokens are computed. There is no further loss. Text is computed everywhere, without a gate. (The last router
+    learns nothing where labels are on answers alone, since nothing reads what that layer makes of vision tokens: it
+    goes on computing the first ones.)
 
     `keep` counts the mean over decoder layers, and moves the cosine (`schedule`) so that it is met; 1.0 sends every
     token through the gates of the layers that the published schedule routes. Ratios are met image by image, rounded
