@@ -53,6 +53,20 @@ def run_wrapped(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
 
 
 @torch.no_grad()
+def feed(model: Any, cache: Any, tokens: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits after feeding tokens to every row one by one."""
+    logits = []
+    for token in tokens:
+        rows = cache.layers[0].keys.shape[0]
+        extra = {}
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            extra["attention_mask"] = mask
+        logits.append(model(input_ids=torch.full((rows, 1), token), past_key_values=cache, **extra).logits[:, -1])
+    return torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
 def run_masked(
     kind: str,
     model: Any,

@@ -12,26 +12,13 @@ from transformers import DynamicCache, StaticCache
 
 import vtprune
 from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt
-from tests.oracle import TOLERANCE, run_wrapped
+from tests.oracle import TOLERANCE, feed, run_wrapped
 from vtprune.pruner import Pruner
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 METHODS = [vtprune.D2O(keep=0.3), vtprune.D2O(keep=0.4, text=True)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=["vision", "text"])
 NO_MEDIA = {"eos_token_id": None, "pad_token_id": 0}
-
-
-@torch.no_grad()
-def steps(model: Any, cache: Any, tokens: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits after feeding tokens to every row one by one."""
-    rows, logits = cache.layers[0].keys.shape[0], []
-    for token in tokens:
-        extra = {}
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-            extra["attention_mask"] = mask
-        logits.append(model(input_ids=torch.full((rows, 1), token), past_key_values=cache, **extra).logits[:, -1])
-    return torch.stack(logits, dim=1)
 
 
 @torch.no_grad()
@@ -55,7 +42,7 @@ def test_the_cache_is_whole_after_the_prompt_and_cut_by_the_first_step(kind: str
     cache, whole = filled(model, inputs), filled(plain, inputs)
     assert bytes_by_layer(cache) == [length * entry] * 5
     # The first step attends to everything.
-    assert torch.equal(steps(model, cache, [7]), steps(plain, whole, [7]))
+    assert torch.equal(feed(model, cache, [7]), feed(plain, whole, [7]))
     first = bytes_by_layer(cache)
     assert [first[layer] for layer in (0, 1, 4)] == [(length + 1) * entry] * 3
     if method.text:
@@ -63,7 +50,7 @@ def test_the_cache_is_whole_after_the_prompt_and_cut_by_the_first_step(kind: str
     else:
         assert first[2] + first[3] == 2 * (length + 1 - tokens + round(0.3 * tokens)) * entry
     for step in range(2, 6):
-        steps(model, cache, [step])
+        feed(model, cache, [step])
         grown = [0 if method.text and layer in (2, 3) else (step - 1) * entry for layer in range(5)]
         assert bytes_by_layer(cache) == [was + more for was, more in zip(first, grown, strict=True)]
         report = vtprune.report(cache)
@@ -82,10 +69,10 @@ def test_rows_may_be_reordered_repeated_and_dropped(kind: str, method: Pruner, a
     model = vtprune.wrap(make(kind), method)
     mask = inputs["attention_mask"]
     expected_cache = filled(model, inputs)
-    expected = steps(model, expected_cache, [7, 8, 9, 3], mask)
+    expected = feed(model, expected_cache, [7, 8, 9, 3], mask)
     for change, rows in (("repeat", [0, 0, 1, 1, 2, 2]), ("select", [2, 0]), ("reorder", [2, 0, 1])):
         cache = filled(model, inputs)
-        steps(model, cache, [7, 8][:after], mask) if after else None
+        feed(model, cache, [7, 8][:after], mask) if after else None
         if change == "repeat":
             cache.batch_repeat_interleave(2)
         elif change == "select":
@@ -93,7 +80,7 @@ def test_rows_may_be_reordered_repeated_and_dropped(kind: str, method: Pruner, a
         else:
             cache.reorder_cache(torch.tensor(rows))
         new = torch.cat([mask, mask.new_ones(len(mask), after)], dim=1)[rows]
-        found = steps(model, cache, [7, 8, 9, 3][after:], new)
+        found = feed(model, cache, [7, 8, 9, 3][after:], new)
         assert float((found - expected[rows][:, after:]).abs().max()) < TOLERANCE
         report, whole = vtprune.report(cache), vtprune.report(expected_cache)
         assert [s.images for s in report.samples] == [whole.samples[row].images for row in rows]
@@ -107,12 +94,12 @@ def test_a_copied_cache_goes_on_by_itself(kind: str, method: Pruner, after: int)
     model = vtprune.wrap(make(kind), method)
     cache = filled(model, prompt(kind, ROWS[kind][:1]))
     if after:
-        steps(model, cache, [5])
+        feed(model, cache, [5])
     twin = copy.deepcopy(cache)
     before = vtprune.report(twin).kv_tokens_per_layer
-    first = steps(model, cache, [7, 8])
+    first = feed(model, cache, [7, 8])
     assert vtprune.report(twin).kv_tokens_per_layer == before
-    assert torch.equal(steps(model, twin, [7, 8]), first)
+    assert torch.equal(feed(model, twin, [7, 8]), first)
 
 
 @every_model
@@ -124,7 +111,7 @@ def test_a_crop_that_would_undo_what_was_decided_is_refused_and_others_are_right
     cache = filled(model, inputs)
     with pytest.raises(vtprune.VTPruneError, match=f"cropped to {length - 1} places"):
         cache.crop(-1)
-    expected = steps(model, cache, [7, 8, 9])
+    expected = feed(model, cache, [7, 8, 9])
     assert float((again(model, cache, -2, [8, 9]) - expected[:, 1:]).abs().max()) < TOLERANCE
     held = [layer.keys.clone() for layer in cache.layers]
     for places in (3, length + 3 - start - 1):
@@ -136,14 +123,14 @@ def test_a_crop_that_would_undo_what_was_decided_is_refused_and_others_are_right
     assert [layer.keys.shape[2] for layer in cache.layers] == [start] * 5
     with torch.no_grad():
         fresh = model(input_ids=inputs["input_ids"][:, :start]).past_key_values
-    assert float((steps(model, cache, [7, 8]) - steps(model, fresh, [7, 8])).abs().max()) < TOLERANCE
+    assert float((feed(model, cache, [7, 8]) - feed(model, fresh, [7, 8])).abs().max()) < TOLERANCE
     assert vtprune.report(cache).samples[0].images == []
 
 
 def again(model: Any, cache: Any, places: int, tokens: list[int]) -> torch.Tensor:
     """The last tokens once more, after a crop."""
     cache.crop(places)
-    return steps(model, cache, tokens)
+    return feed(model, cache, tokens)
 
 
 @every_model
@@ -151,14 +138,14 @@ def test_with_running_eviction_only_an_empty_cache_can_be_reached_by_cropping(ki
     model = vtprune.wrap(make(kind), METHODS[1])
     inputs = prompt(kind, ROWS[kind][:1])
     cache = filled(model, inputs)
-    expected = steps(model, cache, [7, 8])
+    expected = feed(model, cache, [7, 8])
     for places in (1, 2, inputs["input_ids"].shape[1]):
         with pytest.raises(vtprune.VTPruneError, match="cannot be cropped"):
             cache.crop(-places)
     cache.crop(-cache.get_seq_length())
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
-    assert float((steps(model, cache, [7, 8]) - expected).abs().max()) < TOLERANCE
+    assert float((feed(model, cache, [7, 8]) - expected).abs().max()) < TOLERANCE
 
 
 @every_model
@@ -166,12 +153,12 @@ def test_with_running_eviction_only_an_empty_cache_can_be_reached_by_cropping(ki
 def test_interleaved_generations_keep_their_own_state(kind: str, method: Pruner) -> None:
     model = vtprune.wrap(make(kind), method)
     first, second = (prompt(kind, [row]) for row in ROWS[kind][:2])
-    expected = steps(model, filled(model, first), [5, 6, 7])
+    expected = feed(model, filled(model, first), [5, 6, 7])
     one, two = filled(model, first), filled(model, second)
     found = []
     for token in (5, 6, 7):
-        found.append(steps(model, one, [token]))
-        steps(model, two, [token + 1])
+        found.append(feed(model, one, [token]))
+        feed(model, two, [token + 1])
     assert torch.equal(torch.cat(found, dim=1), expected)
 
 
@@ -277,7 +264,7 @@ def test_images_that_wait_for_their_first_step_are_cut_together(kind: str) -> No
     with torch.no_grad():
         model(**prompt(kind, [Row([2, 3], [(6, 6)], 21)]), past_key_values=cache)
         assert vtprune.report(cache).achieved_keep == 1.0
-        steps(model, cache, [7])
+        feed(model, cache, [7])
     for image in vtprune.report(cache).samples[0].images:
         assert sum(len(layer[0]) for layer in image.cached_per_head[2:4]) == 2 * round(0.3 * image.tokens)
 
@@ -311,7 +298,7 @@ def test_caches_that_cannot_be_cut_are_refused_by_name(kind: str) -> None:
     with pytest.raises(vtprune.UnsupportedCacheError, match="StaticCache"):
         model(**inputs, past_key_values=static)
     cut = filled(model, inputs)
-    steps(model, cut, [5])
+    feed(model, cut, [5])
     vtprune.unwrap(model)
     with pytest.raises(vtprune.VTPruneError, match="wrapped with vtprune"):
         model(input_ids=torch.tensor([[5]]), past_key_values=cut)

@@ -12,27 +12,13 @@ from transformers import DynamicCache
 
 import vtprune
 from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
-from tests.oracle import TOLERANCE
+from tests.oracle import TOLERANCE, feed
 from tests.pruners import Drops
 from vtprune.decoding import DecoderRun
 
 EVERYWHERE = Drops(encoder=(0, 2), first=True, layers=(0, 2))
 every_model = pytest.mark.parametrize("kind", MODELS)
 TOKEN = torch.tensor([[7]])
-
-
-@torch.no_grad()
-def _steps(model: Any, cache: Any, tokens: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits after feeding tokens to every row one by one."""
-    logits = []
-    for token in tokens:
-        rows = cache.layers[0].keys.shape[0]
-        extra = {}
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-            extra["attention_mask"] = mask
-        logits.append(model(input_ids=torch.full((rows, 1), token), past_key_values=cache, **extra).logits[:, -1])
-    return torch.stack(logits, dim=1)
 
 
 @pytest.mark.parametrize("name", ["none", "random"])
@@ -43,11 +29,11 @@ def test_a_padded_text_batch_decodes_at_each_rows_own_positions(name: str) -> No
     inputs = prompt(kind, rows)
     with torch.no_grad():
         cache = model(**inputs).past_key_values
-    together = _steps(model, cache, [7, 8], inputs["attention_mask"])
+    together = feed(model, cache, [7, 8], inputs["attention_mask"])
     stock = make(kind)
     with torch.no_grad():
         cache = stock(**inputs).past_key_values
-    expected = _steps(stock, cache, [7, 8], inputs["attention_mask"])
+    expected = feed(stock, cache, [7, 8], inputs["attention_mask"])
     assert float((together - expected).abs().max()) < TOLERANCE
 
 
@@ -67,7 +53,7 @@ def test_cropping_below_an_image_gives_the_shorter_prompts_state(kind: str, posi
         cache = model(**whole).past_key_values
         cache.crop(length - whole["input_ids"].shape[1])
         fresh = model(**part).past_key_values
-    assert float((_steps(model, cache, [7, 8]) - _steps(model, fresh, [7, 8])).abs().max()) < TOLERANCE
+    assert float((feed(model, cache, [7, 8]) - feed(model, fresh, [7, 8])).abs().max()) < TOLERANCE
     report = vtprune.report(cache)
     assert len(report.samples[0].images) == 1
     assert report.kv_tokens_per_layer == vtprune.report(fresh).kv_tokens_per_layer
@@ -112,7 +98,7 @@ def test_the_report_follows_the_caches_rows(kind: str, change: str) -> None:
         cache.reorder_cache(torch.tensor(rows))
     for report in (vtprune.report(cache), None):
         if report is None:
-            _steps(model, cache, [7], inputs["attention_mask"][rows])
+            feed(model, cache, [7], inputs["attention_mask"][rows])
             report = vtprune.report(cache)
         assert [sample.images for sample in report.samples] == [before.samples[row].images for row in rows]
         for layer, counts in enumerate(report.kv_tokens_per_layer):
@@ -125,10 +111,10 @@ def test_a_copied_cache_reports_and_decodes_by_itself(kind: str) -> None:
     with torch.no_grad():
         cache = model(**prompt(kind, ROWS[kind][:1])).past_key_values
     twin = copy.deepcopy(cache)
-    first = _steps(model, cache, [7, 8])
+    first = feed(model, cache, [7, 8])
     assert vtprune.report(twin).kv_tokens_per_layer == [[n - 2 for n in layer] for layer in
                                                         vtprune.report(cache).kv_tokens_per_layer]  # fmt: skip
-    assert torch.equal(_steps(model, twin, [7, 8]), first)
+    assert torch.equal(feed(model, twin, [7, 8]), first)
 
 
 @every_model

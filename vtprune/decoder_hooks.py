@@ -22,24 +22,21 @@ from vtprune.cache import (
 )
 from vtprune.decoder_scoring import DecoderScoring
 from vtprune.decoding import DecoderRun
-from vtprune.encoding import EncodedImage, cut_signals
+from vtprune.encoding import EncodedImage
 from vtprune.errors import VTPruneError
 from vtprune.eviction import Evictor
 from vtprune.generation import Generation
 from vtprune.history import origins
 from vtprune.learning import Teacher
 from vtprune.probe import Probe, Prober
-from vtprune.prompt import ImageSpan, PromptInfo
+from vtprune.prompt import IGNORED, ImageSpan, PromptInfo, forget_tensors, left_signals
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection
-from vtprune.signals import LayerSignals, full_precision
+from vtprune.signals import full_precision
 from vtprune.skipping import RoutedLayers
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
 from vtprune.stream import VisionStream
-
-# The label of what is no answer.
-IGNORED = -100
 
 
 class DecoderHooks:
@@ -125,7 +122,7 @@ class DecoderHooks:
         prober = Prober(self.adapter, module, args, kwargs, run)
         self._select(prober, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
         self._evictor.open(run)
-        _forget_tensors(spans)
+        forget_tensors(spans)
         run.generation = self._generation(run)
         if cache is not cache_in(kwargs):
             kwargs = with_cache(module.forward, kwargs, cache)
@@ -245,11 +242,11 @@ class DecoderHooks:
             indices=span.kept,
             total=image.total,
             budget=pruner.input_budget(image.total),
-            signals=_left(image.signals, image, span),
+            signals=left_signals(image.signals, image, span),
             pixels=image.pixels,
             text=embeds[span.row, text],
             text_ids=None if input_ids is None else input_ids[span.row, text],
-            last_signals=_left(image.last_signals, image, span),
+            last_signals=left_signals(image.last_signals, image, span),
             picture=picture,
             source=self.facts.source,
             text_after=int((text > span.places[-1]).sum()),
@@ -387,18 +384,3 @@ class DecoderHooks:
                 run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
             )
         return output
-
-
-def _left(signals: LayerSignals | None, image: EncodedImage, span: ImageSpan) -> LayerSignals | None:
-    """The signals of the tokens that the span still has, of those that left the encoder."""
-    if signals is None or span.kept.numel() == image.alive.numel():
-        return signals
-    alive, device = image.alive, signals.query.device
-    return cut_signals(signals, torch.searchsorted(alive, span.kept.to(alive.device)).to(device))
-
-
-def _forget_tensors(spans: list[ImageSpan]) -> None:
-    """Leaves the signals and pixels of images behind once they are selected from: the report outlives them."""
-    slim = {id(span.image): replace(span.image, signals=None, last_signals=None, pixels=None) for span in spans}
-    for span in spans:
-        span.image = slim[id(span.image)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtprune.encoding import EncodedImage
+from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.selection import Merge
+from vtprune.signals import LayerSignals
+
+# The label of what is no answer.
+IGNORED = -100
 
 
 @dataclass
@@ -97,3 +101,18 @@ class PromptInfo:
             real = real.gather(1, places.clamp(min=0)) & (places >= 0)
         column = torch.arange(real.shape[1], device=real.device)
         return real.int().argmax(dim=1), (real * column).max(dim=1).values
+
+
+def left_signals(signals: LayerSignals | None, image: EncodedImage, span: ImageSpan) -> LayerSignals | None:
+    """The signals of the tokens that the span still has, of those that left the encoder."""
+    if signals is None or span.kept.numel() == image.alive.numel():
+        return signals
+    alive, device = image.alive, signals.query.device
+    return cut_signals(signals, torch.searchsorted(alive, span.kept.to(alive.device)).to(device))
+
+
+def forget_tensors(spans: list[ImageSpan]) -> None:
+    """Leaves the signals and pixels of images behind once they are selected from: the report outlives them."""
+    slim = {id(span.image): replace(span.image, signals=None, last_signals=None, pixels=None) for span in spans}
+    for span in spans:
+        span.image = slim[id(span.image)]

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-
-IGNORED = -100
+from vtprune.prompt import IGNORED
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from vtprune.adapters import core_model
 from vtprune.errors import VTPruneError
-from vtprune.training.conversations import IGNORED
+from vtprune.prompt import IGNORED
 from vtprune.wrap import ATTRIBUTE, auxiliary_loss, mark_answers
 
 
