@@ -169,9 +169,18 @@ def test_a_saved_config_prunes_the_same(kind: str, pruner: Pruner, tmp_path: Pat
     vtprune.save_config(pruner, tmp_path)
     with vtprune.wrapped(model, pruner):
         vtprune.save_config(model, tmp_path / "of the model")
+        if pruner.brings_weights():
+            vtprune.save(model, tmp_path / "whole")
     assert vtprune.load_config(tmp_path / "of the model") == vtprune.load_config(tmp_path) == pruner
+    folder = tmp_path
+    if pruner.brings_weights():
+        # A folder without the weights is refused; one that `save` wrote has both.
+        with pytest.raises(vtprune.VTPruneError, match="no vtprune_weights"):
+            vtprune.wrap(model, str(tmp_path))
+        folder = tmp_path / "whole"
+        assert vtprune.load_config(folder) == pruner
     found = []
-    for given in (pruner, str(tmp_path), tmp_path, [pruner], vtprune.load_config(tmp_path)):
+    for given in (pruner, str(folder), folder, [pruner], vtprune.load_config(folder)):
         with vtprune.wrapped(model, given), torch.no_grad():
             model(**inputs)
             found.append(_kept(vtprune.report(model)))
