@@ -160,11 +160,11 @@ class Adapter(ABC):
     def decoder_states(
         self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H; where `last` (B,) is
-        given, only the queries (B, H, 1, d) in these columns, and no values."""
+        """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H; where `last` (B, C) is
+        given, only the queries (B, H, C, d) in these columns, and no values."""
         query, value, turn = taps["q"], taps["v"], embeddings
         if last is not None:
-            query, value = gather_tokens(query, last[:, None]), value[:, :0]
+            query, value = gather_tokens(query, last), value[:, :0]
             turn = _columns(embeddings, last)
         query, key = self._turned(query, turn), self._turned(taps["k"], embeddings)
         return query, self._repeated(key), self._repeated(split_heads(value, self._kv_heads).float())
@@ -176,11 +176,11 @@ class Adapter(ABC):
     def query_and_keys(
         self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What a decoder layer would compute from the hidden states (B, n, D) before it: the query (B, H, 1, d) of the
-        tokens in columns `last` (B,), and the keys (B, H, n, d) of all, as in `decoder_states`."""
+        """What a decoder layer would compute from the hidden states (B, n, D) before it: the queries (B, H, C, d) of
+        the tokens in columns `last` (B, C), and the keys (B, H, n, d) of all, as in `decoder_states`."""
         normed = layer.input_layernorm(hidden)
         modules = self.decoder_projections(layer).modules()
-        query, key = modules["q"](gather_tokens(normed, last[:, None])), modules["k"](normed)
+        query, key = modules["q"](gather_tokens(normed, last)), modules["k"](normed)
         return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
 
     @property
@@ -232,6 +232,6 @@ class Adapter(ABC):
 
 
 def _columns(embeddings: tuple[Tensor, Tensor], last: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotary embeddings (B, 1, d) of one column (B,) of each row."""
+    """The rotary embeddings (B, C, d) of the columns `last` (B, C)."""
     cos, sin = embeddings
-    return gather_tokens(cos, last[:, None]), gather_tokens(sin, last[:, None])
+    return gather_tokens(cos, last), gather_tokens(sin, last)

@@ -56,7 +56,8 @@ def fill_index(places: Tensor, length: int) -> Tensor:
     marks = torch.full((batch, length + 1), -1, dtype=torch.long, device=places.device)
     marks.scatter_(1, places.masked_fill(places < 0, length), column)
     filled = marks[:, :length].cummax(dim=1).values
-    first = (places < 0).sum(dim=1, keepdim=True)
+    # A row without a token has nothing to repeat; whatever it takes nobody reads.
+    first = (places < 0).sum(dim=1, keepdim=True).clamp(max=width - 1)
     return torch.where(filled < 0, first, filled)
 
 

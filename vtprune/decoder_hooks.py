@@ -21,7 +21,7 @@ from vtprune.cache import (
     with_cache,
 )
 from vtprune.decoder_scoring import DecoderScoring
-from vtprune.decoding import DecoderRun
+from vtprune.decoding import DecoderRun, Texts
 from vtprune.encoding import EncodedImage
 from vtprune.errors import VTPruneError
 from vtprune.eviction import Evictor
@@ -104,11 +104,13 @@ class DecoderHooks:
         cache = self._cache(module, kwargs)
         prompt = self._prompt(embeds, cache, kwargs)
         spans = self._spans(frame, embeds, prompt)
+        flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
+        if spans:
+            self._check_packed(prompt, kwargs, flash=flash)
         layers = self._adopt(cache, spans)
         if layers is None and not spans and not self.routed.routes_text:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
-        flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
         if layers is not None and (layers[0].log is not None or (self.revives is not None and spans)):
             check_revival(layers, self.revives, self.tapped, self.adapter.language_model.config)
@@ -144,7 +146,25 @@ class DecoderHooks:
             mask = None
         positions = kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
-        return PromptInfo(batch, length, logical_length(cache), embeds.device, mask, positions)
+        offset = logical_length(cache)
+        return PromptInfo(
+            batch, length, offset, embeds.device, mask, positions, cached=cache is not None, labels=self.state.labels
+        )
+
+    def _check_packed(self, prompt: PromptInfo, kwargs: dict[str, Any], *, flash: bool) -> None:
+        """Raises VTPruneError where conversations are packed into one row in a way that pruning would mix up."""
+        packed = prompt.conversations.most > 1
+        if flash and (packed or kwargs.get("cu_seq_lens_q") is not None):
+            raise VTPruneError(
+                "several conversations are packed into one row, and flash attention is told where they end by "
+                "position ids or lengths that no longer hold once tokens are dropped; load the model with "
+                "attn_implementation='sdpa' or 'eager', or give each conversation a row of its own"
+            )
+        if packed and prompt.cached and self.reads_all is not None:
+            raise VTPruneError(
+                f"{self.reads_all.name} decides by every token that is read what stays in the cache, and one row of "
+                "it holds several conversations here; give each of them a row of its own"
+            )
 
     def _spans(self, frame: Frame, embeds: Tensor, prompt: PromptInfo) -> list[ImageSpan]:
         """Where each image of this forward stands: features fill placeholders in row-major order."""
@@ -161,8 +181,9 @@ class DecoderHooks:
                     f"the prompt has {rows.numel()} image placeholders, its images need "
                     f"{sum(one.total for one in frame.images)} in unbroken rows"
                 )
-            alive = image.alive.to(embeds.device)
-            spans.append(ImageSpan(int(rows[first]), places[first:last], image, alive, prompt.offset))
+            alive, row = image.alive.to(embeds.device), int(rows[first])
+            talk = prompt.conversations.of(row, places[first])
+            spans.append(ImageSpan(row, places[first:last], image, alive, prompt.offset, talk))
             first = last
         return spans
 
@@ -180,21 +201,21 @@ class DecoderHooks:
 
     def _select(self, prober: Prober, embeds: Tensor, input_ids: Tensor | None) -> None:
         run = prober.run
-        text = self._text(run) if run.spans else []
-        questions = self._questions(text)
+        text = run.texts
+        unlabelled = self._unlabelled(run) if self.modules else text
         pictures: dict[int, Tensor] = {}
         for span in run.spans:
             run.mark(span)
-            span.text_after = int((text[span.row] > span.places[-1]).sum())
+            span.text_after = int((text[span.key] > span.places[-1]).sum())
         for index, pruner in enumerate(self.pruners):
             probe = self._probe(prober, index)
             for span in run.spans:
                 if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
                     continue
-                words = (questions if index in self.modules else text)[span.row]
+                words = (unlabelled if index in self.modules else text)[span.key]
                 stream = self._stream(run, index, span, embeds, words, input_ids, pictures)
                 if probe is not None:
-                    stream = replace(stream, probe=probe.of(span, text[span.row], stream.budget))
+                    stream = replace(stream, probe=probe.of(span, text[span.key], stream.budget))
                 with full_precision(embeds.device):
                     span.memories[index] = pruner.remember(stream)
                 if pruner.selects and self._selecting(pruner, span):
@@ -269,19 +290,13 @@ class DecoderHooks:
         if selection.note:
             span.notes.append(f"{pruner.name}: {selection.note}")
 
-    def _text(self, run: DecoderRun) -> list[Tensor]:
-        """The places of each row's text tokens in the input, without padding and placeholders."""
-        real = run.prompt.real().clone()
-        for span in run.spans:
-            real[span.row, span.places] = False
-        return [row.nonzero().flatten() for row in real]
-
-    def _questions(self, text: list[Tensor]) -> list[Tensor]:
-        """Of the places of each row's text those that the labels of this forward do not mark as an answer."""
-        labels = self.state.labels
+    @staticmethod
+    def _unlabelled(run: DecoderRun) -> Texts:
+        """The places of each conversation's text without answers: weights that learn are never shown one."""
+        labels, text = run.prompt.labels, run.texts_of(run.prompt.conversations)
         if labels is None:
             return text
-        return [places[labels[row, places].to(places.device) == IGNORED] for row, places in enumerate(text)]
+        return {key: places[labels[key[0], places].to(places.device) == IGNORED] for key, places in text.items()}
 
     def _generation(self, run: DecoderRun) -> Generation:
         """The record of this generation: the cache's own, unless this forward brings a prompt of its own."""
@@ -289,9 +304,9 @@ class DecoderHooks:
         known = getattr(cache, GENERATION, None) if cache is not None else None
         if known is not None and prompt.offset > 0 and not run.spans:
             return known
-        text = prompt.real().sum(dim=1)
+        texts = prompt.conversations.counts(prompt.real()).tolist()
         for span in run.spans:
-            text[span.row] -= span.image.total
+            texts[span.row][span.talk] -= span.image.total
         earlier: list[ImageSpan] = []
         if known is not None and run.layers is not None and prompt.offset > 0:
             # Rows may have been reordered or repeated since; from here on they count as they stand.
@@ -299,7 +314,7 @@ class DecoderHooks:
             run.layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         generation = Generation(
             self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
-            text.tolist(), len(earlier), prompt.offset,
+            texts, len(earlier), prompt.offset,
         )  # fmt: skip
         if cache is not None:
             setattr(cache, GENERATION, generation)
@@ -333,18 +348,18 @@ class DecoderHooks:
             if revival is not None and revival.decides(index):
                 query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
                 with full_precision(hidden.device):
-                    last = run.prompt.ends(places)[1]
+                    last = run.prompt.conversations.ends(places)[1][:, 0]
                     revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
                 front = revival.width(index)
                 hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
                 run.taps = {name: states[:, front:] for name, states in run.taps.items()}
-            for span, order, layer in self._scoring.views(run, index, embeddings, hidden, self._text(run)):
+            for span, order, layer in self._scoring.views(run, index, embeddings, hidden):
                 with full_precision(hidden.device):
                     selection = self.pruners[order].prune_decoder(layer)
                 self._apply(run, span, order, selection, layer.budget, index + 1)
             wanted = self._teacher.wanted(run, index)
             if wanted:
-                words = self._questions(self._text(run))
+                words = self._unlabelled(run)
                 views = self._scoring.shown(run, index, embeddings, hidden, words, wanted)
                 self._teacher.show(run, views)
             if revival is not None:
@@ -367,7 +382,8 @@ class DecoderHooks:
         if run.prompt.offset > 0 and not run.spans:
             generation.steps += 1
         generation.note_cache(run)
-        self.last = generation
+        if self.state.call is None or self.state.call.asks_for(run):
+            self.last = generation
         return self._restore(run, output)
 
     def _restore(self, run: DecoderRun, output: Any) -> Any:

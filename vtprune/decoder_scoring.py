@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.compaction import fill_index
-from vtprune.decoding import DecoderRun
+from vtprune.decoding import DecoderRun, Texts
 from vtprune.prompt import ImageSpan
 from vtprune.pruner import Pruner
 from vtprune.stream import DecoderLayer
@@ -24,12 +24,12 @@ class DecoderScoring:
         self._layers = list(adapter.decoder_layers)
 
     def views(
-        self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor, text: list[Tensor]
+        self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor
     ) -> Iterator[tuple[ImageSpan, int, DecoderLayer]]:
         """Each image and method (by its place in the list) that has to say which tokens go on after layer `index`.
 
-        embeddings: of that layer; hidden: (B, n, D) after it; text: places of each row's text tokens. What a method
-        answers is to be carried out before the next view is asked for.
+        embeddings: of that layer; hidden: (B, n, D) after it. What a method answers is to be carried out before
+        the next view is asked for.
         """
         scoring = {
             order: pruner for order, pruner in enumerate(self.pruners) if index in pruner.decoder_layers(self.depth)
@@ -39,7 +39,7 @@ class DecoderScoring:
         wanted = (
             (span, order) for span in run.spans for order, pruner in scoring.items() if asked(pruner, span, index)
         )
-        for span, order, layer in self.shown(run, index, embeddings, hidden, text, wanted):
+        for span, order, layer in self.shown(run, index, embeddings, hidden, run.texts, wanted):
             span.asked.setdefault(order, []).append(index)
             yield span, order, layer
 
@@ -49,13 +49,14 @@ class DecoderScoring:
         index: int,
         embeddings: tuple[Tensor, Tensor],
         hidden: Tensor,
-        text: list[Tensor],
+        text: Texts,
         wanted: Iterable[tuple[ImageSpan, int]],
     ) -> Iterator[tuple[ImageSpan, int, DecoderLayer]]:
-        """Layer `index` as each of these images and methods sees it; arguments as for `views`."""
+        """Layer `index` as each of these images and methods sees it; arguments as for `views`, and `text`:
+        places of each conversation's text tokens."""
         places = run.layout(index).places
         where = None if places is None else fill_index(places, run.prompt.length)
-        first, last = run.prompt.ends(places)
+        first, last = run.ends(places)
         cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]) for part in embeddings)
         states: dict[tuple[bool, bool], States] = {}
         for span, order in wanted:
@@ -64,7 +65,9 @@ class DecoderScoring:
             if kind not in states:
                 states[kind] = self._states(run, index, embeddings, hidden, last, *kind)
             query, key, value = (part[row] for part in states[kind])
-            vision, words = span.places[span.kept], text[row]
+            if any(kind):
+                query = query[:, span.talk, None]
+            vision, words = span.places[span.kept], text[span.key]
             if where is not None:
                 vision, words = where[row, vision], where[row, words]
             entered = span.kept_at(0).numel()
@@ -73,7 +76,7 @@ class DecoderScoring:
                 key=key,
                 value=value,
                 vision=vision,
-                last=int(last[row]),
+                last=int(last[span.key]),
                 scale=self.adapter.decoder_scale,
                 total=span.image.total,
                 indices=span.kept,
@@ -86,7 +89,7 @@ class DecoderScoring:
                 processed=sum(span.kept_at(one).numel() for one in range(index + 1)),
                 hidden=hidden[row] if pruner.reads_decoder_hidden else None,
                 rotary=(cos[row], sin[row]),
-                first=int(first[row]),
+                first=int(first[span.key]),
             )
             yield span, order, layer
 
@@ -100,8 +103,8 @@ class DecoderScoring:
         ahead: bool,
         single: bool,
     ) -> States:
-        """q, k and v of the layer that ran, `single`: of each row's column `last` the query alone; `ahead`: that query
-        and all keys of the next layer."""
+        """q, k and v of the layer that ran; `single`: of queries those in the columns `last` (B, C) alone; `ahead`:
+        these queries and all keys of the next layer."""
         if not ahead:
             return self.adapter.decoder_states(run.taps, embeddings, last if single else None)
         query, key = self.adapter.query_and_keys(self._layers[index + 1], hidden, embeddings, last)

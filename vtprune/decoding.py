@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from vtprune.cache import PrunedLayer, all_slots
 from vtprune.compaction import biased_mask, fill_index, gather_tokens, layer_mask, places_of, relative_places
+from vtprune.conversation import Conversations
 from vtprune.encoding import Call
 from vtprune.errors import VTPruneError
 from vtprune.packing import Packed
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 SHIFT = "position_shift"
 
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# The places (T,) of the text tokens of each conversation with an image, by `ImageSpan.key`.
+Texts = dict[tuple[int, int], Tensor]
 
 
 @dataclass
@@ -81,6 +85,32 @@ class DecoderRun:
         self.bias: Tensor | None = None
         self._routed_layouts: dict[int, Layout] = {}
 
+    @cached_property
+    def questions(self) -> Conversations:
+        """The conversations of this input without their answers: images are judged by these."""
+        images = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
+        for span in self.spans:
+            images[span.row, span.places] = True
+        return self.prompt.questions(images)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The places of the text that images are judged by."""
+        return self.texts_of(self.questions)
+
+    def texts_of(self, conversations: Conversations) -> Texts:
+        """The places of the text of each conversation with an image, without padding and placeholders."""
+        number = conversations.number.clone()
+        for span in self.spans:
+            number[span.row, span.places] = -1
+        keys = {span.key for span in self.spans}
+        return {(row, talk): (number[row] == talk).nonzero().flatten() for row, talk in keys}
+
+    def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The columns, among the tokens at `places` (B, n) (None: all), of the first token of each conversation and of
+        the last one of its prompt: both (B, C)."""
+        return self.prompt.conversations.ends(places)[0], self.questions.ends(places)[1]
+
     def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from decoder layer `layer` on."""
         left = selection.kept.to(span.kept.device)
@@ -125,8 +155,8 @@ class DecoderRun:
         if span.kept.numel() == span.places.numel():
             return
         if self.alive is None:
-            shape = (self.prompt.batch, self.prompt.length)
-            self.alive = torch.ones(shape, dtype=torch.bool, device=self.prompt.device)
+            # Once anything is dropped the padding goes with it: layers compute no more than the longest row needs.
+            self.alive = self.prompt.real().clone()
         self.alive[span.row, span.places] = False
         self.alive[span.row, span.places[span.kept]] = True
 
@@ -289,9 +319,10 @@ class DecoderRun:
             places = layout.places
             if places is None:
                 places = torch.arange(prompt.length, device=prompt.device).expand(prompt.batch, -1)
-            kept = torch.zeros(prompt.batch, prompt.length + 1, dtype=torch.long, device=prompt.device)
+            # Padding was packed away, too, but it never had a position of its own to give up.
+            kept = torch.nn.functional.pad((~prompt.real()).long(), (0, 1))
             kept.scatter_(1, places.masked_fill(places < 0, prompt.length), 1)
-            gone = (1 - kept[:, :-1]).cumsum(dim=1)
+            gone = prompt.conversations.running_sum(1 - kept[:, :-1])
             before = gone if shift is None else gone + shift.to(gone.device)
             positions = self._positions() - before
             layout.embeddings = self.rotary(states, gather_tokens(positions, places).clamp(min=0))

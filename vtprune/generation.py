@@ -25,8 +25,8 @@ from vtprune.waiting import VisionLog
 class Generation:
     """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked.
 
-    spans: every image in the cache; the first `earlier` of them came with earlier turns. text: text tokens of
-    this turn's prompt in each row; offset: places that the cache held before it.
+    spans: every image in the cache; the first `earlier` of them came with earlier turns. texts: text tokens of
+    this turn's prompt in each row, by conversation; offset: places that the cache held before it.
     """
 
     config: Any
@@ -35,11 +35,11 @@ class Generation:
     depth: int
     dtype: torch.dtype
     spans: list[ImageSpan]
-    text: list[int]
+    texts: list[list[int]]
     earlier: int = 0
     offset: int = 0
     steps: int = 0
-    # Text tokens of each row that a routed layer computed in the prefill, by layer.
+    # (B, C) text tokens of each conversation that a routed layer computed in the prefill, by layer.
     routed_text: dict[int, Tensor] = field(default_factory=dict)
     _notes: list[CacheNote] = field(default_factory=list)
     _mask: Tensor | None = None
@@ -53,7 +53,12 @@ class Generation:
     @property
     def rows(self) -> int:
         """Rows of the batch."""
-        return len(self.text)
+        return len(self.texts)
+
+    @property
+    def text(self) -> list[int]:
+        """Text tokens of this turn's prompt in each row."""
+        return [sum(row) for row in self.texts]
 
     def note_cache(self, run: DecoderRun) -> None:
         """Remembers what the cache holds after a forward; nothing is counted until a report is asked for."""
@@ -105,7 +110,7 @@ class Generation:
             self,
             spans=self.live_spans(rows, length),
             earlier=len(earlier),
-            text=[self.text[row] for row in rows],
+            texts=[self.texts[row] for row in rows],
             routed_text={layer: counts[rows] for layer, counts in self.routed_text.items()},
             _history=history,
             _now=now,
@@ -179,9 +184,6 @@ class Generation:
             return 0
         return sum(kv_bytes(self.config, [layer[row] for layer in kv], self.dtype) for row in range(self.rows))
 
-    def _total(self, row: int) -> int:
-        return sum(span.image.total for span in self.spans if span.row == row)
-
     def _sample(self, row: int) -> SampleReport:
         images = [
             ImageReport(
@@ -206,27 +208,34 @@ class Generation:
     def _notes_of(self, span: ImageSpan) -> list[str]:
         last = self.pruners[-1]
         evicted = eviction_notes(self._heads, span, last.name)
-        return [*span.notes, *evicted, *_published_notes(_counts(span, self.depth), last)]
+        published = _published_notes(_counts(span, self.depth), last)
+        return [*span.notes, *evicted, *published, *self._end_notes(span)]
+
+    def _end_notes(self, span: ImageSpan) -> list[str]:
+        """That an answer starts from a token before the prompt's end, where that end is an image whose last token was
+        dropped."""
+        left = span.history[-1][1] if span.history else span.kept
+        ends = not span.text_after and [one for one in self.spans if one.key == span.key][-1] is span
+        if not ends or not left.numel() or int(left[-1]) == span.image.total - 1:
+            return []
+        return [
+            "the prompt ends with this image, and its last token was dropped: the answer starts from token "
+            f"{int(left[-1])}, the last one kept"
+        ]
 
     def _flops(self) -> tuple[FlopsBreakdown, FlopsBreakdown]:
-        """FLOPs of this turn's prefill, pruned and unpruned."""
+        """FLOPs of this turn's prefill, pruned and unpruned: the sum over conversations, each for itself."""
         pruned, full = [], []
-        new = self.spans[self.earlier :]
         held = self._history[0] if self._history else Held()
-        tokens, entries = held.with_returned(self._tokens(new)), held.entries
         encoded: set[int] = set()
-        for row in range(self.rows):
-            spans = [span for span in new if span.row == row]
+        for key in self._keys():
+            spans = self._new(key)
             # Rows of one sample under beams share its images: the tower ran on each of them once.
             fresh = [span for span in spans if id(span.image) not in encoded]
             encoded.update(id(span.image) for span in spans)
             grids = [span.image.grid for span in fresh]
-            text, whole = self.text[row], sum(span.image.total for span in spans)
-            words = self._text_per_layer(row)
-            own = [layer[row] for layer in tokens]
-            past = [0] * self.depth
-            if entries and self.offset:
-                past = [layer[row] - v - t for layer, v, t in zip(entries, own, words, strict=True)]
+            text, whole = self._text_of(key), sum(span.image.total for span in spans)
+            words, own, past = self._text_per_layer(key), self._own(key, held), self._past(key, held)
             alone = flops(
                 self.config,
                 own,
@@ -236,22 +245,46 @@ class Generation:
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
                 scoring=sum(self._scoring(spans, place) for place in range(len(spans)))
-                + self._probes(row, past)
+                + self._probes(key, past)
                 + sum(pruner.row_flops(own[0] + text, self.facts) for pruner in self.pruners),
             )
             unpruned = flops(self.config, whole, text_tokens=text, images=grids)
-            if entries and self.offset:
+            if any(past):
+                before = held.whole[key[0]] - whole - text
                 alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
-                unpruned = self._attend(
-                    unpruned, [whole + text] * self.depth, [layer[row] - whole - text for layer in held.unpruned]
-                )
+                unpruned = self._attend(unpruned, [whole + text] * self.depth, [before] * self.depth)
             pruned.append(alone)
             full.append(unpruned)
         return _sum(pruned), _sum(full)
 
-    def _text_per_layer(self, row: int) -> list[int]:
-        """Text tokens of a row that each layer computed in the prefill."""
-        return [int(self.routed_text[n][row]) if n in self.routed_text else self.text[row] for n in range(self.depth)]
+    def _keys(self) -> list[tuple[int, int]]:
+        """Row and number of every conversation of this turn."""
+        return [(row, talk) for row, texts in enumerate(self.texts) for talk in range(len(texts))]
+
+    def _new(self, key: tuple[int, int]) -> list[ImageSpan]:
+        """The images that this turn brought to a conversation."""
+        return [span for span in self.spans[self.earlier :] if span.key == key]
+
+    def _text_of(self, key: tuple[int, int]) -> int:
+        return self.texts[key[0]][key[1]]
+
+    def _own(self, key: tuple[int, int], held: Held) -> list[int]:
+        """Vision tokens of a conversation that each layer computed in the prefill."""
+        row = key[0]
+        tokens = [sum(int(span.kept_at(layer).numel()) for span in self._new(key)) for layer in range(self.depth)]
+        return [tokens[layer] + (held.returned[layer][row] if held.returned else 0) for layer in range(self.depth)]
+
+    def _past(self, key: tuple[int, int], held: Held) -> list[int]:
+        """Entries that each layer's cache held of a row before this turn."""
+        if not held.entries or not self.offset:
+            return [0] * self.depth
+        own = zip(self._own(key, held), self._text_per_layer(key), strict=True)
+        return [layer[key[0]] - v - t for layer, (v, t) in zip(held.entries, own, strict=True)]
+
+    def _text_per_layer(self, key: tuple[int, int]) -> list[int]:
+        """Text tokens of a conversation that each layer computed in the prefill."""
+        whole, routed = self._text_of(key), self.routed_text
+        return [int(routed[layer][key]) if layer in routed else whole for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""
@@ -260,31 +293,32 @@ class Generation:
         pairs = sum(q * p for q, p in zip(queries, past, strict=True))
         return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
 
-    def _probed(self, index: int, row: int) -> int:
-        """Tokens of a row that a pruner's probe saw, 0 if it made none."""
-        seen = [span.probed.get(index, 0) for span in self.spans[self.earlier :] if span.row == row]
-        return self.text[row] + sum(seen) if any(seen) else 0
+    def _probed(self, index: int, key: tuple[int, int]) -> int:
+        """Tokens of a conversation that a pruner's probe saw, 0 if it made none."""
+        seen = [span.probed.get(index, 0) for span in self._new(key)]
+        return self._text_of(key) + sum(seen) if any(seen) else 0
 
-    def _probes(self, row: int, past: list[int]) -> int:
+    def _probes(self, key: tuple[int, int], past: list[int]) -> int:
         """FLOPs of the layers that were run to select by, beside those of the pass that counts."""
         decoder, total = model_cost(self.config).decoder, 0
         for index, pruner in enumerate(self.pruners):
-            layer, tokens = pruner.probe_layer(self.depth), self._probed(index, row)
+            layer, tokens = pruner.probe_layer(self.depth), self._probed(index, key)
             if layer is not None and tokens:
                 total += 2 * decoder.probe_macs(layer, tokens, past)
         return total
 
-    def _pairs(self, row: int) -> tuple[int, ...]:
+    def _pairs(self, key: tuple[int, int]) -> tuple[int, ...]:
         """Queries times keys of this turn's attention in each decoder layer, padding left out; () without a cache."""
         if not self._history:
             return ()
-        own = [layer[row] + self.text[row] for layer in self._tokens(self.spans[self.earlier :])]
-        keys = [layer[row] for layer in self._history[0].entries] if self.offset else own
+        own = [tokens + self._text_of(key) for tokens in self._own(key, Held())]
+        keys = [layer[key[0]] for layer in self._history[0].entries] if self.offset else own
         return tuple(n * k for n, k in zip(own, keys, strict=True))
 
     def _scoring(self, spans: list[ImageSpan], place: int) -> int:
-        """What all methods add for one of the images of a row."""
-        span, row = spans[place], spans[place].row
+        """What all methods add for one of the images of a conversation."""
+        span, key = spans[place], spans[place].key
+        words = self._text_of(key)
         config, text = self.config.vision_config, self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         blocks = model_cost(self.config).vision.blocks
@@ -304,22 +338,22 @@ class Generation:
                 encoder_heads=heads,
                 decoder_width=text.hidden_size,
                 decoder_heads=text.num_attention_heads,
-                prompt=self.text[row] + self._total(row),
-                text=self.text[row],
+                prompt=words + sum(one.image.total for one in self.spans if one.key == key),
+                text=words,
                 text_after=span.text_after,
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
-                decoder_pairs=self._pairs(row),
+                decoder_pairs=self._pairs(key),
                 images=sum(pruner.budget(one.image.total) < one.image.total for one in spans),
                 depth=self.depth,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
                 decoder_layers=tuple(asked),
-                decoder_tokens=tuple(self.text[row] + sum(one.kept_at(n).numel() for one in spans) for n in asked),
+                decoder_tokens=tuple(words + sum(one.kept_at(n).numel() for one in spans) for n in asked),
                 first_asked=tuple(layer not in known for layer in asked),
                 has_cls=self.facts.has_cls,
                 image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in asked),
                 memory=span.memories.get(index, {}),
-                probed=self._probed(index, row),
+                probed=self._probed(index, key),
             )
             total += pruner.scoring_flops(work)
         return total

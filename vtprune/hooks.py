@@ -14,6 +14,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.decoder_hooks import DecoderHooks
 from vtprune.encoder_hooks import EncoderHooks
 from vtprune.errors import UnsupportedModelError, VTPruneError
+from vtprune.generate_hooks import GenerateHooks
 from vtprune.generation import Generation
 from vtprune.learning_hooks import LearningHooks
 from vtprune.pruner import ModelFacts, Pruner
@@ -60,9 +61,8 @@ class Wrapping:
         return self._state.loss
 
     def mark_answers(self, labels: Tensor) -> None:
-        """Hands labels to this thread's next forward, if a method of the wrapping asks for them."""
-        if self.modules:
-            self._state.labels = labels
+        """Hands labels to this thread's next forward."""
+        self._state.labels = labels
 
     @property
     def last(self) -> Generation | None:
@@ -96,8 +96,10 @@ class Wrapping:
         self._before(adapter.inner, hooks.open_frame)
         self._before(adapter.language_model, hooks.open_decoder)
         self._after(adapter.language_model, hooks.close_decoder)
-        if hooks.reads_all is not None:
-            self._override(adapter.model, "_get_candidate_generator", _no_assistant(hooks.reads_all.name))
+        asked = GenerateHooks(self._state, None if hooks.reads_all is None else hooks.reads_all.name)
+        self._override(adapter.model, "generate", asked.generate(adapter.model.generate))
+        guesses = asked.candidate_generator(adapter.model._get_candidate_generator)
+        self._override(adapter.model, "_get_candidate_generator", guesses)
         for index, layer in enumerate(adapter.decoder_layers):
             self._before(layer, functools.partial(hooks.before_layer, index))
             if index in hooks.entered:
@@ -106,9 +108,8 @@ class Wrapping:
                 self._override(layer, "forward", functools.partial(learning.routed_forward, layer.forward))
                 self._before(adapter.decoder_attention(layer), learning.before_attention)
                 self._after(adapter.decoder_mlp(layer), learning.after_mlp)
-        if hooks.routed.layers or hooks.modules:
-            self._before(adapter.model, learning.open_loss)
-            self._after(adapter.model, learning.add_loss)
+        self._before(adapter.model, learning.open_loss)
+        self._after(adapter.model, learning.add_loss)
 
     def _install_taps(self, adapter: Adapter) -> None:
         encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)
@@ -145,13 +146,3 @@ class Wrapping:
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.__reduce__()
-
-
-def _no_assistant(method: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise VTPruneError(
-            f"{method} decides by the attention of every new token what stays, and assisted decoding checks several "
-            "at a time and takes some back; generate without assistant_model and prompt_lookup_num_tokens"
-        )
-
-    return refuse

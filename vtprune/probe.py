@@ -59,9 +59,9 @@ class ProbeRun(DecoderRun):
 class Probe:
     """What decoder layer `layer` would compute from the prompt as it stands.
 
-    query: (B, H, 1, d) of each row's last token; key: (B, H, n, d) of all. first, last: (B,) the columns where a
-    row's own tokens begin and end; where: (B, L) the column of each place of the input, or None if they are the same.
-    scale: softmax scale; depth: number of decoder layers.
+    query: (B, H, C, d) of each conversation's last token; key: (B, H, n, d) of all. first, last: (B, C) the columns
+    where a conversation begins and its prompt ends; where: (B, L) the column of each place of the input, or None if
+    they are the same. scale: softmax scale; depth: number of decoder layers.
     """
 
     layer: int
@@ -74,15 +74,16 @@ class Probe:
     where: Tensor | None
 
     def of(self, span: ImageSpan, text: Tensor, budget: int) -> DecoderLayer:
-        """The layer as a method sees it, for one image and the places (T,) of its row's text."""
+        """The layer as a method sees it, for one image and the places (T,) of its conversation's text."""
         row = span.row
         vision = span.places[span.kept]
         if self.where is not None:
             vision, text = self.where[row, vision], self.where[row, text]
         key = self.key[row]
         return DecoderLayer(
-            self.query[row], key, key[:, :0], vision, int(self.last[row]), self.scale, span.image.total, span.kept,
-            budget, self.layer, self.depth, text, {}, span.kept.numel(), first=int(self.first[row]),
+            self.query[row, :, span.talk, None], key, key[:, :0], vision, int(self.last[span.key]), self.scale,
+            span.image.total, span.kept, budget, self.layer, self.depth, text, {}, span.kept.numel(),
+            first=int(self.first[span.key]),
         )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ class Prober:
         assert run.hidden is not None
         assert run.embeddings is not None
         places = run.layout(layer).places
-        first, last = run.prompt.ends(places)
+        first, last = self.run.ends(places)
         modules = list(self.adapter.decoder_layers)
         query, key = self.adapter.query_and_keys(modules[layer], run.hidden, run.embeddings, last)
         where = None if places is None else fill_index(places, run.prompt.length)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtprune.conversation import Conversations
 from vtprune.encoding import EncodedImage, cut_signals
 from vtprune.selection import Merge
 from vtprune.signals import LayerSignals
@@ -20,13 +22,13 @@ IGNORED = -100
 class ImageSpan:
     """One image in one row of the batch, and what is left of it.
 
-    places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept:
-    tokens alive now, indices into the whole image; history: (layer, kept) at every change; merges: (layer, Merge)
-    with whole-image indices; memories: what each pruner remembers of the tokens alive; notes: what pruners said;
-    text_after: text tokens of the row after it; left: tokens left after each pruner (by its place in the list) acted
-    on the decoder's side; asked: the decoder layers after which each of them was asked; probed: the tokens that
-    each one's probe saw; cut: layers whose cache holds only what the last layer left; routed: by routed layer, the
-    tokens alive and which of them it computes.
+    places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept: tokens
+    alive now, indices into the whole image; talk: which of its row's conversations it belongs to; history: (layer,
+    kept) at every change; merges: (layer, Merge) with whole-image indices; memories: what each pruner remembers of the
+    tokens alive; notes: what pruners said; text_after: text tokens of its conversation after it; left: tokens left
+    after each pruner (by its place in the list) acted on the decoder's side; asked: the decoder layers after which each
+    of them was asked; probed: the tokens that each one's probe saw; cut: layers whose cache holds only what the last
+    layer left; routed: by routed layer, the tokens alive and which of them it computes.
     """
 
     row: int
@@ -34,6 +36,7 @@ class ImageSpan:
     image: EncodedImage
     kept: Tensor
     offset: int = 0
+    talk: int = 0
     history: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: list[tuple[int, Merge]] = field(default_factory=list)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -44,6 +47,11 @@ class ImageSpan:
     probed: dict[int, int] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
     routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its row, and which of the row's conversations it belongs to."""
+        return self.row, self.talk
 
     @property
     def end(self) -> int:
@@ -66,8 +74,9 @@ class ImageSpan:
 class PromptInfo:
     """The logical input of this forward: `length` tokens after `offset` in the cache, B rows.
 
-    mask: (B, offset + length) with 0 where a token is padding, or None; positions: (B, length) or (3, B, length)
-    position ids as the model got them, or None.
+    mask: (B, offset + length) with 0 where a token is padding, (B or 1, 1 or H, length, offset + length), or None;
+    positions: (B, length) or (3 or 4, B, length) position ids as the model got them, or None; cached: whether this
+    forward fills a cache; labels: (B, length), `IGNORED` where a token is no answer, or None.
     """
 
     batch: int
@@ -76,6 +85,8 @@ class PromptInfo:
     device: torch.device
     mask: Tensor | None
     positions: Tensor | None
+    cached: bool = True
+    labels: Tensor | None = None
 
     def real(self) -> Tensor:
         """(B, length) True where a token of this input is not padding."""
@@ -83,24 +94,53 @@ class PromptInfo:
 
     def real_so_far(self) -> Tensor:
         """(B, offset + length) the same of the whole sequence, with what is in the cache."""
-        if not isinstance(self.mask, Tensor):
-            return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
         mask = self.mask
-        if not isinstance(mask, Tensor):
+        if mask is None:
             return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
         if mask.ndim == 4:
-            # What the last query sees is real.
-            mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+            return self._real_by_sight(self._sees(mask))
         return mask.to(self.device).bool().expand(self.batch, -1)
 
-    def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B,) the columns, among the tokens at `places` (B, n) (None: all), of each row's first and last token that
-        is no padding."""
+    def _sees(self, mask: Tensor) -> Tensor:
+        """(B, length, offset + length) which places each token of this input sees, by a mask of four dimensions."""
+        first = mask[:, 0].to(self.device)
+        seen = first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
+        return seen.expand(self.batch, -1, -1)
+
+    def _real_by_sight(self, sees: Tensor) -> Tensor:
+        """A token is real that sees itself and not the last one, which a model lets padding see that would otherwise
+        see nothing; of what is in the cache the tokens that one of these sees."""
+        own = sees[..., -self.length :]
+        real = own.diagonal(dim1=1, dim2=2) & ~own[..., -1]
+        real[:, -1] = own[:, -1, -1]
+        earlier = (sees[..., : -self.length] & real[..., None]).any(dim=1)
+        return torch.cat([earlier, real], dim=1)
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        """Which tokens of this input belong together: where the model's own rules keep some apart (positions that
+        start again, without a mask and a cache, or a mask of four dimensions), a row holds several conversations."""
         real = self.real()
-        if places is not None:
-            real = real.gather(1, places.clamp(min=0)) & (places >= 0)
-        column = torch.arange(real.shape[1], device=real.device)
-        return real.int().argmax(dim=1), (real * column).max(dim=1).values
+        if self.mask is not None and self.mask.ndim == 4:
+            return Conversations.by_mask(self._sees(self.mask)[..., -self.length :], real)
+        positions = self.positions
+        if positions is not None and positions.ndim == 3:
+            # The first of four planes numbers the text; three planes never say that conversations are packed.
+            positions = positions[0] if positions.shape[0] == 4 else None
+        if positions is None or self.mask is not None or self.cached:
+            return Conversations.one_a_row(real)
+        return Conversations.by_positions(positions.to(self.device), real)
+
+    def questions(self, images: Tensor) -> Conversations:
+        """The conversations without what the labels mark as an answer, which no prompt holds; one whose text is all
+        answer is left as it is. images: (B, length) where a vision token stands."""
+        found, labels = self.conversations, self.labels
+        if labels is None:
+            return found
+        answer = labels.to(self.device) != IGNORED
+        asked = found.counts((found.number >= 0) & ~images & ~answer) > 0
+        left_out = answer & asked.gather(1, found.number.clamp(min=0))
+        return replace(found, number=found.number.masked_fill(left_out, -1))
 
 
 def left_signals(signals: LayerSignals | None, image: EncodedImage, span: ImageSpan) -> LayerSignals | None:

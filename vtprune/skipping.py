@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.compaction import fill_index
+from vtprune.conversation import Conversations
 from vtprune.decoding import DecoderRun
 from vtprune.prompt import ImageSpan
 from vtprune.pruner import Pruner
@@ -74,7 +75,12 @@ class RoutedLayers:
             columns = span.places[span.kept]
             columns = columns if where is None else where[span.row, columns]
             span.routed[index] = span.kept, routes.kept[span.row, columns].to(span.kept.device)
-        run.generation.routed_text[index] = (routes.kept & text).sum(dim=1)
+        number = run.prompt.conversations.number
+        if places is not None:
+            number = number.gather(1, places.clamp(min=0))
+        run.generation.routed_text[index] = Conversations(number, run.prompt.conversations.most).counts(
+            routes.kept & text
+        )
 
 
 def _numbers(spans: list[ImageSpan]) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from vtprune.decoding import DecoderRun
 from vtprune.encoding import EncodedImage, Encoding
@@ -34,6 +35,26 @@ class Frame:
     images: list[EncodedImage] = field(default_factory=list)
 
 
+@dataclass
+class Call:
+    """One call of `generate`: what its first forward, which reads the prompt, ran on; cache: None if it had none."""
+
+    begun: bool = False
+    images: bool = False
+    cache: weakref.ReferenceType[Cache] | None = None
+
+    def asks_for(self, run: DecoderRun) -> bool:
+        """Whether a forward belongs to the sequence that the call generates; the first one says which that is."""
+        if not self.begun:
+            self.begun, self.images = True, bool(run.spans)
+            self.cache = None if run.cache is None else weakref.ref(run.cache)
+            return True
+        if run.cache is not None:
+            return self.cache is not None and self.cache() is run.cache
+        # Without a cache every forward reads the whole sequence again.
+        return self.cache is None and bool(run.spans) == self.images
+
+
 class ThreadState(threading.local):
     """What is under way in this thread: the forward, the encoding, and the tapped layers being run.
 
@@ -48,6 +69,8 @@ class ThreadState(threading.local):
         # What methods add to the loss of the forward under way, and its labels, if it has any.
         self.loss: Tensor | None = None
         self.labels: Tensor | None = None
+        # The call of `generate` under way, the outermost one.
+        self.call: Call | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None
         self._runs: list[weakref.ReferenceType[Encoding | DecoderRun] | None] = []
 

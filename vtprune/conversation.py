@@ -1,0 +1,70 @@
+"""Which tokens of one input belong together: an image is judged by the text of its own conversation, up to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The conversations that the rows of one input hold: one a row, or several that are packed into it.
+
+    number: (B, L) which of its row's conversations each token belongs to, -1 for padding; most: of the row that holds
+    the most.
+    """
+
+    number: Tensor
+    most: int = 1
+
+    @classmethod
+    def one_a_row(cls, real: Tensor) -> Conversations:
+        """Every row is one conversation; `real` (B, L): which of its tokens are no padding."""
+        return cls(real.long() - 1)
+
+    @classmethod
+    def by_positions(cls, positions: Tensor, real: Tensor) -> Conversations:
+        """A conversation begins wherever the (B or 1, L) text positions do not go on by one."""
+        first = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
+        number = first.long().cumsum(dim=-1).expand(real.shape)
+        return cls(number.masked_fill(~real, -1), int(number[:, -1].max()) + 1)
+
+    @classmethod
+    def by_mask(cls, sees: Tensor, real: Tensor) -> Conversations:
+        """A conversation begins at each real token that does not see the real one before it; `sees` (B, L, L): which
+        token (the last axis) each one sees."""
+        place = torch.arange(real.shape[1], device=real.device)
+        before = torch.where(real, place, -1).cummax(dim=1).values.roll(1, dims=1)
+        before[:, 0] = -1
+        goes_on = sees.gather(2, before.clamp(min=0)[..., None])[..., 0] & (before >= 0)
+        number = (real & ~goes_on).long().cumsum(dim=1) - 1
+        return cls(number.masked_fill(~real, -1), max(1, int(number.max()) + 1))
+
+    def of(self, row: int, place: Tensor) -> int:
+        """Which of its row's conversations the token at a place belongs to."""
+        return 0 if self.most == 1 else int(self.number[row, place])
+
+    def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The columns, among the tokens at `places` (B, n) (None: all), of each conversation's first and last token:
+        both (B, most), 0 where a row holds fewer."""
+        number = self.number
+        if places is not None:
+            number = number.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
+        own = number[:, None] == torch.arange(self.most, device=number.device)[:, None]
+        column = torch.arange(number.shape[1], device=number.device)
+        return own.int().argmax(dim=2), (own * column).max(dim=2).values
+
+    def counts(self, among: Tensor) -> Tensor:
+        """(B, most) how many of the tokens `among` (B, L) each conversation has."""
+        own = self.number[:, None] == torch.arange(self.most, device=self.number.device)[:, None]
+        return (own & among[:, None]).sum(dim=2)
+
+    def running_sum(self, values: Tensor) -> Tensor:
+        """(B, L) the sum of `values` (B, L) up to each token, from the first one of its conversation on."""
+        whole = values.cumsum(dim=1)
+        if self.most == 1:
+            return whole
+        before = (whole - values).gather(1, self.ends(None)[0])
+        return whole - before.gather(1, self.number.clamp(min=0))
