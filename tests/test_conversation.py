@@ -162,21 +162,6 @@ def test_an_assistant_changes_neither_the_answer_nor_the_report(pruner: Pruner) 
         _check_same_prefill(vtprune.report(model), report)
 
 
-def test_a_second_turn_may_be_assisted_too() -> None:
-    model = vtprune.wrap(make("llava-clip"), "fastv", keep=0.5)
-    inputs = prompt("llava-clip", [Row([3, 7], [(6, 6)], seed=1)])
-    answers = []
-    for more in ({}, {"prompt_lookup_num_tokens": 3}):
-        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        turn = torch.cat(
-            [first.sequences, first.sequences[:, :4], prompt("llava-clip", [Row([3], [])])["input_ids"]], 1
-        )
-        options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE], **more}
-        cache = first.past_key_values
-        answers.append(model.generate(input_ids=turn, **vtprune.cache.with_cache(model.forward, {}, cache), **options))
-    assert torch.equal(*answers)
-
-
 def test_guesses_by_the_models_own_first_layers_are_refused() -> None:
     model = vtprune.wrap(make("llava-clip"), "grid", keep=9)
     with pytest.raises(VTPruneError, match="assistant_early_exit"):
@@ -187,7 +172,8 @@ def test_guesses_by_the_models_own_first_layers_are_refused() -> None:
 @pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
 def test_the_report_under_guidance_is_that_of_the_prompt(kind: str, more: dict[str, Any]) -> None:
     inputs = prompt(kind, ROWS[kind][:1])
-    model = vtprune.wrap(make(kind), "fastv", keep=0.5)
+    # Without a cache each step selects anew, and guidance leads to other text.
+    model = vtprune.wrap(make(kind), "grid" if "use_cache" in more else "fastv", keep=0.5)
     options = {"max_new_tokens": 3, "do_sample": False, **more}
     model.generate(**inputs, **options)
     expected = vtprune.report(model)

@@ -349,6 +349,7 @@ class DecoderRun:
             final = span.history[-1][1]
             gone[span.row, self.prompt.offset + span.places] = True
             gone[span.row, self.prompt.offset + span.places[final]] = False
+        real = self.prompt.real_so_far()
         # Layers that share slots go on sharing them, and their masks.
         known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for index in sorted(indices):
@@ -359,7 +360,7 @@ class DecoderRun:
             key = -1 if layer.slots is None else id(slots)
             if key not in known:
                 drop = gone.gather(1, slots.clamp(min=0))
-                columns = places_of((slots >= 0) & ~drop)
+                columns = places_of((slots >= 0) & ~drop & real.gather(1, slots.clamp(min=0)))
                 new = slots.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
                 known[key] = (new, columns, ((slots >= 0) & drop).sum(dim=1, keepdim=True))
             if bool(known[key][2].any()):

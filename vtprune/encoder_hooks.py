@@ -142,8 +142,7 @@ class EncoderHooks:
         whole = encoding.valid.sum(dim=1) <= budget
         if bool(whole.all()):
             return None
-        if index not in encoding.scored:
-            encoding.scored.append(index)
+        encoding.scored[index] = encoding.scored.get(index, whole.new_zeros(())) | ~whole
         shown = hidden if pruner.reads_hidden else None
         layer = encoding.layer(index, encoding.arguments, self.adapter.encoder_scale, budget, shown)
         with full_precision(hidden.device):

@@ -100,7 +100,8 @@ class Encoding(ABC):
         self.cls = torch.full((len(grids),), -1, device=device)
         self.segments: list[list[list[int]]] = [[] for _ in grids]
         self.mlp: list[Tensor] = []
-        self.scored: list[int] = []
+        # (B,) by layer: the images that a pruner scored there, because they had more tokens than they may keep.
+        self.scored: dict[int, Tensor] = {}
         self._decided = (-1, 0)
         # The tokens that layers past the features see, and what was left of them for the features.
         self._seen: tuple[Tensor, Tensor | None] = (self.valid, None)
@@ -257,11 +258,13 @@ class Encoding(ABC):
         signals: Sequence[LayerSignals | None] = self.signals or none
         last: Sequence[LayerSignals | None] = self.last_signals or none
         names, cls = self.names(), self.cls.tolist()
+        asked = {layer: images.tolist() for layer, images in self.scored.items()}
         found = []
         for b, grid in enumerate(self.grids):
             alive = names[b][self.valid[b]]
             image = EncodedImage(
-                grid, alive, signals[b], pixels[b], self.segments[b], tuple(self.scored), maker, last[b],
+                grid, alive, signals[b], pixels[b], self.segments[b],
+                tuple(layer for layer, images in asked.items() if images[b]), maker, last[b],
                 tuple(mlp[b]), cls=cls[b],
             )  # fmt: skip
             found.append(image if self.origins is None else self._merged(image, b, names[b]))

@@ -16,6 +16,8 @@ from vtprune.signals import LayerSignals
 
 # The label of what is no answer.
 IGNORED = -100
+# What an additive mask adds at the least where it closes attention; a bias is not that low.
+CLOSED = -1e4
 
 
 @dataclass
@@ -26,9 +28,9 @@ class ImageSpan:
     alive now, indices into the whole image; talk: which of its row's conversations it belongs to; history: (layer,
     kept) at every change; merges: (layer, Merge) with whole-image indices; memories: what each pruner remembers of the
     tokens alive; notes: what pruners said; text_after: text tokens of its conversation after it; left: tokens left
-    after each pruner (by its place in the list) acted on the decoder's side; asked: the decoder layers after which each
-    of them was asked; probed: the tokens that each one's probe saw; cut: layers whose cache holds only what the last
-    layer left; routed: by routed layer, the tokens alive and which of them it computes.
+    after each pruner (by its place in the list) acted on the decoder's side; asked: the decoder layers after which
+    each of them was asked; probed: the tokens that each one's probe saw; cut: layers whose cache holds only what the
+    last layer left; routed: by routed layer, the tokens alive and which of them it computes.
     """
 
     row: int
@@ -104,7 +106,7 @@ class PromptInfo:
     def _sees(self, mask: Tensor) -> Tensor:
         """(B, length, offset + length) which places each token of this input sees, by a mask of four dimensions."""
         first = mask[:, 0].to(self.device)
-        seen = first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
+        seen = first if first.dtype == torch.bool else first > CLOSED
         return seen.expand(self.batch, -1, -1)
 
     def _real_by_sight(self, sees: Tensor) -> Tensor:
