@@ -147,8 +147,14 @@ class DecoderHooks:
         positions = kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
         offset = logical_length(cache)
+        labels = self.state.labels
+        if labels is not None and labels.shape != (batch, length):
+            if self.modules:
+                raise VTPruneError(f"labels say what each of ({batch}, {length}) tokens is, got {tuple(labels.shape)}")
+            # Nobody learns from them; the model itself refuses those that it is to make a loss of.
+            labels = None
         return PromptInfo(
-            batch, length, offset, embeds.device, mask, positions, cached=cache is not None, labels=self.state.labels
+            batch, length, offset, embeds.device, mask, positions, cached=cache is not None, labels=labels
         )
 
     def _check_packed(self, prompt: PromptInfo, kwargs: dict[str, Any], *, flash: bool) -> None:
