@@ -41,6 +41,11 @@ def methods() -> dict[str, PrunerInfo]:
         from vtprune.registry import available
 
         return available()
+    return own_methods()
+
+
+def own_methods() -> dict[str, PrunerInfo]:
+    """The methods that ship with vtprune, read from the source."""
     return {info.name: info for package in METHODS for node in _classes(package) for info in _registered(node)}
 
 
