@@ -145,7 +145,7 @@ def test_the_module_learns_to_rank_as_the_guide_does() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     with torch.no_grad():
         model.eval()(**inputs)
@@ -219,7 +219,7 @@ def test_the_task_loss_falls_when_the_module_is_trained() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05
 
 

@@ -15,7 +15,7 @@ from tests.oracle import TOLERANCE, next_tokens, run_wrapped
 from tests.pruners import CACHE, DROPS, PRUNERS, Drops, label
 from vtprune.pruner import Pruner
 
-ALL = DROPS[-1:] + PRUNERS + PAST
+ALL = DROPS[-1:] + PRUNERS + CACHE
 every_model = pytest.mark.parametrize("kind", MODELS)
 every_pruner = pytest.mark.parametrize("pruner", ALL, ids=label)
 
