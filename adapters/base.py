@@ -5,20 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from vtprune.adapters.rotary import rotate
-from vtprune.cache import PrunedLayer
 from vtprune.compaction import gather_tokens
 from vtprune.encoding import Encoding
 from vtprune.prompt import PromptInfo
 from vtprune.pruner import ModelFacts
 from vtprune.signals import split_heads
 from vtprune.source import image_statistics
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from vtprune.cache import PrunedLayer
 
 
 @dataclass(frozen=True)

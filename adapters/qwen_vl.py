@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter, Projections
 from vtprune.adapters.packed import PackedEncoding, sized_attention
-from vtprune.cache import PrunedLayer, cache_in, is_adopted
 from vtprune.encoding import Encoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.prompt import PromptInfo
 from vtprune.pruner import ModelFacts
+
+if TYPE_CHECKING:
+    from vtprune.cache import PrunedLayer
 
 ROPE_DELTA = "rope_delta"
 
@@ -130,8 +131,7 @@ class QwenVLAdapter(Adapter):
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             values = given.arguments
-            cache = cache_in(values)
-            delta = _delta(cache)
+            cache, delta = _cache_and_delta(values)
             if delta is None:
                 return original(*args, **kwargs)
             embeds, mask = values["inputs_embeds"], values["attention_mask"]
@@ -149,8 +149,7 @@ class QwenVLAdapter(Adapter):
 
         def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
             """As the model's own, for a cache that this wrapped model has filled before."""
-            cache = cache_in(model_kwargs)
-            delta = _delta(cache)
+            cache, delta = _cache_and_delta(model_kwargs)
             if cache is None or delta is None:
                 return original(inputs_tensor, model_kwargs)
             input_ids = model_kwargs.get("input_ids", inputs_tensor)
@@ -209,11 +208,15 @@ class QwenVLAdapter(Adapter):
         layers[0].extend(ROPE_DELTA, (spatial - text).gather(1, held), prompt.offset)
 
 
-def _delta(cache: Cache | None) -> Tensor | None:
+def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
+    """The cache among a forward's arguments, and the M-RoPE delta (B, 1) that a wrapped model left with it."""
+    from vtprune.cache import cache_in, is_adopted
+
+    cache = cache_in(arguments)
     if cache is None or not is_adopted(cache) or cache.get_seq_length() == 0:
-        return None
+        return cache, None
     layer: Any = cache.layers[0]
-    return layer.at_end(ROPE_DELTA)
+    return cache, layer.at_end(ROPE_DELTA)
 
 
 def _text_positions(mask: Tensor | None, batch: int, past: int, length: int, device: torch.device) -> Tensor:

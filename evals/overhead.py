@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vtprune
+from vtprune.cache import with_cache
 
 # At keep=1.0 the wrapper may add this share of the prefill time; pruning is to deliver that share of the
 # speed-up that the FLOPs promise.
@@ -192,7 +193,7 @@ def run_once(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[float, 
     cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
     decode = []
     for _ in range(steps):
-        step = partial(model, input_ids=token, past_key_values=cache, use_cache=True)
+        step = partial(model, **with_cache(model.forward, {"input_ids": token, "use_cache": True}, cache))
         taken, out = seconds(device, step)
         token = out.logits[:, -1:].argmax(-1)
         decode.append(taken)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.catalogue import PrunerInfo
 from vtprune.errors import VTPruneError
-from vtprune.pruner import Pruner, PrunerInfo
+from vtprune.pruner import Pruner
 from vtprune.report import Report
 from vtprune.selection import Selection
 from vtprune.stream import DecoderLayer, VisionStream

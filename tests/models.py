@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 IMAGE, START, END, PAD = 90, 91, 92, 0
+# The name that forward and generate have for the cache: another one since transformers 5.24.
+PAST = "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
 DECODER_LAYERS = 5
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.models import IMAGE, text_positions
+from tests.models import IMAGE, PAST, text_positions
 
 STEPS = 8
 TOLERANCE = 2e-5
@@ -47,7 +47,7 @@ def run_wrapped(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
         own = {} if kind.startswith("qwen") else {"position_ids": positions[:, length + step : length + step + 1]}
         if padded:
             own["attention_mask"] = full_mask(inputs, step + 1)
-        out = model(input_ids=tokens[:, step : step + 1], past_key_values=cache, use_cache=True, **own)
+        out = model(input_ids=tokens[:, step : step + 1], **{PAST: cache}, use_cache=True, **own)
         logits.append(out.logits)
     return torch.cat(logits, dim=1), report, cache
 
@@ -62,7 +62,7 @@ def feed(model: Any, cache: Any, tokens: list[int], mask: torch.Tensor | None = 
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             extra["attention_mask"] = mask
-        logits.append(model(input_ids=torch.full((rows, 1), token), past_key_values=cache, **extra).logits[:, -1])
+        logits.append(model(input_ids=torch.full((rows, 1), token), **{PAST: cache}, **extra).logits[:, -1])
     return torch.stack(logits, dim=1)
 
 

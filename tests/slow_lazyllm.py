@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tests.models import IMAGE
+from tests.models import IMAGE, PAST
 
 Sets = list[set[int]]
 
@@ -116,7 +116,7 @@ class SlowLazyLLM:
 @torch.no_grad()
 def turn(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> Any:
     """What a model answers to a prompt, on a cache."""
-    return model(**inputs, past_key_values=DynamicCache() if cache is None else cache, use_cache=True)
+    return model(**inputs, **{PAST: DynamicCache() if cache is None else cache}, use_cache=True)
 
 
 @torch.no_grad()
@@ -128,5 +128,5 @@ def steps(model: Any, cache: Any, tokens: Tensor, mask: Tensor | None = None) ->
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(column)], dim=1)
             extra["attention_mask"] = mask
-        logits.append(model(input_ids=column, past_key_values=cache, **extra).logits)
+        logits.append(model(input_ids=column, **{PAST: cache}, **extra).logits)
     return torch.cat(logits, dim=1)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.checkpoint import png, random_checkpoint
+from vtprune import catalogue
 from vtprune.adapters import adapters
 from vtprune.cli import app
 from vtprune.evals.failures import InputError
@@ -144,7 +145,7 @@ def test_an_unforeseen_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken() -> dict[str, object]:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr(vtprune, "available", broken)
+    monkeypatch.setattr(catalogue, "methods", broken)
     fails(run("list"), 1, "ZeroDivisionError: on purpose", "--traceback")
     assert isinstance(run("list", "--traceback").exception, ZeroDivisionError)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vtprune
 from tests.flop_helper import measured_flops
-from tests.models import IMAGE, MODELS, ROWS, TEXT, Row, make, prompt
+from tests.models import IMAGE, MODELS, PAST, ROWS, TEXT, Row, make, prompt
 from vtprune import CoViPAL
 from vtprune.pruners.pruning_module import log_soft_top
 
@@ -145,7 +145,7 @@ def test_the_module_learns_to_rank_as_the_guide_does() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     with torch.no_grad():
         model.eval()(**inputs)
@@ -219,7 +219,7 @@ def test_the_task_loss_falls_when_the_module_is_trained() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -334,7 +334,7 @@ def test_a_later_turn_with_an_image_trains_too(kind: str, method: CoViPAL) -> No
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
     mask = torch.ones(1, 2 * length, dtype=torch.long)
-    model(**{**inputs, "attention_mask": mask}, past_key_values=cache, labels=labels_of(inputs)).loss.backward()
+    model(**{**inputs, "attention_mask": mask}, **{PAST: cache}, labels=labels_of(inputs)).loss.backward()
     assert gradients(model)
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vtprune
 from tests.cache_reference import Reference, Rule
-from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt
+from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import STEPS, TOLERANCE, next_tokens, run_wrapped
 from tests.streams import few
 from vtprune.pruner import ModelFacts
@@ -119,9 +119,9 @@ def test_several_new_tokens_at_once_decide_together(kind: str, text: bool) -> No
     expected = Reference(kind, make(kind, "eager"), rule).run(inputs, tokens, first=3)
     with torch.no_grad():
         out = model(**inputs)
-        found = [out.logits[0], model(input_ids=tokens[:, :3], past_key_values=out.past_key_values).logits[0]]
+        found = [out.logits[0], model(input_ids=tokens[:, :3], **{PAST: out.past_key_values}).logits[0]]
         for step in range(3, STEPS):
-            found.append(model(input_ids=tokens[:, step : step + 1], past_key_values=out.past_key_values).logits[0])
+            found.append(model(input_ids=tokens[:, step : step + 1], **{PAST: out.past_key_values}).logits[0])
     own = torch.cat([inputs["input_ids"][0] != IMAGE, torch.ones(STEPS, dtype=torch.bool)])
     assert float((torch.cat(found) - expected)[own].abs().max()) < TOLERANCE
 

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import vtprune
-from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt
+from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import TOLERANCE, feed, run_wrapped
 from vtprune.pruner import Pruner
 
@@ -144,7 +144,7 @@ def test_with_running_eviction_only_an_empty_cache_can_be_reached_by_cropping(ki
             cache.crop(-places)
     cache.crop(-cache.get_seq_length())
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{PAST: cache})
     assert float((feed(model, cache, [7, 8]) - expected).abs().max()) < TOLERANCE
 
 
@@ -236,16 +236,16 @@ def play(kind: str, model: Any, first: dict[str, Any], then: dict[str, Any]) -> 
     for token in (7, 8):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         step = {"attention_mask": mask, **places(kind, mask, 1)}
-        logits.append(model(input_ids=torch.full((len(mask), 1), token), past_key_values=cache, **step).logits[:, -1])
+        logits.append(model(input_ids=torch.full((len(mask), 1), token), **{PAST: cache}, **step).logits[:, -1])
     reports.append(vtprune.report(cache))
     mask = torch.cat([mask, then.get("attention_mask", torch.ones_like(then["input_ids"]))], dim=1)
     given = {**then, "attention_mask": mask, **places(kind, mask, then["input_ids"].shape[1])}
-    logits.append(model(**given, past_key_values=cache).logits[:, -1])
+    logits.append(model(**given, **{PAST: cache}).logits[:, -1])
     reports.append(vtprune.report(cache))
     for token in (9, 5, 6):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         step = {"attention_mask": mask, **places(kind, mask, 1)}
-        logits.append(model(input_ids=torch.full((len(mask), 1), token), past_key_values=cache, **step).logits[:, -1])
+        logits.append(model(input_ids=torch.full((len(mask), 1), token), **{PAST: cache}, **step).logits[:, -1])
     reports.append(vtprune.report(cache))
     return torch.stack(logits, dim=1), reports
 
@@ -262,7 +262,7 @@ def test_images_that_wait_for_their_first_step_are_cut_together(kind: str) -> No
     model = vtprune.wrap(make(kind), METHODS[0])
     cache = filled(model, prompt(kind, ROWS[kind][:1]))
     with torch.no_grad():
-        model(**prompt(kind, [Row([2, 3], [(6, 6)], 21)]), past_key_values=cache)
+        model(**prompt(kind, [Row([2, 3], [(6, 6)], 21)]), **{PAST: cache})
         assert vtprune.report(cache).achieved_keep == 1.0
         feed(model, cache, [7])
     for image in vtprune.report(cache).samples[0].images:
@@ -296,12 +296,12 @@ def test_caches_that_cannot_be_cut_are_refused_by_name(kind: str) -> None:
     model = vtprune.wrap(make(kind), METHODS[0])
     static = StaticCache(config=model.config.get_text_config(), max_cache_len=200)
     with pytest.raises(vtprune.UnsupportedCacheError, match="StaticCache"):
-        model(**inputs, past_key_values=static)
+        model(**inputs, **{PAST: static})
     cut = filled(model, inputs)
     feed(model, cut, [5])
     vtprune.unwrap(model)
     with pytest.raises(vtprune.VTPruneError, match="wrapped with vtprune"):
-        model(input_ids=torch.tensor([[5]]), past_key_values=cut)
+        model(input_ids=torch.tensor([[5]]), **{PAST: cut})
     model.config.get_text_config().layer_types = ["full_attention"] * 4 + ["sliding_attention"]
     with pytest.raises(vtprune.UnsupportedModelError, match="sliding-window"):
         vtprune.wrap(model, "d2o")
@@ -314,7 +314,7 @@ def test_the_users_own_cache_is_cut_in_place(kind: str) -> None:
     expected = model.generate(**inputs, **NO_MEDIA, max_new_tokens=5, do_sample=False)
     cache = DynamicCache()
     assert torch.equal(
-        model.generate(**inputs, **NO_MEDIA, max_new_tokens=5, do_sample=False, past_key_values=cache), expected
+        model.generate(**inputs, **NO_MEDIA, max_new_tokens=5, do_sample=False, **{PAST: cache}), expected
     )
     assert cache.layers[2].keys.shape[2] < cache.layers[1].keys.shape[2]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vtprune
 from tests.flop_helper import measured_flops
-from tests.models import IMAGE, MODELS, ROWS, TEXT, Row, make, prompt
+from tests.models import IMAGE, MODELS, PAST, ROWS, TEXT, Row, make, prompt
 from tests.oracle import STEPS, TOLERANCE, compare, run_wrapped
 from tests.pruners import GATED, label
 from tests.slow_gamma_mod import above, best_of_each_image, run_slow
@@ -236,7 +236,7 @@ def test_beams_and_crops_follow_a_layer_that_computed_nothing() -> None:
         cache.crop(-3)
         assert cache.get_seq_length() == inputs["input_ids"].shape[1] - 3
         assert {layer.length for layer in cache.layers} == {inputs["input_ids"].shape[1] - 3}
-        again = model(input_ids=inputs["input_ids"][:, -3:], past_key_values=cache).logits
+        again = model(input_ids=inputs["input_ids"][:, -3:], **{PAST: cache}).logits
     assert again.isfinite().all()
     assert vtprune.report(cache).kv_tokens_per_layer[2] == [3]
 
@@ -250,13 +250,11 @@ def test_a_second_turn_read_at_once_equals_one_read_token_by_token(kind: str, pr
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-        whole = model(input_ids=new, past_key_values=cache, attention_mask=mask).logits
+        whole = model(input_ids=new, **{PAST: cache}, attention_mask=mask).logits
         held = vtprune.report(cache).kv_tokens_per_layer
         cache = model(**inputs, use_cache=True).past_key_values
         steps = [
-            model(
-                input_ids=new[:, at : at + 1], past_key_values=cache, attention_mask=mask[:, : length + at + 1]
-            ).logits
+            model(input_ids=new[:, at : at + 1], **{PAST: cache}, attention_mask=mask[:, : length + at + 1]).logits
             for at in range(6)
         ]
     assert float((whole - torch.cat(steps, dim=1)).abs().max()) < TOLERANCE

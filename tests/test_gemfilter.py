@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vtprune
-from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt
+from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
 from tests.streams import stream
 from vtprune.pruner import ModelFacts
@@ -178,7 +178,7 @@ def test_a_later_turn_with_an_image_equals_the_whole_conversation_masked(kind: s
     with torch.no_grad():
         cache = model(**first).past_key_values
         mask = torch.ones_like(whole["input_ids"])
-        logits = model(**second, attention_mask=mask, past_key_values=cache).logits
+        logits = model(**second, attention_mask=mask, **{PAST: cache}).logits
     report = vtprune.report(cache)
     assert [len(image.kept) for image in report.samples[0].images] == [5, 5]
     expected = run_masked(kind, vtprune.unwrap(model), whole, report)[:, start : start + second["input_ids"].shape[1]]
@@ -197,12 +197,12 @@ def test_a_later_turn_of_a_padded_batch_keeps_what_each_row_keeps_alone(kind: st
     with torch.no_grad():
         cache = model(**first, position_ids=both[:, :start]).past_key_values
         given = {**then, "attention_mask": mask, "position_ids": both[:, start:]}
-        logits = model(**given, past_key_values=cache).logits
+        logits = model(**given, **{PAST: cache}).logits
         together = vtprune.report(cache).samples
         for row, (one, two) in enumerate(zip(ROWS[kind], turns, strict=True)):
             alone = model(**prompt(kind, [one])).past_key_values
             own = prompt(kind, [two])
-            expected = model(**own, past_key_values=alone).logits[0]
+            expected = model(**own, **{PAST: alone}).logits[0]
             assert [image.kept for image in vtprune.report(alone).samples[0].images] == [
                 image.kept for image in together[row].images
             ]

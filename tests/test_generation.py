@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import vtprune
-from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt
+from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import TOLERANCE
 from tests.pruners import Drops
 
@@ -78,17 +78,17 @@ def test_later_turns_continue_the_cache_and_prune_new_images(kind: str) -> None:
                "output_logits": True}  # fmt: skip
     first = prompt(kind, ROWS[kind][:1])
     cache = DynamicCache(config=model.config.get_text_config())
-    out = model.generate(**first, past_key_values=cache, **options)
+    out = model.generate(**first, **{PAST: cache}, **options)
 
     ids = torch.cat([out.sequences, torch.tensor([[11, 12, 13]])], dim=1)
-    out = model.generate(input_ids=ids, past_key_values=cache, **_types(kind, ids), **options)
+    out = model.generate(input_ids=ids, **{PAST: cache}, **_types(kind, ids), **options)
     again = model.generate(**{**first, "input_ids": ids, **_types(kind, ids)}, **options)
     _agree(out, again)
 
     new = prompt(kind, [Row([0, 4], [(4, 5)] if kind.startswith("qwen") else [(6, 6)], seed=7)])
     ids = torch.cat([out.sequences, new.pop("input_ids")], dim=1)
     new.update(_types(kind, ids))
-    out = model.generate(input_ids=ids, past_key_values=cache, **new, **options)
+    out = model.generate(input_ids=ids, **{PAST: cache}, **new, **options)
     both = {"input_ids": ids, **_types(kind, ids)}
     for name in ("pixel_values", "image_grid_thw"):
         if name in first:
@@ -115,11 +115,11 @@ def test_interleaved_generations_keep_their_own_state(kind: str) -> None:
     first, second = (prompt(kind, [row]) for row in ROWS[kind][:2])
     token = torch.tensor([[5]])
     with torch.no_grad():
-        expected = model(input_ids=token, past_key_values=model(**first).past_key_values).logits
+        expected = model(input_ids=token, **{PAST: model(**first).past_key_values}).logits
         cache = model(**first).past_key_values
         other = model(**second).past_key_values
         kept = vtprune.report(cache).samples[0].images[0].kept
-        assert torch.equal(model(input_ids=token, past_key_values=cache).logits, expected)
+        assert torch.equal(model(input_ids=token, **{PAST: cache}).logits, expected)
     assert vtprune.report(cache).steps == 1
     assert vtprune.report(other).steps == 0
     assert vtprune.report(cache).samples[0].images[0].kept == kept
@@ -152,11 +152,11 @@ def test_cropping_the_cache_forgets_the_last_places(kind: str) -> None:
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         cache = model(**inputs).past_key_values
-        expected = model(input_ids=tokens[:, :1], past_key_values=cache).logits
-        model(input_ids=tokens[:, 1:], past_key_values=cache)
+        expected = model(input_ids=tokens[:, :1], **{PAST: cache}).logits
+        model(input_ids=tokens[:, 1:], **{PAST: cache})
         cache.crop(-3)
         assert cache.get_seq_length() == inputs["input_ids"].shape[1]
-        again = model(input_ids=tokens[:, :1], past_key_values=cache).logits
+        again = model(input_ids=tokens[:, :1], **{PAST: cache}).logits
         assert float((again - expected).abs().max()) < TOLERANCE
 
 
@@ -188,7 +188,7 @@ def test_caches_that_cannot_be_cut_are_refused_by_name(kind: str, cache: Any, na
     model = vtprune.wrap(make(kind), "random", keep=4)
     given = cache(model.config.get_text_config())
     with pytest.raises(vtprune.UnsupportedCacheError, match=name):
-        model(**prompt(kind, ROWS[kind][:1]), past_key_values=given)
+        model(**prompt(kind, ROWS[kind][:1]), **{PAST: given})
     with torch.no_grad():
         assert model(**prompt(kind, ROWS[kind][:1])).logits.isfinite().all()
 
@@ -200,7 +200,7 @@ def test_a_static_cache_works_where_nothing_is_dropped(kind: str) -> None:
     expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     vtprune.wrap(model, "none")
     cache = _static(model.config.get_text_config())
-    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False, **{PAST: cache}), expected)
 
 
 @every_model
@@ -209,7 +209,7 @@ def test_a_pruned_cache_is_refused_by_the_unwrapped_model(kind: str) -> None:
     cache = model(**prompt(kind, ROWS[kind][:1])).past_key_values
     vtprune.unwrap(model)
     with pytest.raises(vtprune.VTPruneError, match="wrapped with vtprune"):
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[5]]), **{PAST: cache})
 
 
 @every_model

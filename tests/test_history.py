@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vtprune
-from tests.models import DECODER_LAYERS, MODELS, ROWS, make, prompt
+from tests.models import DECODER_LAYERS, MODELS, PAST, ROWS, make, prompt
 from tests.oracle import TOLERANCE, full_mask, next_tokens
 from tests.pruners import CACHE, DROPS, PRUNERS, RELEASED, Drops, label
 from vtprune.generation import Generation
@@ -40,7 +40,7 @@ def _run(kind: str, pruner: Pruner, indices: tuple[int, ...]) -> tuple[vtprune.R
     tokens = next_tokens(len(ROWS[kind]))[list(indices)]
     for step in range(STEPS):
         mask = {"attention_mask": full_mask(inputs, step + 1)} if len(rows) > 1 else {}
-        model(input_ids=tokens[:, step : step + 1], past_key_values=cache, **mask)
+        model(input_ids=tokens[:, step : step + 1], **{PAST: cache}, **mask)
         measured.append(_layer_bytes(cache))
     return vtprune.report(cache), measured, model.config
 
@@ -106,7 +106,7 @@ def test_the_past_of_a_reordered_row_is_that_of_the_row_it_came_from(kind: str) 
         cache.reorder_cache(torch.tensor([2, 2, 0]))
         model(
             input_ids=next_tokens(3)[:, :1],
-            past_key_values=cache,
+            **{PAST: cache},
             attention_mask=full_mask(inputs, 1)[[2, 2, 0]],
         )
     after = vtprune.report(cache)
@@ -126,7 +126,7 @@ def test_rows_of_one_length_that_keep_different_numbers(kind: str) -> None:
     for some in (rows, rows[:1], rows[1:]):
         with torch.no_grad():
             cache = model(**prompt(kind, some)).past_key_values
-            logits = model(input_ids=torch.full((len(some), 1), 5), past_key_values=cache).logits
+            logits = model(input_ids=torch.full((len(some), 1), 5), **{PAST: cache}).logits
         found.append((logits, vtprune.report(cache).history[-1].kv_tokens_per_layer))
     (together, counts), *alone = found
     assert any(layer[0] != layer[1] for layer in counts)
@@ -165,7 +165,7 @@ def test_a_second_image_starts_a_history_of_its_own_turn(kind: str) -> None:
         cache = model(**inputs).past_key_values
         first = vtprune.report(cache)
         length = inputs["input_ids"].shape[1]
-        model(**{**inputs, "attention_mask": torch.ones(1, 2 * length, dtype=torch.long)}, past_key_values=cache)
+        model(**{**inputs, "attention_mask": torch.ones(1, 2 * length, dtype=torch.long)}, **{PAST: cache})
     (step,) = vtprune.report(cache).history
     assert step.tokens_per_layer == first.tokens_per_layer
     assert step.kv_tokens_per_layer == [[2 * count for count in layer] for layer in first.kv_tokens_per_layer]

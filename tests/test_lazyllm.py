@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.models import DECODER_LAYERS, IMAGE, MODELS, ROWS, TWO, Row, make, prompt
+from tests.models import DECODER_LAYERS, IMAGE, MODELS, PAST, ROWS, TWO, Row, make, prompt
 from tests.oracle import STEPS, TOLERANCE, compare, next_tokens, run_masked, run_wrapped
 from tests.slow_lazyllm import SlowLazyLLM, steps, turn
 from vtprune.report import ImageReport
@@ -213,7 +213,7 @@ def test_hidden_states_keep_the_length_of_the_input_while_tokens_return(kind: st
     model = vtprune.wrap(make(kind), "lazyllm")
     cache = turn(model, prompt(kind, ROWS[kind][:1])).past_key_values
     with torch.no_grad():
-        out = model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache, output_hidden_states=True)
+        out = model(input_ids=torch.tensor([[5, 6, 7]]), **{PAST: cache}, output_hidden_states=True)
     step = vtprune.report(cache).samples[0].images[0].steps[0]
     assert any(step.computed_per_layer)
     assert [states.shape[1] for states in out.hidden_states] == [3] * (DECODER_LAYERS + 1)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import vtprune
 from tests.flop_helper import measured_flops
-from tests.models import DECODER_LAYERS, IMAGE, MODELS, ROWS, TEXT, make, prompt
+from tests.models import DECODER_LAYERS, IMAGE, MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import STEPS, TOLERANCE, compare, image_features, next_tokens, run_masked, run_wrapped
 from vtprune import schedules
 from vtprune.pruner import ModelFacts
@@ -231,7 +231,7 @@ def test_costs_are_what_is_measured(kind: str, method: PMoD) -> None:
     with torch.no_grad():
         cache = model(**inputs).past_key_values
         for step in range(3):
-            model(input_ids=next_tokens(1)[:, step : step + 1], past_key_values=cache)
+            model(input_ids=next_tokens(1)[:, step : step + 1], **{PAST: cache})
     report = vtprune.report(cache)
     held = [layer.keys.shape[-2] for layer in cache.layers]
     assert [layer[0] for layer in report.kv_tokens_per_layer] == held
@@ -247,9 +247,9 @@ def test_a_later_turn_and_its_image_are_routed_too(kind: str) -> None:
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         cache = model(**inputs).past_key_values
-        model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[5, 6]]), **{PAST: cache})
         mask = torch.ones(1, 2 * length + 2, dtype=torch.long)
-        model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
+        model(**{**inputs, "attention_mask": mask}, **{PAST: cache})
     first, second = vtprune.report(cache).samples[0].images
     assert list(map(len, first.kept_per_layer)) == list(map(len, second.kept_per_layer))
     assert first.kept_per_layer != second.kept_per_layer

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtprune
 from tests.flop_helper import _counter, measured_flops
-from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
+from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
 from vtprune.decoding import DecoderRun
 from vtprune.pruner import Pruner
@@ -163,7 +163,7 @@ def _second_turn(kind: str, cache: Any, grid: tuple[int, int], seed: int = 7) ->
     turn = prompt(kind, [Row([3, 4], [grid], seed)])
     start = cache.get_seq_length()
     mask = torch.ones(1, start + turn["input_ids"].shape[1], dtype=torch.long)
-    return {**turn, "attention_mask": mask, "past_key_values": cache}
+    return {**turn, "attention_mask": mask, PAST: cache}
 
 
 @every_model
@@ -198,7 +198,7 @@ def test_flops_of_a_later_turn_count_the_probes_attention_to_the_cache(kind: str
     prefix = prompt(kind, [Row([30], [], 3)])["input_ids"]
     with torch.no_grad():
         cache = model(input_ids=prefix).past_key_values
-    measured = _counter(model, {**prompt(kind, ROWS[kind][:1]), "past_key_values": cache}).get_total_flops()
+    measured = _counter(model, {**prompt(kind, ROWS[kind][:1]), PAST: cache}).get_total_flops()
     assert vtprune.report(cache).flops == pytest.approx(measured, rel=0.01)
 
 
@@ -270,7 +270,7 @@ def test_what_raises_in_a_probe_leaves_nothing_behind(kind: str) -> None:
                 model(**inputs)
             handle.remove()
             gc.collect()
-            assert not [one for one in gc.get_objects() if isinstance(one, DecoderRun)]
+            assert not [one for one in gc.get_objects() if type(one) is DecoderRun]
             assert torch.equal(model(**inputs).logits, expected)
 
 
@@ -281,7 +281,7 @@ def test_a_finished_probe_leaves_nothing_behind(kind: str) -> None:
     gc.disable()
     try:
         model.generate(**prompt(kind, ROWS[kind]), max_new_tokens=2)
-        assert not [one for one in gc.get_objects() if isinstance(one, DecoderRun)]
+        assert not [one for one in gc.get_objects() if type(one) is DecoderRun]
     finally:
         gc.enable()
 

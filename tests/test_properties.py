@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vtprune
-from tests.models import MODELS, ROWS, TEXT, make, prompt
+from tests.models import MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
 from tests.pruners import CACHE, DROPS, PRUNERS, Drops, label
 from vtprune.pruner import Pruner
@@ -73,7 +73,7 @@ def _teacher_forced(
         report = vtprune.report(model)
         logits, cache = [out.logits], out.past_key_values
         for step in range(steps.shape[1]):
-            logits.append(model(input_ids=steps[:, step : step + 1], past_key_values=cache).logits)
+            logits.append(model(input_ids=steps[:, step : step + 1], **{PAST: cache}).logits)
     return torch.cat(logits, dim=1), report
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import vtprune
 from tests.golden.runner import run_case
-from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
+from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt, text_positions
 from tests.streams import few, stream
 from tests.test_dual_attention import decoder_layer, naive_attention
 from vtprune.errors import ScoreError, VTPruneError
@@ -312,7 +312,7 @@ def test_a_second_turns_image_is_rated_by_its_own_text(kind: str) -> None:
     first, second = prompt(kind, ROWS[kind][:1]), prompt(kind, [replace(ROWS[kind][1], seed=7)])
     with torch.no_grad():
         cache = model(**first, use_cache=True).past_key_values
-        model(**second, past_key_values=cache, use_cache=True)
+        model(**second, **{PAST: cache}, use_cache=True)
     images = vtprune.report(cache).samples[0].images
     assert len(images) == 2
     for image in images:

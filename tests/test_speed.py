@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import vtprune
 from tests.flop_helper import measured_flops
+from tests.models import PAST
 from tests.test_overhead import TINY
 from vtprune.errors import VTPruneError
 from vtprune.evals import overhead, speed
@@ -36,7 +37,7 @@ def _logits(model: Any, inputs: dict[str, torch.Tensor], tokens: list[int]) -> t
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     found, cache = [out.logits[0]], out.past_key_values
     for token in tokens:
-        found.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0])
+        found.append(model(input_ids=torch.tensor([[token]]), **{PAST: cache}).logits[0])
     return torch.cat(found)
 
 
@@ -102,7 +103,7 @@ def test_flops_of_a_decode_step_are_torchs(model: Any) -> None:
     with torch.inference_mode():
         cache = eager(**inputs).past_key_values
     entries = [cache.layers[0].keys.shape[2] + 1] * TINY.layers
-    measured = measured_flops(eager, {"input_ids": torch.tensor([[5]]), "past_key_values": cache})
+    measured = measured_flops(eager, {"input_ids": torch.tensor([[5]]), PAST: cache})
     assert speed.decode_flops(model.config, entries) == pytest.approx(measured, rel=0.01)
     report = record(model, inputs, METHODS[0]).report
     assert 1 < speed.promised_decode(model, report, 8) < 2

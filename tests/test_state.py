@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import vtprune
-from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
+from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE, feed
 from tests.pruners import Drops
 from vtprune.decoding import DecoderRun
@@ -73,11 +73,11 @@ def test_a_second_turn_of_a_padded_batch_equals_each_row_alone(kind: str) -> Non
         positions = {"position_ids": both[:, first["input_ids"].shape[1] :]}
     with torch.no_grad():
         cache = model(**first, **own).past_key_values
-        out = model(input_ids=then["input_ids"], attention_mask=mask, past_key_values=cache, **positions).logits
+        out = model(input_ids=then["input_ids"], attention_mask=mask, **{PAST: cache}, **positions).logits
         for row, (one, two) in enumerate(zip(ROWS[kind], second, strict=True)):
             alone = model(**prompt(kind, [one])).past_key_values
             text = prompt(kind, [two])["input_ids"]
-            expected = model(input_ids=text, past_key_values=alone).logits[0]
+            expected = model(input_ids=text, **{PAST: alone}).logits[0]
             assert float((out[row, -text.shape[1] :] - expected).abs().max()) < TOLERANCE
 
 
@@ -150,10 +150,10 @@ def test_layers_with_sliding_windows_keep_their_own_mask() -> None:
     inputs = prompt("qwen2.5-vl", ROWS["qwen2.5-vl"])
     with torch.no_grad():
         expected = model(**inputs, use_cache=False).logits
-        plain = model(**inputs, past_key_values=DynamicCache()).logits
+        plain = model(**inputs, **{PAST: DynamicCache()}).logits
         with vtprune.wrapped(model, "none"):
             assert torch.equal(model(**inputs, use_cache=False).logits, expected)
-            assert torch.equal(model(**inputs, past_key_values=DynamicCache()).logits, plain)
+            assert torch.equal(model(**inputs, **{PAST: DynamicCache()}).logits, plain)
 
 
 @every_model
@@ -209,7 +209,7 @@ def test_flops_after_a_cached_prefix_of_text_count_the_attention_to_it(kind: str
     inputs = prompt(kind, ROWS[kind][:1])
     with torch.no_grad():
         cache = model(input_ids=prefix).past_key_values
-    measured = _counter(model, {**inputs, "past_key_values": cache}).get_total_flops()
+    measured = _counter(model, {**inputs, PAST: cache}).get_total_flops()
     assert vtprune.report(cache).flops == pytest.approx(measured, rel=0.01)
 
 

@@ -2,51 +2,68 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from vtprune.config import load_config
-from vtprune.cost import FlopsBreakdown, flops, kv_bytes
-from vtprune.errors import (
-    ScoreError,
-    UnknownPrunerError,
-    UnsupportedCacheError,
-    UnsupportedModelError,
-    VTPruneError,
-)
-from vtprune.pruner import Pruner, PrunerInfo
-from vtprune.pruners import (
-    D2O,
-    CDPruner,
-    CoViPAL,
-    DivPrune,
-    FastV,
-    FlowCut,
-    FoPru,
-    GemFilter,
-    Grid,
-    HoloV,
-    LazyLLM,
-    MustDrop,
-    NoPruning,
-    Pool,
-    PyramidDrop,
-    Random,
-    SparseVLM,
-    Turbo,
-    VFlowOpt,
-    VisionZip,
-)
-from vtprune.registry import available, register
-from vtprune.report import Report
-from vtprune.routing import GammaMoD, PMoD
-from vtprune.selection import Merge, Selection
-from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
-from vtprune.wrap import auxiliary_loss, load_weights, mark_answers, report, save, save_config, unwrap, wrap, wrapped
+from vtprune.lazy import export
 
-try:
-    __version__ = version("vtprune")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
+if find_spec("vtprune.adapters") is None:
+    raise ImportError(
+        "vtprune is not installed: run `pip install -e .` in its checkout (`make test` and `make bench` do), as its "
+        "adapters, evals and assets are installed from beside this folder"
+    )
+
+if TYPE_CHECKING:
+    from vtprune.catalogue import PrunerInfo
+    from vtprune.config import load_config
+    from vtprune.cost import FlopsBreakdown, flops, kv_bytes
+    from vtprune.errors import (
+        ScoreError,
+        UnknownPrunerError,
+        UnsupportedCacheError,
+        UnsupportedModelError,
+        VTPruneError,
+    )
+    from vtprune.pruner import Pruner
+    from vtprune.pruners import (
+        D2O,
+        CDPruner,
+        CoViPAL,
+        DivPrune,
+        FastV,
+        FlowCut,
+        FoPru,
+        GemFilter,
+        Grid,
+        HoloV,
+        LazyLLM,
+        MustDrop,
+        NoPruning,
+        Pool,
+        PyramidDrop,
+        Random,
+        SparseVLM,
+        Turbo,
+        VFlowOpt,
+        VisionZip,
+    )
+    from vtprune.registry import available, register
+    from vtprune.report import Report
+    from vtprune.routing import GammaMoD, PMoD
+    from vtprune.selection import Merge, Selection
+    from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+    from vtprune.version import __version__
+    from vtprune.wrap import (
+        auxiliary_loss,
+        load_weights,
+        mark_answers,
+        report,
+        save,
+        save_config,
+        unwrap,
+        wrap,
+        wrapped,
+    )
 
 __all__ = [
     "D2O",
@@ -101,3 +118,59 @@ __all__ = [
     "wrap",
     "wrapped",
 ]
+
+export(
+    __name__,
+    {
+        "vtprune.catalogue": ("PrunerInfo",),
+        "vtprune.config": ("load_config",),
+        "vtprune.cost": ("FlopsBreakdown", "flops", "kv_bytes"),
+        "vtprune.errors": (
+            "ScoreError",
+            "UnknownPrunerError",
+            "UnsupportedCacheError",
+            "UnsupportedModelError",
+            "VTPruneError",
+        ),
+        "vtprune.pruner": ("Pruner",),
+        "vtprune.pruners": (
+            "D2O",
+            "CDPruner",
+            "CoViPAL",
+            "DivPrune",
+            "FastV",
+            "FlowCut",
+            "FoPru",
+            "GemFilter",
+            "Grid",
+            "HoloV",
+            "LazyLLM",
+            "MustDrop",
+            "NoPruning",
+            "Pool",
+            "PyramidDrop",
+            "Random",
+            "SparseVLM",
+            "Turbo",
+            "VFlowOpt",
+            "VisionZip",
+        ),
+        "vtprune.registry": ("available", "register"),
+        "vtprune.report": ("Report",),
+        "vtprune.routing": ("GammaMoD", "PMoD"),
+        "vtprune.selection": ("Merge", "Selection"),
+        "vtprune.stream": ("DecoderLayer", "EncoderLayer", "VisionStream"),
+        "vtprune.version": ("__version__",),
+        "vtprune.wrap": (
+            "auxiliary_loss",
+            "load_weights",
+            "mark_answers",
+            "report",
+            "save",
+            "save_config",
+            "unwrap",
+            "wrap",
+            "wrapped",
+        ),
+    },
+)

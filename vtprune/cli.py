@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from vtprune.commands.arank import arank
+from vtprune.commands.train import train
 from vtprune.console import Device, Dtype, Model, Traceback, one_line_errors, open_console
 from vtprune.errors import VTPruneError
-from vtprune.routing.command import arank
-from vtprune.training.command import train
 
 app = typer.Typer(
     help="Prune, merge and route the vision tokens of vision-language models.",
@@ -31,9 +31,9 @@ def _split(text: str, name: str) -> list[str]:
 
 def _show_version(value: bool) -> None:
     if value:
-        from importlib.metadata import version
+        from vtprune.version import __version__
 
-        typer.echo(f"vtprune {version('vtprune')}")
+        typer.echo(f"vtprune {__version__}")
         raise typer.Exit
 
 
@@ -302,24 +302,23 @@ def tune(
 def list_methods(traceback: Traceback = False) -> None:
     """List the methods and the model families."""
     with one_line_errors(traceback):
-        import vtprune
-        from vtprune.adapters import adapters
+        from vtprune.catalogue import families, methods
         from vtprune.evals.suite import TASK_FOLDER
 
-        methods = Table(title="Methods", title_justify="left", title_style="bold", show_lines=True)
+        shown = Table(title="Methods", title_justify="left", title_style="bold", show_lines=True)
         for heading in ("name", "stage", "paper", "arXiv", "licence of the reference", "needs", "variants"):
-            methods.add_column(heading, no_wrap=heading in ("name", "arXiv"))
-        for info in vtprune.available().values():
+            shown.add_column(heading, no_wrap=heading in ("name", "arXiv"))
+        for info in methods().values():
             variants = ", ".join(info.variants)
-            methods.add_row(info.name, info.stage, info.paper, info.arxiv, info.licence, info.needs, variants)
-        families = Table(title="Models", title_justify="left", title_style="bold", show_lines=True)
+            shown.add_row(info.name, info.stage, info.paper, info.arxiv, info.licence, info.needs, variants)
+        models = Table(title="Models", title_justify="left", title_style="bold", show_lines=True)
         for heading in ("adapter", "models", "notes"):
-            families.add_column(heading)
-        for name, models, notes in adapters():
-            families.add_row(name, models if isinstance(models, str) else ", ".join(models), notes)
+            models.add_column(heading)
+        for name, classes, notes in families():
+            models.add_row(name, ", ".join(classes), notes)
         console = open_console()
-        console.print(methods)
-        console.print(families)
+        console.print(shown)
+        console.print(models)
         console.print(
             f"With lmms-eval: python -m lmms_eval eval --model vtprune --include_path {TASK_FOLDER} "
             "--tasks vtprune_shapes --model_args method=flowcut,keep=0.25",

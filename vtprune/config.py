@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import vtprune.pruners
-import vtprune.routing  # noqa: F401 (the same)
 from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner
 from vtprune.registry import create, pruner_class

@@ -10,26 +10,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vtprune.catalogue import PrunerInfo
 from vtprune.errors import VTPruneError
 from vtprune.selection import EncoderSelection, Eviction, Routes, Selection
 from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
-
-
-@dataclass(frozen=True)
-class PrunerInfo:
-    """What `available()` says of a method.
-
-    stage: where it acts ("encoder", "before decoder", "decoder", or several); needs: what it reads;
-    licence: of the reference code; variants: the values that `variant` takes.
-    """
-
-    name: str
-    stage: str
-    paper: str
-    arxiv: str
-    licence: str
-    needs: str
-    variants: tuple[str, ...] = ("paper",)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from vtprune.catalogue import ENTRY_POINT_GROUP, METHODS, PrunerInfo
 from vtprune.errors import UnknownPrunerError, VTPruneError
-from vtprune.pruner import Pruner, PrunerInfo
-
-ENTRY_POINT_GROUP = "vtprune.pruners"
+from vtprune.pruner import Pruner
 
 _pruners: dict[str, type[Pruner]] = {}
 _plugins_loaded = False
@@ -32,11 +32,13 @@ def register(
     """Class decorator that makes a Pruner known by `name`; raises VTPruneError if the name is taken."""
 
     def decorate(cls: P) -> P:
+        if not (isinstance(cls, type) and issubclass(cls, Pruner)):
+            raise VTPruneError(f"register({name!r}) decorates a subclass of vtprune.Pruner, got {cls!r}")
+        if not cls.__module__.startswith(f"{__package__}."):
+            _load_own()
         taken = _pruners.get(name)
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             raise VTPruneError(f"the pruner name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
-        if not (isinstance(cls, type) and issubclass(cls, Pruner)):
-            raise VTPruneError(f"register({name!r}) decorates a subclass of vtprune.Pruner, got {cls!r}")
         cls.info = PrunerInfo(name, stage, paper, arxiv, licence, needs, variants)
         _pruners[name] = cls
         return cls
@@ -44,8 +46,16 @@ def register(
     return decorate
 
 
-def _load_plugins() -> None:
+def _load_own() -> None:
+    """Imports the methods that ship with vtprune, which registers them: before all others, whoever asks first."""
+    for package in METHODS:
+        import_module(package)
+
+
+def _load() -> None:
+    """Makes every method known: vtprune's own, and those of other packages (once)."""
     global _plugins_loaded
+    _load_own()
     if _plugins_loaded:
         return
     _plugins_loaded = True
@@ -55,13 +65,13 @@ def _load_plugins() -> None:
 
 def available() -> dict[str, PrunerInfo]:
     """Every known method, in the order of registration: {name: PrunerInfo}."""
-    _load_plugins()
+    _load()
     return {name: cls.info for name, cls in _pruners.items()}
 
 
 def pruner_class(name: str) -> type[Pruner]:
     """The class registered as `name`; raises UnknownPrunerError with the nearest names."""
-    _load_plugins()
+    _load()
     if name in _pruners:
         return _pruners[name]
     near = difflib.get_close_matches(name, _pruners, n=3)

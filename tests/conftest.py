@@ -1,0 +1,34 @@
+"""Marks as slow what the fast tests leave out of the matrix."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from tests.sampling import Case, sample
+
+
+def _case(item: pytest.Function) -> Case | None:
+    """The test's name and its value on each axis, one for each `parametrize`; None where there are not two."""
+    marks = list(item.iter_markers("parametrize"))
+    if len(marks) < 2:
+        return None
+    names = [mark.args[0] if isinstance(mark.args[0], str) else ",".join(mark.args[0]) for mark in marks]
+    params = item.callspec.params
+    axes = {axis: repr([params[name.strip()] for name in axis.split(",")]) for axis in names}
+    return item.originalname, axes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    groups: dict[object, list[tuple[pytest.Item, Case]]] = defaultdict(list)
+    for item in items:
+        case = _case(item) if isinstance(item, pytest.Function) else None
+        if case is not None and item.get_closest_marker("slow") is None:
+            groups[item.path].append((item, case))
+    for group in groups.values():
+        kept = sample([case for _, case in group])
+        for place, (item, _) in enumerate(group):
+            if place not in kept:
+                item.add_marker(pytest.mark.slow)

@@ -1,0 +1,41 @@
+"""The fast tests' sample of the matrix."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+from tests.sampling import Case, sample
+
+AXES = {"pruner": range(12), "kind": "abcd", "attention": ("sdpa", "eager"), "padding": ("left", "right")}
+
+
+def _cases(test: str, *axes: str) -> list[Case]:
+    return [(test, dict(zip(axes, values, strict=True))) for values in product(*(AXES[axis] for axis in axes))]
+
+
+def _pairs(cases: list[Case]) -> set[tuple[tuple[str, object], ...]]:
+    return {pair for _, axes in cases for pair in combinations(sorted(axes.items()), 2)}
+
+
+def test_every_pair_is_met_and_every_test_keeps_every_value() -> None:
+    cases = [
+        *_cases("whole", *AXES),
+        *(c for test in ("a", "b", "c", "d", "e") for c in _cases(test, "pruner", "kind")),
+    ]
+    kept = [cases[place] for place in sample(cases)]
+    assert _pairs(kept) == _pairs(cases)
+    for test in ("whole", "a", "b", "c", "d", "e"):
+        for axis, values in AXES.items():
+            seen = {axes[axis] for name, axes in kept if name == test and axis in axes}
+            assert not seen or seen == set(values)
+    assert len(kept) < 0.4 * len(cases)
+
+
+def test_a_test_of_two_axes_alone_in_its_group_runs_whole() -> None:
+    cases = _cases("one", "pruner", "kind")
+    assert sample(cases) == set(range(len(cases)))
+
+
+def test_the_sample_is_the_same_each_time() -> None:
+    cases = _cases("whole", *AXES)
+    assert sample(cases) == sample(list(cases))

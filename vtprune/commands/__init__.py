@@ -1,0 +1,1 @@
+"""Commands that have a file of their own; nothing here imports torch before a command runs."""
