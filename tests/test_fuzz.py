@@ -34,9 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_random_cases_pass_all_judges(seeds: range) -> None:
     outcomes = [attempt(seed) for seed in seeds]
-    wrong = [
-        f"{outcome.case}\n    " + "\n    ".join(outcome.complaints) for outcome in outcomes if outcome.complaints
-    ]
+    wrong = [f"{outcome.case}\n    " + "\n    ".join(outcome.complaints) for outcome in outcomes if outcome.complaints]
     assert not wrong, "\n".join([f"{len(wrong)} of {len(seeds)} cases", *wrong])
     refused = [outcome.refused for outcome in outcomes if outcome.refused]
     assert len(refused) <= len(seeds) / 3 or len(seeds) < CHUNK, "\n".join(["most are refused", *refused])

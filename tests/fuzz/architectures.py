@@ -95,7 +95,8 @@ def _llava(shape: Architecture) -> Any:
             "patch_size": PATCH,
         },
         text_config={
-            "model_type": "llama", "hidden_size": 48 if shape.heads == 6 else 32, "intermediate_size": 40, "num_hidden_layers": shape.depth,
+            "model_type": "llama", "hidden_size": 8 * shape.heads, "intermediate_size": 40,
+            "num_hidden_layers": shape.depth,
             "num_attention_heads": shape.heads, "num_key_value_heads": shape.key_heads, "head_dim": shape.head_size,
             "vocab_size": VOCABULARY, "max_position_embeddings": 512, "pad_token_id": PAD,
             "attention_bias": shape.bias, "mlp_bias": shape.bias, "tie_word_embeddings": shape.tied,

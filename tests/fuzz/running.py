@@ -26,9 +26,7 @@ class Run:
 
 
 @torch.no_grad()
-def run(
-    shape: Architecture, model: Any, prompt: Prompt, *, wrapped: bool, positions: Tensor | None = None
-) -> Run:
+def run(shape: Architecture, model: Any, prompt: Prompt, *, wrapped: bool, positions: Tensor | None = None) -> Run:
     """Runs the prompt as a user would: text positions for LLaVA, whose `forward` knows nothing of padding, none for
     Qwen; an attention mask where the prompt has one. positions: others, (..., B, L + STEPS)."""
     if positions is None and not shape.is_qwen:
