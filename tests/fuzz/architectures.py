@@ -23,7 +23,7 @@ ARCHITECTURES = 15
 
 KINDS = ("llava-clip", "llava-siglip", "qwen2.5-vl")
 # Sides of a LLaVA tower's grid, and the depths of decoders: lists that the numbers go through in turn.
-SIDES, DEPTHS = (5, 4, 1, 6, 3), (12, 6, 12, 12, 9)
+SIDES, DEPTHS = (5, 4, 1, 6, 3), (12, 6, 12, 9, 5)
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_type": "default"},
     {"rope_type": "linear", "factor": 2.0},

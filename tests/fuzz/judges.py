@@ -101,11 +101,16 @@ def alone(case: Case, row: int, batch: tuple[Prompt, Run], single: tuple[Prompt,
 
 
 def _choices(images: list[ImageReport]) -> list[Any]:
+    """What methods decided. The encoder layer of a merge is left out: the report says the last one at which any image
+    of the batch merged."""
     return [
         (
             image.grid, image.kept, image.kept_per_layer, image.cached_per_layer, _heads(image),
             [dataclasses.asdict(step) for step in image.steps],
-            [(merge.stage, merge.layer, merge.into, merge.members) for merge in image.merged],
+            [
+                (merge.stage, merge.into, merge.members, merge.layer if merge.stage == "decoder" else None)
+                for merge in image.merged
+            ],
         )
         for image in images
     ]  # fmt: skip
@@ -223,7 +228,11 @@ def _budgets(case: Case, report: vtprune.Report) -> Iterator[str]:
                 yield "a layer keeps nothing of an image"
             if last.keep is None or exceeds(last):
                 continue
-            if image.achieved_tokens > asked_of(last.keep, image.tokens) + 1e-9:
+            most = float(asked_of(last.keep, image.tokens))
+            if isinstance(last, vtprune.PMoD) and isinstance(last.keep, float):
+                # Its routers stand where the fraction itself needs them, not what it is rounded down to.
+                most = max(most, last.keep * image.tokens)
+            if image.achieved_tokens > most + 1e-9:
                 yield f"{image.achieved_tokens} of {image.tokens} tokens are kept where keep is {last.keep}"
 
 

@@ -60,8 +60,7 @@ class Prompt:
 
 def draw_layout(rng: Random, shape: Architecture) -> Layout:
     """One to three rows with up to three images each."""
-    rows = tuple(_row(rng, shape) for _ in range(rng.choice([1, 2, 2, 3])))
-    # Small images more often than not drive a whole batch to a refusal, where counts over layers are asked for.
+    rows = tuple(_row(rng, shape) for _ in range(rng.choice([1, 1, 2, 2, 3])))
     return Layout(
         rows, rng.choice(["left", "right"]), rng.choice([0, 0, 0, 2]), rng.random() < 0.4, rng.randrange(10**6)
     )
