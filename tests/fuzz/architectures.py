@@ -68,7 +68,7 @@ def architecture(number: int) -> Architecture:
     kind, turn = KINDS[number % len(KINDS)], number // len(KINDS)
     heads, key_heads = rng.choice([(4, 2), (4, 1), (6, 2), (6, 3), (4, 4)])
     tower_depth = rng.randint(4, 6)
-    common = {
+    common: dict[str, Any] = {
         "number": number, "kind": kind, "tower_depth": tower_depth, "depth": DEPTHS[turn % len(DEPTHS)],
         "heads": heads, "key_heads": key_heads, "tied": turn % 2 == 1,
     }  # fmt: skip
@@ -79,7 +79,7 @@ def architecture(number: int) -> Architecture:
         return Architecture(
             **common, head_size=8, bias=True, rope=ROPES[0], window=rng.choice([16, 24, 32]), full=full
         )
-    feature = rng.choice([-2, -1, -2, -1, (2, -2)]) if turn else -2
+    feature: Any = rng.choice([-2, -1, -2, -1, (2, -2)]) if turn else -2
     return Architecture(
         **common, head_size=rng.choice([6, 8, 12]), bias=rng.random() < 0.5, rope=rng.choice(ROPES),
         side=SIDES[turn % len(SIDES)], feature=feature,

@@ -90,8 +90,9 @@ def _size(rng: Random, shape: Architecture) -> tuple[int, int]:
 
 def build(shape: Architecture, layout: Layout, only: int | None = None) -> Prompt:
     """The batch, or one of its rows by itself: the same words and pixels, without padding."""
-    ids, pixels, grids, places = [], [], [], []
-    steps = []
+    ids, places, steps = [], [], []
+    pixels: list[Tensor] = []
+    grids: list[list[int]] = []
     for number, row in enumerate(layout.rows):
         if only is not None and number != only:
             continue
