@@ -1,4 +1,4 @@
-"""Marks as slow what the fast tests leave out of the matrix."""
+"""The options of the fuzz; and what the fast tests leave out of the matrix is marked as slow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections import defaultdict
 import pytest
 
 from tests.sampling import Case, sample
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=200, help="how many seeds tests/test_fuzz.py runs")
+    parser.addoption("--first", type=int, default=0, help="the first of them; with --cases 1 one case alone")
 
 
 def _case(item: pytest.Function) -> Case | None:
