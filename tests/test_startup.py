@@ -89,6 +89,11 @@ def test_a_function_is_not_hidden_by_the_module_of_its_name() -> None:
     assert run(code).stdout == "True True True\n"
 
 
+def test_modules_are_found_by_their_names_without_an_import_of_their_own() -> None:
+    done = run("import vtprune\nprint(vtprune.errors.VTPruneError.__name__, vtprune.adapters.base.__name__)")
+    assert done.stdout == "VTPruneError vtprune.adapters.base\n", done.stderr
+
+
 def test_methods_are_registered_whatever_is_imported_first() -> None:
     mine = "vtprune.register('fastv')(type('Mine', (vtprune.Pruner,), {}))"
     for line in (

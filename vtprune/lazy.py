@@ -5,21 +5,29 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 
 class _LazyPackage(ModuleType):
-    """A package that finds its public names (`_homes`: name to module) on first use and keeps them from then on."""
+    """A package that finds its public names (`_homes`: name to module), and its modules, on first use and keeps them
+    from then on."""
 
     _homes: dict[str, str]
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.__dict__.get("_homes", {}):
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            return self._module(name)
         value = getattr(importlib.import_module(self._homes[name]), name)
         self.__dict__[name] = value
         return value
+
+    def _module(self, name: str) -> ModuleType:
+        whole = f"{self.__name__}.{name}"
+        if name.startswith("_") or find_spec(whole) is None:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return importlib.import_module(whole)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing a submodule sets it on its package. `vtprune.wrap` and `vtprune.report` are functions whatever was
