@@ -15,6 +15,7 @@ from tests.fuzz.architectures import IMAGE, Architecture
 from tests.fuzz.gates import Gates
 from tests.fuzz.plan import Plan
 from tests.fuzz.prompts import STEPS, Prompt
+from tests.models import PAST
 
 
 def positions_of(shape: Architecture, model: Any, prompt: Prompt) -> Tensor:
@@ -100,7 +101,7 @@ class Masked:
                     inputs_embeds=embeddings[:, self.start : self.end],
                     position_ids=positions[..., self.start : self.end],
                     attention_mask=self.prompt.real[:, : self.end].long(),
-                    past_key_values=cache,
+                    **{PAST: cache},
                     use_cache=True,
                 )
                 logits.append(out.logits)

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import vtprune
 from tests.fuzz.architectures import Architecture
 from tests.fuzz.prompts import STEPS, Prompt
+from tests.models import PAST
 
 
 @dataclass
@@ -42,7 +43,7 @@ def run(shape: Architecture, model: Any, prompt: Prompt, *, wrapped: bool, posit
             inputs["attention_mask"] = prompt.real[:, :end].long()
         if positions is not None:
             inputs["position_ids"] = positions[..., start:end]
-        logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(**inputs, **{PAST: cache}, use_cache=True).logits)
         if wrapped:
             reports.append(vtprune.report(model))
     if not wrapped:
