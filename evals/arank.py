@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from vtprune.routing.arank import choose, rank_layers
 
 from .failures import InputError
 from .loading import first_line, is_local, load_model
-from .plots import COLOURS
+from .plots import COLOURS, figure_png
 from .prompts import encode, place, question
 from .results import check_writable, write_atomically
 from .suite import prepare_environment
@@ -141,6 +140,4 @@ def arank_png(ranks: Sequence[float], layers: Sequence[int], title: str) -> byte
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure)

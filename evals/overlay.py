@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vtprune.pictures import open_picture
 from vtprune.report import ImageReport, Report
 
 from .depth import depth_plot, gone_at, layer_colours
@@ -60,7 +61,7 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     decoder layers in its layer's colour, what never entered the decoder dimmed."""
     frames, height, width = report.grid
     cell = cell_size(height, width)
-    base = image.convert("RGB").resize((width * cell, height * cell), _filter(image, width * cell))
+    base = open_picture(image).resize((width * cell, height * cell), _filter(image, width * cell))
     canvas: Any = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
     merged = np.zeros(report.tokens, dtype=bool)
     gone, colours = gone_at(report), layer_colours(report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from vtprune.config import CONFIG_NAME
 
-from .plots import COLOURS
+from .plots import COLOURS, figure_png
 from .results import write_atomically
 from .tune_store import FAILED, FILE, INFEASIBLE, MEASURED, PLOT, Search, Trial
 
@@ -127,9 +126,7 @@ def search_png(trials: list[Trial], space: dict[str, dict[str, Any]], title: str
     for row in range(rows):
         panels[row * columns].set_ylabel("mean cosine with the unpruned state", fontsize=8)
     figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def _over_trials(axes: Axes, measured: list[Trial]) -> None:
