@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vtprune.config import CONFIG_NAME
+from vtprune.files import write_bytes
 
 from .plots import COLOURS, figure_png
-from .results import write_atomically
 from .tune_store import FAILED, FILE, INFEASIBLE, MEASURED, PLOT, Search, Trial
 
 COLUMNS = 3
@@ -27,7 +27,7 @@ def write_outputs(search: Search, budget: str, console: Console) -> None:
         console.print(line, style="dim", highlight=False)
     title = f"{search.config['method']} at {budget}, {search.config['model']}"
     search.save_best()
-    write_atomically(search.folder / PLOT, search_png(search.trials, search.data["space"], title))
+    write_bytes(search.folder / PLOT, search_png(search.trials, search.data["space"], title))
     names = (CONFIG_NAME, FILE, PLOT)
     console.print("wrote " + ", ".join(str(search.folder / name) for name in names), highlight=False)
 

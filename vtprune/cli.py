@@ -141,19 +141,19 @@ def _what_to_run(
 ) -> dict[str, Any]:
     """The settings and questions that the options stand for, as fields of a BenchConfig."""
     from vtprune.evals import settings
-    from vtprune.evals.bench import DEFAULT_LIMIT
+    from vtprune.evals.bench import DEFAULT_LIMIT, SHORT_KEEPS, SHORT_METHODS
     from vtprune.evals.suite import BUNDLED_TASK
 
     names = _split(tasks, "tasks")
     if methods is not None:
         chosen = _split(methods, "methods")
     else:
-        chosen = settings.all_methods() + (settings.ablations() if everything else [])
+        chosen = settings.all_methods() + settings.ablations() if everything else list(SHORT_METHODS)
         chosen += settings.trained_folders() if bundled else []
     if keep is not None:
         keeps = tuple(settings.parse_keep(part) for part in _split(keep, "keep"))
     else:
-        keeps = settings.ALL_KEEPS if everything else settings.DEFAULT_KEEPS
+        keeps = settings.ALL_KEEPS if everything else SHORT_KEEPS
     if limit is None and not everything and names == [BUNDLED_TASK]:
         limit = DEFAULT_LIMIT
     return {

@@ -83,8 +83,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Replaces a file's content with JSON of two spaces; raises WriteError, ValueError for what JSON cannot say."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Replaces a file's content with indented JSON; raises WriteError."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:

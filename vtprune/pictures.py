@@ -76,6 +76,15 @@ def open_picture(source: Source, name: str | None = None) -> Image.Image:
         raise PictureError(f"cannot read {name}: {reason}") from error
 
 
+def exif_of(path: str | os.PathLike[str]) -> dict[int, Any]:
+    """The EXIF tags of the picture in a file, {} where it has none; raises PictureError for what is no picture."""
+    try:
+        with Image.open(path) as image:
+            return dict(image.getexif())
+    except Exception as error:
+        raise PictureError(f"cannot read {os.fspath(path)}: {error}") from error
+
+
 def open_pictures_in(value: Any, name: str | None = None) -> Any:
     """A value with every PIL image in it, however deep in lists and mappings, put through the door."""
     if isinstance(value, Image.Image):
