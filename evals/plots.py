@@ -54,8 +54,9 @@ def method_styles(methods: Sequence[str]) -> list[dict[str, Any]]:
     """
     styles: list[dict[str, Any]] = []
     index = 0
-    for method in methods:
-        if method in BASELINES:
+    for at, method in enumerate(methods):
+        # A baseline with other options is one of the others.
+        if method in BASELINES and method not in methods[:at]:
             place = BASELINES.index(method)
             styles.append({"color": BASELINE_GREY, "linestyle": BASELINE_DASHES[place], "marker": MARKERS[place]})
             continue
@@ -70,8 +71,8 @@ def method_styles(methods: Sequence[str]) -> list[dict[str, Any]]:
 def _shade(colour: str, step: int) -> str:
     """The colour itself, a darker one, a lighter one."""
     share, other = ((0.0, 0.0), (DARKER, 0.0), (LIGHTER, 1.0))[step]
-    mixed: str = to_hex([(1 - share) * part + share * other for part in to_rgb(colour)])
-    return mixed
+    red, green, blue = ((1 - share) * part + share * other for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def _draw(axes: Axes, of: tuple[str, str], groups: dict[str, list[Record]], unpruned: Record | None) -> None:

@@ -61,7 +61,7 @@ def _check_trials(path: Path, data: dict[str, Any]) -> None:
             pruner = from_dict(trial["pruner"])
         except VTPruneError as error:
             raise FileError(f"{path} is not {WHAT}: trials.{place}.pruner: {error}{AGAIN}") from error
-        if pruner.name != parse_method(str(data["config"].get("method")))[0]:
+        if isinstance(pruner, list) or pruner.name != parse_method(str(data["config"].get("method")))[0]:
             raise FileError(f"{path} is not {WHAT}: trials.{place}.pruner is another method{AGAIN}")
     if data["best"] is not None and not 0 <= data["best"] < len(trials):
         raise FileError(f"{path} is cut short: best is trial {data['best']} of {len(trials)}{AGAIN}")

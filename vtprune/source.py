@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -39,7 +39,7 @@ def image_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]
     return None
 
 
-def _three_numbers(values: Any) -> bool:
+def _three_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and len(values) == 3 and all(isinstance(one, int | float) for one in values)
 
 

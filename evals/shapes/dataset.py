@@ -111,7 +111,10 @@ def overlap_with_training(per_category: int, eval_seed: int, train_seed: int, tr
 
 
 def write_eval_rows(rows: list[EvalRow], path: Path) -> None:
-    """Write the parquet file; `image` has the layout and the schema metadata of `datasets.Image`. Raises WriteError."""
+    """Write the parquet file; `image` has the layout and the schema metadata of `datasets.Image`.
+
+    Raises WriteError.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, Image, Value

@@ -79,8 +79,8 @@ def write_outputs(
 ) -> None:
     """Writes what was trained, so that the base loads as any model does and `vtprune.wrap(model, folder)` follows.
 
-    base_dtype: in which the base's weights are written. Raises WriteError where there is no room; the checkpoint is then
-    still there.
+    base_dtype: in which the base's weights are written. Raises WriteError where there is no room; the checkpoint is
+    then still there.
     """
     folder = config.output
     if config.train == "lora":
