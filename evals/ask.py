@@ -23,7 +23,7 @@ from .generation import Answer, answer_batch
 from .loading import first_line, load_model
 from .overlay import compare, seen_image
 from .prompts import encode, question
-from .settings import UNPRUNED, build_settings
+from .settings import UNPRUNED, Setting, build_settings, show_keep
 from .timing import PrefillTimes, measure_prefill
 
 STOPS = ("\n\n",)
@@ -80,6 +80,7 @@ def compare_answers(
     pruner: Any,
     *,
     max_new_tokens: int = 128,
+    label: str = "pruned",
 ) -> Asked:
     """Asks an unwrapped model and the same model under the pruner, which may be all that `vtprune.wrap` takes."""
     try:
@@ -100,7 +101,12 @@ def compare_answers(
             report = vtprune.report(model)
     times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
     seen = seen_image(image, processor, inputs.get("pixel_values"))
-    picture = compare(seen, report)
+    kept = report.samples[0].images[0]
+    title = (
+        f"{text}\n{label}: {kept.achieved_tokens:.4g} of {kept.tokens} vision tokens\n"
+        f"unpruned: {answers[0].text.strip()}\npruned: {answers[1].text.strip()}"
+    )
+    picture = compare(seen, report, title)
     return Asked(answers[0], answers[1], report, times, picture)
 
 
@@ -145,7 +151,9 @@ def run_ask(
     image = read_image(image_path)
     check_output(output, image_path)
     model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
-    asked = compare_answers(model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens)
+    asked = compare_answers(
+        model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens, label=_label(setting)
+    )
     console.print(table(asked, setting.label))
     for note in asked.report.samples[0].images[0].notes:
         console.print(note, style="dim", highlight=False)
@@ -153,6 +161,11 @@ def run_ask(
     write_bytes(output, encoded(asked.picture, output.suffix))
     console.print(f"wrote {output}{', in place of the one before' if before else ''}", highlight=False)
     return asked
+
+
+def _label(setting: Setting) -> str:
+    """The method and what it keeps, for the picture's title."""
+    return setting.label if setting.keep is None else f"{setting.label}, keep {show_keep(setting.keep)}"
 
 
 def encoded(picture: Image.Image, suffix: str) -> bytes:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vtprune.config import CONFIG_NAME, from_dict, save_config
 from vtprune.errors import FileError, VTPruneError
-from vtprune.files import refuse_foreign, write_text, write_with
+from vtprune.files import move_into, refuse_foreign, write_text, write_with
 from vtprune.json_files import read_json
 
 from .failures import InputError
@@ -142,13 +142,7 @@ class Search:
         while target.exists():
             count += 1
             target = self.folder / f"{stem}-{count}"
-        try:
-            target.mkdir()
-            for name in (FILE, CONFIG_NAME, PLOT):
-                if (self.folder / name).exists():
-                    (self.folder / name).rename(target / name)
-        except OSError as error:
-            raise InputError(f"output: cannot move the old search in {self.folder}: {error.strerror}") from error
+        move_into(target, [self.folder / name for name in (FILE, CONFIG_NAME, PLOT)])
         return target
 
     @property

@@ -150,6 +150,17 @@ def set_aside(path: Path, stamp: str) -> Path:
     return target
 
 
+def move_into(folder: Path, paths: Iterable[Path]) -> None:
+    """Moves those of the files that are there into a new folder beside them; raises WriteError."""
+    try:
+        folder.mkdir()
+        for path in paths:
+            if path.exists():
+                path.rename(folder / path.name)
+    except OSError as error:
+        raise WriteError(f"cannot move files into {folder}: {_reason(error)}") from error
+
+
 def check_writable(folder: Path) -> None:
     """Creates the folder and a file in it; raises VTPruneError where that does not work."""
     probe = _beside(folder / PART, PART)
