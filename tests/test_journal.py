@@ -143,6 +143,15 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return ([path] if path else []) + found
 
 
+def refusal(call: Callable[[], object]) -> str | None:
+    """What a reader says against a file; no other kind of error may come."""
+    try:
+        call()
+    except VTPruneError as error:
+        return str(error)
+    return None
+
+
 def changed(whole: dict[str, Any], path: tuple[Any, ...], value: Any, *, remove: bool) -> dict[str, Any]:
     copy: dict[str, Any] = json.loads(json.dumps(whole))
     inner: Any = copy
@@ -167,10 +176,8 @@ def test_every_damaged_file_is_read_rightly_or_named(reader: str, data: st.DataO
     text = text[: data.draw(st.sampled_from([len(text), len(text) // 2]))]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_text(text)
-        try:
-            read(Path(folder))
-        except VTPruneError as error:
-            assert str(Path(folder)) in str(error)
+        said = refusal(lambda: read(Path(folder)))
+        assert said is None or folder in said
 
 
 def test_results_without_settings_and_searches_of_other_methods_are_named(tmp_path: Path) -> None:
@@ -191,5 +198,5 @@ def test_results_without_settings_and_searches_of_other_methods_are_named(tmp_pa
 @QUICK
 @given(VALUES.map(json.dumps))
 def test_the_rest_of_a_checkpoint_is_whole_or_named(text: str) -> None:
-    with pytest.raises(FileError, match="state.safetensors is not"):
+    with pytest.raises(FileError, match=r"state\.safetensors is not"):
         parse(REST, text, "state.safetensors", "a checkpoint")

@@ -54,7 +54,7 @@ Methods = Annotated[
     typer.Option(
         help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`. A folder with "
         "vtprune_config.json is one too, at its own keep.",
-        show_default="all of them; what the model cannot take is left out and named",
+        show_default="a short list; --all for every one; what the model cannot take is left out and named",
         rich_help_panel=PANEL,
     ),
 ]
@@ -62,7 +62,7 @@ Keeps = Annotated[
     str | None,
     typer.Option(
         help="Separated by commas: counts of tokens (64), fractions (0.25) or percentages (11%).",
-        show_default="0.25,0.11",
+        show_default="0.25",
         rich_help_panel=PANEL,
     ),
 ]
@@ -70,7 +70,7 @@ Everything = Annotated[
     bool,
     typer.Option(
         "--all",
-        help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that merge also with their "
+        help="Instead of the short list, every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that merge also with their "
         "merging off, at 0.11.",
         rich_help_panel=PANEL,
     ),
