@@ -184,9 +184,7 @@ def test_results_without_settings_and_searches_of_other_methods_are_named(tmp_pa
     data = whole_results()
     del data["settings"]
     (tmp_path / "results.json").write_text(json.dumps(data))
-    with pytest.raises(
-        VTPruneError, match=r"results\.json is not a results file: settings: Field required.*--no-resume"
-    ):
+    with pytest.raises(VTPruneError, match=r"results\.json is not a .*: settings: Field required.*--no-resume"):
         Results(tmp_path, CONFIG, resume=True)
     search = whole_search()
     search["trials"][0]["pruner"] = {"method": "holv"}

@@ -70,8 +70,8 @@ Everything = Annotated[
     bool,
     typer.Option(
         "--all",
-        help="Instead of the short list, every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that merge also with their "
-        "merging off, at 0.11.",
+        help="Instead of the short list, every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that "
+        "merge also with their merging off, at 0.11.",
         rich_help_panel=PANEL,
     ),
 ]
