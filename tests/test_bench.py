@@ -208,7 +208,8 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
     replace, calls = os.replace, []
 
     def full(source: Any, target: Any) -> None:
-        calls.append(target)
+        # The sample of questions is written elsewhere, where there is room.
+        calls.extend([target] if Path(target).parent == output else [])
         if len(calls) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)

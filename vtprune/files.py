@@ -179,15 +179,15 @@ def check_new_file(path: Path) -> None:
     check_writable(path.parent)
 
 
-def refuse_foreign(folder: Path, own: str, names: Iterable[str]) -> None:
+def refuse_foreign(folder: Path, own: str, names: Iterable[str], kind: str = "") -> None:
     """Raises VTPruneError for a folder that holds one of `names` without the run's `own` file beside it: it belongs to
-    something else, and would be overwritten."""
+    something else, and would be overwritten. kind: what such files are, for the message."""
     if (folder / own).exists():
         return
     found = [name for name in names if (folder / name).exists()]
     if found:
         raise VTPruneError(
-            f"output: {folder} holds {' and '.join(found)}, but no {own}: they are not of such a run, which would "
+            f"output: {folder} holds {kind}{' and '.join(found)}, but no {own}: they are not of such a run, which would "
             "overwrite them; give another --output"
         )
 

@@ -86,7 +86,7 @@ def train(
 def _held(folder: Path) -> Iterator[None]:
     """Holds the output folder in the main process, and refuses one that holds something else."""
     with held(folder) if _is_main() else nullcontext():
-        refuse_foreign(folder, LOG, FOREIGN)
+        refuse_foreign(folder, LOG, FOREIGN, "a model or a method already: ")
         yield
 
 
