@@ -187,8 +187,8 @@ def refuse_foreign(folder: Path, own: str, names: Iterable[str], kind: str = "")
     found = [name for name in names if (folder / name).exists()]
     if found:
         raise VTPruneError(
-            f"output: {folder} holds {kind}{' and '.join(found)}, but no {own}: they are not of such a run, which would "
-            "overwrite them; give another --output"
+            f"output: {folder} holds {kind}{' and '.join(found)}, but no {own}: they are not of such a run, which "
+            "would overwrite them; give another --output"
         )
 
 
