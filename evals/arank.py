@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +10,21 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vtprune.assets import TINY_LLAVA
+from vtprune.errors import FileError
+from vtprune.files import held, refuse_foreign, write_bytes, write_json
+from vtprune.json_files import read_json
 from vtprune.routing import GammaMoD
 from vtprune.routing.arank import choose, rank_layers
 
 from .failures import InputError
 from .loading import first_line, is_local, load_model
-from .plots import COLOURS
+from .plots import COLOURS, figure_png
+from .progress import Steps
 from .prompts import encode, place, question
-from .results import check_writable, write_atomically
+from .records import RANKS
 from .suite import prepare_environment
 from .tune_data import Sample, draw_shapes, read_folder
 
@@ -58,7 +59,23 @@ def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
     if config.count is not None and config.share is not None:
         raise InputError("layers: give --count or --share, one of them")
     samples, source = _samples(config, console)
-    check_writable(config.output.parent)
+    with held(config.output.parent):
+        _check_output(config.output, plot)
+        return _rank(config, plot, samples, source, console)
+
+
+def _check_output(output: Path, plot: Path) -> None:
+    """Raises InputError for files that are there and not of such a run; those of one are replaced."""
+    try:
+        if output.exists():
+            read_json(RANKS, output, "a file of ranks, so it is not replaced", "; give another --output")
+        refuse_foreign(output.parent, output.name, (plot.name,))
+    except FileError as error:
+        raise InputError(f"output: {error}") from error
+
+
+def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: str, console: Console) -> dict[str, Any]:
+    """The run itself, once the folder is held."""
     prepare_environment(offline=is_local(config.model or str(TINY_LLAVA)))
     model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
     depth = model.config.get_text_config().num_hidden_layers
@@ -67,10 +84,13 @@ def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
         count = len(GammaMoD().routed_layers(depth))
     # A number of layers that the model does not have is refused before anything is computed.
     choose([0.0] * depth, count=count, share=config.share)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("attention maps", total=len(samples))
-        ranks = rank_layers(model, _batches(model, processor, samples), lambda done: progress.advance(bar, done))
+    with Steps(console, "attention maps", len(samples)) as steps:
+
+        def ranked(count: int) -> None:
+            steps.end(f"attention maps of {samples[steps.made].name}")
+            steps.begin("attention maps")
+
+        ranks = rank_layers(model, _batches(model, processor, samples), ranked)
     layers = choose(ranks, count=count, share=config.share)
     name = "bundled tiny-llava" if config.model is None else config.model
     data = {
@@ -82,8 +102,8 @@ def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
         "arank": ranks,
         "layers": list(layers),
     }
-    write_atomically(config.output, json.dumps(data, indent=2).encode())
-    write_atomically(plot, arank_png(ranks, layers, f"{name}, {len(samples)} samples"))
+    write_json(config.output, data)
+    write_bytes(plot, arank_png(ranks, layers, f"{name}, {len(samples)} samples"))
     console.print(_table(ranks, layers))
     console.print(f"layers={layers}", style="bold", highlight=False)
     console.print(f'vtprune.wrap(model, "gamma_mod", layers={layers})', style="dim", highlight=False)
@@ -141,6 +161,4 @@ def arank_png(ranks: Sequence[float], layers: Sequence[int], title: str) -> byte
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure)

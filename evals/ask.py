@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,23 @@ from rich.console import Console
 from rich.table import Table
 
 import vtprune
+from vtprune.errors import PictureError
+from vtprune.files import check_writable, write_bytes
+from vtprune.pictures import exif_of, open_picture
 from vtprune.report import Report
 
 from .failures import InputError
 from .generation import Answer, answer_batch
 from .loading import first_line, load_model
 from .overlay import compare, seen_image
-from .prompts import encode, open_image, question
-from .results import check_writable, write_atomically
-from .settings import UNPRUNED, build_settings
+from .prompts import encode, question
+from .settings import UNPRUNED, Setting, build_settings, show_keep
 from .timing import PrefillTimes, measure_prefill
 
 STOPS = ("\n\n",)
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# The EXIF tag that says which program made a picture, and what stands there in those that are written here.
+SOFTWARE, MADE_BY = 0x0131, "vtprune ask"
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,33 @@ class Asked:
     picture: Image.Image
 
 
-def read_image(path: Path) -> Image.Image:
-    """The image in a file; raises InputError if it is none or cut short."""
+def read_image(path: Path, option: str = "image") -> Image.Image:
+    """The upright RGB picture in a file; raises InputError, under the option's name, if it is none or cut short."""
     try:
-        return open_image(path)
-    except FileNotFoundError as error:
-        raise InputError(f"image: no file {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image: cannot read {path}: {first_line(error)}") from error
+        return open_picture(path)
+    except PictureError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def check_output(output: Path, image: Path) -> None:
+    """Raises InputError for a picture that cannot be written, or that would take the place of another one than an
+    earlier answer's."""
+    if output.suffix.lower() not in FORMATS:
+        raise InputError(f"output: {output} should end in .png, .jpg or .webp")
+    if output.exists() and not _is_ours(output):
+        same = ", the picture that is asked about" if image.exists() and os.path.samefile(output, image) else ""
+        raise InputError(
+            f"output: {output} is there already and not of an earlier answer{same}; give another --output"
+        )
+    check_writable(output.parent)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a picture that was written here, by what its EXIF data say."""
+    try:
+        return exif_of(path).get(SOFTWARE) == MADE_BY
+    except PictureError:
+        return False
 
 
 def compare_answers(
@@ -55,6 +80,7 @@ def compare_answers(
     pruner: Any,
     *,
     max_new_tokens: int = 128,
+    label: str = "pruned",
 ) -> Asked:
     """Asks an unwrapped model and the same model under the pruner, which may be all that `vtprune.wrap` takes."""
     try:
@@ -75,7 +101,12 @@ def compare_answers(
             report = vtprune.report(model)
     times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
     seen = seen_image(image, processor, inputs.get("pixel_values"))
-    picture = compare(seen, report)
+    kept = report.samples[0].images[0]
+    title = (
+        f"{text}\n{label}: {kept.achieved_tokens:.4g} of {kept.tokens} vision tokens\n"
+        f"unpruned: {answers[0].text.strip()}\npruned: {answers[1].text.strip()}"
+    )
+    picture = compare(seen, report, title)
     return Asked(answers[0], answers[1], report, times, picture)
 
 
@@ -92,10 +123,11 @@ def table(asked: Asked, label: str) -> Table:
         ("prefill GFLOPs", full.flops / 1e9, pruned.flops / 1e9, 3),
         ("KV cache kB, prompt", full.kv_bytes / 1e3, pruned.kv_bytes / 1e3, 1),
         ("KV cache kB, at the end", full.kv_bytes_end / 1e3, pruned.kv_bytes_end / 1e3, 1),
+        ("prefill ms", prefill.median("unpruned"), prefill.median("pruned"), 2),
     ):
-        result.add_row(name, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{100 * after / before:.1f}%")
-    times = (f"{prefill.median(name):.1f}" for name in ("unpruned", "pruned"))
-    result.add_row("prefill ms", *times, f"{100 * prefill.ratio('pruned', 'unpruned'):.1f}%")
+        shown = f"{before:.{digits}f}", f"{after:.{digits}f}"
+        # Of the two numbers as they stand beside it.
+        result.add_row(name, *shown, f"{100 * float(shown[1]) / float(shown[0]):.1f}%")
     return result
 
 
@@ -117,18 +149,29 @@ def run_ask(
         raise InputError("method: 'none' is what the other method is compared with; name another")
     setting = build_settings([method], [keep])[-1]
     image = read_image(image_path)
-    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"output: {output} should end in .png, .jpg or .webp")
-    check_writable(output.parent)
+    check_output(output, image_path)
     model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
-    asked = compare_answers(model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens)
+    asked = compare_answers(
+        model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens, label=_label(setting)
+    )
     console.print(table(asked, setting.label))
     for note in asked.report.samples[0].images[0].notes:
         console.print(note, style="dim", highlight=False)
-    buffer = io.BytesIO()
-    asked.picture.save(
-        buffer, format={"jpg": "JPEG", "jpeg": "JPEG"}.get(output.suffix.lower()[1:], output.suffix[1:])
-    )
-    write_atomically(output, buffer.getvalue())
-    console.print(f"wrote {output}", highlight=False)
+    before = output.exists()
+    write_bytes(output, encoded(asked.picture, output.suffix))
+    console.print(f"wrote {output}{', in place of the one before' if before else ''}", highlight=False)
     return asked
+
+
+def _label(setting: Setting) -> str:
+    """The method and what it keeps, for the picture's title."""
+    return setting.label if setting.keep is None else f"{setting.label}, keep {show_keep(setting.keep)}"
+
+
+def encoded(picture: Image.Image, suffix: str) -> bytes:
+    """The picture as the bytes of a file with this suffix, marked as one that was written here."""
+    exif = Image.Exif()
+    exif[SOFTWARE] = MADE_BY
+    buffer = io.BytesIO()
+    picture.save(buffer, format=FORMATS[suffix.lower()], exif=exif)
+    return buffer.getvalue()

@@ -8,27 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vtprune.assets import TINY_LLAVA
+from vtprune.files import held, write_bytes, write_text
 
 from .failures import InputError
 from .loading import is_local
-from .results import (
-    Results,
-    check_writable,
-    code_fingerprint,
-    machine,
-    model_fingerprint,
-    versions,
-    write_atomically,
-)
-from .settings import Setting, build_settings
+from .progress import Estimate, Steps
+from .results import FILE, PLOT, TABLE, Results, code_fingerprint, machine, model_fingerprint, versions
+from .settings import Setting, build_settings, show_keep
 from .suite import BUNDLED_TASK, data_fingerprint, open_suite, prepare_environment
+from .tables import main_scores, show_score
 
 # Enough for a standard error of at most 2.3 points, whatever the accuracy.
 DEFAULT_LIMIT = 500
 CPU_BATCH = 16
+# What runs where neither methods nor everything are asked for: the baselines that show what dull pruning does, and one
+# or two methods of each place to prune in (before the decoder, in the encoder, in the decoder, in the cache).
+SHORT_METHODS = ("random", "grid", "divprune", "flowcut", "visionzip", "fastv", "pyramid_drop", "d2o")
+SHORT_KEEPS: tuple[int | float, ...] = (0.25,)
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,21 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     settings = build_settings(config.methods, config.keeps)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit: at least one question, got {config.limit}")
-    check_writable(config.output)
-    pretrained = str(TINY_LLAVA) if config.model is None else config.model
-    prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(pretrained))
-    _require_lmms_eval()
-    from .suite import silence_loggers
+    with held(config.output):
+        pretrained = str(TINY_LLAVA) if config.model is None else config.model
+        prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(pretrained))
+        _require_lmms_eval()
+        from .suite import silence_loggers
 
-    silence_loggers()
-    results = Results(config.output, _identity(config, pretrained), resume=config.resume)
-    if results.moved is not None:
-        console.print(f"results of other code are now in {results.moved}; starting afresh", highlight=False)
-    with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite:
-        _run(config, pretrained, suite, results, settings, console)
-    _write_outputs(config, results, console)
-    return results.data
+        silence_loggers()
+        results = Results(config.output, _identity(config, pretrained), resume=config.resume)
+        if results.moved is not None:
+            why = "results of other code" if config.resume else "the earlier results"
+            console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
+        with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite:
+            _run(config, pretrained, suite, results, settings, console)
+        _write_outputs(config, results, console)
+        return results.data
 
 
 def _require_lmms_eval() -> None:
@@ -124,36 +123,46 @@ def _run(
     results.data.update(versions=versions(), machine=machine(model), left_out=left_out)
     batch = config.batch_size or default_batch(model)
     lm = VTPrune(model=model, processor=processor, batch_size=batch, max_new_tokens=config.max_new_tokens)
-    sweep = Sweep(lm, suite, results, config.seed)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     missing = [setting for setting in settings if setting.key() not in results.settings]
-    if len(missing) < len(settings):
-        console.print(f"{len(settings) - len(missing)} of {len(settings)} settings are in {results.path} already")
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("settings", total=len(settings), completed=len(settings) - len(missing))
-        answers = progress.add_task("answers", total=None)
-        lm.on_answers = lambda count: progress.advance(answers, count)
+    done = len(settings) - len(missing)
+    if done:
+        console.print(f"{done} of {len(settings)} settings are in {results.path} already", highlight=False)
+    with Steps(console, "settings", len(settings), done, parts="answers") as steps:
+        steps.say(_announcement(config, missing))
+        estimate = Estimate(len(missing), steps.say)
+        sweep = Sweep(lm, suite, results, config.seed, steps.say)
+
+        def answered(count: int) -> None:
+            steps.part(count, len(lm.requests))
+            estimate.answered(count, len(lm.requests))
+
+        lm.on_answers = answered
         for setting in missing:
-            progress.update(bar, description=f"{setting.label} {setting.keep or ''}".strip())
-            progress.reset(answers, total=_questions(results, config))
-            sweep.run(setting)
-            progress.advance(bar)
+            steps.begin(_name(setting))
+            steps.end(f"{_name(setting)}: {_summary(sweep.run(setting))}")
     # Written even if nothing was missing, so that the file tells of this run's versions and machine.
     results.save()
+
+
+def _announcement(config: BenchConfig, missing: Sequence[Setting]) -> str:
+    """What is going to be run."""
+    count = "every question" if config.limit is None else f"{config.limit} questions"
+    model = "the bundled model" if config.model is None else config.model
+    return f"running {len(missing)} settings on {model}, each on {count} of {', '.join(config.tasks)}"
+
+
+def _name(setting: Setting) -> str:
+    return setting.label if setting.keep is None else f"{setting.label} at {show_keep(setting.keep)}"
+
+
+def _summary(record: dict[str, Any]) -> str:
+    scores = ", ".join(f"{score['metric']} {show_score(score)}" for score in main_scores(record))
+    return f"{scores}, {record['tokens']['kept']:.1f} of {record['tokens']['before']:.1f} tokens"
 
 
 def default_batch(model: Any) -> int:
     """Rows together where answers do not depend on what else is in the batch (float32 on a CPU), else one."""
     return CPU_BATCH if model.device.type == "cpu" and str(model.dtype) == "torch.float32" else 1
-
-
-def _questions(results: Results, config: BenchConfig) -> int | None:
-    return len(results.data["questions"]) or config.limit
 
 
 def _write_outputs(config: BenchConfig, results: Results, console: Console) -> None:
@@ -166,7 +175,6 @@ def _write_outputs(config: BenchConfig, results: Results, console: Console) -> N
     for line in notes(results.data):
         console.print(line, style="dim", highlight=False)
     title = f"{results.config['model']}: {', '.join(config.tasks)}, {len(results.data['questions'])} questions"
-    write_atomically(config.output / "table.md", markdown(results.data, records).encode())
-    write_atomically(config.output / "pareto.png", pareto_png(records, title))
-    names = ("results.json", "table.md", "pareto.png")
-    console.print("wrote " + ", ".join(str(config.output / name) for name in names), highlight=False)
+    write_text(config.output / TABLE, markdown(results.data, records))
+    write_bytes(config.output / PLOT, pareto_png(records, title))
+    console.print("wrote " + ", ".join(str(config.output / name) for name in (FILE, TABLE, PLOT)), highlight=False)

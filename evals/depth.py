@@ -56,7 +56,8 @@ def depth_plot(report: Report, width: int) -> Image.Image:
     _draw_counts(plot, report)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    # The figure's ground is white and whole: nothing of it is transparent.
+    drawn = Image.fromarray(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[:, :, :3]))
     return drawn if drawn.width == width else drawn.resize((width, drawn.height), Image.Resampling.LANCZOS)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import RunError, VTPruneError
+
+__all__ = ["InputError", "RunError", "SampleError"]
 
 
 class InputError(VTPruneError):
     """The request cannot be carried out as it stands; the message says what would be right."""
-
-
-class RunError(RuntimeError):
-    """The work failed on the way; what was computed before is kept."""
 
 
 class SampleError(RunError):

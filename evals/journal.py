@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from vtprune.errors import FileError
+from vtprune.files import append_text, write_bytes
+from vtprune.json_files import parse, read_file
+
+from .generation import Answer
+from .records import ENTRY
+
+WHAT = "an answer that was written down"
 
 
 def request_key(task: str, doc_id: int, context: str, options: dict[str, Any]) -> str:
@@ -15,36 +23,57 @@ def request_key(task: str, doc_id: int, context: str, options: dict[str, Any]) -
     return f"{task}/{doc_id}/{digest.hexdigest()[:16]}"
 
 
+def _entry(line: bytes, place: str) -> dict[str, Any]:
+    """The entry in a line; raises FileError, naming the place, for what is none."""
+    entry: dict[str, Any] = parse(ENTRY, line, place, WHAT)
+    try:
+        Answer.from_dict({name: value for name, value in entry.items() if name != "key"})
+    except TypeError as error:
+        raise FileError(f"{place} is not {WHAT}: cost: {error}") from error
+    lacking = [name for name, value in entry["cost"].items() if value is None and name != "published_tokens"]
+    if lacking:
+        raise FileError(f"{place} is not {WHAT}: cost.{lacking[0]}: should be a number")
+    return entry
+
+
 class Journal:
-    """A JSON-lines file of answers: what is in it need not be computed again."""
+    """A JSON-lines file of answers: what is in it need not be computed again.
+
+    Lines that hold no answer are taken out of the file and left out (`bad` says which and why); all others count.
+    Raises FileError for a file that cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.bad: list[str] = []
         self._answers: dict[str, dict[str, Any]] = {}
         if path.exists():
             self._load()
 
     def _load(self) -> None:
-        intact = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        content, good = read_file(self.path, "a journal of answers"), []
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if not line.strip():
+                continue
             try:
-                entry = json.loads(line)
-                self._answers[entry.pop("key")] = entry
-            except (ValueError, KeyError):
-                break  # the writer was stopped in the middle of this line
-            intact += len(line)
-        os.truncate(self.path, intact)
+                entry = _entry(line, f"{self.path}, line {number}")
+            except FileError as error:
+                self.bad.append(f"{error}; it is left out and will be answered again")
+                continue
+            good.append(line + b"\n")
+            self._answers[entry.pop("key")] = entry
+        # Also where the last line was whole but for its end: the next answer begins a line of its own.
+        if self.bad or not content.endswith(b"\n"):
+            write_bytes(self.path, b"".join(good))
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The answer that was written down under `key`."""
         return self._answers.get(key)
 
     def add(self, entries: dict[str, dict[str, Any]]) -> None:
-        """Writes down a batch of answers."""
+        """Writes down a batch of answers; raises WriteError."""
         self._answers.update(entries)
-        with self.path.open("a", encoding="utf-8") as file:
-            for key, entry in entries.items():
-                file.write(json.dumps({"key": key, **entry}) + "\n")
+        append_text(self.path, "".join(json.dumps({"key": key, **entry}) + "\n" for key, entry in entries.items()))
 
     def discard(self) -> None:
         """Removes the file: the setting is finished and its answers are kept elsewhere."""

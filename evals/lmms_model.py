@@ -16,6 +16,7 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 
 import vtprune
+from vtprune.pictures import open_picture, open_pictures_in, whole_images
 from vtprune.wrap import resolve
 
 from .efficiency import RowCost
@@ -23,7 +24,7 @@ from .failures import InputError, SampleError
 from .generation import Answer, answer_batch
 from .journal import Journal, request_key
 from .loading import first_line, load_model
-from .prompts import Message, encode, images_of, open_image, whole_images
+from .prompts import Message, encode, images_of
 from .settings import parse_keep, parse_value
 
 MAX_NEW_TOKENS = 128
@@ -174,12 +175,13 @@ class VTPrune(lmms):
         _, to_messages, _, doc_id, task, split = request.args
         try:
             with whole_images():
-                doc = self.task_dict[task][split][doc_id]
+                # Before the task's own functions: many of them call convert("RGB"), which loses what the door keeps.
+                doc = open_pictures_in(self.task_dict[task][split][doc_id])
                 chat = ChatMessages(messages=to_messages(doc)).to_hf_messages()
             for message in chat:
                 for part in message["content"]:
                     if part["type"] == "image":
-                        part["image"] = open_image(part["image"])
+                        part["image"] = open_picture(part["image"])
         except Exception as error:
             raise SampleError(f"{self._name(request)}: cannot be read: {first_line(error)}") from error
         kinds = {part["type"] for message in chat for part in message["content"]} - {"text", "image"}

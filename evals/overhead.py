@@ -6,7 +6,6 @@ machine down for a while slows both; each pair gives one ratio, and the medians 
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -27,6 +26,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vtprune
 from vtprune.cache import with_cache
+from vtprune.console import one_line_errors
+from vtprune.files import check_new_file, write_json
 
 # At keep=1.0 the wrapper may add this share of the prefill time; pruning is to deliver that share of the
 # speed-up that the FLOPs promise.
@@ -303,6 +304,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for all that was measured.")] = None,
 ) -> None:
     """Measure what the wrapper costs at keep=1.0 and how much of the promised speed-up pruning delivers."""
+    if output is not None:
+        with one_line_errors(traceback=False):
+            check_new_file(output)
     place, kind = place_and_dtype(device, dtype)
     model, inputs = build_model(SIZES[size], place, kind), build_inputs(SIZES[size], place, kind)
     console, facts = Console(), {"method": method, **facts_of(model, inputs)}
@@ -313,7 +317,7 @@ def main(
     console.print(table(noise, whole, pruned), verdicts(whole, pruned), sep="\n")
     if output is not None:
         settings = {"noise": noise.to_dict(), "whole": whole.to_dict(), "pruned": pruned.to_dict()}
-        output.write_text(json.dumps({**facts, **settings}, indent=2) + "\n")
+        write_json(output, {**facts, **settings})
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ the colour of their layer, merged groups tinted in one colour each."""
 from __future__ import annotations
 
 import colorsys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vtprune.pictures import open_picture
 from vtprune.report import ImageReport, Report
 
 from .depth import depth_plot, gone_at, layer_colours
@@ -28,6 +30,8 @@ TINT, GONE = 0.45, 0.72
 NUMBERED, BRIGHT = 20, 400
 # Pixels that the plot below the pictures needs.
 NARROWEST = 720
+# Of the title: pixels of its first line and of the others, quarters of them between lines, rows that a line may take.
+TITLE_SIZE, CAPTION_SIZE, LINE, TITLE_ROWS = 18, 14, 6, 3
 # So many groups have hues that can be told apart.
 HUES = 8
 
@@ -60,7 +64,7 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     decoder layers in its layer's colour, what never entered the decoder dimmed."""
     frames, height, width = report.grid
     cell = cell_size(height, width)
-    base = image.convert("RGB").resize((width * cell, height * cell), _filter(image, width * cell))
+    base = open_picture(image).resize((width * cell, height * cell), _filter(image, width * cell))
     canvas: Any = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
     merged = np.zeros(report.tokens, dtype=bool)
     gone, colours = gone_at(report), layer_colours(report)
@@ -122,14 +126,34 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
-def compare(image: Image.Image, report: Report) -> Image.Image:
-    """The whole picture beside what was kept of it, and below them what is left at each decoder layer."""
+def compare(image: Image.Image, report: Report, title: str = "") -> Image.Image:
+    """The whole picture beside what was kept of it, and below them what is left at each decoder layer; above all, the
+    lines of a title."""
     first = report.samples[0].images[0]
     everything = list(range(first.tokens))
     whole = ImageReport(first.grid, first.tokens, everything, [everything], [])
     pictures = side_by_side([draw_kept(image, whole), draw_kept(image, first)])
     plot = depth_plot(report, max(NARROWEST, pictures.width))
-    canvas = Image.new("RGB", (plot.width, pictures.height + GAP + plot.height), "white")
-    canvas.paste(pictures, ((plot.width - pictures.width) // 2, 0))
-    canvas.paste(plot, (0, pictures.height + GAP))
+    heading = _heading(title, plot.width)
+    top = heading.height + (GAP if title else 0)
+    canvas = Image.new("RGB", (plot.width, top + pictures.height + GAP + plot.height), "white")
+    canvas.paste(heading, (0, 0))
+    canvas.paste(pictures, ((plot.width - pictures.width) // 2, top))
+    canvas.paste(plot, (0, top + pictures.height + GAP))
     return canvas
+
+
+def _heading(title: str, width: int) -> Image.Image:
+    """The title's lines in black on white, broken where they are longer than the picture is wide; the first one is
+    larger than the others."""
+    rows: list[tuple[str, int]] = []
+    for place, line in enumerate(title.splitlines()):
+        size = TITLE_SIZE if place == 0 else CAPTION_SIZE
+        rows += [(part, size) for part in textwrap.wrap(line, int(width / (0.55 * size)))[:TITLE_ROWS]]
+    height = sum(LINE * size // 4 for _, size in rows) + (GAP // 2 if rows else 0)
+    picture = Image.new("RGB", (width, height), "white")
+    pen, down = ImageDraw.Draw(picture), GAP // 2
+    for text, size in rows:
+        pen.text((GAP, down), text, fill="black", font_size=size)
+        down += LINE * size // 4
+    return picture

@@ -7,15 +7,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from .settings import BASELINES, UNPRUNED
 from .tables import Record, is_share, kept_score, main_scores, reference
 
-# Okabe and Ito's colours, told apart with any colour vision; with more methods the markers differ too.
+# Okabe and Ito's colours and two more, told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#5B4B8A")
 MARKERS = "osD^vP*Xhp"
+# Where there are more methods than colours: these shares of black, then of white, are mixed in.
+DARKER, LIGHTER = 0.45, 0.45
+BASELINE_DASHES = ("--", ":", "-.")
+BASELINE_GREY = "#7f7f7f"
 PANELS = (("flops", "share", "FLOPs, % of unpruned"), ("kv", "end_share", "KV cache at the end, % of unpruned"))
+
+
+def figure_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _height(record: Record, unpruned: Record | None) -> tuple[float, float | None]:
@@ -35,21 +47,41 @@ def _label(records: Sequence[Record]) -> str:
     return f"{scores[0]['metric']}{', %' if is_share(scores[0]) else ''}"
 
 
-def _style(index: int, method: str) -> dict[str, Any]:
-    if method in BASELINES:
-        dashes = ("--", ":", "-.")[BASELINES.index(method)]
-        return {"color": "#7f7f7f", "linestyle": dashes, "marker": MARKERS[BASELINES.index(method)]}
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index // len(COLOURS) + index) % 10]}
+def method_styles(methods: Sequence[str]) -> list[dict[str, Any]]:
+    """A colour and a marker for each method that no other one has: baselines in grey, the others in colours.
+
+    There are 24 colours, and where a colour comes round again its marker is another one.
+    """
+    styles: list[dict[str, Any]] = []
+    index = 0
+    for at, method in enumerate(methods):
+        # A baseline with other options is one of the others.
+        if method in BASELINES and method not in methods[:at]:
+            place = BASELINES.index(method)
+            styles.append({"color": BASELINE_GREY, "linestyle": BASELINE_DASHES[place], "marker": MARKERS[place]})
+            continue
+        shades = len(COLOURS) * 3
+        colour, turn = index % shades, index // shades
+        marker = MARKERS[(colour + colour // len(COLOURS) + turn) % len(MARKERS)]
+        styles.append({"color": _shade(COLOURS[colour % len(COLOURS)], colour // len(COLOURS)), "marker": marker})
+        index += 1
+    return styles
+
+
+def _shade(colour: str, step: int) -> str:
+    """The colour itself, a darker one, a lighter one."""
+    share, other = ((0.0, 0.0), (DARKER, 0.0), (LIGHTER, 1.0))[step]
+    red, green, blue = ((1 - share) * part + share * other for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def _draw(axes: Axes, of: tuple[str, str], groups: dict[str, list[Record]], unpruned: Record | None) -> None:
     part, share = of
-    coloured = [label for label, records in groups.items() if records[0]["method"] not in BASELINES]
-    for label, records in groups.items():
+    styles = method_styles([records[0]["method"] for records in groups.values()])
+    for (label, records), style in zip(groups.items(), styles, strict=True):
         records = sorted(records, key=lambda record: record[part][share])
         heights = [_height(record, unpruned) for record in records]
         errors = [error or 0.0 for _, error in heights]
-        index = coloured.index(label) if label in coloured else 0
         axes.errorbar(
             [100 * record[part][share] for record in records],
             [height for height, _ in heights],
@@ -59,7 +91,7 @@ def _draw(axes: Axes, of: tuple[str, str], groups: dict[str, list[Record]], unpr
             markersize=5,
             linewidth=1.5,
             elinewidth=0.8,
-            **_style(index, records[0]["method"]),
+            **style,
         )
     if unpruned is not None:
         height, error = _height(unpruned, unpruned)
@@ -87,6 +119,4 @@ def pareto_png(records: Sequence[Record], title: str) -> bytes:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure)

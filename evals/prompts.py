@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 
 Message = dict[str, Any]
-
-
-@contextmanager
-def whole_images() -> Iterator[None]:
-    """A picture that is cut short raises OSError inside; lmms-eval has PIL pad such pictures with grey."""
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-
-
-def open_image(source: Any) -> Image.Image:
-    """An upright RGB picture from a path, a file object or a PIL image, read to the last byte."""
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    with whole_images():
-        image.load()
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def question(image: Image.Image, text: str) -> list[Message]:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -15,12 +16,19 @@ from typing import Any
 
 import torch
 
-from .failures import InputError, RunError
-from .loading import first_line, is_local
+from vtprune.errors import FileError
+from vtprune.files import refuse_foreign, set_aside, write_text
+from vtprune.json_files import read_json
+
+from .failures import InputError
+from .loading import is_local
+from .records import RESULTS, RESULTS_HEAD
 
 FORMAT = 2
-FILE = "results.json"
+FILE, TABLE, PLOT = "results.json", "table.md", "pareto.png"
 UNFINISHED = ".answers-"
+WHAT = "a results file"
+AGAIN = "; give another --output, or --no-resume to start afresh and keep the old one beside it"
 # Above this size a checkpoint file is known by its size and time, not by its content.
 HASHED_WHOLE = 1 << 26
 # How a message names the parts of `config` that are fingerprints.
@@ -91,36 +99,12 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def check_writable(folder: Path) -> None:
-    """Creates the folder and a file in it; raises InputError where that does not work."""
-    probe = folder / ".vtprune-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"output: cannot write to {folder}: {error.strerror or error}") from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file in one step; what was there stays when the disk is full. Raises RunError."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there is kept") from error
-
-
 class Results:
     """The content of results.json, kept on disk as it grows.
 
     config: what every number in the file depends on; settings: {key of a Setting: its record}; moved: where
-    results of other code were put, if there were any. Raises InputError for results of another configuration.
+    earlier results were put, if there were some of other code, or a fresh start was asked for. Raises InputError for
+    results of another configuration, for a file that holds none, and for tables that are not of a bench.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], *, resume: bool) -> None:
@@ -135,44 +119,55 @@ class Results:
             "settings": {},
         }
         self.moved: Path | None = None
-        if resume and self.path.exists():
+        refuse_foreign(folder, FILE, (TABLE, PLOT))
+        if not resume:
+            self._start_afresh()
+        elif self.path.exists():
             old = self._load()
             if old["config"]["code"] == config["code"]:
                 self.data = old
             else:
-                self.moved = self._move_away(old)
-        if not resume:
-            for path in folder.glob(f"{UNFINISHED}*"):
-                path.unlink()
+                self.moved = self._move_away(_stamp(old))
 
     def _load(self) -> dict[str, Any]:
-        again = "; give another --output, or --no-resume to start afresh"
+        """The old content, of this configuration; it is known to be whole where it is of this code, too."""
         try:
-            data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            old = {"code": "", **data["config"]}
-            data["config"] = old
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"output: {self.path} is not a results file ({first_line(error)}){again}") from error
-        if data.get("format") != FORMAT:
-            raise InputError(f"output: {self.path} has another format than this version writes{again}")
-        changed = [
-            f"{WORDS.get(name, name)} was {old.get(name)!r} and is now {self.config.get(name)!r}"
-            for name in sorted(old.keys() | self.config.keys())
-            if name != "code" and old.get(name) != self.config.get(name)
-        ]
-        if changed:
-            raise InputError(f"output: {self.path} holds another run ({'; '.join(changed)}){again}")
+            head: dict[str, Any] = read_json(RESULTS_HEAD, self.path, WHAT, AGAIN)
+            if head["format"] != FORMAT:
+                raise FileError(f"{self.path} has another format than this version writes{AGAIN}")
+            old = head["config"] = {"code": "", **head["config"]}
+            changed = [
+                f"{WORDS.get(name, name)} was {old.get(name)!r} and is now {self.config.get(name)!r}"
+                for name in sorted(old.keys() | self.config.keys())
+                if name != "code" and old.get(name) != self.config.get(name)
+            ]
+            if changed:
+                raise FileError(f"{self.path} holds another run ({'; '.join(changed)}){AGAIN}")
+            if old["code"] != self.config["code"]:
+                return head
+            data: dict[str, Any] = read_json(RESULTS, self.path, WHAT, AGAIN)
+            _check_tasks(self.path, list(data["settings"].values()))
+        except FileError as error:
+            raise InputError(f"output: {error}") from error
         return data
 
-    def _move_away(self, old: dict[str, Any]) -> Path:
-        """Keeps the results of other code under another name: they are not to be compared with new ones."""
-        stamp = re.sub(r"[^0-9]", "", str(old.get("created", "")))[:14]
-        target = self.path.with_name(f"results-{stamp}.json")
-        try:
-            self.path.rename(target)
-        except OSError as error:
-            raise InputError(f"output: cannot rename {self.path}: {error.strerror or error}") from error
-        return target
+    def _start_afresh(self) -> None:
+        """Keeps earlier results and answers under other names, whatever state they are in."""
+        if self.path.exists():
+            try:
+                old: dict[str, Any] = read_json(RESULTS_HEAD, self.path, WHAT)
+            except FileError:
+                old = {}
+            self.moved = self._move_away(_stamp(old))
+        for path in self.path.parent.glob(f"{UNFINISHED}*"):
+            set_aside(path, "old")
+
+    def _move_away(self, stamp: str) -> Path:
+        """Keeps earlier results under another name: they are not to be compared with new ones."""
+        for name in (TABLE, PLOT):
+            if self.path.with_name(name).exists():
+                set_aside(self.path.with_name(name), stamp)
+        return set_aside(self.path, stamp)
 
     def unfinished(self, key: str) -> Path:
         """Where the answers of a setting are noted until its record is written."""
@@ -191,6 +186,18 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        """Writes the file; raises RunError where that fails, and leaves the old one in place."""
-        text = json.dumps(self.data, indent=1, ensure_ascii=False, default=str)
-        write_atomically(self.path, text.encode())
+        """Writes the file; raises WriteError where that fails, and leaves the old one in place."""
+        write_text(self.path, json.dumps(self.data, indent=1, ensure_ascii=False, default=str))
+
+
+def _stamp(old: dict[str, Any]) -> str:
+    """When results were begun, as digits."""
+    return re.sub(r"[^0-9]", "", str(old.get("created", "")))[:14] or "old"
+
+
+def _check_tasks(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Raises FileError where the settings of a file were not scored on the same tasks."""
+    tasks = [{score["task"] for score in record["scores"] if score["name"] == score["task"]} for record in records]
+    odd = [record["label"] for record, own in zip(records, tasks, strict=True) if not own or own != tasks[0]]
+    if odd:
+        raise FileError(f"{path} is not {WHAT}: {odd[0]} has scores of other tasks than the first setting{AGAIN}")

@@ -17,14 +17,15 @@ import vtprune
 from vtprune import schedules
 from vtprune.assets import SHAPES_EVAL
 from vtprune.errors import VTPruneError
+from vtprune.files import held, write_bytes
+from vtprune.pictures import open_picture
 from vtprune.pruners import FastV, PyramidDrop
 from vtprune.pruners.staged import scaled_layers
 
 from .failures import RunError
 from .loading import load_model
-from .plots import COLOURS
+from .plots import COLOURS, figure_png
 from .prompts import encode, place, question
-from .results import check_writable, write_atomically
 from .shapes.dataset import read_eval_rows
 
 # A decoder of 7B parameters, and the means that are drawn for it.
@@ -101,10 +102,9 @@ def picture(lines: Sequence[Line], depth: int, title: str) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, labelspacing=0.9)
     figure.suptitle(title, fontsize=11)
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png")
+    small = io.BytesIO()
     # A palette is enough for a few lines, and a third of the size.
-    palette = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    palette = open_picture(figure_png(figure)).quantize(64, dither=Image.Dither.NONE)
     palette.save(small, format="PNG", optimize=True)
     return small.getvalue()
 
@@ -130,10 +130,10 @@ def main(
 ) -> None:
     """Draw every schedule: what each decoder layer processes at a few budgets."""
     try:
-        check_writable(folder)
-        for name, data in pictures(images).items():
-            write_atomically(folder / f"{name}.png", data)
-            typer.echo(f"wrote {folder / f'{name}.png'}")
+        with held(folder):
+            for name, data in pictures(images).items():
+                write_bytes(folder / f"{name}.png", data)
+                typer.echo(f"wrote {folder / f'{name}.png'}")
     except (VTPruneError, RunError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

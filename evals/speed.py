@@ -7,7 +7,6 @@ paired with the unpruned one of its round; medians of the ratios stand beside wh
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 import vtprune
+from vtprune.console import one_line_errors
 from vtprune.cost import flops
 from vtprune.evals.overhead import (
     SIZES,
@@ -37,6 +37,7 @@ from vtprune.evals.overhead import (
 from vtprune.evals.replay import Recorded, record
 from vtprune.evals.research import ResearchModel
 from vtprune.evals.settings import build_settings, parse_keep
+from vtprune.files import check_new_file, write_json
 from vtprune.model_cost import model_cost
 from vtprune.pruner import Pruner
 from vtprune.report import Report
@@ -208,6 +209,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for all that was measured.")] = None,
 ) -> None:
     """Time methods that drop tokens between decoder layers against their promise and against research code."""
+    if output is not None:
+        with one_line_errors(traceback=False):
+            check_new_file(output)
     place, kind = place_and_dtype(device, dtype)
     own = SIZES[size].image_tokens
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit()]
@@ -228,7 +232,7 @@ def main(
         )
     if output is not None:
         settings = {"methods": [pruner.to_dict() for pruner in pruners], "steps": steps, "measured": written}
-        output.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(output, settings)
 
 
 if __name__ == "__main__":

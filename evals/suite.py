@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vtprune.assets import SHAPES_EVAL
+from vtprune.files import write_text, write_with
 
 from .failures import InputError
 
@@ -71,11 +72,11 @@ def write_sample(folder: Path, limit: int, seed: int) -> None:
 
     table = pq.read_table(SHAPES_EVAL)
     rows = stratified(table.column("category").to_pylist(), limit, seed)
-    pq.write_table(table.take(rows), folder / "sample.parquet")
-    (folder / f"{BUNDLED_TASK}.yaml").write_text(
+    write_with(folder / "sample.parquet", lambda part: pq.write_table(table.take(rows), part))
+    write_text(
+        folder / f"{BUNDLED_TASK}.yaml",
         f"include: {TASK_FOLDER / BUNDLED_TASK}.yaml\ntask: {BUNDLED_TASK}\n"
         f"dataset_path: parquet\ndataset_kwargs:\n  data_files:\n    test: {folder / 'sample.parquet'}\n",
-        encoding="utf-8",
     )
 
 

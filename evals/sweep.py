@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -30,16 +30,19 @@ SCORELESS = "grid"
 
 @dataclass
 class Sweep:
-    """A loaded model, the questions, and where the results go."""
+    """A loaded model, the questions, where the results go, and who hears of answers that could not be read back."""
 
     lm: VTPrune
     suite: Suite
     results: Results
     seed: int
+    tell: Callable[[str], None]
 
     def run(self, setting: Setting) -> dict[str, Any]:
         """Evaluates and times one setting, and writes its record; raises RunError."""
         journal = Journal(self.results.unfinished(setting.key()))
+        for line in journal.bad:
+            self.tell(line)
         started = time.perf_counter()
         with _told(setting), self._model_of(setting):
             with vtprune.wrapped(self.lm.model, setting.method_source):

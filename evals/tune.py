@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vtprune.adapters import adapter_for
 from vtprune.assets import TINY_LLAVA
+from vtprune.files import held
 from vtprune.registry import available, create
 
 from .bench import default_batch
 from .failures import InputError
 from .loading import is_local, load_model, pick_device
-from .results import check_writable, machine, model_fingerprint, versions
+from .progress import Steps
+from .results import machine, model_fingerprint, versions
 from .settings import parse_method
 from .suite import prepare_environment
 from .tune_budget import FlopsBudget, TokenBudget
@@ -71,7 +72,19 @@ def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
     method, options = _method(config)
     pretrained = str(TINY_LLAVA) if config.model is None else config.model
     calibration = _calibration(config, console)
-    check_writable(config.output)
+    with held(config.output):
+        return _search(config, pretrained, calibration, method, options, console)
+
+
+def _search(
+    config: TuneConfig,
+    pretrained: str,
+    calibration: Calibration,
+    method: str,
+    options: dict[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    """The run itself, once the folder is held."""
     prepare_environment(offline=is_local(pretrained))
     search = Search(config.output, _identity(config, pretrained, calibration), restart=config.restart)
     if search.moved is not None:
@@ -87,18 +100,14 @@ def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
         for name, samples in (("search", calibration.search), ("check", calibration.check))
         if samples
     }
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        states = _unpruned(meters, search, progress)
-        probe = Meter(model, processor, calibration.search[:PROBES], batch)
-        budget = _budget(config, method, options, probe, states["search"][:PROBES])
-        tuner = Tuner(model, budget, meters, states, search, progress)
+    states = _unpruned(meters, search, console)
+    probe = Meter(model, processor, calibration.search[:PROBES], batch)
+    budget = _budget(config, method, options, probe, states["search"][:PROBES])
+    done = len(search.trials)
+    if done:
+        console.print(f"{done} trials are in {search.path} already", highlight=False)
+    with Steps(console, "trials", max(config.trials, done), done) as steps:
+        tuner = Tuner(model, budget, meters, states, search, steps)
         tuner.run(config.trials, config.seed)
         tuner.check()
     write_outputs(search, str(budget), console)
@@ -165,14 +174,18 @@ def _identity(config: TuneConfig, pretrained: str, calibration: Calibration) -> 
     }
 
 
-def _unpruned(meters: dict[str, Meter], search: Search, progress: Progress) -> dict[str, Tensor]:
+def _unpruned(meters: dict[str, Meter], search: Search, console: Console) -> dict[str, Tensor]:
     """The unpruned states of both sets, read from the folder where an earlier run has left them."""
     states = search.load_states()
     if states is not None and states.keys() == meters.keys():
         return states
-    bar = progress.add_task("unpruned states", total=sum(len(meter.samples) for meter in meters.values()))
-    states = {name: meter.states(lambda count: progress.advance(bar, count)) for name, meter in meters.items()}
-    progress.remove_task(bar)
+    with Steps(console, "unpruned states", len(meters), parts="samples") as steps:
+        states = {}
+        for name, meter in meters.items():
+            words = f"unpruned states of the samples to {name}"
+            steps.begin(words, len(meter.samples))
+            states[name] = meter.states(steps.part)
+            steps.end(words)
     for name, meter in meters.items():
         bad = (~states[name].isfinite().all(dim=-1)).nonzero().flatten().tolist()
         if bad:

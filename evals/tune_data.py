@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vtprune.errors import FileError
+from vtprune.json_files import parse, read_file
+
 from .ask import read_image
 from .failures import InputError
+from .records import CAPTIONED
 from .shapes.questions import CATEGORIES, QA, ask
 from .shapes.render import render
 from .shapes.scene import Scene, sample_scene
@@ -108,10 +110,7 @@ def read_folder(
 
 
 def _read(folder: Path, name: str, question: str) -> Sample:
-    try:
-        return Sample(name, read_image(folder / name), question)
-    except InputError as error:
-        raise InputError(str(error).replace("image:", "data:", 1)) from error
+    return Sample(name, read_image(folder / name, "data"), question)
 
 
 def _listed(folder: Path, question: str) -> list[tuple[str, str]]:
@@ -123,26 +122,17 @@ def _listed(folder: Path, question: str) -> list[tuple[str, str]]:
     return sorted((path.relative_to(folder).as_posix(), question) for path in paths)
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def _lines(path: Path) -> list[tuple[int, bytes]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data: cannot read {path}: {error}") from error
-    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        content = read_file(path, "questions about pictures")
+    except FileError as error:
+        raise InputError(f"data: {error}") from error
+    return [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]
 
 
-def _row(path: Path, number: int, line: str, question: str) -> tuple[str, str]:
+def _row(path: Path, number: int, line: bytes, question: str) -> tuple[str, str]:
     try:
-        row: Any = json.loads(line)
-        name, asked = row["file_name"], row.get("question") or question
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        name = asked = None
-        reason: Exception | None = error
-    else:
-        reason = None
-    if not isinstance(name, str) or not isinstance(asked, str):
-        raise InputError(
-            f'data: {path}, line {number}: should read {{"file_name": ..., "question": ...}}, '
-            f"got {line.strip()[:80]!r}"
-        ) from reason
-    return name, asked
+        row = parse(CAPTIONED, line, f"{path}, line {number}", '{"file_name": ..., "question": ...}')
+    except FileError as error:
+        raise InputError(f"data: {error}") from error
+    return row["file_name"], row.get("question") or question

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from itertools import accumulate
 from typing import Any
 
@@ -12,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vtprune.config import CONFIG_NAME
+from vtprune.files import write_bytes
 
-from .plots import COLOURS
-from .results import write_atomically
+from .plots import COLOURS, figure_png
 from .tune_store import FAILED, FILE, INFEASIBLE, MEASURED, PLOT, Search, Trial
 
 COLUMNS = 3
@@ -28,7 +27,7 @@ def write_outputs(search: Search, budget: str, console: Console) -> None:
         console.print(line, style="dim", highlight=False)
     title = f"{search.config['method']} at {budget}, {search.config['model']}"
     search.save_best()
-    write_atomically(search.folder / PLOT, search_png(search.trials, search.data["space"], title))
+    write_bytes(search.folder / PLOT, search_png(search.trials, search.data["space"], title))
     names = (CONFIG_NAME, FILE, PLOT)
     console.print("wrote " + ", ".join(str(search.folder / name) for name in names), highlight=False)
 
@@ -127,9 +126,7 @@ def search_png(trials: list[Trial], space: dict[str, dict[str, Any]], title: str
     for row in range(rows):
         panels[row * columns].set_ylabel("mean cosine with the unpruned state", fontsize=8)
     figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def _over_trials(axes: Axes, measured: list[Trial]) -> None:

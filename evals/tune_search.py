@@ -8,7 +8,6 @@ import statistics
 import time
 from typing import Any
 
-from rich.progress import Progress
 from torch import Tensor
 
 import vtprune
@@ -19,6 +18,7 @@ from vtprune.pruner import Pruner, Tunable
 
 from .failures import InputError
 from .loading import first_line
+from .progress import Steps
 from .tune_budget import FlopsBudget, OverBudgetError, TokenBudget
 from .tune_measure import Measured, Meter
 from .tune_space import STARTUP, Params, holds, propose, searched
@@ -35,36 +35,40 @@ class Tuner:
         meters: dict[str, Meter],
         states: dict[str, Tensor],
         search: Search,
-        progress: Progress,
+        steps: Steps,
     ) -> None:
         self.model, self.budget, self.meters, self.states = model, budget, meters, states
-        self.search, self.progress = search, progress
+        self.search, self.steps = search, steps
 
     def run(self, total: int, seed: int) -> None:
         """Measures trials until there are `total` of them; raises InputError if none can be measured."""
         trials = self.search.trials
-        if trials:
-            self.progress.console.print(f"{len(trials)} trials are in {self.search.path} already", highlight=False)
-        bar = self.progress.add_task("trials", total=max(total, len(trials)), completed=len(trials))
         if not trials:
-            self._try({}, 0)
-            self.progress.advance(bar)
+            self._step({}, 0)
         space = self._search_space()
         while len(trials) < total:
             tried = [(trial["params"], trial["objective"]) for trial in trials if trial["params"]]
             params = propose(space, tried, len(trials), seed)
             if params is None:
-                text = f"every setting of the search space has been tried ({len(tried)})"
-                self.progress.console.print(text, highlight=False)
+                self.steps.say(f"every setting of the search space has been tried ({len(tried)})")
                 break
-            self._try(params, len(trials))
+            self._step(params, len(trials))
             self._check_reach()
-            best = self.search.best
-            said = "no objective yet" if best is None else f"best so far {best['objective']:.5f}"
-            self.progress.update(bar, advance=1, description=f"trials, {said}")
         self.search.save()
         if self.search.best is None:
             raise self._nothing_found()
+
+    def _step(self, params: Params, number: int) -> None:
+        """Measures one setting, and says what came of it and what the best one is."""
+        best = self.search.best
+        self.steps.begin("no objective yet" if best is None else f"best so far {best['objective']:.5f}")
+        self._try(params, number)
+        trial, best = self.search.trials[number], self.search.best
+        found = trial["state"] if trial["objective"] is None else f"cosine {trial['objective']:.5f}"
+        so_far = (
+            "no objective yet" if best is None else f"best so far {best['objective']:.5f} (trial {best['number']})"
+        )
+        self.steps.end(f"trial {number}: {found}, {so_far}")
 
     def _check_reach(self) -> None:
         """Raises InputError once as many settings as are drawn at random have all been refused for one reason."""
@@ -106,8 +110,7 @@ class Tuner:
             trial["params"] = self._resolved(pruner, trial.get("tokens", 1.0))
         trial["seconds"] = round(time.perf_counter() - started, 3)
         if trial["state"] == FAILED:
-            text = f"trial {number} failed: {trial['reason']} ({_show(params)})"
-            self.progress.console.print(text, style="yellow", highlight=False)
+            self.steps.say(f"trial {number} failed: {trial['reason']} ({_show(params)})", "yellow")
         self.search.add(trial)
         if self.search.data["best"] == number:
             self.search.save_best()
@@ -184,8 +187,7 @@ class Tuner:
         try:
             return self.meters["check"].measure(pruner, self.states["check"])
         except VTPruneError as error:
-            text = f"trial {trial['number']} on the held-out samples: {first_line(error)}"
-            self.progress.console.print(text, style="yellow", highlight=False)
+            self.steps.say(f"trial {trial['number']} on the held-out samples: {first_line(error)}", "yellow")
             return None
 
 

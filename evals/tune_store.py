@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vtprune.config import CONFIG_NAME, from_dict, save_config
+from vtprune.errors import FileError, VTPruneError
+from vtprune.files import move_into, refuse_foreign, write_text, write_with
+from vtprune.json_files import read_json
 
 from .failures import InputError
-from .loading import first_line
-from .results import WORDS, code_fingerprint, write_atomically
+from .records import SEARCH, SEARCH_HEAD
+from .results import WORDS, code_fingerprint
+from .settings import parse_method
 
 FORMAT = 1
 FILE = "search.json"
@@ -27,6 +31,9 @@ STATES = "unpruned.safetensors"
 # What a trial may have come to: an objective, a budget or model that refuses the setting, or not a number.
 MEASURED, INFEASIBLE, FAILED = "measured", "infeasible", "failed"
 NAMES = {**WORDS, "data": "the samples"}
+
+WHAT = "the file of a search"
+AGAIN = "; give another --output, or --restart to start afresh and keep the old one beside it"
 
 Trial = dict[str, Any]
 
@@ -41,11 +48,23 @@ def search_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def _whole(data: dict[str, Any]) -> bool:
-    """Whether a file holds all that a search goes on from."""
-    needed = {"number", "params", "state", "objective", "reason", "pruner"}
+def _check_trials(path: Path, data: dict[str, Any]) -> None:
+    """Raises FileError where trials are not such as a search goes on from, though their JSON is of the right shape."""
     trials = data["trials"]
-    return {"best", "check"} <= data.keys() and all(needed <= trial.keys() for trial in trials)
+    for place, trial in enumerate(trials):
+        measured = {"objective", "kept", "tokens", "flops_share"}
+        if trial["number"] != place:
+            raise FileError(f"{path} is cut short: trials.{place}.number is {trial['number']}{AGAIN}")
+        if trial["state"] == MEASURED and any(trial.get(name) is None for name in measured):
+            raise FileError(f"{path} is not {WHAT}: trials.{place} is measured but lacks a number{AGAIN}")
+        try:
+            pruner = from_dict(trial["pruner"])
+        except VTPruneError as error:
+            raise FileError(f"{path} is not {WHAT}: trials.{place}.pruner: {error}{AGAIN}") from error
+        if isinstance(pruner, list) or pruner.name != parse_method(str(data["config"].get("method")))[0]:
+            raise FileError(f"{path} is not {WHAT}: trials.{place}.pruner is another method{AGAIN}")
+    if data["best"] is not None and not 0 <= data["best"] < len(trials):
+        raise FileError(f"{path} is cut short: best is trial {data['best']} of {len(trials)}{AGAIN}")
 
 
 class Search:
@@ -68,6 +87,7 @@ class Search:
         }
         self.moved: Path | None = None
         if not self.path.exists():
+            refuse_foreign(folder, FILE, (CONFIG_NAME, PLOT, *self._foreign_states()))
             return
         old = self._load(lenient=restart)
         if restart or old["config"]["code"] != config["code"]:
@@ -77,29 +97,43 @@ class Search:
 
     def _load(self, *, lenient: bool) -> dict[str, Any]:
         """The old content; unless `lenient` it must be whole and of this configuration."""
-        again = "; give another --output, or --restart to start afresh and keep the old one beside it"
         try:
-            data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            old = data["config"] = {"code": "", **data["config"]}
-            whole = data.get("format") == FORMAT and _whole(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            head: dict[str, Any] = read_json(SEARCH_HEAD, self.path, WHAT, AGAIN)
+        except FileError as error:
             if lenient:
                 return {"config": {"code": ""}}
-            raise InputError(
-                f"output: {self.path} is not the file of a search ({first_line(error)}){again}"
-            ) from error
+            raise InputError(f"output: {error}") from error
+        old = head["config"] = {"code": "", **head["config"]}
         if lenient:
-            return data
-        if not whole:
-            raise InputError(f"output: {self.path} is cut short, or not as this version writes it{again}")
-        changed = [
-            f"{NAMES.get(name, name)} was {old.get(name)!r} and is now {self.config.get(name)!r}"
-            for name in sorted(old.keys() | self.config.keys())
-            if name != "code" and old.get(name) != self.config.get(name)
-        ]
-        if changed:
-            raise InputError(f"output: {self.path} holds another search ({'; '.join(changed)}){again}")
+            return head
+        try:
+            if head["format"] != FORMAT:
+                raise FileError(f"{self.path} is not as this version writes it{AGAIN}")
+            changed = [
+                f"{NAMES.get(name, name)} was {old.get(name)!r} and is now {self.config.get(name)!r}"
+                for name in sorted(old.keys() | self.config.keys())
+                if name != "code" and old.get(name) != self.config.get(name)
+            ]
+            if changed:
+                raise FileError(f"{self.path} holds another search ({'; '.join(changed)}){AGAIN}")
+            if old["code"] != self.config["code"]:
+                return head
+            data: dict[str, Any] = read_json(SEARCH, self.path, WHAT, AGAIN)
+            _check_trials(self.path, data)
+        except FileError as error:
+            raise InputError(f"output: {error}") from error
         return data
+
+    def _foreign_states(self) -> tuple[str, ...]:
+        """The file of the unpruned states, where there is one that no search has written."""
+        path = self.folder / STATES
+        if not path.exists():
+            return ()
+        try:
+            with safe_open(path, "pt") as file:
+                return () if "identity" in (file.metadata() or {}) else (STATES,)
+        except (OSError, SafetensorError):
+            return (STATES,)
 
     def _move_away(self, created: str) -> Path:
         """Puts all that the old search left into a folder of its own, so that none of it poses as the new one's."""
@@ -108,13 +142,7 @@ class Search:
         while target.exists():
             count += 1
             target = self.folder / f"{stem}-{count}"
-        try:
-            target.mkdir()
-            for name in (FILE, CONFIG_NAME, PLOT):
-                if (self.folder / name).exists():
-                    (self.folder / name).rename(target / name)
-        except OSError as error:
-            raise InputError(f"output: cannot move the old search in {self.folder}: {error.strerror}") from error
+        move_into(target, [self.folder / name for name in (FILE, CONFIG_NAME, PLOT)])
         return target
 
     @property
@@ -143,7 +171,7 @@ class Search:
 
     def save(self) -> None:
         """Writes the file; raises RunError where that fails, and leaves the old one in place."""
-        write_atomically(self.path, json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        write_text(self.path, json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False))
 
     def _identity(self) -> str:
         return sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
@@ -160,4 +188,5 @@ class Search:
 
     def save_states(self, states: dict[str, Tensor]) -> None:
         """Writes them for a later run; raises RunError."""
-        write_atomically(self.folder / STATES, save(states, metadata={"identity": self._identity()}))
+        metadata = {"identity": self._identity()}
+        write_with(self.folder / STATES, lambda part: save_file(states, part, metadata=metadata))

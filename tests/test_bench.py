@@ -6,24 +6,29 @@ import errno
 import io
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.checkpoint import png, random_checkpoint, write_task
-from vtprune import adapters
+from vtprune import adapters, cli
 from vtprune.cli import app
-from vtprune.evals import lmms_model, results
-from vtprune.evals.plots import pareto_png
+from vtprune.evals import lmms_model, results, settings
+from vtprune.evals.bench import SHORT_METHODS, BenchConfig, run_bench
+from vtprune.evals.plots import method_styles, pareto_png
 from vtprune.evals.scores import main_metric, standard_error, task_scores
 from vtprune.evals.settings import Setting
 from vtprune.evals.shapes_task import process_results
 from vtprune.evals.tables import kept_score, markdown_table, quality_columns
+from vtprune.files import held
 
 METHODS = ("--methods", "grid,flowcut", "--keep", "0.25")
 SETTINGS = [Setting("none"), Setting("grid", 0.25), Setting("flowcut", 0.25)]
@@ -203,7 +208,8 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
     replace, calls = os.replace, []
 
     def full(source: Any, target: Any) -> None:
-        calls.append(target)
+        # The sample of questions is written elsewhere, where there is room.
+        calls.extend([target] if Path(target).parent == output else [])
         if len(calls) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
@@ -252,7 +258,7 @@ def test_a_method_that_the_model_cannot_take(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 2
     assert "flowcut: needs what this model has not" in result.stderr
     assert not (tmp_path / "results.json").exists()
-    monkeypatch.setattr("vtprune.evals.settings.all_methods", lambda: ["grid", "flowcut"])
+    monkeypatch.setattr("vtprune.evals.bench.SHORT_METHODS", ("grid", "flowcut"))
     result = bench(tmp_path, "--keep", "0.25")
     assert result.exit_code == 0, result.output
     assert "Left out: flowcut at 25%: needs what this model has not." in result.output
@@ -336,3 +342,72 @@ def test_methods_that_have_to_be_trained_are_not_among_the_defaults() -> None:
 
     assert "pmod" not in all_methods()
     assert {"fastv", "d2o", "lazyllm"} <= set(all_methods())
+
+
+def test_a_second_run_into_a_folder_ends_at_once_and_loses_nothing(finished: Path) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    with held(finished):
+        result = bench(finished, *METHODS, "--no-resume")
+    assert result.exit_code == 2
+    assert f"another run is writing into {finished}; wait until it has ended" in " ".join(result.stderr.split())
+    assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
+
+
+def test_tables_of_something_else_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("mine")
+    result = bench(tmp_path, *METHODS)
+    assert result.exit_code == 2
+    assert "holds table.md, but no results.json" in " ".join(result.stderr.split())
+    assert (tmp_path / "table.md").read_text() == "mine"
+
+
+def test_without_a_terminal_every_setting_has_a_line_before_the_next_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtprune.evals.sweep import Sweep
+
+    seen: list[str] = []
+    out = io.StringIO()
+    run = Sweep.run
+
+    def watched(self: Sweep, setting: Setting) -> dict[str, Any]:
+        seen.append(out.getvalue())
+        return run(self, setting)
+
+    monkeypatch.setattr(Sweep, "run", watched)
+    config = BenchConfig(("grid", "random"), (9,), tmp_path, model=str(random_checkpoint()), limit=10, batch_size=4)
+    run_bench(config, Console(file=out, width=200))
+    first, second, third = seen
+    assert "running 3 settings on" in first
+    assert "each on 10 questions" in first
+    assert "for all of it, by the" in second
+    assert re.search(r"\[1/3\] none: accuracy .*; [0-9.]+ s, 0:\d\d in all, about 0:\d\d left", second)
+    assert re.search(r"\[2/3\] grid at 9: .* 9\.0 of 144\.0 tokens", third)
+
+
+def test_the_short_list_has_the_baselines_and_every_stage_and_is_no_everything() -> None:
+    names = ("none", *SHORT_METHODS, "pmod")
+    stages = {part for name in names for part in vtprune.available()[name].stage.split(", ")}
+    assert stages == {part for info in vtprune.available().values() for part in info.stage.split(", ")}
+    assert {"random", "grid"} < set(SHORT_METHODS)
+    per_stage = Counter(vtprune.available()[name].stage for name in SHORT_METHODS[2:])
+    assert max(per_stage.values()) <= 2
+    assert cli._what_to_run("vtprune_shapes", None, None, False, None, True) == {
+        "tasks": ("vtprune_shapes",),
+        "methods": (*SHORT_METHODS, *settings.trained_folders()),
+        "keeps": (0.25,),
+        "limit": 500,
+        "lenient": True,
+    }
+    everything = cli._what_to_run("vtprune_shapes", None, None, True, None, True)
+    assert set(settings.all_methods()) <= set(everything["methods"])
+    assert everything["limit"] is None
+
+
+def test_each_method_has_a_colour_and_a_marker_of_its_own() -> None:
+    names = ["random", "grid", "pool", "grid", *(f"method_{i}" for i in range(60))]
+    styles = method_styles(names)
+    assert len({(style["color"], style["marker"], style.get("linestyle")) for style in styles}) == len(names)
+    coloured = [style["color"] for style in styles[3:27]]
+    assert len(set(coloured)) == len(coloured)
+    assert len({(style["color"], style["marker"]) for style in styles[3:]}) == len(names) - 3

@@ -54,7 +54,7 @@ Methods = Annotated[
     typer.Option(
         help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`. A folder with "
         "vtprune_config.json is one too, at its own keep.",
-        show_default="all of them; what the model cannot take is left out and named",
+        show_default="a short list; --all for every one; what the model cannot take is left out and named",
         rich_help_panel=PANEL,
     ),
 ]
@@ -62,7 +62,7 @@ Keeps = Annotated[
     str | None,
     typer.Option(
         help="Separated by commas: counts of tokens (64), fractions (0.25) or percentages (11%).",
-        show_default="0.25,0.11",
+        show_default="0.25",
         rich_help_panel=PANEL,
     ),
 ]
@@ -70,8 +70,8 @@ Everything = Annotated[
     bool,
     typer.Option(
         "--all",
-        help="Every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that merge also with their "
-        "merging off, at 0.11.",
+        help="Instead of the short list, every method at 0.5, 0.25, 0.11 and 0.05 on every question, and those that "
+        "merge also with their merging off, at 0.11.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -141,19 +141,19 @@ def _what_to_run(
 ) -> dict[str, Any]:
     """The settings and questions that the options stand for, as fields of a BenchConfig."""
     from vtprune.evals import settings
-    from vtprune.evals.bench import DEFAULT_LIMIT
+    from vtprune.evals.bench import DEFAULT_LIMIT, SHORT_KEEPS, SHORT_METHODS
     from vtprune.evals.suite import BUNDLED_TASK
 
     names = _split(tasks, "tasks")
     if methods is not None:
         chosen = _split(methods, "methods")
     else:
-        chosen = settings.all_methods() + (settings.ablations() if everything else [])
+        chosen = settings.all_methods() + settings.ablations() if everything else list(SHORT_METHODS)
         chosen += settings.trained_folders() if bundled else []
     if keep is not None:
         keeps = tuple(settings.parse_keep(part) for part in _split(keep, "keep"))
     else:
-        keeps = settings.ALL_KEEPS if everything else settings.DEFAULT_KEEPS
+        keeps = settings.ALL_KEEPS if everything else SHORT_KEEPS
     if limit is None and not everything and names == [BUNDLED_TASK]:
         limit = DEFAULT_LIMIT
     return {

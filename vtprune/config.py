@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import types
 import typing
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import VTPruneError
+from vtprune.files import write_text
 from vtprune.pruner import Pruner
 from vtprune.registry import create, pruner_class
 
@@ -58,11 +58,7 @@ def save_config(pruner: Pruner | Sequence[Pruner], folder: str | os.PathLike[str
             raise
         raise VTPruneError(f"cannot write this pruner as JSON: {error}") from error
     path = Path(folder) / CONFIG_NAME
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
-    except OSError as error:
-        raise VTPruneError(f"cannot write {path}: {error.strerror or error}") from error
+    write_text(path, text)
     return path
 
 
@@ -170,18 +166,3 @@ def _readable(hint: Any) -> str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a finite number")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a temporary file beside `path` and moves it there, so that no reader sees half a file."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import RunError, VTPruneError
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -39,8 +39,6 @@ def _stop(message: str, status: int) -> typer.Exit:
 @contextlib.contextmanager
 def one_line_errors(traceback: bool) -> Iterator[None]:
     """Turns what goes wrong into one red line on stderr and the right exit status."""
-    from vtprune.evals.failures import RunError
-
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -52,10 +50,10 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
     except Exception as error:
         if traceback:
             raise
-        if isinstance(error, VTPruneError):
-            raise _stop(str(error), BAD_INPUT) from error
         if isinstance(error, RunError):
             raise _stop(str(error), FAILURE) from error
+        if isinstance(error, VTPruneError):
+            raise _stop(str(error), BAD_INPUT) from error
         reason = " ".join(str(error).split()) or "no message"
         hint = "; --traceback shows where"
         raise _stop(f"{type(error).__name__}: {reason}{hint}", FAILURE) from error

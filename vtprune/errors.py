@@ -24,3 +24,19 @@ class UnsupportedCacheError(VTPruneError, TypeError):
 
 class ScoreError(VTPruneError):
     """A pruner produced NaN or infinite scores."""
+
+
+class PictureError(VTPruneError):
+    """A file holds no picture that can be read; the message names it."""
+
+
+class FileError(VTPruneError):
+    """A file that was read does not hold what it should; the message names it and what is wrong."""
+
+
+class RunError(RuntimeError):
+    """The work failed on the way, through no fault of the request; what was computed before is kept."""
+
+
+class WriteError(VTPruneError, RunError):
+    """A file could not be written; what stood there before is unchanged."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -18,7 +18,7 @@ def local_json(source: str, name: str) -> dict[str, Any]:
     try:
         path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
         data = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 
@@ -31,11 +31,16 @@ def image_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]
         return None
     for name in PROCESSOR_FILES:
         data = local_json(source, name)
-        data = data.get("image_processor", data)
+        inner = data.get("image_processor")
+        data = inner if isinstance(inner, dict) else data
         mean, std = data.get("image_mean"), data.get("image_std")
-        if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3:
+        if _three_numbers(mean) and _three_numbers(std):
             return tuple(map(float, mean)), tuple(map(float, std))
     return None
+
+
+def _three_numbers(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and len(values) == 3 and all(isinstance(one, int | float) for one in values)
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.errors import VTPruneError
+from vtprune.files import write_with
 from vtprune.pruner import ModelFacts, Pruner
 
 WEIGHTS_NAME = "vtprune_weights.safetensors"
@@ -75,22 +74,8 @@ def write_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> N
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file beside `path` and moves it there; raises VTPruneError where there is no room."""
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise VTPruneError(f"cannot write {path}: {error}; what stood there before is unchanged") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    """Writes a safetensors file, whole or not at all; raises WriteError where there is no room."""
+    write_with(path, lambda part: save_file(tensors, part, metadata=metadata))
 
 
 def read_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> None:

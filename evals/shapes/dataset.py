@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vtprune.files import write_with
+from vtprune.pictures import open_picture
+
 from .questions import CATEGORIES, FORMS, QA
 from .render import render
 from .scene import Scene, make_scene, scene_rng
@@ -32,7 +35,7 @@ class EvalRow:
 
     def open_image(self) -> Image.Image:
         """The picture, RGB 96x96."""
-        return Image.open(io.BytesIO(self.image)).convert("RGB")
+        return open_picture(self.image, f"the picture of {self.id}")
 
 
 def png_bytes(scene: Scene) -> bytes:
@@ -108,7 +111,10 @@ def overlap_with_training(per_category: int, eval_seed: int, train_seed: int, tr
 
 
 def write_eval_rows(rows: list[EvalRow], path: Path) -> None:
-    """Write the parquet file; `image` has the layout and the schema metadata of `datasets.Image`."""
+    """Write the parquet file; `image` has the layout and the schema metadata of `datasets.Image`.
+
+    Raises WriteError.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, Image, Value
@@ -119,7 +125,7 @@ def write_eval_rows(rows: list[EvalRow], path: Path) -> None:
     images = [{"bytes": row.image, "path": None} for row in rows]
     table = pa.table({"id": columns["id"], "image": images, **columns}, schema=features.arrow_schema)
     # A dictionary that holds every distinct image: two or three rows share one.
-    pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 26)
+    write_with(path, lambda part: pq.write_table(table, part, compression="zstd", dictionary_pagesize_limit=1 << 26))
 
 
 def read_eval_rows(path: Path) -> list[EvalRow]:

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
+from vtprune.console import one_line_errors
+from vtprune.files import held
+
 from ..shapes.dataset import read_eval_rows
 from .architecture import build_processor
 from .evaluate import as_markdown, evaluate
@@ -37,12 +40,15 @@ def main(
     logging.disable_progress_bar()  # saving has a bar of its own, which would break ours
     console = Console()
     plan = stages((stage1_steps, stage2_steps, stage3_steps, stage4_steps))
-    trainer = Trainer(output, build_processor(), plan, device=device, seed=seed, compiled=compiled, console=console)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bars = {stage.name: progress.add_task(stage.name, total=stage.steps) for stage in plan}
-        for stage, step, loss in trainer.run(save_every, check_every):
-            progress.update(bars[stage.name], completed=step, description=f"{stage.name} {loss:.3f}")
+    with one_line_errors(traceback=False), held(output):
+        trainer = Trainer(
+            output, build_processor(), plan, device=device, seed=seed, compiled=compiled, console=console
+        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            bars = {stage.name: progress.add_task(stage.name, total=stage.steps) for stage in plan}
+            for stage, step, loss in trainer.run(save_every, check_every):
+                progress.update(bars[stage.name], completed=step, description=f"{stage.name} {loss:.3f}")
     if eval_set is not None:
         console.print(as_markdown(evaluate(output, read_eval_rows(eval_set), device=device)))
 

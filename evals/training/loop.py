@@ -13,6 +13,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlavaProcessor
 
+from vtprune.errors import VTPruneError
+from vtprune.files import write_folder
+
 from ..shapes.scene import Scene
 from .architecture import IMAGE_TOKENS, build_model
 from .language import (
@@ -96,7 +99,10 @@ class Trainer:
         self.modules = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(self.device)
         self.tower = self.model.model.vision_tower
         self.state_folder = output.with_name(f"{output.name}-state")
-        found = load_weights(self.state_folder, self.modules)
+        self.settings = {"seed": seed, "steps": [stage.steps for stage in plan]}
+        found = load_weights(self.state_folder, self.modules, self.settings)
+        if found is None and (output / "config.json").exists():
+            raise VTPruneError(f"output: {output} holds a model of another run already; give another --output")
         self.resumed, self.progress = found is not None, found or Progress()
         self.started = time.monotonic() - self.progress.seconds
         self.read = torch.compile(tower_states) if compiled else tower_states
@@ -125,10 +131,13 @@ class Trainer:
     def save(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint, and the model itself once it can answer."""
         self.progress.seconds = time.monotonic() - self.started
-        save_state(self.state_folder, self.modules, optimizer, self.progress)
+        save_state(self.state_folder, self.modules, optimizer, self.progress, self.settings)
         if stage.language:
-            self.model.save_pretrained(self.output)
-            self.processor.save_pretrained(self.output)
+            write_folder(self.output, self._write_model)
+
+    def _write_model(self, draft: Path) -> None:
+        self.model.save_pretrained(draft)
+        self.processor.save_pretrained(draft)
 
     def _optimizer(self, stage: Stage) -> torch.optim.AdamW:
         for name, parameter in self.modules.named_parameters():

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import FiniteFloat, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from vtprune.errors import FileError, VTPruneError
+from vtprune.files import write_json, write_with
+from vtprune.json_files import read_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FILE, WHAT = "progress.json", "a whole checkpoint of this training"
+AGAIN = "; remove its folder to start afresh"
+
+
+class State(TypedDict):
+    """progress.json: `Progress`, the steps of the optimiser, and what the run was asked for."""
+
+    stage: int
+    step: int
+    seconds: FiniteFloat
+    optimizer_steps: int
+    settings: dict[str, Any]
+
+
+STATE = TypeAdapter(State)
 
 
 @dataclass
@@ -27,43 +49,68 @@ def _weights(modules: nn.ModuleDict) -> dict[str, Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in modules.named_parameters()}
 
 
-def _replace(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write beside and rename, so that an interruption leaves the old file whole."""
-    draft = path.with_suffix(".draft")
-    save_file(tensors, draft)
-    draft.replace(path)
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Raises FileError for a file that is missing or cut short."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} is not {WHAT}: {error}{AGAIN}") from error
+    return tensors
 
 
-def save_state(folder: Path, modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write a checkpoint into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _state(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(STATE, folder / FILE, WHAT, AGAIN)
+    return found
+
+
+def save_state(
+    folder: Path,
+    modules: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: dict[str, Any],
+) -> None:
+    """Write a checkpoint into a folder; settings: what a run must share with the one that it goes on from."""
     moments, steps = {}, 0
     for name, parameter in modules.named_parameters():
         entry = optimizer.state.get(parameter)
         if entry:
             steps = int(entry["step"])
             moments.update({f"{name}:{key}": entry[key].contiguous() for key in MOMENTS})
-    _replace(folder / "weights.safetensors", _weights(modules))
-    _replace(folder / "optimizer.safetensors", moments)
-    (folder / "progress.json").write_text(json.dumps({**asdict(progress), "optimizer_steps": steps}))
+    write_with(folder / "weights.safetensors", lambda part: save_file(_weights(modules), part))
+    write_with(folder / "optimizer.safetensors", lambda part: save_file(moments, part))
+    write_json(folder / FILE, {**asdict(progress), "optimizer_steps": steps, "settings": settings})
 
 
-def load_weights(folder: Path, modules: nn.ModuleDict) -> Progress | None:
-    """Load a checkpoint's weights if there is one, and say how far it had come."""
-    if not (folder / "progress.json").exists():
+def load_weights(folder: Path, modules: nn.ModuleDict, settings: dict[str, Any]) -> Progress | None:
+    """Load a checkpoint's weights if there is one, and say how far it had come.
+
+    Raises VTPruneError for that of a run with other settings, and for one that is cut short.
+    """
+    if not (folder / FILE).exists():
         return None
-    saved = load_file(folder / "weights.safetensors")
+    values = _state(folder)
+    old = values["settings"]
+    changed = [
+        f"{name} was {old.get(name)!r} and is now {new!r}" for name, new in settings.items() if old.get(name) != new
+    ]
+    if changed:
+        raise VTPruneError(f"output: {folder} holds another run ({'; '.join(changed)}); give another --output")
+    saved = _tensors(folder / "weights.safetensors")
+    own = dict(modules.named_parameters())
+    odd = [name for name, one in own.items() if name not in saved or saved[name].shape != one.shape]
+    if odd:
+        raise FileError(f"{folder / 'weights.safetensors'} does not fit this model: {odd[0]}{AGAIN}")
     with torch.no_grad():
-        for name, parameter in modules.named_parameters():
+        for name, parameter in own.items():
             parameter.copy_(saved[name])
-    values = json.loads((folder / "progress.json").read_text())
     return Progress(values["stage"], values["step"], values["seconds"])
 
 
 def load_moments(folder: Path, modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's AdamW moments back for the parameters that the optimiser holds."""
-    saved = load_file(folder / "optimizer.safetensors")
-    steps = json.loads((folder / "progress.json").read_text())["optimizer_steps"]
+    saved = _tensors(folder / "optimizer.safetensors")
+    steps = _state(folder)["optimizer_steps"]
     for name, parameter in modules.named_parameters():
         if parameter.requires_grad and f"{name}:{MOMENTS[0]}" in saved:
             entry = {key: saved[f"{name}:{key}"].to(parameter.device) for key in MOMENTS}

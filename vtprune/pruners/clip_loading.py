@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +88,7 @@ def local_folder(source: str) -> Path:
 def _from_transformers(folder: Path) -> Clip:
     from transformers import CLIPModel
 
-    config = json.loads((folder / TRANSFORMERS_CONFIG).read_text(encoding="utf-8"))
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = _config(folder / TRANSFORMERS_CONFIG).get("model_type")
     if kind != "clip":
         raise VTPruneError(f"{folder} holds a model of type {kind!r}, a 'clip' with both towers is needed")
     loaded: Any = CLIPModel.from_pretrained(
@@ -109,9 +107,10 @@ def _from_open_clip(folder: Path) -> Clip:
         import open_clip
     except ImportError as error:
         raise VTPruneError(f"{folder} holds an open_clip model: pip install 'vtprune[clip]' to use it") from error
-    config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    config = _part(_config(folder / OPEN_CLIP_CONFIG), "model_cfg", folder)
     # These towers would be looked up on the hub.
-    towers = config["text_cfg"].get("hf_model_name") or config["vision_cfg"].get("timm_model_name")
+    text, vision = (_part(config, name, folder) for name in ("text_cfg", "vision_cfg"))
+    towers = text.get("hf_model_name") or vision.get("timm_model_name")
     if towers:
         raise VTPruneError(f"the open_clip model in {folder} is built around {towers}; only its plain CLIPs are known")
     if not (folder / OPEN_CLIP_WEIGHTS).is_file():
@@ -120,6 +119,22 @@ def _from_open_clip(folder: Path) -> Clip:
         )
     model = open_clip.create_model(f"{FOLDER}{folder}", require_pretrained=True).eval()
     return OpenClip(model, open_clip.get_tokenizer(f"{FOLDER}{folder}"))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The JSON object in a model's config; raises FileError."""
+    # Here, so that importing the methods does not load what reads files.
+    from vtprune.json_files import OBJECT, read_json
+
+    found: dict[str, Any] = read_json(OBJECT, path, "the config of a CLIP")
+    return found
+
+
+def _part(config: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    part = config.get(name)
+    if not isinstance(part, dict):
+        raise VTPruneError(f"{folder / OPEN_CLIP_CONFIG} is not the config of a CLIP: it has no object {name}")
+    return part
 
 
 @functools.lru_cache(maxsize=2)

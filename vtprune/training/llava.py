@@ -11,16 +11,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from vtprune.errors import FileError, PictureError
 from vtprune.evals.failures import InputError, SampleError
-from vtprune.evals.prompts import whole_images
+from vtprune.json_files import read_file
+from vtprune.pictures import open_picture
 from vtprune.training.conversations import Conversation
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SHOWN = 5
 READERS = 8
+WHAT = "conversations as JSON or JSON lines"
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,9 @@ class LlavaData:
         """One of them; raises SampleError for a picture that has gone since the scan."""
         record = self.records[index]
         try:
-            with whole_images():
-                images = tuple(_open(self.folder / name) for name in record.images)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SampleError(f"{record.name}: cannot read an image: {error}") from error
+            images = tuple(open_picture(self.folder / name) for name in record.images)
+        except PictureError as error:
+            raise SampleError(f"{record.name}: {error}") from error
         return Conversation(images, record.messages, record.name)
 
     def identity(self) -> dict[str, Any]:
@@ -93,27 +93,26 @@ class LlavaData:
         return {"data": str(self.path), "images": str(self.folder), "data_file": self._digest, "records": self.size}
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path, WHAT).decode()
+    except (FileError, UnicodeDecodeError) as error:
         raise InputError(f"data: cannot read {path}: {error}") from error
 
 
 def _rows(path: Path, text: str) -> list[Any]:
-    """The records of JSON (a list) or of JSON lines."""
+    """The records of JSON (a list) or of JSON lines; raises InputError that names the line."""
+    place = str(path)
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):
+                place = f"{path}, line {number}"
+                rows += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError) as error:
-        raise InputError(f"data: {path} is neither a JSON list nor JSON lines (cut short?): {error}") from error
+        raise InputError(f"data: {place} is neither a JSON list nor JSON lines (cut short?): {error}") from error
     if not rows:
         raise InputError(f"data: {path} holds no record")
     return list(rows)
@@ -143,7 +142,7 @@ def _message(name: str, turn: Any, at: int) -> dict[str, Any]:
     """A turn for a chat template: its text, and an image wherever the placeholder stands."""
     wanted = ("user", "assistant")[at % 2]
     text = turn.get("value") if isinstance(turn, dict) else None
-    if not isinstance(text, str) or ROLES.get(str(turn.get("from"))) != wanted:
+    if not isinstance(text, str) or not _is_unicode(text) or ROLES.get(str(turn.get("from"))) != wanted:
         raise InputError(
             f'data: {name}: turn {at} should be {{"from": "{("human", "gpt")[at % 2]}", "value": text}}, '
             f"got {str(turn)[:80]!r}"
@@ -157,20 +156,26 @@ def _message(name: str, turn: Any, at: int) -> dict[str, Any]:
     return {"role": wanted, "content": content}
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer can take a text: JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _broken(folder: Path, records: list[Record]) -> dict[str, str]:
     """The pictures that cannot be read, and why."""
     names = list(dict.fromkeys(name for record in records for name in record.images))
-    # Around all of them: the switch is one for the whole process.
-    with whole_images(), ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(READERS) as readers:
         reasons = list(readers.map(partial(_trouble, folder), names))
     return {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
 
 
 def _trouble(folder: Path, name: str) -> str:
     try:
-        _open(folder / name)
-    except FileNotFoundError:
-        return "not there"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"cannot be read: {error}"
+        open_picture(folder / name, "it")
+    except PictureError as error:
+        return "not there" if isinstance(error.__cause__, FileNotFoundError) else str(error)
     return ""

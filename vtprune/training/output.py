@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from vtprune.adapters import core_model
-from vtprune.errors import VTPruneError
-from vtprune.evals.failures import RunError
-from vtprune.evals.results import machine, versions, write_atomically
+from vtprune.evals.results import machine, versions
+from vtprune.files import write_bytes, write_folder, write_text
+from vtprune.json_files import read_json
 from vtprune.training.config import TrainConfig
 from vtprune.training.plots import loss_png, routed_png
-from vtprune.training.state import FOLDER, Progress
+from vtprune.training.state import FOLDER, Point, Progress
 from vtprune.weights import SUBMODULE
 from vtprune.wrap import ATTRIBUTE, report, save
 
 LOG, LOSS_PLOT, ROUTED_PLOT, ADAPTER = "training.json", "loss.png", "routed.png", "adapter"
-DRAFT = ".saving"
 LEARNT, FINISHED = "training", "finished"
+AGAIN = "; give another --output"
+
+
+class LogFile(TypedDict):
+    """training.json, so far as a later run reads it."""
+
+    state: Literal["training", "finished"]
+    settings: dict[str, Any]
+    steps: int
+    samples: int
+    answer_tokens: int
+    seconds: FiniteFloat
+    curve: list[Point]
+
+
+LOG_FILE = TypeAdapter(LogFile)
 
 
 def write_log(
@@ -47,19 +62,15 @@ def write_log(
         "validation": progress.validation,
         "computed": shares,
     }
-    write_atomically(folder / LOG, json.dumps(data, indent=1, allow_nan=False).encode())
+    write_text(folder / LOG, json.dumps(data, indent=1, allow_nan=False))
 
 
 def read_log(folder: Path) -> dict[str, Any] | None:
-    """The content of training.json, or None where there is none; raises VTPruneError for one that is cut short."""
+    """The content of training.json, or None where there is none; raises FileError for one that is none."""
     path = folder / LOG
     if not path.exists():
         return None
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        data["settings"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VTPruneError(f"{path} is not the log of a training run (cut short?): give another --output") from error
+    data: dict[str, Any] = read_json(LOG_FILE, path, "the log of a training run (cut short?)", AGAIN)
     return data
 
 
@@ -68,24 +79,21 @@ def write_outputs(
 ) -> None:
     """Writes what was trained, so that the base loads as any model does and `vtprune.wrap(model, folder)` follows.
 
-    base_dtype: in which the base's weights are written. Raises RunError where there is no room; the checkpoint is then
-    still there.
+    base_dtype: in which the base's weights are written. Raises WriteError where there is no room; the checkpoint is
+    then still there.
     """
     folder = config.output
     if config.train == "lora":
-        _into(folder / ADAPTER, lambda draft: model.save_pretrained(draft))
+        write_folder(folder / ADAPTER, lambda draft: model.save_pretrained(draft))
     elif config.train != "routers":
         core: Any = core_model(model)
         weights = base_weights(core, base_dtype)
-        _into(folder, lambda draft: _save_base(core, processor, weights, draft))
+        write_folder(folder, lambda draft: _save_base(core, processor, weights, draft))
     if hasattr(core_model(model), ATTRIBUTE):
-        try:
-            save(model, folder)
-        except VTPruneError as error:
-            raise RunError(str(error)) from error
-    write_atomically(folder / LOSS_PLOT, loss_png(progress))
+        save(model, folder)
+    write_bytes(folder / LOSS_PLOT, loss_png(progress))
     if shares:
-        write_atomically(folder / ROUTED_PLOT, routed_png(shares))
+        write_bytes(folder / ROUTED_PLOT, routed_png(shares))
 
 
 def drop_checkpoint(folder: Path) -> None:
@@ -114,20 +122,3 @@ def computed_shares(model: Any) -> list[float]:
 def _save_base(core: Any, processor: Any, weights: dict[str, Tensor], draft: Path) -> None:
     core.save_pretrained(draft, state_dict=weights)
     processor.save_pretrained(draft)
-
-
-def _into(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes files into a draft folder and moves them to `folder` once they are whole."""
-    draft = folder / DRAFT
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write(draft)
-        for path in sorted(draft.iterdir()):
-            os.chmod(path, 0o755 if path.is_dir() else 0o644)
-            os.replace(path, folder / path.name)
-    except Exception as error:
-        # safetensors has an exception of its own for a full disk.
-        raise RunError(f"cannot write to {folder}: {error}; the checkpoint is kept, to go on from") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vtprune.evals.plots import COLOURS
+from vtprune.evals.plots import COLOURS, figure_png
 from vtprune.training.state import Progress
 
 
@@ -49,6 +48,4 @@ def _png(figure: Figure, panels: Sequence[Axes]) -> bytes:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from vtprune.evals.progress import clock
 from vtprune.training.state import Progress
 
 
@@ -47,7 +48,9 @@ class Display:
         if self._bars is not None:
             self._bars.update(self._task, description=text)
         else:
-            self.say(f"step {progress.step}/{self.steps}  {text}  lr {point['rate']:.2e}")
+            left = (self.steps - progress.step) * progress.seconds / max(progress.step, 1)
+            spent = f"{clock(progress.seconds)} in all, about {clock(left)} left"
+            self.say(f"step {progress.step}/{self.steps}  {text}  lr {point['rate']:.2e}  {spent}")
 
     def validated(self, progress: Progress) -> None:
         """One more validation."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,33 @@ from vtprune.assets import TINY_LLAVA
 from vtprune.config import CONFIG_NAME
 from vtprune.evals.failures import InputError
 from vtprune.evals.loading import is_local, load_model
-from vtprune.evals.results import check_writable, model_fingerprint
+from vtprune.evals.results import model_fingerprint
 from vtprune.evals.settings import is_folder, parse_method, parse_value
 from vtprune.evals.suite import prepare_environment
+from vtprune.files import held, refuse_foreign
 from vtprune.training.config import TrainConfig
 from vtprune.training.data import TrainingData, hold_out
 from vtprune.training.llava import LlavaData
 from vtprune.training.loop import Run, check_same
-from vtprune.training.output import FINISHED, drop_checkpoint, read_log, write_log, write_outputs
+from vtprune.training.output import (
+    ADAPTER,
+    FINISHED,
+    LOG,
+    LOSS_PLOT,
+    ROUTED_PLOT,
+    drop_checkpoint,
+    read_log,
+    write_log,
+    write_outputs,
+)
 from vtprune.training.progress import Display
 from vtprune.training.shapes import ShapesData
 from vtprune.training.state import Progress
+from vtprune.weights import WEIGHTS_NAME
 from vtprune.wrap import resolve, wrap
 
 # Files that a run would overwrite, were they not its own.
-FOREIGN = ("config.json", CONFIG_NAME)
+FOREIGN = ("config.json", "model.safetensors", CONFIG_NAME, WEIGHTS_NAME, ADAPTER, LOSS_PLOT, ROUTED_PLOT)
 
 
 @dataclass(frozen=True)
@@ -65,10 +78,33 @@ def train(
     adapters stay on the model. identity: what else a run must share with the one that it goes on from. Raises
     VTPruneError for what cannot be trained and for the folder of another run, RunError for what goes wrong on the way.
     """
-    check_writable(config.output)
+    with _held(config.output):
+        return _train(model, processor, data, config, validation, console, identity)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Holds the output folder in the main process, and refuses one that holds something else."""
+    with held(folder) if _is_main() else nullcontext():
+        refuse_foreign(folder, LOG, FOREIGN, "a model or a method already: ")
+        yield
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _train(
+    model: Any,
+    processor: Any,
+    data: TrainingData,
+    config: TrainConfig,
+    validation: TrainingData | None,
+    console: Console | None,
+    identity: dict[str, Any] | None,
+) -> Progress:
+    """The run itself, once the folder is held."""
     old = read_log(config.output)
-    if old is None and any((config.output / name).exists() for name in FOREIGN):
-        raise InputError(f"output: {config.output} holds a model or a method already; give a folder of its own")
     base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     run = Run(model, processor, data, config, validation, identity or {})
     with Display(console or Console(quiet=True), run.steps, shown=run.main) as display:
@@ -98,15 +134,30 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
     pretrained = os.fspath(TINY_LLAVA) if source.model is None else source.model
     prepare_environment(offline=is_local(pretrained))
     data, validation = _data(source, config, _teller(console))
+    with _held(config.output):
+        return _load_and_train(source, config, console, given, pretrained, data, validation)
+
+
+def _load_and_train(
+    source: Source,
+    config: TrainConfig,
+    console: Console,
+    given: Any,
+    pretrained: str,
+    data: TrainingData,
+    validation: TrainingData | None,
+) -> Progress:
+    """The run of a command, once the folder is held."""
+    read_log(config.output)
     model, processor = load_model(pretrained, device="cpu")
     wrap(model, given)
     identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
-    return train(model, processor, data, config, validation=validation, console=console, identity=identity)
+    return _train(model, processor, data, config, validation, console, identity)
 
 
 def _teller(console: Console) -> Callable[[str], None]:
     """Prints in the main process alone."""
-    shown = os.environ.get("RANK", "0") == "0"
+    shown = _is_main()
     return lambda text: console.print(text, highlight=False, soft_wrap=True) if shown else None
 
 

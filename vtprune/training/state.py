@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from vtprune.errors import VTPruneError
-from vtprune.evals.failures import RunError
+from vtprune.errors import FileError, VTPruneError
+from vtprune.json_files import parse
 from vtprune.training.parameters import brought, trained
 from vtprune.weights import write_tensors
 
@@ -20,6 +22,47 @@ FOLDER, FILE = "checkpoint", "state.safetensors"
 FORMAT, VERSION = "vtprune-training", "1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT, RANDOM = "weight:", "random:"
+WHAT, AGAIN = "a whole checkpoint (cut short?)", "; delete it to start afresh"
+
+
+class Point(TypedDict):
+    """A point of the curve."""
+
+    step: int
+    loss: FiniteFloat
+    auxiliary: FiniteFloat
+    rate: FiniteFloat
+
+
+class Validation(TypedDict):
+    """A validation."""
+
+    step: int
+    loss: FiniteFloat
+
+
+class Made(TypedDict):
+    """`Progress` as a checkpoint has it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    step: int
+    samples: int
+    tokens: int
+    seconds: FiniteFloat
+    curve: list[Point]
+    validation: list[Validation]
+
+
+class Rest(TypedDict):
+    """What a checkpoint holds beside its tensors."""
+
+    progress: Made
+    settings: dict[str, Any]
+    optimizer_steps: dict[str, FiniteFloat]
+
+
+REST = TypeAdapter(Rest)
 
 
 @dataclass
@@ -61,7 +104,7 @@ def save_state(
 ) -> None:
     """Replaces the checkpoint of `folder`: weights, moments, random states (processes, n), and the rest as JSON.
 
-    Raises RunError where it cannot be written; the one before is then still whole.
+    Raises WriteError where it cannot be written; the one before is then still whole.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in _weights(model).items():
@@ -75,10 +118,7 @@ def save_state(
     tensors.update({f"{RANDOM}{process}": row.contiguous().cpu() for process, row in enumerate(random)})
     rest = {"progress": asdict(progress), "settings": settings, "optimizer_steps": steps}
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(rest, allow_nan=False)}
-    try:
-        write_tensors(tensors, folder / FOLDER / FILE, metadata)
-    except VTPruneError as error:
-        raise RunError(str(error)) from error
+    write_tensors(tensors, folder / FOLDER / FILE, metadata)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -96,7 +136,10 @@ def load_state(
     tensors, rest = _open(folder)
     weights, steps = _weights(model), rest["optimizer_steps"]
     needed = {WEIGHT + name: weight.shape for name, weight in weights.items()}
+    if not steps.keys() <= trained(model).keys():
+        raise FileError(f"{folder / FOLDER / FILE} does not fit this model and method; give another --output")
     needed |= {f"{key}:{name}": trained(model)[name].shape for name in steps for key in MOMENTS}
+    needed[f"{RANDOM}{process}"] = random_state(device).shape
     if any(name not in tensors or tensors[name].shape != shape for name, shape in needed.items()):
         raise VTPruneError(f"{folder / FOLDER / FILE} does not fit this model and method; give another --output")
     with torch.no_grad():
@@ -128,9 +171,7 @@ def _open(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
             raise VTPruneError(f"{path} is not a checkpoint that this version of vtprune reads")
-        rest: dict[str, Any] = json.loads(metadata["state"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise VTPruneError(
-            f"{path} is not a whole checkpoint (cut short?): {error}; delete it to start afresh"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} is not {WHAT}: {error}{AGAIN}") from error
+    rest: dict[str, Any] = parse(REST, metadata.get("state", ""), path, WHAT, AGAIN)
     return tensors, rest
