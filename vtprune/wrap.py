@@ -49,7 +49,9 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     facts = adapter.facts()
     # What cannot be accounted for is refused now, not when a report is asked for.
     model_cost(core.config)
-    pruners = [one.for_model(replace(facts, first=index == 0)) for index, one in enumerate(given)]
+    # Stages that do nothing come before no method.
+    acting = [index for index, one in enumerate(given) if one.name != "none"]
+    pruners = [one.for_model(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(given)]
     check_order(pruners, facts)
     adapter.check_stages(encoder=any(one.encoder_layers(facts.encoder_depth) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
@@ -57,15 +59,17 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
             f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
             "'original'"
         )
-    returning = next((one.name for one in pruners if one.revives), None)
-    if positions == "compact" and returning:
-        raise VTPruneError(
-            f"positions='compact' numbers the tokens that are left, and with {returning} those that were left out "
-            "return; use 'original'"
-        )
     # The released code of a method may renumber; on M-RoPE models the authors' own ports keep or garble positions.
-    released = any(one.compact_positions for one in pruners) and adapter.renumbers
-    compact = positions == "compact" or released
+    renumbering = next((one.name for one in pruners if one.compact_positions and adapter.renumbers), None)
+    compact = positions == "compact" or renumbering is not None
+    returning = next((one.name for one in pruners if one.revives), None)
+    if compact and returning:
+        asked, instead = "positions='compact'", "use 'original'"
+        if positions != "compact":
+            asked, instead = f"variant='released' of {renumbering}", "use variant='paper'"
+        raise VTPruneError(
+            f"{asked} numbers the tokens that are left, and with {returning} those that were left out return; {instead}"
+        )
     modules = make_modules(pruners, facts, adapter)
     if modules and isinstance(pruner, str | os.PathLike) and Path(pruner).is_dir():
         read_weights(modules, Path(pruner), core.config)
