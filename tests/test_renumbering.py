@@ -83,7 +83,7 @@ def test_a_cropped_cache_numbers_as_if_the_cropped_tokens_had_never_come(pruner:
 def test_a_released_stage_that_renumbers_is_refused_beside_tokens_that_return() -> None:
     model = make("llava-clip")
     stages = [vtprune.DivPrune(keep=0.5, variant="released"), vtprune.LazyLLM(keep=0.4)]
-    with pytest.raises(vtprune.VTPruneError, match="variant='released' of divprune numbers .* lazyllm .* return"):
+    with pytest.raises(vtprune.VTPruneError, match=r"variant='released' of divprune numbers .* lazyllm .* return"):
         vtprune.wrap(model, stages)
     # On M-RoPE models released code keeps positions, so nothing is in the way.
     vtprune.wrap(make("qwen2.5-vl"), stages)

@@ -29,7 +29,7 @@ from vtprune.generation import Generation
 from vtprune.history import origins
 from vtprune.learning import Teacher
 from vtprune.probe import Probe, Prober
-from vtprune.prompt import IGNORED, ImageSpan, PromptInfo, forget_tensors, left_signals
+from vtprune.prompt import IGNORED, ImageSpan, PromptInfo, forget_tensors, left_signals, real_tokens
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection
@@ -139,9 +139,7 @@ class DecoderHooks:
         return cache
 
     def _prompt(self, embeds: Tensor, cache: Cache | None, kwargs: dict[str, Any]) -> PromptInfo:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, dict):
-            mask = None
+        mask = real_tokens(kwargs.get("attention_mask"))
         positions = kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
         return PromptInfo(batch, length, logical_length(cache), embeds.device, mask, positions)

@@ -59,8 +59,7 @@ class Generation:
         """Remembers what the cache holds after a forward; nothing is counted until a report is asked for."""
         if run.cache is None or run.layers is None:
             return
-        mask = run.prompt.mask
-        self._mask = mask if mask is not None and mask.ndim == 2 else None
+        self._mask = run.prompt.mask
         self._cache = weakref.ref(run.cache)
         self._notes.append(CacheNote.of(run.layers, self._mask))
         self._log, self._heads = run.layers[0].log, [Heads.of(layer) for layer in run.layers]

@@ -14,6 +14,9 @@ from vtprune.signals import LayerSignals
 
 # The label of what is no answer.
 IGNORED = -100
+# What is added to a logit and below this takes its key out of the softmax; masks hold the lowest number of their type,
+# or minus infinity.
+MASKED = -1e4
 
 
 @dataclass
@@ -66,7 +69,7 @@ class ImageSpan:
 class PromptInfo:
     """The logical input of this forward: `length` tokens after `offset` in the cache, B rows.
 
-    mask: (B, offset + length) with 0 where a token is padding, or None; positions: (B, length) or (3, B, length)
+    mask: (B, offset + length) bool, False where a token is padding, or None; positions: (B, length) or (3, B, length)
     position ids as the model got them, or None.
     """
 
@@ -83,15 +86,9 @@ class PromptInfo:
 
     def real_so_far(self) -> Tensor:
         """(B, offset + length) the same of the whole sequence, with what is in the cache."""
-        if not isinstance(self.mask, Tensor):
+        if self.mask is None:
             return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
-        mask = self.mask
-        if not isinstance(mask, Tensor):
-            return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
-        if mask.ndim == 4:
-            # What the last query sees is real.
-            mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-        return mask.to(self.device).bool().expand(self.batch, -1)
+        return self.mask.to(self.device).expand(self.batch, -1)
 
     def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B,) the columns, among the tokens at `places` (B, n) (None: all), of each row's first and last token that
@@ -101,6 +98,23 @@ class PromptInfo:
             real = real.gather(1, places.clamp(min=0)) & (places >= 0)
         column = torch.arange(real.shape[1], device=real.device)
         return real.int().argmax(dim=1), (real * column).max(dim=1).values
+
+
+def real_tokens(mask: Any) -> Tensor | None:
+    """(B, n) bool, False where a token is padding, or None, from any attention mask that a decoder takes.
+
+    mask: None; (B, n) in any type, 0 where a token is padding; (B, heads, q, n) bool, or floats that are added to the
+    logits: what the last query sees is real; or a dict of these by layer type, of which the one without a window
+    counts.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    if mask.ndim == 2:
+        return mask != 0
+    last = mask[:, :, -1].to(torch.bool) if not mask.is_floating_point() else mask[:, :, -1] > MASKED
+    return last.any(dim=1)
 
 
 def left_signals(signals: LayerSignals | None, image: EncodedImage, span: ImageSpan) -> LayerSignals | None:

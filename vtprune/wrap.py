@@ -68,7 +68,8 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
         if positions != "compact":
             asked, instead = f"variant='released' of {renumbering}", "use variant='paper'"
         raise VTPruneError(
-            f"{asked} numbers the tokens that are left, and with {returning} those that were left out return; {instead}"
+            f"{asked} numbers the tokens that are left, and with {returning} those that were left out return; "
+            f"{instead}"
         )
     modules = make_modules(pruners, facts, adapter)
     if modules and isinstance(pruner, str | os.PathLike) and Path(pruner).is_dir():
