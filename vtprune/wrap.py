@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from vtprune.order import check_order
 from vtprune.pruner import Pruner
 from vtprune.registry import create
 from vtprune.report import Report
-from vtprune.weights import attach, detach, make_modules, read_weights, write_weights
+from vtprune.weights import SUBMODULE, attach, detach, make_modules, read_weights, write_weights
 
 POSITIONS = ("original", "compact")
 ATTRIBUTE = "_vtprune"
@@ -76,8 +78,11 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
         read_weights(modules, Path(pruner), core.config)
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
     # weights that a method brings, which are trained and moved with it.
-    core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules)
+    wrapping = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules)
+    core.__dict__[ATTRIBUTE] = wrapping
     attach(core, modules)
+    if modules:
+        wrapping.override(core, "save_pretrained", _saving(core, core.save_pretrained))
     return model
 
 
@@ -141,6 +146,26 @@ def save(model: Any, folder: str | Path) -> Path:
         write_weights(modules, Path(folder), core.config)
     save_config(model, folder)
     return Path(folder)
+
+
+def _saving(core: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained` of a model to which methods brought weights: the base without them, as it can be loaded, and
+    beside it what `save` writes, as `wrap` can load it."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments.get("state_dict")
+        weights = core.state_dict() if given is None else given
+        base = {name: weight for name, weight in weights.items() if not name.startswith(f"{SUBMODULE}.")}
+        bound.arguments["state_dict"] = base
+        answer = original(*bound.args, **bound.kwargs)
+        if bound.arguments.get("is_main_process", True):
+            save(core, bound.arguments["save_directory"])
+        return answer
+
+    return save_pretrained
 
 
 def load_weights(model: Any, folder: str | Path) -> None:
