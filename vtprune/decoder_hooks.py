@@ -172,7 +172,7 @@ class DecoderHooks:
             return adopt_cache(cache, self._depth)
         totals = [(span.image.total, pruner) for span in spans for pruner in self.pruners]
         skips_text = self.routed.pruner is not None and self.routed.pruner.skips_text
-        if skips_text or any(pruner.budget(total) < total for total, pruner in totals):
+        if skips_text or any(pruner.adaptive or pruner.drops(total, self._depth) for total, pruner in totals):
             raise unsupported_cache(reason)
         return None
 
@@ -187,7 +187,7 @@ class DecoderHooks:
         for index, pruner in enumerate(self.pruners):
             probe = self._probe(prober, index)
             for span in run.spans:
-                if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
+                if not (pruner.adaptive or pruner.drops(span.image.total, self._depth)):
                     continue
                 words = (questions if index in self.modules else text)[span.row]
                 stream = self._stream(run, index, span, embeds, words, input_ids, pictures)

@@ -205,7 +205,9 @@ class Generation:
     def _notes_of(self, span: ImageSpan) -> list[str]:
         last = self.pruners[-1]
         evicted = eviction_notes(self._heads, span, last.name)
-        return [*span.notes, *evicted, *_published_notes(_counts(span, self.depth), last)]
+        unmet = [pruner.unmet(span.image.total, int(span.kept_at(0).numel())) for pruner in self.pruners]
+        whole = [f"kept whole: {reason}" for reason in unmet if reason]
+        return [*span.notes, *whole, *evicted, *_published_notes(_counts(span, self.depth), last)]
 
     def _flops(self) -> tuple[FlopsBreakdown, FlopsBreakdown]:
         """FLOPs of this turn's prefill, pruned and unpruned."""
@@ -291,7 +293,7 @@ class Generation:
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
         for index, pruner in enumerate(self.pruners):
-            if pruner.budget(span.image.total) >= span.image.total:
+            if not pruner.drops(span.image.total, self.depth):
                 continue
             asked = span.asked.get(index, [])
             known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
@@ -308,7 +310,7 @@ class Generation:
                 text_after=span.text_after,
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
                 decoder_pairs=self._pairs(row),
-                images=sum(pruner.budget(one.image.total) < one.image.total for one in spans),
+                images=sum(pruner.drops(one.image.total, self.depth) for one in spans),
                 depth=self.depth,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,

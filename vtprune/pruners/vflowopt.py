@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable, budget_of
 from vtprune.pruners.checks import check_choice, check_factor, is_number
 from vtprune.pruners.recycling import cells_of, direct_count, recycle
 from vtprune.pruners.vflow_budget import PUBLISHED_DEPTH, Schedule, stage_layers
@@ -181,7 +181,21 @@ class VFlowOpt(Pruner):
 
     def input_budget(self, tokens: int) -> int:
         """The share `first`, at most; released: without what is recycled."""
-        return self.schedule().counts(tokens)[0]
+        return self._counts(tokens)[0]
+
+    def _counts(self, tokens: int) -> tuple[int, ...]:
+        schedule = self.schedule()
+        return (tokens,) * (1 + len(schedule.layers)) if self.unmet(tokens, tokens) else schedule.counts(tokens)
+
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Where `first` and `second` leave nothing for the last layers."""
+        schedule = self.schedule()
+        try:
+            if budget_of(schedule.keep, tokens) < tokens:
+                schedule.last(schedule.target(tokens))
+        except VTPruneError as error:
+            return str(error)
+        return ""
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         """The layers just before `layers`."""
@@ -189,8 +203,7 @@ class VFlowOpt(Pruner):
 
     def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
         """What the stage after decoder layer `layer` leaves."""
-        schedule = self.schedule()
-        return schedule.counts(tokens)[1 + schedule.layers.index(layer + 1)]
+        return self._counts(tokens)[1 + self.schedule().layers.index(layer + 1)]
 
     @property
     def reads_last_query(self) -> bool:
@@ -222,7 +235,7 @@ class VFlowOpt(Pruner):
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the most important of the tokens that are left."""
         schedule, alive, count = self.schedule(), layer.vision.numel(), layer.budget
-        if schedule.released:
+        if schedule.released and not self.unmet(layer.total, layer.entered):
             count = schedule.left(alive, layer.total, schedule.layers.index(layer.index + 1))
         return Selection(top(layer.memory[IMPORTANCE], count)) if count < alive else None
 
