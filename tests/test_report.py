@@ -184,3 +184,32 @@ def test_virtual_tokens_of_peft_count_as_text(kind: str, way: str) -> None:
     assert len(image.kept) == 9
     assert report.samples[0].text_tokens == length - image.tokens + 4 * (way != "PrefixTuningConfig")
     assert report.kv_tokens_per_layer == [[length + 4 - image.tokens + 9]] * 5
+
+
+@every_model
+def test_a_report_prints_as_five_lines(kind: str) -> None:
+    model = vtprune.wrap(make(kind), [vtprune.Grid(keep=9), vtprune.FastV(keep=6)])
+    with torch.no_grad():
+        model(**prompt(kind, ROWS[kind]))
+    report = vtprune.report(model)
+    lines = str(report).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "grid+fastv: before decoder; then after decoder layer 0"
+    assert lines[1].startswith(f"kept {report.kept_tokens:.4g} of ")
+    assert lines[1].endswith("4 images in 3 rows")
+    first, later = (sum(report.tokens_per_layer[layer]) / 3 for layer in (0, 1))
+    assert lines[2] == f"decoder layers x vision tokens a row: 1 x {first:.4g}, 4 x {later:.4g}"
+    assert f"{report.flops / report.flops_full:.1%}" in lines[3]
+    assert f"{report.kv_bytes / report.kv_bytes_full:.1%}" in lines[4]
+    assert repr(report).startswith("Report(method='grid+fastv'")
+
+
+def test_a_report_names_no_share_where_thresholds_decide() -> None:
+    deciding = [vtprune.MustDrop(), vtprune.Turbo(r=3), vtprune.SparseVLM(adaptive_rank=True)]
+    for pruner in [*deciding, vtprune.GammaMoD(variant="released")]:
+        model = vtprune.wrap(make("llava-clip"), pruner)
+        with torch.no_grad():
+            model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
+        report = vtprune.report(model)
+        assert report.asked_keep is None
+        assert json.loads(json.dumps(report.to_dict()))["stages"][0]["asked_keep"] is None

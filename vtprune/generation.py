@@ -118,7 +118,7 @@ class Generation:
         kv = self._now.entries
         kept = [self._achieved_tokens(span) for span in self.spans]
         achieved = [tokens / span.image.total for tokens, span in zip(kept, self.spans, strict=True)]
-        asked = [pruner.asked_keep for pruner in self.pruners]
+        asked = [_asked(pruner) for pruner in self.pruners]
         history = self._steps()
         before = self._history[0] if self._history else Held()
         return Report(
@@ -171,7 +171,7 @@ class Generation:
             left = [self._achieved_tokens(span) for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
         asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
-        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), pruner.asked_keep, mean)
+        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), _asked(pruner), mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -324,6 +324,11 @@ class Generation:
             )
             total += pruner.scoring_flops(work)
         return total
+
+
+def _asked(pruner: Pruner) -> int | float | None:
+    """The share or count that was asked for, None where something else decides."""
+    return None if pruner.thresholds_decide else pruner.asked_keep
 
 
 def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:

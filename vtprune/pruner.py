@@ -95,6 +95,11 @@ class Pruner:
         return self.default_keep if self.keep is None else self.keep
 
     @property
+    def thresholds_decide(self) -> bool:
+        """Whether no share was asked for, but something else decides how many tokens stay: reports then say None."""
+        return False
+
+    @property
     def compact_positions(self) -> bool:
         """Whether the released code renumbers positions after dropping (only for variant="released")."""
         return False

@@ -37,8 +37,10 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
 
     pruner: a name (with the method's `options`), a Pruner, a list of them in stage order, a config dict, or a
     folder holding vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt,
-    "compact" renumbers them. Raises VTPruneError (or a subclass) for an unknown method or option, a model
-    without an adapter, and a model that is wrapped already.
+    "compact" renumbers them layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache
+    then holds of its row. Generation without a cache (`use_cache=False`) reads everything anew at each step, so
+    methods that choose by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass)
+    for an unknown method or option, a model without an adapter, and a model that is wrapped already.
     """
     core: Any = core_model(model)
     if hasattr(core, ATTRIBUTE):

@@ -121,6 +121,11 @@ class Turbo(Pruner):
         )
 
     @property
+    def thresholds_decide(self) -> bool:
+        """True where `r` decides."""
+        return self.r is not None
+
+    @property
     def merges_in_encoder(self) -> bool:
         """Whether it merges."""
         return self.merge

@@ -100,6 +100,11 @@ class GammaMoD(Pruner):
         return self.released and self.keep is None
 
     @property
+    def thresholds_decide(self) -> bool:
+        """True where a threshold decides."""
+        return self.adaptive
+
+    @property
     def routes_text(self) -> bool:
         """Text is multiplied by p, too."""
         return True
