@@ -99,7 +99,8 @@ class Report:
 
     tokens_per_layer[layer][row]: vision tokens processed in the prefill; kv_tokens_per_layer[layer][row]:
     vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
-    asked_keep: what each pruner was asked for, None where thresholds decide; achieved_keep: mean over images of kept over all tokens, counted
+    asked_keep: what each pruner was asked for, None where thresholds decide;
+    achieved_keep: mean over images of kept over all tokens, counted
     as `keep` is; stages: each pruner of the list. flops sums the rows, each as if it ran alone; flops_full is the
     same unpruned. kv_bytes is logical (now; `_prefill`: right after the prompt; `_full`: had nothing been dropped),
     kv_bytes_allocated the cache's tensors with padding; all 0 without a cache. aux_bytes: hidden states that wait
