@@ -200,7 +200,7 @@ class QwenVLAdapter(Adapter):
             positions = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)[None, None]
         planes = positions if positions.ndim == 3 else positions[None]
         spatial = planes[-3:].amax(dim=0).expand(prompt.batch, -1).cummax(dim=1).values
-        mask = prompt.mask if prompt.mask is not None and prompt.mask.ndim == 2 else None
+        mask = prompt.mask
         text = _text_positions(mask, prompt.batch, prompt.offset, prompt.length, prompt.device)
         # Padding after a row's last token repeats what holds there.
         place = torch.arange(prompt.length, device=prompt.device).expand_as(text)

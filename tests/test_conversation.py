@@ -15,7 +15,7 @@ from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE
 from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, label
 from vtprune.errors import VTPruneError
-from vtprune.prompt import PromptInfo
+from vtprune.prompt import PromptInfo, real_tokens, sight
 from vtprune.pruner import Pruner
 
 EVERY = PRUNERS + CACHE + GATED
@@ -118,7 +118,7 @@ def test_a_mask_of_four_dimensions_says_what_is_padding() -> None:
         # Rows that see nothing are opened, as models do it.
         opened = seen | ~seen.any(dim=-1, keepdim=True)
         for mask in (opened[:, None], torch.zeros(opened[:, None].shape).masked_fill(~opened[:, None], -1e38)):
-            info = PromptInfo(len(flat), length, 0, flat.device, mask, None)
+            info = PromptInfo(len(flat), length, 0, flat.device, real_tokens(mask), None, sees=sight(mask))
             assert torch.equal(info.real(), flat.bool())
             assert info.conversations.most == 1
 

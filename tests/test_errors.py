@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +178,47 @@ def test_scores_that_overflow_are_refused() -> None:
     model = vtprune.wrap(make("llava-clip"), "vflowopt", keep=9, alpha=1e308)
     with pytest.raises(vtprune.ScoreError, match="vflowopt"):
         model(**prompt("llava-clip", ROWS["llava-clip"]))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda model: torch.save(model, io.BytesIO()),
+}
+
+
+@every_model
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("name", ["grid", "fastv", "pmod"])
+def test_a_wrapped_model_is_neither_copied_nor_pickled(kind: str, name: str, way: str) -> None:
+    model = vtprune.wrap(make(kind), name)
+    for part in (model, model.model, model.model.language_model):
+        with pytest.raises(vtprune.VTPruneError, match=r"cannot be copied or pickled; call vtprune\.unwrap"):
+            COPIES[way](part)
+    torch.save(model.state_dict(), io.BytesIO())
+    COPIES[way](vtprune.unwrap(model))
+
+
+@every_model
+@pytest.mark.parametrize("name", ["grid", "pmod", "covipal"])
+def test_what_a_wrapped_model_saves_loads_as_the_base_and_wraps_as_the_method(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    options = {"width": 16, "heads": 2} if name == "covipal" else {}
+    inputs = prompt(kind, ROWS[kind])
+    model = vtprune.wrap(make(kind), name, keep=0.7, **options)
+    brought = getattr(model, "vtprune_weights", None)
+    if brought is not None:
+        assert any("vtprune_weights" in weight for weight in model.state_dict())
+        with torch.no_grad():
+            for weight in brought.parameters():
+                weight.normal_()
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert (tmp_path / "vtprune_config.json").exists() == (brought is not None)
+    vtprune.wrap(again, tmp_path) if brought is not None else vtprune.wrap(again, name, keep=0.7)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)

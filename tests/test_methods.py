@@ -16,6 +16,7 @@ from vtprune.pruner import ScoringWork
 from vtprune.pruners import FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random
 from vtprune.pruners.cells import cell_grid, cut
 from vtprune.pruners.fopru import focal_significance, top_rows
+from vtprune.pruners.random import pixel_seed
 
 # All methods that act between encoder and decoder
 
@@ -255,3 +256,20 @@ def test_fopru_averages_over_merge_groups():
     whole = stream((1, 4, 4), prefix=0, group=4)
     per_patch = FoPru().significance(replace(whole, signals=replace(whole.signals, group=1)))
     assert torch.allclose(FoPru().significance(whole), per_patch.reshape(16, 4).mean(dim=1))
+
+
+def test_random_tokens_do_not_depend_on_the_pixels_dtype() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seeds = set()
+    for image in range(1000):
+        pixels = torch.randn(3, 12, 12, generator=generator)
+        if image % 2:
+            # Levels of a byte, as processors normalise them.
+            pixels = (torch.randint(0, 256, pixels.shape, generator=generator) / 255 - 0.4578275) / 0.26130258
+        found = {
+            pixel_seed(one, 0)
+            for one in (pixels, pixels.half(), pixels.bfloat16(), pixels.half().bfloat16(), pixels.bfloat16().half())
+        }
+        assert len(found) == 1
+        seeds |= found
+    assert len(seeds) == 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 import vtprune
 from tests.models import MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
-from tests.pruners import CACHE, DROPS, PRUNERS, Drops, label
+from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
 from vtprune.pruner import Pruner
+from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
 ALL = DROPS[-1:] + PRUNERS + CACHE
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -239,31 +241,57 @@ def test_what_was_kept_is_at_most_what_was_asked(kind: str, name: str, keep: int
                 assert image.kept == list(range(image.tokens))
 
 
-AUTOCAST = [
-    vtprune.DivPrune(keep=9),
-    vtprune.CDPruner(keep=9),
-    vtprune.HoloV(keep=9),
-    vtprune.VFlowOpt(keep=0.4),
-    vtprune.FlowCut(keep=9),
-    vtprune.FastV(keep=0.4),
-]
+WATCHED = [*ALL, *GATED, *RELEASED, vtprune.CoViPAL(keep=9, width=16, stage="guide")]
+FIRST_OF_EACH = [next(one for one in WATCHED if type(one) is method) for method in dict.fromkeys(map(type, WATCHED))]
+SEEN = (torch.Tensor, VisionStream, EncoderLayer, DecoderLayer, RoutedTokens, CachedRow)
 
 
-@every_model
-@pytest.mark.parametrize("pruner", AUTOCAST, ids=label)
-def test_scores_are_fp32_products_also_under_autocast(kind: str, pruner: Pruner, monkeypatch: Any) -> None:
-    seen: list[bool] = []
-    for name in ("prune_encoder", "remember", "select", "prune_decoder"):
+def _watch(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[bool]]:
+    """By each method of a pruner's that is shown tensors: whether autocast was on when it was called."""
+    seen: dict[str, set[bool]] = {}
+    for name, base in vars(Pruner).items():
+        if not inspect.isfunction(base) or name.startswith("_"):
+            continue
         original = getattr(type(pruner), name)
 
-        def watched(self: Pruner, *args: Any, original: Any = original) -> Any:
-            seen.append(torch.is_autocast_enabled("cpu"))
+        def watched(self: Pruner, *args: Any, name: str = name, original: Any = original) -> Any:
+            if any(isinstance(one, SEEN) for one in args):
+                seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
             return original(self, *args)
 
         monkeypatch.setattr(type(pruner), name, watched)
-    model = vtprune.wrap(make(kind), pruner)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        model(**prompt(kind, ROWS[kind]))
-        assert torch.is_autocast_enabled("cpu")
-    assert seen
-    assert not any(seen)
+    return seen
+
+
+def _watched_run(kind: str, pruner: Pruner, dtype: torch.dtype, autocast: bool, monkeypatch: Any) -> None:
+    seen = _watch(pruner, monkeypatch)
+    inputs = prompt(kind, ROWS[kind])
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    model = vtprune.wrap(make(kind).to(dtype), pruner)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 90, -100)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        model.train()(**inputs, labels=labels)
+        assert torch.is_autocast_enabled("cpu") == autocast
+    assert all(calls == {False} for calls in seen.values()), seen
+    named = {"evict": pruner.evict_layers(5), "route": pruner.routed_layers(5), "select": pruner.selects}
+    named |= {"prune_decoder": pruner.decoder_layers(5), "prune_encoder": pruner.encoder_layers(5)}
+    assert {name for name, acts in named.items() if acts} <= set(seen) | {"select"}
+
+
+@pytest.mark.parametrize("pruner", FIRST_OF_EACH, ids=label)
+def test_scores_are_fp32_products_also_under_autocast(pruner: Pruner, monkeypatch: Any) -> None:
+    _watched_run("llava-clip", pruner, torch.float32, True, monkeypatch)
+
+
+@pytest.mark.slow
+@every_model
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
+)
+@pytest.mark.parametrize("pruner", WATCHED, ids=label)
+def test_no_method_sees_autocast_in_any_dtype(
+    kind: str, pruner: Pruner, dtype: torch.dtype, autocast: bool, monkeypatch: Any
+) -> None:
+    _watched_run(kind, pruner, dtype, autocast, monkeypatch)

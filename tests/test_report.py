@@ -15,6 +15,7 @@ from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import run_wrapped
 from tests.pruners import CACHE, DROPS, PRUNERS, label
 from vtprune.encoding import EncodedImage
+from vtprune.prompt import real_tokens
 from vtprune.pruner import Pruner
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -126,3 +127,89 @@ def test_a_forward_without_cache_is_reported_without_bytes(kind: str) -> None:
     report = vtprune.report(model)
     assert report.kv_bytes == report.kv_bytes_allocated == 0
     assert report.flops < report.flops_full
+
+
+def _masks(mask: torch.Tensor) -> dict[str, Any]:
+    """A padding mask (B, L) in every form that a decoder takes it in."""
+    length = mask.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, :]
+    seen = (seen | torch.eye(length, dtype=torch.bool))[:, None]
+    lowest, infinite = (torch.zeros(seen.shape).masked_fill(~seen, value) for value in (-3.4e38, float("-inf")))
+    whole = {"int": mask, "bool": mask.bool(), "float": mask.float(), "half": mask.half()}
+    return {**whole, "4-D bool": seen, "4-D float": lowest, "4-D infinite": infinite}
+
+
+@every_model
+@pytest.mark.parametrize("pruner", [vtprune.Grid(keep=9), vtprune.FastV(), vtprune.D2O()], ids=label)
+def test_a_report_is_the_same_whatever_the_masks_form(kind: str, pruner: Pruner) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    positions = {} if kind.startswith("qwen") else {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(0)}
+    found = []
+    for name, mask in _masks(inputs.pop("attention_mask")).items():
+        if kind.startswith("qwen") and name.startswith("4-D"):
+            continue  # the model itself takes none
+        model = vtprune.wrap(make(kind), pruner)
+        with torch.no_grad():
+            model(**inputs, attention_mask=mask, **positions)
+        found.append(vtprune.report(model))
+    assert len(found) > 3
+    assert all(report == found[0] for report in found)
+    assert found[0].kv_tokens_per_layer[0][1] < found[0].kv_tokens_per_layer[0][2]
+
+
+def test_a_mask_by_layer_type_counts_by_the_layers_without_a_window() -> None:
+    mask = torch.tensor([[0, 1, 1]])
+    seen, window = torch.tensor([[[[False, True, True]]]]), torch.tensor([[[[False, False, True]]]])
+    for given in (mask, seen, {"sliding_attention": window, "full_attention": seen}):
+        assert real_tokens(given).tolist() == [[False, True, True]]
+    assert real_tokens(None) is real_tokens({}) is None
+
+
+@every_model
+@pytest.mark.parametrize("way", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_of_peft_count_as_text(kind: str, way: str) -> None:
+    peft = pytest.importorskip("peft")
+    if kind.startswith("qwen") and way == "PrefixTuningConfig":
+        pytest.skip("the model itself takes no prefix")
+    inputs = prompt(kind, ROWS[kind][:1])
+    sizes = {"num_virtual_tokens": 4, "token_dim": 32, "num_layers": 5, "num_attention_heads": 4}
+    sizes |= {"encoder_hidden_size": 32} if way == "PromptEncoderConfig" else {}
+    model = peft.get_peft_model(make(kind), getattr(peft, way)(task_type="CAUSAL_LM", **sizes)).eval()
+    vtprune.wrap(model, "grid", keep=9)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        model(**inputs, attention_mask=torch.ones(1, length, dtype=torch.long))
+    report = vtprune.report(model)
+    image = report.samples[0].images[0]
+    assert len(image.kept) == 9
+    assert report.samples[0].text_tokens == length - image.tokens + 4 * (way != "PrefixTuningConfig")
+    assert report.kv_tokens_per_layer == [[length + 4 - image.tokens + 9]] * 5
+
+
+@every_model
+def test_a_report_prints_as_five_lines(kind: str) -> None:
+    model = vtprune.wrap(make(kind), [vtprune.Grid(keep=9), vtprune.FastV(keep=6)])
+    with torch.no_grad():
+        model(**prompt(kind, ROWS[kind]))
+    report = vtprune.report(model)
+    lines = str(report).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "grid+fastv: before decoder; then after decoder layer 0"
+    assert lines[1].startswith(f"kept {report.kept_tokens:.4g} of ")
+    assert lines[1].endswith("4 images in 3 rows")
+    first, later = (sum(report.tokens_per_layer[layer]) / 3 for layer in (0, 1))
+    assert lines[2] == f"decoder layers x vision tokens a row: 1 x {first:.4g}, 4 x {later:.4g}"
+    assert f"{report.flops / report.flops_full:.1%}" in lines[3]
+    assert f"{report.kv_bytes / report.kv_bytes_full:.1%}" in lines[4]
+    assert repr(report).startswith("Report(method='grid+fastv'")
+
+
+def test_a_report_names_no_share_where_thresholds_decide() -> None:
+    deciding = [vtprune.MustDrop(), vtprune.Turbo(r=3), vtprune.SparseVLM(adaptive_rank=True)]
+    for pruner in [*deciding, vtprune.GammaMoD(variant="released")]:
+        model = vtprune.wrap(make("llava-clip"), pruner)
+        with torch.no_grad():
+            model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
+        report = vtprune.report(model)
+        assert report.asked_keep is None
+        assert json.loads(json.dumps(report.to_dict()))["stages"][0]["asked_keep"] is None

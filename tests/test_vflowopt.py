@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import vtprune
 from tests.models import DECODER_LAYERS, MODELS, ROWS, make, prompt
+from tests.oracle import TOLERANCE, difference_from_masked
 from tests.streams import few, picture_stream
 from vtprune.errors import VTPruneError
 from vtprune.pruner import ModelFacts, ScoringWork, Tunable, budget_of
@@ -221,7 +223,10 @@ def test_layers_beyond_the_decoder_raise(layers, depth):
         ({"cell": "3"}, "cell"),
         ({"alpha": float("inf")}, "alpha is a finite number, got inf"),
         ({"threshold": -1.0}, "threshold is a finite number of at least 0"),
-        ({"layers": (3,)}, "layers are two rising ints of at least 1"),
+        ({"layers": ()}, "layers are rising ints of at least 1"),
+        ({"layers": (3,), "second": 0.5}, "second is the share at each of the 0 layers before the last"),
+        ({"layers": (1, 2, 3), "second": (0.5,)}, "second is the share at each of the 2 layers"),
+        ({"layers": (1, 2, 3), "second": (0.5, 1.5)}, "second is a number above 0, at most 1, got 1.5"),
         ({"layers": (3, 3)}, "layers"),
         ({"layers": (0, 3)}, "layers"),
         ({"layers": (1.0, 3)}, "layers"),
@@ -359,3 +364,49 @@ def test_a_wrapped_model_saves_the_options_that_were_given(tmp_path):
     model = vtprune.wrap(make("llava-siglip"), pruner)
     vtprune.save_config(model, tmp_path)
     assert vtprune.load_config(tmp_path) == pruner
+
+
+@few
+@given(
+    tokens=st.integers(1, 900),
+    depth=st.integers(5, 40),
+    keep=st.floats(0.3, 0.9),
+    stages=st.integers(1, 4),
+    variant=st.sampled_from(["paper", "released"]),
+    data=st.data(),
+)
+def test_any_number_of_stages_meets_the_mean(tokens, depth, keep, stages, variant, data) -> None:
+    layers = tuple(sorted(data.draw(st.sets(st.integers(1, depth - 1), min_size=stages, max_size=stages))))
+    one_each = tuple(data.draw(st.lists(st.floats(0.8, 1.0), min_size=stages - 1, max_size=stages - 1)))
+    second = data.draw(st.sampled_from([None, one_each])) if one_each else None
+    pruner = VFlowOpt(keep=keep, first=1.0, layers=layers, second=second, variant=variant).for_model(facts(depth))
+    counts = pruner.schedule().counts(tokens)
+    assert len(counts) == stages + 1
+    assert list(counts) == sorted(counts, reverse=True)
+    assert counts[-1] >= 1
+    assert pruner.decoder_layers(depth) == tuple(layer - 1 for layer in layers)
+    assert [pruner.decoder_budget(tokens, layer - 1, counts[0]) for layer in layers] == list(counts[1:])
+    lengths = [end - start for start, end in itertools.pairwise([0, *layers, depth])]
+    mean = sum(count * length for count, length in zip(counts, lengths, strict=True)) / depth
+    if variant == "paper":
+        assert mean <= budget_of(keep, tokens)
+
+
+def test_a_share_for_all_stages_is_that_share_for_each() -> None:
+    for_all = VFlowOpt(keep=0.3, first=1.2, layers=(2, 4, 9), second=0.7).schedule()
+    one_each = VFlowOpt(keep=0.3, first=1.2, layers=(2, 4, 9), second=(0.7, 0.7)).schedule()
+    assert for_all.counts(576) == one_each.counts(576)
+    # 0.36 enters; 0.7 and again 0.7 of it go on.
+    assert for_all.counts(1000)[:3] == (360, 252, 176)
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2, 4)])
+def test_other_numbers_of_stages_drop_as_masking_does(layers: tuple[int, ...]) -> None:
+    kind = "llava-clip"
+    model = vtprune.wrap(make(kind), VFlowOpt(keep=0.4, layers=layers))
+    difference, report = difference_from_masked(kind, model, prompt(kind, ROWS[kind]))
+    assert difference < TOLERANCE
+    kept = report.samples[0].images[0].kept_per_layer
+    falls = {layer for layer in range(1, len(kept)) if len(kept[layer]) < len(kept[layer - 1])}
+    assert falls <= set(layers)
+    assert layers[-1] in falls or len(kept[-1]) < 36

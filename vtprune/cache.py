@@ -118,9 +118,14 @@ class PrunedLayer(DynamicLayer):
         self.slots = head_slots[:, 0]
         self.ragged = self.ragged or len(head_slots) > 1
 
-    def cut(self, slots: Tensor, columns: Tensor, removed: Tensor, shift: str) -> None:
-        """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`; the positions of later
-        tokens count the (B, 1) `removed` ones as dropped where the aux tensor `shift` renumbers them."""
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds values (B, length) of all places to an aux tensor, which is 0 where nothing is known."""
+        past = self.aux.get(name, torch.zeros_like(values[:, :1]))
+        places = torch.arange(values.shape[1], device=past.device).clamp(max=past.shape[1] - 1)
+        self.aux[name] = past[:, places] + values.to(past)
+
+    def cut(self, slots: Tensor, columns: Tensor) -> None:
+        """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`."""
         assert self.keys is not None
         assert self.values is not None
         index = columns.clamp(min=0).to(self.keys.device)
@@ -137,9 +142,6 @@ class PrunedLayer(DynamicLayer):
             self.head_slots = found.transpose(1, 2)
         # Rows of one length need no padding; asking the device whether these are would cost a wait.
         self.ragged = self.ragged or len(slots) > 1
-        if shift in self.aux:
-            values = self.aux[shift]
-            self.aux[shift] = torch.cat([values[:, :-1], values[:, -1:] + removed.to(values)], dim=1)
 
     def get_seq_length(self) -> int:
         """The logical length: tokens of the sequence so far, dropped ones included."""

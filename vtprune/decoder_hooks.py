@@ -29,7 +29,7 @@ from vtprune.generation import Generation
 from vtprune.history import origins
 from vtprune.learning import Teacher
 from vtprune.probe import Probe, Prober
-from vtprune.prompt import IGNORED, ImageSpan, PromptInfo, forget_tensors, left_signals
+from vtprune.prompt import IGNORED, ImageSpan, PromptInfo, forget_tensors, left_signals, real_tokens, sight
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.revival import Revival, check_revival
 from vtprune.selection import Selection
@@ -141,9 +141,7 @@ class DecoderHooks:
         return cache
 
     def _prompt(self, embeds: Tensor, cache: Cache | None, kwargs: dict[str, Any]) -> PromptInfo:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, dict):
-            mask = None
+        mask = real_tokens(kwargs.get("attention_mask"))
         positions = kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
         offset = logical_length(cache)
@@ -154,8 +152,9 @@ class DecoderHooks:
             # Nobody learns from them; the model itself refuses those that it is to make a loss of.
             labels = None
         return PromptInfo(
-            batch, length, offset, embeds.device, mask, positions, cached=cache is not None, labels=labels
-        )
+            batch, length, offset, embeds.device, mask, positions, cached=cache is not None, labels=labels,
+            sees=sight(kwargs.get("attention_mask")),
+        )  # fmt: skip
 
     def _check_packed(self, prompt: PromptInfo, kwargs: dict[str, Any], *, flash: bool) -> None:
         """Raises VTPruneError where conversations are packed into one row in a way that pruning would mix up."""
@@ -201,7 +200,7 @@ class DecoderHooks:
             return adopt_cache(cache, self._depth)
         totals = [(span.image.total, pruner) for span in spans for pruner in self.pruners]
         skips_text = self.routed.pruner is not None and self.routed.pruner.skips_text
-        if skips_text or any(pruner.budget(total) < total for total, pruner in totals):
+        if skips_text or any(pruner.adaptive or pruner.drops(total, self._depth) for total, pruner in totals):
             raise unsupported_cache(reason)
         return None
 
@@ -216,7 +215,7 @@ class DecoderHooks:
         for index, pruner in enumerate(self.pruners):
             probe = self._probe(prober, index)
             for span in run.spans:
-                if pruner.budget(span.image.total) >= span.image.total and not pruner.adaptive:
+                if not (pruner.adaptive or pruner.drops(span.image.total, self._depth)):
                     continue
                 words = (unlabelled if index in self.modules else text)[span.key]
                 stream = self._stream(run, index, span, embeds, words, input_ids, pictures)

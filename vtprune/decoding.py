@@ -320,9 +320,8 @@ class DecoderRun:
             if places is None:
                 places = torch.arange(prompt.length, device=prompt.device).expand(prompt.batch, -1)
             # Padding was packed away, too, but it never had a position of its own to give up.
-            kept = torch.nn.functional.pad((~prompt.real()).long(), (0, 1))
-            kept.scatter_(1, places.masked_fill(places < 0, prompt.length), 1)
-            gone = prompt.conversations.running_sum(1 - kept[:, :-1])
+            kept = _marked(places, prompt.length).masked_fill(~prompt.real(), 1)
+            gone = prompt.conversations.running_sum(1 - kept)
             before = gone if shift is None else gone + shift.to(gone.device)
             positions = self._positions() - before
             layout.embeddings = self.rotary(states, gather_tokens(positions, places).clamp(min=0))
@@ -339,7 +338,8 @@ class DecoderRun:
         return column.expand(prompt.batch, -1)
 
     def cut_caches(self, indices: frozenset[int]) -> None:
-        """Leaves in the caches of these layers only the vision tokens that are alive after the last layer."""
+        """Leaves in the caches of these layers only the vision tokens that are alive after the last layer. Where
+        positions are renumbered, those of later tokens count what a layer's cache holds, whatever it held before."""
         if self.layers is None or not self.spans:
             return
         gone = torch.zeros(self.prompt.batch, self.prompt.offset + self.prompt.length, dtype=torch.bool)
@@ -362,9 +362,12 @@ class DecoderRun:
                 drop = gone.gather(1, slots.clamp(min=0))
                 columns = places_of((slots >= 0) & ~drop & real.gather(1, slots.clamp(min=0)))
                 new = slots.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
-                known[key] = (new, columns, ((slots >= 0) & drop).sum(dim=1, keepdim=True))
-            if bool(known[key][2].any()):
-                layer.cut(*known[key], SHIFT)
+                known[key] = (new, columns, _marked(slots.masked_fill(~drop, -1), gone.shape[1]))
+            new, columns, removed = known[key]
+            if bool(removed.any()):
+                layer.cut(new, columns)
+                if self.rotary is not None:
+                    layer.add(SHIFT, removed.cumsum(dim=1))
 
     def restore(self, states: Tensor, index: int) -> Tensor:
         """Hidden states after layer `index` at the full length: a dropped place repeats the last kept one."""
@@ -374,6 +377,12 @@ class DecoderRun:
         if places is None or states.shape[1] != places.shape[1]:
             return states
         return gather_tokens(states, fill_index(places, self.prompt.length))
+
+
+def _marked(places: Tensor, length: int) -> Tensor:
+    """(B, length) 1 at the `places` (B, n) (-1: none) of a sequence, 0 elsewhere, int64."""
+    marks = torch.zeros(places.shape[0], length + 1, dtype=torch.long, device=places.device)
+    return marks.scatter_(1, places.masked_fill(places < 0, length), 1)[:, :length]
 
 
 def _place_vectors(states: Tensor, vectors: list[tuple[int, Tensor, Tensor]]) -> Tensor:

@@ -21,7 +21,7 @@ from vtprune.errors import UnsupportedModelError
 from vtprune.prompt import ImageSpan
 from vtprune.pruner import Pruner
 from vtprune.selection import Eviction, check_scores
-from vtprune.signals import attention_sums
+from vtprune.signals import attention_sums, full_precision
 from vtprune.stream import CachedRow, CacheEntries
 
 # Aux tensors of a cache. Of layer 0: the number of the image at each place, 0 for none and for those that were cut
@@ -127,7 +127,8 @@ class Evictor:
         rows = [row for row in watch.rows if row not in watch.prompts]
         if not rows:
             return
-        answers = {row: self.pruner.evict(self._row(run.layers, watch, row)) for row in rows}
+        with full_precision(run.prompt.device):
+            answers = {row: self.pruner.evict(self._row(run.layers, watch, row)) for row in rows}
         for order, index in enumerate(self.cut):
             self._apply(run.layers[index], watch.real, {row: answer[order] for row, answer in answers.items()})
         aux = run.layers[0].aux

@@ -64,8 +64,7 @@ class Generation:
         """Remembers what the cache holds after a forward; nothing is counted until a report is asked for."""
         if run.cache is None or run.layers is None:
             return
-        mask = run.prompt.mask
-        self._mask = mask if mask is not None and mask.ndim == 2 else None
+        self._mask = run.prompt.mask
         self._cache = weakref.ref(run.cache)
         self._notes.append(CacheNote.of(run.layers, self._mask))
         self._log, self._heads = run.layers[0].log, [Heads.of(layer) for layer in run.layers]
@@ -124,7 +123,7 @@ class Generation:
         kv = self._now.entries
         kept = [self._achieved_tokens(span) for span in self.spans]
         achieved = [tokens / span.image.total for tokens, span in zip(kept, self.spans, strict=True)]
-        asked = [pruner.asked_keep for pruner in self.pruners]
+        asked = [_asked(pruner) for pruner in self.pruners]
         history = self._steps()
         before = self._history[0] if self._history else Held()
         return Report(
@@ -177,7 +176,7 @@ class Generation:
             left = [self._achieved_tokens(span) for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
         asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
-        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), pruner.asked_keep, mean)
+        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), _asked(pruner), mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -209,7 +208,9 @@ class Generation:
         last = self.pruners[-1]
         evicted = eviction_notes(self._heads, span, last.name)
         published = _published_notes(_counts(span, self.depth), last)
-        return [*span.notes, *evicted, *published, *self._end_notes(span)]
+        unmet = [pruner.unmet(span.image.total, int(span.kept_at(0).numel())) for pruner in self.pruners]
+        whole = [f"kept whole: {reason}" for reason in unmet if reason]
+        return [*span.notes, *whole, *evicted, *published, *self._end_notes(span)]
 
     def _end_notes(self, span: ImageSpan) -> list[str]:
         """That an answer starts from a token before the prompt's end, where that end is an image whose last token was
@@ -326,7 +327,7 @@ class Generation:
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
         for index, pruner in enumerate(self.pruners):
-            if pruner.budget(span.image.total) >= span.image.total:
+            if not pruner.drops(span.image.total, self.depth):
                 continue
             asked = span.asked.get(index, [])
             known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
@@ -343,7 +344,7 @@ class Generation:
                 text_after=span.text_after,
                 decoder_kv_width=model_cost(self.config).decoder.kv_width,
                 decoder_pairs=self._pairs(key),
-                images=sum(pruner.budget(one.image.total) < one.image.total for one in spans),
+                images=sum(pruner.drops(one.image.total, self.depth) for one in spans),
                 depth=self.depth,
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
@@ -357,6 +358,11 @@ class Generation:
             )
             total += pruner.scoring_flops(work)
         return total
+
+
+def _asked(pruner: Pruner) -> int | float | None:
+    """The share or count that was asked for, None where something else decides."""
+    return None if pruner.thresholds_decide else pruner.asked_keep
 
 
 def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:

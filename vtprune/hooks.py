@@ -48,6 +48,7 @@ class Wrapping:
             adapter, pruners, facts, state, compact=compact, maker=self._encoder.token, modules=modules
         )
         try:
+            self._refuse_copies(adapter.model)
             self._install_taps(adapter)
             self._install_encoder(adapter)
             self._install_decoder(adapter)
@@ -123,11 +124,13 @@ class Wrapping:
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         # Shapes depend on the data, so a compiler must not trace the hooks; it breaks its graph around them.
+        self._refuse_copies(module)
         self._handles.append(module.register_forward_pre_hook(torch.compiler.disable(hook), with_kwargs=True))
 
     def _after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         # always_call: what a layer opened is closed again when something raises half-way.
         hook = torch.compiler.disable(hook)
+        self._refuse_copies(module)
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
 
     def remove(self) -> None:
@@ -141,8 +144,17 @@ class Wrapping:
             else:
                 owner.__dict__[name] = before
 
-    def __reduce__(self) -> Any:
-        raise VTPruneError("a wrapped model cannot be copied or pickled; call vtprune.unwrap(model) first")
+    def override(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """Replaces a method of one object until `remove`."""
+        self._override(owner, name, replacement)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self.__reduce__()
+    def _refuse_copies(self, module: nn.Module) -> None:
+        """Pickling and copying look here first, and would stumble over a hook, or share it, later."""
+        if module.__dict__.get("__reduce_ex__") is not refuse_copy:
+            self._overridden.append((module, "__reduce_ex__", module.__dict__.get("__reduce_ex__", MISSING)))
+            module.__dict__["__reduce_ex__"] = refuse_copy
+
+
+def refuse_copy(*args: Any) -> Any:
+    """Raises VTPruneError, for whatever would copy or pickle a model with its hooks."""
+    raise VTPruneError("a wrapped model cannot be copied or pickled; call vtprune.unwrap(model) first")

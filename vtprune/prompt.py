@@ -16,8 +16,9 @@ from vtprune.signals import LayerSignals
 
 # The label of what is no answer.
 IGNORED = -100
-# What an additive mask adds at the least where it closes attention; a bias is not that low.
-CLOSED = -1e4
+# What is added to a logit and below this takes its key out of the softmax; masks hold the lowest number of their type,
+# or minus infinity.
+MASKED = -1e4
 
 
 @dataclass
@@ -76,9 +77,10 @@ class ImageSpan:
 class PromptInfo:
     """The logical input of this forward: `length` tokens after `offset` in the cache, B rows.
 
-    mask: (B, offset + length) with 0 where a token is padding, (B or 1, 1 or H, length, offset + length), or None;
-    positions: (B, length) or (3 or 4, B, length) position ids as the model got them, or None; cached: whether this
-    forward fills a cache; labels: (B, length), `IGNORED` where a token is no answer, or None.
+    mask: (B, offset + length) bool, False where a token is padding, or None; positions: (B, length) or (3 or 4, B,
+    length) position ids as the model got them, or None; cached: whether this forward fills a cache; labels: (B,
+    length), `IGNORED` where a token is no answer, or None; sees: (B or 1, length, offset + length) bool, which places
+    each token sees, where the mask has four dimensions, else None.
     """
 
     batch: int
@@ -89,6 +91,7 @@ class PromptInfo:
     positions: Tensor | None
     cached: bool = True
     labels: Tensor | None = None
+    sees: Tensor | None = None
 
     def real(self) -> Tensor:
         """(B, length) True where a token of this input is not padding."""
@@ -96,35 +99,19 @@ class PromptInfo:
 
     def real_so_far(self) -> Tensor:
         """(B, offset + length) the same of the whole sequence, with what is in the cache."""
-        mask = self.mask
-        if mask is None:
+        if self.mask is None:
             return torch.ones(self.batch, self.offset + self.length, dtype=torch.bool, device=self.device)
-        if mask.ndim == 4:
-            return self._real_by_sight(self._sees(mask))
-        return mask.to(self.device).bool().expand(self.batch, -1)
-
-    def _sees(self, mask: Tensor) -> Tensor:
-        """(B, length, offset + length) which places each token of this input sees, by a mask of four dimensions."""
-        first = mask[:, 0].to(self.device)
-        seen = first if first.dtype == torch.bool else first > CLOSED
-        return seen.expand(self.batch, -1, -1)
-
-    def _real_by_sight(self, sees: Tensor) -> Tensor:
-        """A token is real that sees itself and not the last one, which a model lets padding see that would otherwise
-        see nothing; of what is in the cache the tokens that one of these sees."""
-        own = sees[..., -self.length :]
-        real = own.diagonal(dim1=1, dim2=2) & ~own[..., -1]
-        real[:, -1] = own[:, -1, -1]
-        earlier = (sees[..., : -self.length] & real[..., None]).any(dim=1)
-        return torch.cat([earlier, real], dim=1)
+        return self.mask.to(self.device).expand(self.batch, -1)
 
     @cached_property
     def conversations(self) -> Conversations:
         """Which tokens of this input belong together: where the model's own rules keep some apart (positions that
         start again, without a mask and a cache, or a mask of four dimensions), a row holds several conversations."""
         real = self.real()
-        if self.mask is not None and self.mask.ndim == 4:
-            return Conversations.by_mask(self._sees(self.mask)[..., -self.length :], real)
+        if self.sees is not None:
+            return Conversations.by_mask(
+                self.sees[..., -self.length :].to(self.device).expand(self.batch, -1, -1), real
+            )
         positions = self.positions
         if positions is not None and positions.ndim == 3:
             # The first of four planes numbers the text; three planes never say that conversations are packed.
@@ -143,6 +130,42 @@ class PromptInfo:
         asked = found.counts((found.number >= 0) & ~images & ~answer) > 0
         left_out = answer & asked.gather(1, found.number.clamp(min=0))
         return replace(found, number=found.number.masked_fill(left_out, -1))
+
+
+def sight(mask: Any) -> Tensor | None:
+    """(B, q, n) bool which keys each query sees in some head, from a mask (B, heads, q, n) of bools or of floats that
+    are added to the logits, or from a dict of masks by layer type, of which the one without a window counts; None for
+    any other mask."""
+    mask = _one_mask(mask)
+    if mask is None or mask.ndim != 4:
+        return None
+    return (mask > MASKED if mask.is_floating_point() else mask.to(torch.bool)).any(dim=1)
+
+
+def real_tokens(mask: Any) -> Tensor | None:
+    """(B, n) bool, False where a token is padding, or None, from any attention mask that a decoder takes: one that
+    `sight` knows, or (B, n) in any type, 0 where a token is padding."""
+    sees, mask = sight(mask), _one_mask(mask)
+    if sees is not None:
+        return _real_by_sight(sees)
+    return mask != 0 if mask is not None and mask.ndim == 2 else None
+
+
+def _one_mask(mask: Any) -> Tensor | None:
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _real_by_sight(sees: Tensor) -> Tensor:
+    """(B, n) of (B, q, n) `sees`: a query is real that sees itself and not the last one, which a model lets padding see
+    that would otherwise see nothing; of the keys before the queries those that a real one sees."""
+    length = sees.shape[1]
+    own = sees[..., -length:]
+    real = own.diagonal(dim1=1, dim2=2) & ~own[..., -1]
+    real[:, -1] = own[:, -1, -1]
+    earlier = (sees[..., :-length] & real[..., None]).any(dim=1)
+    return torch.cat([earlier, real], dim=1)
 
 
 def left_signals(signals: LayerSignals | None, image: EncodedImage, span: ImageSpan) -> LayerSignals | None:

@@ -79,6 +79,11 @@ class Pruner:
         return self.default_keep if self.keep is None else self.keep
 
     @property
+    def thresholds_decide(self) -> bool:
+        """Whether no share was asked for, but something else decides how many tokens stay: reports then say None."""
+        return False
+
+    @property
     def compact_positions(self) -> bool:
         """Whether the released code renumbers positions after dropping (only for variant="released")."""
         return False
@@ -127,6 +132,19 @@ class Pruner:
     def budget(self, tokens: int) -> int:
         """Vision tokens of an image of `tokens` that are left in the end."""
         return budget_of(self.asked_keep, tokens)
+
+    def drops(self, tokens: int, depth: int) -> bool:
+        """Whether anything of an image of `tokens` is to go anywhere, by the budgets of a decoder of `depth` layers;
+        the budget of a whole staged method is a mean, which may round to all of them."""
+        budgets = [self.budget(tokens), self.input_budget(tokens)]
+        budgets += [self.decoder_budget(tokens, layer, tokens) for layer in self.decoder_layers(depth)]
+        budgets += [self.routed_budget(tokens, layer, tokens) for layer in self.routed_layers(depth)]
+        return min(budgets) < tokens
+
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Why an image of `tokens`, `entered` of which reach the method, cannot be cut to its budget, "" where it can:
+        such an image is kept as it is, whatever others of the batch are cut to, and its report says so."""
+        return ""
 
     def achieved(self, counts: list[int]) -> float:
         """What counts as kept, from the vision tokens that each decoder layer processed: those that enter the

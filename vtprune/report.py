@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class StageReport:
 
     method: str
     stage: str
-    asked_keep: int | float
+    asked_keep: int | float | None
     tokens_left: float
 
 
@@ -98,7 +99,8 @@ class Report:
 
     tokens_per_layer[layer][row]: vision tokens processed in the prefill; kv_tokens_per_layer[layer][row]:
     vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
-    asked_keep: what each pruner was asked for; achieved_keep: mean over images of kept over all tokens, counted
+    asked_keep: what each pruner was asked for, None where thresholds decide;
+    achieved_keep: mean over images of kept over all tokens, counted
     as `keep` is; stages: each pruner of the list. flops sums the rows, each as if it ran alone; flops_full is the
     same unpruned. kv_bytes is logical (now; `_prefill`: right after the prompt; `_full`: had nothing been dropped),
     kv_bytes_allocated the cache's tensors with padding; all 0 without a cache. aux_bytes: hidden states that wait
@@ -111,7 +113,7 @@ class Report:
     tokens_per_layer: list[list[int]]
     kv_tokens_per_layer: list[list[int]]
     steps: int
-    asked_keep: int | float | list[int | float]
+    asked_keep: int | float | list[int | float | None] | None
     achieved_keep: float
     kept_tokens: float
     flops: int
@@ -126,6 +128,29 @@ class Report:
     history: list[StepReport] = field(default_factory=list)
     aux_bytes: int = 0
 
+    def __str__(self) -> str:
+        """Five lines: the method and where it acts, what was kept of each image, the tokens by layer, FLOPs, KV bytes;
+        and how many images were kept whole, if any was."""
+        images = [image for sample in self.samples for image in sample.images]
+        whole = sum(image.tokens for image in images) / max(1, len(images))
+        layers = [f"{sum(layer) / max(1, len(layer)):.4g}" for layer in self.tokens_per_layer]
+        runs = [(tokens, len(list(run))) for tokens, run in itertools.groupby(layers)]
+        shape = ", ".join(f"{count} x {tokens}" for tokens, count in runs)
+        lines = [
+            f"{self.method}: {'; then '.join(stage.stage for stage in self.stages) or 'nowhere'}",
+            f"kept {self.kept_tokens:.4g} of {whole:.4g} tokens an image ({self.achieved_keep:.1%}), {len(images)} "
+            f"image{'s' * (len(images) != 1)} in {len(self.samples)} row{'s' * (len(self.samples) != 1)}",
+            f"decoder layers x vision tokens a row: {shape}",
+            f"FLOPs {_share(self.flops, self.flops_full)} of {self.flops_full:.3g} in the prefill",
+            f"KV cache {_share(self.kv_bytes, self.kv_bytes_full)} of {self.kv_bytes_full / 2**20:.3g} MiB",
+        ]
+        noted = sum(any("kept whole" in note for note in image.notes) for image in images)
+        return "\n".join([*lines, f"kept whole: {noted} of {len(images)} images, see their notes"][: 5 + bool(noted)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "0%"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from vtprune.order import check_order
 from vtprune.pruner import Pruner
 from vtprune.registry import create
 from vtprune.report import Report
-from vtprune.weights import attach, detach, make_modules, read_weights, write_weights
+from vtprune.weights import SUBMODULE, attach, detach, make_modules, read_weights, write_weights
 
 POSITIONS = ("original", "compact")
 ATTRIBUTE = "_vtprune"
@@ -35,8 +37,10 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
 
     pruner: a name (with the method's `options`), a Pruner, a list of them in stage order, a config dict, or a
     folder holding vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt,
-    "compact" renumbers them. Raises VTPruneError (or a subclass) for an unknown method or option, a model
-    without an adapter, and a model that is wrapped already.
+    "compact" renumbers them layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache
+    then holds of its row. Generation without a cache (`use_cache=False`) reads everything anew at each step, so
+    methods that choose by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass)
+    for an unknown method or option, a model without an adapter, and a model that is wrapped already.
     """
     core: Any = core_model(model)
     if hasattr(core, ATTRIBUTE):
@@ -49,7 +53,9 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     facts = adapter.facts()
     # What cannot be accounted for is refused now, not when a report is asked for.
     model_cost(core.config)
-    pruners = [one.for_model(replace(facts, first=index == 0)) for index, one in enumerate(given)]
+    # Stages that do nothing come before no method.
+    acting = [index for index, one in enumerate(given) if one.name != "none"]
+    pruners = [one.for_model(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(given)]
     check_order(pruners, facts)
     adapter.check_stages(encoder=any(one.encoder_layers(facts.encoder_depth) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
@@ -57,22 +63,28 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
             f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
             "'original'"
         )
-    returning = next((one.name for one in pruners if one.revives), None)
-    if positions == "compact" and returning:
-        raise VTPruneError(
-            f"positions='compact' numbers the tokens that are left, and with {returning} those that were left out "
-            "return; use 'original'"
-        )
     # The released code of a method may renumber; on M-RoPE models the authors' own ports keep or garble positions.
-    released = any(one.compact_positions for one in pruners) and adapter.renumbers
-    compact = positions == "compact" or released
+    renumbering = next((one.name for one in pruners if one.compact_positions and adapter.renumbers), None)
+    compact = positions == "compact" or renumbering is not None
+    returning = next((one.name for one in pruners if one.revives), None)
+    if compact and returning:
+        asked, instead = "positions='compact'", "use 'original'"
+        if positions != "compact":
+            asked, instead = f"variant='released' of {renumbering}", "use variant='paper'"
+        raise VTPruneError(
+            f"{asked} numbers the tokens that are left, and with {returning} those that were left out return; "
+            f"{instead}"
+        )
     modules = make_modules(pruners, facts, adapter)
     if modules and isinstance(pruner, str | os.PathLike) and Path(pruner).is_dir():
         read_weights(modules, Path(pruner), core.config)
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
     # weights that a method brings, which are trained and moved with it.
-    core.__dict__[ATTRIBUTE] = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules)
+    wrapping = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules)
+    core.__dict__[ATTRIBUTE] = wrapping
     attach(core, modules)
+    if modules:
+        wrapping.override(core, "save_pretrained", _saving(core, core.save_pretrained))
     return model
 
 
@@ -136,6 +148,26 @@ def save(model: Any, folder: str | Path) -> Path:
         write_weights(modules, Path(folder), core.config)
     save_config(model, folder)
     return Path(folder)
+
+
+def _saving(core: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained` of a model to which methods brought weights: the base without them, as it can be loaded, and
+    beside it what `save` writes, as `wrap` can load it."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments.get("state_dict")
+        weights = core.state_dict() if given is None else given
+        base = {name: weight for name, weight in weights.items() if not name.startswith(f"{SUBMODULE}.")}
+        bound.arguments["state_dict"] = base
+        answer = original(*bound.args, **bound.kwargs)
+        if bound.arguments.get("is_main_process", True):
+            save(core, bound.arguments["save_directory"])
+        return answer
+
+    return save_pretrained
 
 
 def load_weights(model: Any, folder: str | Path) -> None:

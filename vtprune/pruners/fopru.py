@@ -85,6 +85,11 @@ class FoPru(Pruner):
         """The strategy, and whether scores are taken after the softmax."""
         return {"strategy": Tunable(choices=STRATEGIES), "softmax": Tunable(choices=(True, False))}
 
+    @property
+    def adaptive(self) -> bool:
+        """True for strategy="row": an image none of whose rows fits the budget is kept whole."""
+        return self.strategy == "row" and not (isinstance(self.keep, float) and self.keep == 1)
+
     def significance(self, stream: VisionStream) -> Tensor:
         """The score of each token: (N,) fp32; raises ScoreError for NaN."""
         signals = stream.signals
@@ -105,6 +110,10 @@ class FoPru(Pruner):
         if self.strategy == "rank":
             return Selection(top(self.significance(stream), stream.budget))
         check_whole_grid("fopru with strategy 'row'", stream)
+        width = stream.grid[-1]
+        if stream.budget < width:
+            everything = torch.arange(stream.indices.numel(), device=stream.features.device)
+            return Selection(everything, note=f"kept whole: no row of {width} tokens fits a budget of {stream.budget}")
         return Selection(top_rows(self.significance(stream), stream.grid[-1], stream.budget))
 
     def scoring_flops(self, work: ScoringWork) -> int:

@@ -91,6 +91,11 @@ class MustDrop(Pruner):
         return not (isinstance(self.keep, float) and self.keep == 1)
 
     @property
+    def thresholds_decide(self) -> bool:
+        """True without `keep`."""
+        return self.keep is None
+
+    @property
     def compact_positions(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"

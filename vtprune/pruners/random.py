@@ -18,10 +18,13 @@ from vtprune.stream import VisionStream
 def pixel_seed(pixels: Tensor, seed: int) -> int:
     """A seed in 0 .. 2**63 - 1 from `seed` and an image's pixels (any shape).
 
-    Pixels are rounded to bfloat16 first, so that a bfloat16 and a float32 model draw the same tokens.
+    Of the pixels it reads which ones are above 0, where no rounding can take them across: the same in float32, float16
+    and bfloat16, however often they were converted. (Rounding them to the coarsest type first would not be: a value
+    that float16 has rounded to the middle between two bfloat16 ones may go either way.) Images whose pixels lie on the
+    same sides of 0, which is the mean colour in what processors make, share a seed.
     """
-    rounded = pixels.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-    digest = hashlib.blake2b(rounded.numpy().tobytes(), digest_size=8, key=str(seed).encode())
+    above = (pixels.detach() > 0).cpu().contiguous()
+    digest = hashlib.blake2b(above.numpy().tobytes(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -34,9 +37,9 @@ def random_tokens(tokens: int, count: int, seed: int) -> Tensor:
 @register("random", stage="before decoder", paper="", licence="Apache-2.0", needs="pixels")
 @dataclass(frozen=True)
 class Random(Pruner):
-    """Uniformly random tokens, seeded from (seed, the image's pixels).
+    """Uniformly random tokens, seeded from (seed, the image's pixels: which ones are above 0).
 
-    The same image keeps the same tokens in any batch and any row; another `seed` draws others, and a smaller
+    The same image keeps the same tokens in any batch, row and dtype; another `seed` draws others, and a smaller
     `keep` keeps a subset of a larger one's. `default_keep` 0.25.
     """
 

@@ -102,6 +102,11 @@ class SparseVLM(Staged):
             )
 
     @property
+    def thresholds_decide(self) -> bool:
+        """True where the rank alone decides."""
+        return self.keep is None and self.adaptive_rank
+
+    @property
     def recycles(self) -> bool:
         """`recycle`, or whether the version does."""
         return self.version == 1 if self.recycle is None else self.recycle

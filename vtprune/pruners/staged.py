@@ -122,13 +122,24 @@ class Staged(Pruner):
         return tokens
 
     def counts(self, tokens: int, entered: int) -> tuple[int, ...]:
-        """Tokens of an image of `tokens`, of which `entered` entered the decoder, that each layer processes."""
+        """Tokens of an image of `tokens`, of which `entered` entered the decoder, that each layer processes: all of
+        them where its budget cannot be met."""
+        if self.unmet(tokens, entered):
+            return (entered,) * self._depth
         return self._named(_counts, self, self._depth, tokens, entered)
 
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Where the layers before the first drop, or one token in each of the others, exceed the budget."""
+        try:
+            _counts(self, self._depth, tokens, entered)
+        except VTPruneError as error:
+            return str(error)
+        return ""
+
     def stages(self, tokens: int, entered: int) -> tuple[int, ...]:
-        """The layers before which tokens of such an image drop; none where its budget is met already."""
+        """The layers before which tokens of such an image drop; none where its budget is met already, or cannot be."""
         budget = self._budget(tokens, entered)
-        return () if budget >= entered else self.places(self._depth, budget / entered)
+        return () if budget >= entered or self.unmet(tokens, entered) else self.places(self._depth, budget / entered)
 
     def _budget(self, tokens: int, entered: int) -> int:
         # The method's own setting is a share of what enters.
@@ -165,12 +176,8 @@ class Staged(Pruner):
         return None if count >= scores.numel() else Selection(top(scores, count))
 
     def entropy_count(self, layer: DecoderLayer, scores: Tensor) -> int:
-        """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget; raises
-        VTPruneError for a budget out of reach."""
+        """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget."""
         alive, depth = layer.vision.numel(), self._depth
-        if self.keep is not None:
-            # Says why where the budget is out of reach.
-            self.counts(layer.total, layer.entered)
         starts = [start for start in self.stages(layer.total, layer.entered) if start > layer.index]
         if not starts:
             return alive

@@ -103,6 +103,28 @@ class Turbo(Pruner):
             raise VTPruneError("turbo: what r leaves depends on the encoder's depth; wrap a model, or set layers")
         return after(tokens, self.r, self.layers)
 
+    def encoder_budget(self, tokens: int) -> int:
+        """`budget`, or all of them where halving does not get there."""
+        return tokens if self.unmet(tokens, tokens) else self.budget(tokens)
+
+    def input_budget(self, tokens: int) -> int:
+        """The same."""
+        return self.encoder_budget(tokens)
+
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Where the layers, each of which halves the tokens at most, leave more than the budget."""
+        if self.r is not None or self.layers is None or least(tokens, self.layers) <= self.budget(tokens):
+            return ""
+        return (
+            f"turbo: {self.layers} encoder layers that halve the tokens at most cannot leave {self.budget(tokens)} of "
+            f"{tokens}; the smallest keep that works for this image is {least(tokens, self.layers)}"
+        )
+
+    @property
+    def thresholds_decide(self) -> bool:
+        """True where `r` decides."""
+        return self.r is not None
+
     @property
     def merges_in_encoder(self) -> bool:
         """Whether it merges."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from vtprune.errors import VTPruneError
@@ -9,6 +12,9 @@ from vtprune.pruner import budget_of
 
 # The decoder layers before which the authors drop tokens, and how many their decoder has.
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = (9, 18), 28
+
+Shares = tuple[float, ...]
+Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,32 @@ def stage_layers(depth: int) -> tuple[int, int]:
     return first, max(first + 1, second)
 
 
-def mean_retention(first: float, second: float, last: float, layers: tuple[int, int], depth: int) -> float:
-    """Mean over `depth` layers of the share of tokens that a layer processes, from the ratios of the stages."""
-    start, end = layers
-    return first * (start + second * (end - start + last * (depth - end))) / depth
+def mean_retention(first: float, second: float | Shares, last: float, layers: Layers, depth: int) -> float:
+    """Mean over `depth` layers of the share of tokens that a layer processes, from the ratios of the stages; second:
+    of every stage but the last one, or of each of them."""
+    return first * _spent([*shares_of(second, layers), last], layers, depth) / depth
 
 
-def last_ratio(target: float, first: float, second: float, layers: tuple[int, int], depth: int) -> float:
+def last_ratio(target: float, first: float, second: float | Shares, layers: Layers, depth: int) -> float:
     """The last stage's ratio with which `mean_retention` is `target`; not above 0 where none is, and above 1 where
     even dropping nothing there keeps less."""
-    start, end = layers
-    return (depth * target - first * (start + second * (end - start))) / (first * second * (depth - end))
+    shares = shares_of(second, layers)
+    rest = depth * target - first * _spent([*shares, 0.0], layers, depth)
+    return rest / (first * math.prod(shares) * (depth - layers[-1]))
+
+
+def shares_of(second: float | Shares, layers: Layers) -> Shares:
+    """The ratios of all stages but the last."""
+    return second if isinstance(second, tuple) else (second,) * (len(layers) - 1)
+
+
+def _spent(shares: Sequence[float], layers: Layers, depth: int) -> float:
+    """The sum over layers of the share that each processes of what enters the decoder."""
+    alive, total = 1.0, float(layers[0])
+    for share, (start, end) in zip(shares, itertools.pairwise([*layers, depth]), strict=True):
+        alive *= share
+        total += alive * (end - start)
+    return total
 
 
 def released_count(tokens: int, ratio: float) -> int:
@@ -70,33 +91,36 @@ def stage_counts(
     tokens: int,
     budget: int,
     first: float,
-    second: float,
-    layers: tuple[int, int],
+    second: float | Shares,
+    layers: Layers,
     depth: int,
     *,
     fill: bool = False,
-) -> tuple[int, int, int]:
-    """Tokens that enter the decoder and that either stage leaves, each at least 1; their mean over the layers is
+) -> tuple[int, ...]:
+    """Tokens that enter the decoder and that each stage leaves, each at least 1; their mean over the layers is
     at most `budget` and within a token of it, where the ratios can reach it.
 
-    first, second: ratios of the tokens. Where rounding alone leaves nothing for the last layers, earlier stages
-    keep fewer. fill: the first stage keeps more where the last one, keeping all, would keep less than asked.
+    first, second: ratios of the tokens, as in `mean_retention`. Where rounding alone leaves nothing for the last
+    layers, earlier stages keep fewer. fill: the stages before the last keep more where that one, keeping all, would
+    keep less than asked.
     """
-    start, end = layers
-    entering = min(tokens, max(1, round(first * tokens)))
-    middle = min(entering, max(1, round(second * entering)))
+    lengths = [end - start for start, end in itertools.pairwise([0, *layers, depth])]
+    counts = [min(tokens, max(1, round(first * tokens)))]
+    for share in shares_of(second, layers):
+        counts.append(min(counts[-1], max(1, round(share * counts[-1]))))
 
-    def rest() -> int:
-        return (depth * budget - start * entering - (end - start) * middle) // (depth - end)
+    def rest(before: Sequence[int]) -> int:
+        left = depth * budget - sum(n * length for n, length in zip(before, lengths, strict=False))
+        return left // sum(lengths[len(before) :])
 
-    while rest() < 1:
-        if middle > 1:
-            middle -= 1
-        else:
-            entering -= 1
-    if fill and rest() > middle:
-        middle = min(entering, max(middle, (depth * budget - start * entering) // (depth - start)))
-    return entering, middle, min(middle, rest())
+    while rest(counts) < 1:
+        # The latest stage that has tokens to spare gives one up.
+        place = max(stage for stage, count in enumerate(counts) if count > 1)
+        counts[place] -= 1
+    if fill and rest(counts) > counts[-1]:
+        for place in range(1, len(counts)):
+            counts[place] = min(counts[place - 1], max(counts[place], rest(counts[:place])))
+    return (*counts, min(counts[-1], rest(counts)))
 
 
 @dataclass(frozen=True)
@@ -104,15 +128,16 @@ class Schedule:
     """A keep with what was set by hand of its settings, on a decoder.
 
     first, second, threshold, cell: as in `Settings`, None for the authors';
-    layers: those before which tokens drop out, of `depth`; released: round as the released code does.
+    second: of all stages but the last, or of each of them; layers: those before which tokens drop out, of `depth`;
+    released: round as the released code does.
     """
 
     keep: int | float
     first: float | None
-    second: float | None
+    second: float | Shares | None
     threshold: float | None
     cell: float | None
-    layers: tuple[int, int]
+    layers: Layers
     depth: int
     released: bool
 
@@ -121,42 +146,50 @@ class Schedule:
         return self.keep if isinstance(self.keep, float) else min(1.0, self.keep / tokens)
 
     def settings(self, target: float) -> Settings:
-        """What holds at a mean share of `target`."""
-        given = (self.first, self.second, self.threshold, self.cell)
+        """What holds at a mean share of `target`; `second` of the first stage, where each has its own."""
+        second = self.second[0] if isinstance(self.second, tuple) and self.second else self.second
+        given = (self.first, None if isinstance(second, tuple) else second, self.threshold, self.cell)
         known = astuple(released_settings(target))
         return Settings(*(b if a is None else a for a, b in zip(given, known, strict=True)))
+
+    def shares(self, target: float) -> Shares:
+        """The ratios of all stages but the last at a mean share of `target`."""
+        return shares_of(self.settings(target).second if self.second is None else self.second, self.layers)
 
     def entering(self, target: float) -> float:
         """The share of all tokens that enters the decoder at a mean share of `target`."""
         return min(1.0, self.settings(target).first * target)
 
     def last(self, target: float) -> float:
-        """The share that goes on at the second of `layers`; raises VTPruneError where none meets `target`."""
-        at, entering = self.settings(target), self.entering(target)
-        ratio = last_ratio(target, entering, at.second, self.layers, self.depth)
+        """The share that goes on at the last of `layers`; raises VTPruneError where none meets `target`."""
+        first, entering, shares = self.settings(target).first, self.entering(target), self.shares(target)
+        ratio = last_ratio(target, entering, shares, self.layers, self.depth)
         if ratio <= 0:
+            second = (
+                "" if not shares else f" and second={', '.join(f'{share:.4g}' for share in dict.fromkeys(shares))}"
+            )
             raise VTPruneError(
-                f"vflowopt: first={at.first:.4g} and second={at.second:.4g} use up a mean of {target:.4g} over "
-                f"{self.depth} layers before layer {self.layers[1]}; lower first or second, or raise keep"
+                f"vflowopt: first={first:.4g}{second} use up a mean of {target:.4g} over {self.depth} layers before "
+                f"layer {self.layers[-1]}; lower first{' or second' * bool(shares)}, or raise keep"
             )
         return min(1.0, ratio)
 
-    def counts(self, tokens: int) -> tuple[int, int, int]:
-        """Tokens of an image of `tokens` that enter the decoder, and that either of its stages leaves."""
+    def counts(self, tokens: int) -> tuple[int, ...]:
+        """Tokens of an image of `tokens` that enter the decoder, and that each of its stages leaves."""
         budget, target = budget_of(self.keep, tokens), self.target(tokens)
         if budget >= tokens:
-            return tokens, tokens, tokens
-        at, last, share = self.settings(target), self.last(target), self.entering(target)
+            return (tokens,) * (1 + len(self.layers))
+        last, share, shares = self.last(target), self.entering(target), self.shares(target)
         if self.released:
-            entering = max(1, released_count(tokens, share))
-            middle = max(1, released_count(entering, at.second))
-            return entering, middle, max(1, released_count(middle, last))
-        fill = self.second is None
-        return stage_counts(tokens, budget, share, at.second, self.layers, self.depth, fill=fill)
+            found = [max(1, released_count(tokens, share))]
+            for ratio in (*shares, last):
+                found.append(max(1, released_count(found[-1], ratio)))
+            return tuple(found)
+        return stage_counts(tokens, budget, share, shares, self.layers, self.depth, fill=self.second is None)
 
     def left(self, alive: int, tokens: int, stage: int) -> int:
-        """Tokens that stage 0 or 1 leaves of `alive`, as released: of those that are there, not of all."""
+        """Tokens that a stage leaves of `alive`, as released: of those that are there, not of all."""
         if budget_of(self.keep, tokens) >= tokens:
             return alive
         target = self.target(tokens)
-        return max(1, released_count(alive, self.last(target) if stage else self.settings(target).second))
+        return max(1, released_count(alive, (*self.shares(target), self.last(target))[stage]))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
+from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable, budget_of
 from vtprune.pruners.checks import check_choice, check_factor, is_number
 from vtprune.pruners.recycling import cells_of, direct_count, recycle
 from vtprune.pruners.vflow_budget import PUBLISHED_DEPTH, Schedule, stage_layers
@@ -38,13 +38,15 @@ class VFlowOpt(Pruner):
     A token's importance is the attention that it gets from the global patches (those that receive more than
     `threshold` times the mean) plus `alpha` times the softmax over the image of the entropy of its pixels. The
     most important tokens enter the decoder; the others flow together, one token for every cell of `cell` x `cell`
-    (`recycle=False` drops them). Before two decoder `layers` tokens drop out by the same map.
+    (`recycle=False` drops them). Before some decoder `layers` (the authors' two, or any
+    number of them) tokens drop out by the same map.
 
     keep: the mean over decoder layers of the tokens that a layer processes. first: the share that enters the decoder,
-    over that mean share; second: share of these that goes on at the first of `layers`; the share at the other one
-    follows from keep. None is what the authors' search found at 0.5, 0.25 and 0.1, linear in keep between; at keeps
-    where their `second` cannot reach it, second rises. alpha: None is 1 (released: 0), since the paper's own value is
-    not known to us. layers: None is 9 and 18 of 28, in proportion to the depth. `default_keep` 0.25.
+    over that mean share; second: the share of what is there that goes on at each of `layers` but the last, one number
+    for all of them or a tuple with one each; the share at the last one follows from keep. None is what the authors'
+    search found at 0.5, 0.25 and 0.1, linear in keep between; at keeps where their `second` cannot reach it, second
+    rises. alpha: None is 1 (released: 0), since the paper's own value is not known to us. layers: None is 9 and 18 of
+    28, in proportion to the depth. `default_keep` 0.25.
 
     Reference: sihany077/VFlowOpt (CC BY-NC 4.0, not copied). Departures from it, of both variants: attention stays
     causal (the code runs one layer without a mask); without global patches the one that receives most is global
@@ -64,11 +66,11 @@ class VFlowOpt(Pruner):
     """
 
     first: float | None = None
-    second: float | None = None
+    second: float | tuple[float, ...] | None = None
     threshold: float | None = None
     cell: float | None = None
     alpha: float | None = None
-    layers: tuple[int, int] | None = None
+    layers: tuple[int, ...] | None = None
     recycle: bool = True
     variant: str = "paper"
 
@@ -76,16 +78,31 @@ class VFlowOpt(Pruner):
         super().__post_init__()
         check_choice(self.name, "variant", self.variant, self.info.variants)
         check_choice(self.name, "recycle", self.recycle, (True, False))
-        self._check_number("second", 0, 1, "a number above 0, at most 1")
+        self._check_layers()
+        self._check_second()
         for option in ("first", "cell"):
             self._check_number(option, 0, math.inf, "a finite number above 0")
         self._check_number("alpha", -math.inf, math.inf, "a finite number")
         if self.threshold is not None:
             check_factor(self.name, "threshold", self.threshold)
-        if self.layers is not None:
-            whole = isinstance(self.layers, tuple) and all(type(layer) is int for layer in self.layers)
-            if not whole or len(self.layers) != 2 or not 1 <= self.layers[0] < self.layers[1]:
-                raise VTPruneError(f"{self.name}: layers are two rising ints of at least 1, got {self.layers!r}")
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        whole = isinstance(self.layers, tuple) and all(type(layer) is int for layer in self.layers)
+        if not whole or not self.layers or self.layers[0] < 1 or list(self.layers) != sorted(set(self.layers)):
+            raise VTPruneError(f"{self.name}: layers are rising ints of at least 1 in a tuple, got {self.layers!r}")
+
+    def _check_second(self) -> None:
+        stages = (2 if self.layers is None else len(self.layers)) - 1
+        if self.second is not None and (not stages or (isinstance(self.second, tuple) and len(self.second) != stages)):
+            raise VTPruneError(
+                f"{self.name}: second is the share at each of the {stages} layers before the last one of `layers`, "
+                f"whose own follows from keep, got {self.second!r}"
+            )
+        for share in self.second if isinstance(self.second, tuple) else (self.second,):
+            if share is not None and not (is_number(share) and 0 < share <= 1):
+                raise VTPruneError(f"{self.name}: second is a number above 0, at most 1, got {share!r}")
 
     def _check_number(self, option: str, above: float, most: float, hint: str) -> None:
         value: Any = getattr(self, option)
@@ -126,9 +143,10 @@ class VFlowOpt(Pruner):
 
     def search_space(self) -> dict[str, Tunable]:
         """The authors' boxes."""
+        several = self.layers is None or len(self.layers) > 1
         return {
             "first": Tunable(1, 1.5),
-            "second": Tunable(0.2 / 0.375, 1),
+            **({"second": Tunable(0.2 / 0.375, 1)} if several else {}),
             "threshold": Tunable(0, 50),
             "cell": Tunable(3, 24),
             "alpha": Tunable(-1, 1),
@@ -138,17 +156,19 @@ class VFlowOpt(Pruner):
         """With the authors' settings at this keep in place of None."""
         schedule = self.schedule()
         target = schedule.keep if isinstance(schedule.keep, float) else min(1.0, schedule.keep / tokens)
-        known = dataclasses.asdict(schedule.settings(target))
+        known: dict[str, Any] = dataclasses.asdict(schedule.settings(target))
+        if len(schedule.layers) < 2 or isinstance(self.second, tuple):
+            known["second"] = self.second
         return dataclasses.replace(self, alpha=self.entropy_weight, **known)
 
     def for_model(self, facts: ModelFacts) -> VFlowOpt:
         """With the decoder's depth; raises VTPruneError for layers beyond it and for shares that cannot meet keep."""
         depth, schedule = facts.decoder_depth, self.schedule(facts.decoder_depth)
-        first, second = schedule.layers
-        if second >= depth:
+        if schedule.layers[-1] >= depth:
+            places = " and ".join(map(str, schedule.layers))
             raise VTPruneError(
-                f"{self.name} drops tokens before the decoder layers {first} and {second} (counted from 0), so it "
-                f"needs at least {second + 1} decoder layers, got {depth}"
+                f"{self.name} drops tokens before the decoder layers {places} (counted from 0), so it needs at "
+                f"least {schedule.layers[-1] + 1} decoder layers, got {depth}"
             )
         if isinstance(schedule.keep, float) and schedule.keep < 1:
             schedule.last(schedule.keep)
@@ -161,7 +181,21 @@ class VFlowOpt(Pruner):
 
     def input_budget(self, tokens: int) -> int:
         """The share `first`, at most; released: without what is recycled."""
-        return self.schedule().counts(tokens)[0]
+        return self._counts(tokens)[0]
+
+    def _counts(self, tokens: int) -> tuple[int, ...]:
+        schedule = self.schedule()
+        return (tokens,) * (1 + len(schedule.layers)) if self.unmet(tokens, tokens) else schedule.counts(tokens)
+
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Where `first` and `second` leave nothing for the last layers."""
+        schedule = self.schedule()
+        try:
+            if budget_of(schedule.keep, tokens) < tokens:
+                schedule.last(schedule.target(tokens))
+        except VTPruneError as error:
+            return str(error)
+        return ""
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         """The layers just before `layers`."""
@@ -169,8 +203,7 @@ class VFlowOpt(Pruner):
 
     def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
         """What the stage after decoder layer `layer` leaves."""
-        schedule = self.schedule()
-        return schedule.counts(tokens)[1 + schedule.layers.index(layer + 1)]
+        return self._counts(tokens)[1 + self.schedule().layers.index(layer + 1)]
 
     @property
     def reads_last_query(self) -> bool:
@@ -202,7 +235,7 @@ class VFlowOpt(Pruner):
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the most important of the tokens that are left."""
         schedule, alive, count = self.schedule(), layer.vision.numel(), layer.budget
-        if schedule.released:
+        if schedule.released and not self.unmet(layer.total, layer.entered):
             count = schedule.left(alive, layer.total, schedule.layers.index(layer.index + 1))
         return Selection(top(layer.memory[IMPORTANCE], count)) if count < alive else None
 

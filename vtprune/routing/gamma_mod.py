@@ -100,6 +100,11 @@ class GammaMoD(Pruner):
         return self.released and self.keep is None
 
     @property
+    def thresholds_decide(self) -> bool:
+        """True where a threshold decides."""
+        return self.adaptive
+
+    @property
     def routes_text(self) -> bool:
         """Text is multiplied by p, too."""
         return True
@@ -168,15 +173,26 @@ class GammaMoD(Pruner):
         return tuple(range(first[0], depth - 1)) if first else ()
 
     def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
-        """The same in every routed layer; raises VTPruneError for a count that an image cannot be cut to."""
+        """The same in every routed layer; all of them where `keep` cannot be met."""
         if self.keep is None:
             return max(1, math.floor((1 - self.skipped_share) * entered + ROUNDING))
+        if self.unmet(tokens, entered):
+            return entered
+        return min(entered, self._left(tokens, entered) // len(self.routed_layers(self._depth)))
+
+    def _left(self, tokens: int, entered: int) -> int:
+        """Tokens x layers that the budget leaves to the routed layers."""
+        assert self.keep is not None
+        dense = self._depth - len(self.routed_layers(self._depth))
+        return budget_of(self.keep, tokens) * self._depth - dense * entered
+
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Where the layers that compute everything, and one token in each other, exceed the budget."""
         depth, routed = self._depth, len(self.routed_layers(self._depth))
-        left = budget_of(self.keep, tokens) * depth - (depth - routed) * entered
-        if left < routed:
-            least = ((depth - routed) * entered + routed) / depth
-            raise VTPruneError(self._out_of_reach(f"{budget_of(self.keep, tokens)} tokens", f"{least:.4g}", depth))
-        return min(entered, left // routed)
+        if self.keep is None or self._left(tokens, entered) >= routed:
+            return ""
+        least = ((depth - routed) * entered + routed) / depth
+        return self._out_of_reach(f"{budget_of(self.keep, tokens)} of {tokens} tokens", f"{least:.4g}", depth)
 
     def make_module(self, facts: ModelFacts) -> nn.Module:
         """One linear layer for all routed layers, as PyTorch initialises it."""
