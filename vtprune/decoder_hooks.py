@@ -20,6 +20,7 @@ from vtprune.cache import (
     unsupported_reason,
     with_cache,
 )
+from vtprune.checkpoints import Checkpoints, drops_cache
 from vtprune.decoder_scoring import DecoderScoring
 from vtprune.decoding import DecoderRun
 from vtprune.encoding import EncodedImage
@@ -62,6 +63,7 @@ class DecoderHooks:
         self.modules = modules
         self.routed = RoutedLayers(adapter, pruners, modules, facts.decoder_depth)
         self.entered = self.tapped | self.routed.layers
+        self.checkpoints = Checkpoints(adapter.decoder_layers, state)
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
         self.revives = next((pruner for pruner in pruners if pruner.revives), None)
@@ -97,6 +99,7 @@ class DecoderHooks:
         )
 
     def open_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.checkpoints.refresh()
         frame = kwargs.pop(FRAME, None)
         if frame is None or kwargs.get("inputs_embeds") is None:
             return None
@@ -130,7 +133,7 @@ class DecoderHooks:
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> Cache | None:
         cache: Cache | None = cache_in(kwargs)
-        if module.training and getattr(module, "gradient_checkpointing", False):
+        if drops_cache(module):
             return None
         if cache is None:
             use_cache = kwargs.get("use_cache")

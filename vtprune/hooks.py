@@ -74,11 +74,14 @@ class Wrapping:
         original = adapter.inner.get_image_features
         self._override(adapter.inner, "get_image_features", hooks.image_features(original))
         self._before(adapter.vision_tower, hooks.open_encoder)
+        for owner, name, replacement in hooks.checkpoints.forwards():
+            self._override(owner, name, replacement)
         for index, layer in enumerate(adapter.encoder_layers):
             if hooks.prunes or index in hooks.tapped:
                 self._before(layer, functools.partial(hooks.before_layer, index))
             if index in hooks.opened:
                 norm, mlp = adapter.encoder_mlp(layer)
+                self._before(adapter.encoder_projections(layer).owner, hooks.before_attention)
                 self._before(norm, functools.partial(hooks.before_mlp, index))
                 self._after(mlp, functools.partial(hooks.after_mlp, index))
             if index in hooks.tapped:
@@ -92,6 +95,8 @@ class Wrapping:
     def _install_decoder(self, adapter: Adapter) -> None:
         hooks, learning = self._decoder, LearningHooks(self._state)
         for owner, name, replacement in adapter.overrides():
+            self._override(owner, name, replacement)
+        for owner, name, replacement in hooks.checkpoints.forwards():
             self._override(owner, name, replacement)
         self._before(adapter.inner, hooks.open_frame)
         self._before(adapter.language_model, hooks.open_decoder)
@@ -132,6 +137,8 @@ class Wrapping:
     def remove(self) -> None:
         """Takes every hook and override off."""
         self._taps.remove()
+        self._encoder.checkpoints.remove()
+        self._decoder.checkpoints.remove()
         for handle in self._handles:
             handle.remove()
         for owner, name, before in reversed(self._overridden):
