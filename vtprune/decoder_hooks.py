@@ -199,10 +199,12 @@ class DecoderHooks:
                 if probe is not None:
                     stream = replace(stream, probe=probe.of(span, text[span.row], stream.budget))
                 with full_precision(embeds.device):
-                    span.memories[index] = pruner.remember(stream)
+                    memory = pruner.remember(stream)
+                # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
+                span.memories[index] = {name: _constant(value) for name, value in memory.items()}
                 if pruner.selects and self._selecting(pruner, span):
                     with full_precision(embeds.device):
-                        selection = pruner.select(replace(stream, memory=span.memories[index]))
+                        selection = pruner.select(replace(stream, memory=memory))
                     self._apply(run, span, index, selection, stream.budget, 0)
 
     @staticmethod
@@ -330,28 +332,29 @@ class DecoderHooks:
         hidden = output[0] if isinstance(output, tuple) else output
         embeddings, revival, places = kwargs["position_embeddings"], run.revival, run.layout(index).places
         before = [span.kept for span in run.spans]
-        with torch.no_grad():
+        # What is tapped makes choices, which have no gradient; hidden states that merge or wait for later have one.
+        run.taps = {name: states.detach() for name, states in run.taps.items()}
+        with full_precision(hidden.device):
+            self._evictor.watch(run, index, embeddings)
+        if revival is not None and revival.decides(index):
+            query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
             with full_precision(hidden.device):
-                self._evictor.watch(run, index, embeddings)
-            if revival is not None and revival.decides(index):
-                query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
-                with full_precision(hidden.device):
-                    last = run.prompt.ends(places)[1]
-                    revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
-                front = revival.width(index)
-                hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
-                run.taps = {name: states[:, front:] for name, states in run.taps.items()}
-            for span, order, layer in self._scoring.views(run, index, embeddings, hidden, self._text(run)):
-                with full_precision(hidden.device):
-                    selection = self.pruners[order].prune_decoder(layer)
-                self._apply(run, span, order, selection, layer.budget, index + 1)
-            wanted = self._teacher.wanted(run, index)
-            if wanted:
-                words = self._questions(self._text(run))
-                views = self._scoring.shown(run, index, embeddings, hidden, words, wanted)
-                self._teacher.show(run, views)
-            if revival is not None:
-                revival.record(index, run.spans, before, places, hidden, embeddings)
+                last = run.prompt.ends(places)[1]
+                revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
+            front = revival.width(index)
+            hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
+            run.taps = {name: states[:, front:] for name, states in run.taps.items()}
+        for span, order, layer in self._scoring.views(run, index, embeddings, hidden, self._text(run)):
+            with full_precision(hidden.device):
+                selection = self.pruners[order].prune_decoder(layer)
+            self._apply(run, span, order, selection, layer.budget, index + 1)
+        wanted = self._teacher.wanted(run, index)
+        if wanted:
+            words = self._questions(self._text(run))
+            views = self._scoring.shown(run, index, embeddings, hidden, words, wanted)
+            self._teacher.show(run, views)
+        if revival is not None:
+            revival.record(index, run.spans, before, places, hidden, embeddings)
         run.taps.clear()
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -387,3 +390,7 @@ class DecoderHooks:
                 run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
             )
         return output
+
+
+def _constant(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -19,6 +19,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
+def at_least_single(states: Tensor) -> Tensor:
+    """The states in fp32, or in fp64 if that is what they are: what is summed up and goes on keeps its precision."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
 def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
     """Softmaxed attention of a few queries over all keys, in fp32.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtprune.pruners.cosines import unit_vectors
 from vtprune.selection import check_scores
+from vtprune.signals import at_least_single
 
 # What floats may fall short of a whole number.
 ROUNDING = 1e-6
@@ -106,9 +107,9 @@ def merge_evicted(
     arrived = torch.zeros_like(weights).scatter(1, nearest[:, None], passed[:, None].to(weights)).sum(dim=2)
     merged = torch.zeros(key.shape[:2], device=key.device).scatter(1, kept, arrived)
     states = []
-    for state in (key.float(), value.float()):
+    for state in (at_least_single(key), at_least_single(value)):
         own = state.gather(1, kept[..., None].expand(wide))
-        flow = weights @ state.gather(1, evicted[..., None].expand(wide))
+        flow = weights.to(state) @ state.gather(1, evicted[..., None].expand(wide))
         mean = torch.where(arrived[..., None] > 0, (own + flow) / (1 + arrived[..., None]), own)
         states.append(state.scatter(1, kept[..., None].expand(wide), mean))
     return states[0], states[1], merged, tau
