@@ -39,7 +39,7 @@ class Wrapping:
         self.given, self.modules = given, modules
         self.name = "+".join(pruner.name for pruner in pruners)
         self._handles: list[RemovableHandle] = []
-        self._overridden: list[tuple[Any, str, Any]] = []
+        self._overridden: list[tuple[Any, str, Any, Override]] = []
         self._state = state = ThreadState()
         self._taps = Taps(state.sink)
         self._encoder = EncoderHooks(adapter, pruners, facts, state, self._taps)
@@ -122,8 +122,9 @@ class Wrapping:
         self._taps.follow([one.modules for one in projections])
 
     def _override(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        self._overridden.append((owner, name, owner.__dict__.get(name, MISSING)))
-        owner.__dict__[name] = torch.compiler.disable(replacement)
+        override = Override(getattr(owner, name), torch.compiler.disable(replacement))
+        self._overridden.append((owner, name, owner.__dict__.get(name, MISSING), override))
+        owner.__dict__[name] = override
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         # Shapes depend on the data, so a compiler must not trace the hooks; it breaks its graph around them.
@@ -141,7 +142,11 @@ class Wrapping:
         self._decoder.checkpoints.remove()
         for handle in self._handles:
             handle.remove()
-        for owner, name, before in reversed(self._overridden):
+        for owner, name, before, override in reversed(self._overridden):
+            override.active = False
+            if owner.__dict__.get(name) is not override:
+                # Somebody, as accelerate does, has put a method of their own around it, which stays.
+                continue
             if before is MISSING:
                 owner.__dict__.pop(name, None)
             else:
@@ -152,6 +157,17 @@ class Wrapping:
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.__reduce__()
+
+
+class Override:
+    """A method that stands for another one of the same object while it is active."""
+
+    def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, replacement)
+        self.original, self.replacement, self.active = original, replacement, True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.replacement if self.active else self.original)(*args, **kwargs)
 
 
 def _no_assistant(method: str) -> Callable[..., Any]:

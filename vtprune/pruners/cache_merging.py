@@ -105,7 +105,7 @@ def merge_evicted(
     # (H, m, e): a product rather than an indexed sum, whose order of additions would not be fixed on a GPU.
     weights = torch.zeros_like(cosines.mT).scatter(1, nearest[:, None], (alike * passed)[:, None])
     arrived = torch.zeros_like(weights).scatter(1, nearest[:, None], passed[:, None].to(weights)).sum(dim=2)
-    merged = torch.zeros(key.shape[:2], device=key.device).scatter(1, kept, arrived)
+    merged = arrived.new_zeros(key.shape[:2]).scatter(1, kept, arrived)
     states = []
     for state in (at_least_single(key), at_least_single(value)):
         own = state.gather(1, kept[..., None].expand(wide))
