@@ -69,7 +69,9 @@ class Boundary:
 class Checkpoints:
     """The boundaries of some layers; exported: those of which gradients reach the taps."""
 
-    def __init__(self, layers: Iterable[nn.Module], state: ThreadState, exported: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, layers: Iterable[nn.Module], state: ThreadState, exported: frozenset[int] = frozenset()
+    ) -> None:
         self._layers, self._state, self._exported = list(layers), state, exported
 
     def refresh(self) -> None:

@@ -99,7 +99,8 @@ def merge_evicted(
     cosines = unit.gather(1, evicted[..., None].expand(wide)) @ unit.gather(1, kept[..., None].expand(wide)).mT
     nearest = cosines.argmax(dim=2)
     alike = check_scores(cosines.gather(2, nearest[..., None])[..., 0], method)
-    tau = float(alike.mean()) if threshold is None else (threshold + float(alike.mean())) / 2
+    average = float(alike.detach().mean())
+    tau = average if threshold is None else (threshold + average) / 2
     decisive = alike.mean(dim=0, keepdim=True).expand_as(alike) if by_order else alike
     passed = decisive >= tau
     # (H, m, e): a product rather than an indexed sum, whose order of additions would not be fixed on a GPU.
