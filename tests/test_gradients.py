@@ -1,4 +1,4 @@
-"""Gradients of wrapped models: those of the loss that the model computes, whatever drops, merges, waits or is routed."""
+"""Gradients of wrapped models: those of the loss that they compute, whatever drops, merges, waits or is routed."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from vtprune.state import ThreadState
 FUNCTION = "_gradient_checkpointing_func"
 # The argument that carries a layer's checkpoint past the layer's hooks, to its forward.
 CHECKPOINT = "vtprune_checkpoint"
-# In older transformers releases a checkpoint holds the whole call of a layer, hooks and all; in newer ones its forward.
+# In older transformers releases a checkpoint holds the call of a layer, hooks and all, in newer ones its forward.
 AROUND_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 

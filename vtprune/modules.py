@@ -18,7 +18,7 @@ SEED = 0
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Makes modules on the CPU from random numbers of their own; torch's random state, of any device, stays as it is."""
+    """Makes modules on the CPU from random numbers of their own; torch's random state stays as it is on any device."""
     # torch.manual_seed would seed every device, too.
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(SEED)

@@ -106,8 +106,8 @@ class Pruner:
 
     @property
     def weighs_by_encoder(self) -> bool:
-        """Whether vectors that `select` answers are weighed by what it reads of the encoder: gradients then flow through
-        these q, k and v. Anything else that a method reads of attention is a constant to them."""
+        """Whether vectors that `select` answers are weighed by what it reads of the encoder: gradients then flow
+        through these q, k and v. Anything else that a method reads of attention is a constant to them."""
         return False
 
     @property

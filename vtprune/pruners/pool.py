@@ -19,7 +19,7 @@ from vtprune.stream import VisionStream
 
 
 def pool_features(features: Tensor, grid: Grid3, cells: Grid3) -> Tensor:
-    """Mean of (t * h * w, D) vectors over each of t' * h' * w' cells, in the dtype of `features`, summed in fp32 at the least."""
+    """Mean of (t * h * w, D) vectors over each of t' * h' * w' cells, summed in fp32 at the least; in their dtype."""
     frames, height, width = grid
     volume = rearrange(at_least_single(features), "(t h w) d -> 1 d t h w", t=frames, h=height, w=width)
     pooled = rearrange(adaptive_avg_pool3d(volume, cells), "1 d t h w -> (t h w) d")
