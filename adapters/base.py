@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vtprune.adapters.rotary import rotate
 from vtprune.compaction import gather_tokens
 from vtprune.encoding import Encoding
+from vtprune.offloading import loaded
 from vtprune.prompt import PromptInfo
 from vtprune.pruner import ModelFacts
 from vtprune.signals import split_heads
@@ -149,6 +150,16 @@ class Adapter(ABC):
         attention: nn.Module = layer.self_attn
         return attention
 
+    def decoder_norm(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        """The norm before the attention of one decoder layer, which may be called while the layer does not run."""
+
+        def norm(states: Tensor) -> Tensor:
+            with loaded(layer):
+                normed: Tensor = layer.input_layernorm(states)
+            return normed
+
+        return norm
+
     def decoder_mlp(self, layer: Any) -> nn.Module:
         """The MLP of one decoder layer, whose output is added to the residual."""
         mlp: nn.Module = layer.mlp
@@ -181,9 +192,10 @@ class Adapter(ABC):
     ) -> tuple[Tensor, Tensor]:
         """What a decoder layer would compute from the hidden states (B, n, D) before it: the queries (B, H, C, d) of
         the tokens in columns `last` (B, C), and the keys (B, H, n, d) of all, as in `decoder_states`."""
-        normed = layer.input_layernorm(hidden)
-        modules = self.decoder_projections(layer).modules()
-        query, key = modules["q"](gather_tokens(normed, last)), modules["k"](normed)
+        attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
+        normed = self.decoder_norm(layer)(hidden)
+        with loaded(layer), loaded(attention):
+            query, key = modules["q"](gather_tokens(normed, last)), modules["k"](normed)
         return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
 
     @property

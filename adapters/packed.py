@@ -73,13 +73,16 @@ class PackedEncoding(Encoding):
         # Blocks of one kind share their boundaries; reading them off once spares a transfer from the device.
         self._listed: tuple[Any, list[list[int]]] = (None, [])
 
-    def states(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         split = rearrange(self.taps["qkv"], "s (three h d) -> three h s d", three=3, h=self.heads)
         cos, sin = (part.float() for part in kwargs["position_embeddings"])
         query, key = rotate(split[0].float(), cos, sin), rotate(split[1].float(), cos, sin)
-        places = self._places()
+        places = self._places() if places is None else places
         dtype = split.dtype
         return self._pick(query.to(dtype), places), self._pick(key.to(dtype), places), self._pick(split[2], places)
+
+    def layout(self) -> Tensor | None:
+        return self._places()
 
     def hidden(self, states: Tensor) -> Tensor:
         return self._pick(states[None], self._places())[:, 0]
@@ -154,10 +157,13 @@ class PackedEncoding(Encoding):
         cut = counted.to(boundaries.device)[boundaries.long() // self.group]
         return torch.unique_consecutive(cut).to(boundaries.dtype)
 
-    def mlp_input(self, index: int, states: Tensor) -> Tensor:
-        if index not in self._inside and self._change is not None:
+    def open_mlp(self, index: int, states: Tensor) -> None:
+        self._note_mlp(index)
+        if self._change is not None:
             # The block's own output is still of the old length: the next block changes it once more.
             self._inside[index] = self._change
+
+    def mlp_input(self, index: int, states: Tensor) -> Tensor:
         return self._apply(self._inside.get(index), states)
 
     def mlp_output(self, index: int, states: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import run_wrapped
+from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, label
 from tests.test_pmod import trained
+from vtprune.pruner import Pruner
 from vtprune.routing import PMoD
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -57,3 +59,29 @@ def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, monkeypa
     with pytest.raises(vtprune.VTPruneError, match="No space left"):
         vtprune.save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("pruner", PRUNERS + CACHE + GATED + RELEASED, ids=label)
+def test_wrapping_leaves_torch_s_random_state_alone(pruner: Pruner) -> None:
+    first, second = make("llava-clip"), make("llava-clip")
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    vtprune.wrap(first, pruner)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    vtprune.wrap(second, pruner)
+    weights = dict(second.named_parameters())
+    assert all(torch.equal(weight, weights[name]) for name, weight in first.named_parameters())
+
+
+@pytest.mark.parametrize("pruner", [vtprune.PMoD(), vtprune.GammaMoD(), vtprune.CoViPAL(width=16, heads=2)], ids=label)
+def test_wrapping_seeds_no_device(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seeds(*args: object) -> None:
+        raise AssertionError("torch.manual_seed moves the random state of every device")
+
+    monkeypatch.setattr(torch, "manual_seed", seeds)
+    model = make("llava-clip")
+    with torch.device("meta"):
+        # Where new modules are made by default is no matter either.
+        vtprune.wrap(model, pruner)
+    assert not any(weight.is_meta for weight in model.parameters())

@@ -20,6 +20,7 @@ from vtprune.cache import (
     unsupported_reason,
     with_cache,
 )
+from vtprune.checkpoints import Checkpoints, drops_cache
 from vtprune.decoder_scoring import DecoderScoring
 from vtprune.decoding import DecoderRun, Texts
 from vtprune.encoding import EncodedImage
@@ -62,6 +63,7 @@ class DecoderHooks:
         self.modules = modules
         self.routed = RoutedLayers(adapter, pruners, modules, facts.decoder_depth)
         self.entered = self.tapped | self.routed.layers
+        self.checkpoints = Checkpoints(adapter.decoder_layers, state)
         self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
         self._maker = maker
         self.revives = next((pruner for pruner in pruners if pruner.revives), None)
@@ -97,6 +99,7 @@ class DecoderHooks:
         )
 
     def open_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.checkpoints.refresh()
         frame = kwargs.pop(FRAME, None)
         if frame is None or kwargs.get("inputs_embeds") is None:
             return None
@@ -132,7 +135,7 @@ class DecoderHooks:
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> Cache | None:
         cache: Cache | None = cache_in(kwargs)
-        if module.training and getattr(module, "gradient_checkpointing", False):
+        if drops_cache(module):
             return None
         if cache is None:
             use_cache = kwargs.get("use_cache")
@@ -222,10 +225,12 @@ class DecoderHooks:
                 if probe is not None:
                     stream = replace(stream, probe=probe.of(span, text[span.key], stream.budget))
                 with full_precision(embeds.device):
-                    span.memories[index] = pruner.remember(stream)
+                    memory = pruner.remember(stream)
+                # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
+                span.memories[index] = {name: _constant(value) for name, value in memory.items()}
                 if pruner.selects and self._selecting(pruner, span):
                     with full_precision(embeds.device):
-                        selection = pruner.select(replace(stream, memory=span.memories[index]))
+                        selection = pruner.select(replace(stream, memory=memory))
                     self._apply(run, span, index, selection, stream.budget, 0)
 
     @staticmethod
@@ -347,28 +352,29 @@ class DecoderHooks:
         hidden = output[0] if isinstance(output, tuple) else output
         embeddings, revival, places = kwargs["position_embeddings"], run.revival, run.layout(index).places
         before = [span.kept for span in run.spans]
-        with torch.no_grad():
+        # What is tapped makes choices, which have no gradient; hidden states that merge or wait for later have one.
+        run.taps = {name: states.detach() for name, states in run.taps.items()}
+        with full_precision(hidden.device):
+            self._evictor.watch(run, index, embeddings)
+        if revival is not None and revival.decides(index):
+            query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
             with full_precision(hidden.device):
-                self._evictor.watch(run, index, embeddings)
-            if revival is not None and revival.decides(index):
-                query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
-                with full_precision(hidden.device):
-                    last = run.prompt.conversations.ends(places)[1][:, 0]
-                    revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
-                front = revival.width(index)
-                hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
-                run.taps = {name: states[:, front:] for name, states in run.taps.items()}
-            for span, order, layer in self._scoring.views(run, index, embeddings, hidden):
-                with full_precision(hidden.device):
-                    selection = self.pruners[order].prune_decoder(layer)
-                self._apply(run, span, order, selection, layer.budget, index + 1)
-            wanted = self._teacher.wanted(run, index)
-            if wanted:
-                words = self._unlabelled(run)
-                views = self._scoring.shown(run, index, embeddings, hidden, words, wanted)
-                self._teacher.show(run, views)
-            if revival is not None:
-                revival.record(index, run.spans, before, places, hidden, embeddings)
+                last = run.prompt.conversations.ends(places)[1][:, 0]
+                revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
+            front = revival.width(index)
+            hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
+            run.taps = {name: states[:, front:] for name, states in run.taps.items()}
+        for span, order, layer in self._scoring.views(run, index, embeddings, hidden):
+            with full_precision(hidden.device):
+                selection = self.pruners[order].prune_decoder(layer)
+            self._apply(run, span, order, selection, layer.budget, index + 1)
+        wanted = self._teacher.wanted(run, index)
+        if wanted:
+            words = self._unlabelled(run)
+            views = self._scoring.shown(run, index, embeddings, hidden, words, wanted)
+            self._teacher.show(run, views)
+        if revival is not None:
+            revival.record(index, run.spans, before, places, hidden, embeddings)
         run.taps.clear()
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -405,3 +411,7 @@ class DecoderHooks:
                 run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
             )
         return output
+
+
+def _constant(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

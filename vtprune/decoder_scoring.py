@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
@@ -93,6 +94,7 @@ class DecoderScoring:
             )
             yield span, order, layer
 
+    @torch.no_grad()
     def _states(
         self,
         run: DecoderRun,

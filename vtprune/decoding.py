@@ -140,7 +140,8 @@ class DecoderRun:
         if self.flash:
             raise VTPruneError("flash attention takes no bias to learn by; train with attn_implementation='sdpa'")
         if self.bias is None:
-            self.bias = torch.zeros(prompt.batch, prompt.offset + prompt.length, device=prompt.device)
+            shape = prompt.batch, prompt.offset + prompt.length
+            self.bias = values.new_zeros(shape, device=prompt.device)
         places = prompt.offset + span.places[span.kept]
         rows = torch.full_like(places, span.row)
         self.bias = self.bias.index_put((rows, places), values.to(self.bias), accumulate=True)

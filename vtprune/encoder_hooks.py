@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
+from vtprune.checkpoints import Checkpoints
 from vtprune.encoding import Encoding
 from vtprune.merging import check_selection
 from vtprune.pruner import ModelFacts, Pruner
@@ -41,6 +42,11 @@ class EncoderHooks:
         self.tapped = {index for index, _ in self.scored} | read
         self.opened = {index for index, pruner in self.scored if pruner.acts_before_mlp}
         self.sized = any(pruner.proportional_attention for pruner in pruners)
+        # Whether what methods read of the features' layer is more than a choice: gradients then reach q, k and v.
+        self.weighs = self.reads and any(pruner.weighs_by_encoder for pruner in pruners)
+        self.checkpoints = Checkpoints(
+            adapter.encoder_layers, state, frozenset({depth - 1} if self.weighs else set[int]())
+        )
         self._features_signature = inspect.signature(adapter.inner.get_image_features)
 
     def image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,6 +80,7 @@ class EncoderHooks:
             self.state.encoding = outer
 
     def open_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.checkpoints.refresh()
         if self.state.encoding is None or not self.prunes:
             return None
         return args, {**kwargs, RUN: self.state.encoding}
@@ -88,22 +95,27 @@ class EncoderHooks:
             args, kwargs = encoding.layer_inputs(index, args, kwargs)
             encoding.note_layer(index, kwargs)
         encoding.arguments = kwargs
-        return args, kwargs
+        # A checkpoint hands the layer's arguments to its attention again, where nothing else knows of this encoding.
+        return args, {**kwargs, RUN: encoding} if index in self.opened else kwargs
+
+    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Takes the encoding from the arguments of a layer's attention, for the layer's MLP."""
+        self.state.inside = kwargs.get(RUN)
+        return args, {name: value for name, value in kwargs.items() if name != RUN}
 
     def before_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        encoding = self.state.running
-        if not isinstance(encoding, Encoding):
+        encoding = self.state.inside
+        if encoding is None:
             return None
         if encoding.is_new(index, 0):
-            with torch.no_grad():
-                self._note_signals(encoding, index)
-                self._decide(encoding, index, args[0], before_mlp=True)
-            encoding.note_mlp(index)
+            encoding.hold_layout()
+            self._decide(encoding, index, args[0], before_mlp=True)
+            encoding.open_mlp(index, args[0])
         return (encoding.mlp_input(index, args[0]), *args[1:]), kwargs
 
     def after_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        encoding = self.state.running
-        if not isinstance(encoding, Encoding) or output is None:
+        encoding, self.state.inside = self.state.inside, None
+        if encoding is None or output is None:
             return None
         return encoding.mlp_output(index, output)
 
@@ -112,18 +124,25 @@ class EncoderHooks:
         if not isinstance(encoding, Encoding) or output is None:
             return
         if encoding.is_new(index, 1):
-            with torch.no_grad():
-                if index not in self.opened:
-                    self._note_signals(encoding, index)
-                    self._decide(encoding, index, output[0] if isinstance(output, tuple) else output, before_mlp=False)
+            self._note_signals(encoding, index)
+            if index not in self.opened:
+                self._decide(encoding, index, output[0] if isinstance(output, tuple) else output, before_mlp=False)
         encoding.taps.clear()
 
     def _note_signals(self, encoding: Encoding, index: int) -> None:
         scale, arguments = self.adapter.encoder_scale, encoding.arguments
-        encoding.note_signals(index, arguments, scale, features=self.reads, last=self.reads_last)
+        with torch.set_grad_enabled(self.weighs and torch.is_grad_enabled()):
+            encoding.note_signals(index, arguments, scale, features=self.reads, last=self.reads_last)
 
     def _decide(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> None:
         """Asks the methods that act at this place which tokens go on, and carries it out."""
+        with torch.no_grad():
+            chosen = self._chosen(encoding, index, hidden, before_mlp=before_mlp)
+        if chosen is not None:
+            cls = hidden[:, 0] if chosen.cls is not None and encoding.prefix else None
+            encoding.apply(chosen, index, cls)
+
+    def _chosen(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> EncoderSelection | None:
         chosen: EncoderSelection | None = None
         for layer, pruner in self.scored:
             if layer != index or pruner.acts_before_mlp != before_mlp:
@@ -132,9 +151,7 @@ class EncoderHooks:
             if one is not None:
                 # Methods that merge have their layers to themselves (see `check_order`); drops add up.
                 chosen = one if chosen is None else EncoderSelection.drop(chosen.keep & one.keep)
-        if chosen is not None:
-            cls = hidden[:, 0] if chosen.cls is not None and encoding.prefix else None
-            encoding.apply(chosen, index, cls)
+        return chosen
 
     def _ask(self, encoding: Encoding, index: int, pruner: Pruner, hidden: Tensor) -> EncoderSelection | None:
         totals = encoding.total

@@ -105,10 +105,17 @@ class Encoding(ABC):
         self._decided = (-1, 0)
         # The tokens that layers past the features see, and what was left of them for the features.
         self._seen: tuple[Tensor, Tensor | None] = (self.valid, None)
+        # Which tokens the layer under way began with, and where, if it may merge some on the way.
+        self._held: tuple[Tensor, Tensor | None] | None = None
 
     @abstractmethod
-    def states(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, P + N * group, d) of the layer that just ran, in raster order."""
+    def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, P + N * group, d) of the layer that just ran, in raster order; places: where
+        its tokens stood (`layout`), None for those that are alive now."""
+
+    def layout(self) -> Tensor | None:
+        """Where the tokens alive stand in the sequence now, None where they stand in order."""
+        return None
 
     @abstractmethod
     def hidden(self, states: Tensor) -> Tensor:
@@ -122,6 +129,10 @@ class Encoding(ABC):
     @abstractmethod
     def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The inputs of a layer, cut to the tokens alive."""
+
+    @abstractmethod
+    def open_mlp(self, index: int, states: Tensor) -> None:
+        """Notes, before a layer's MLP, what was decided there; states: its input."""
 
     @abstractmethod
     def mlp_input(self, index: int, states: Tensor) -> Tensor:
@@ -152,19 +163,16 @@ class Encoding(ABC):
 
     def note_signals(self, index: int, kwargs: dict[str, Any], scale: float, *, features: bool, last: bool) -> None:
         """Keeps q, k and v of the layer that just ran if it is the features' or the tower's last one."""
+        held, self._held = self._held, None
         if index == self.depth - 1 and features:
-            self.signals = self._image_signals(kwargs, scale)
+            self.signals = self._image_signals(kwargs, scale, held)
         if index == self.last and last:
-            if index < self.depth:
-                self.last_signals = self._image_signals(kwargs, scale)
-                return
-            valid, keep = self.valid, self._seen[1]
-            self.valid = self._seen[0]
-            self.last_signals = self._image_signals(kwargs, scale)
-            self.valid = valid
-            if keep is not None:
-                pairs = zip(self.last_signals, keep, self._seen[0], strict=True)
-                self.last_signals = [cut_signals(s, k[v]) for s, k, v in pairs]
+            seen = (self._seen[0], None) if index >= self.depth else held
+            self.last_signals = self._image_signals(kwargs, scale, seen)
+
+    def hold_layout(self) -> None:
+        """Notes which tokens the layer under way began with, before some of them merge."""
+        self._held = self.valid, self.layout()
 
     def layer(
         self, index: int, kwargs: dict[str, Any], scale: float, budget: Tensor, hidden: Tensor | None
@@ -226,13 +234,21 @@ class Encoding(ABC):
         """(B, N) the token whose index and position each token alive takes: its heaviest member."""
         return self.alive if self.origins is None else self.origins.heaviest(self.alive)
 
-    def _image_signals(self, kwargs: dict[str, Any], scale: float) -> list[LayerSignals]:
-        query, key, value = self.states(kwargs)
-        lengths = (self.prefix + self.valid.sum(dim=1) * self.group).tolist()
-        return [
+    def _image_signals(
+        self, kwargs: dict[str, Any], scale: float, began: tuple[Tensor, Tensor | None] | None
+    ) -> list[LayerSignals]:
+        """Of the tokens alive; began: (B, N) those that the layer began with, and where, if these were others."""
+        valid, places = (self.valid, None) if began is None else began
+        query, key, value = self.states(kwargs, places)
+        lengths = (self.prefix + valid.sum(dim=1) * self.group).tolist()
+        signals = [
             LayerSignals(query[b, :, :n], key[b, :, :n], value[b, :, :n], scale, self.prefix, self.group)
             for b, n in enumerate(lengths)
         ]
+        keep = self._seen[1]
+        if began is None or keep is None:
+            return signals
+        return [cut_signals(one, k[v]) for one, k, v in zip(signals, keep, valid, strict=True)]
 
     def note_layer(self, index: int, kwargs: dict[str, Any]) -> None:
         """Records the attention segments of a layer that is about to run, for the accounting."""
@@ -243,7 +259,7 @@ class Encoding(ABC):
             image.append(segments if index < self.depth else image[-1])
         self.mlp.append(self._alive_patches() if index < self.depth else self.mlp[-1])
 
-    def note_mlp(self, index: int) -> None:
+    def _note_mlp(self, index: int) -> None:
         """Records the tokens that go through the MLP of a layer, where some merged before it."""
         if index < len(self.mlp):
             self.mlp[index] = self._alive_patches()

@@ -117,7 +117,6 @@ class Evictor:
         if index in self.cut:
             layer.entries[SCORES] = scores
 
-    @torch.no_grad()
     def close(self, run: DecoderRun) -> None:
         """Cuts the caches of the rows to which this forward brought no image."""
         watch = run.watch

@@ -40,7 +40,7 @@ class Wrapping:
         self.given, self.modules = given, modules
         self.name = "+".join(pruner.name for pruner in pruners)
         self._handles: list[RemovableHandle] = []
-        self._overridden: list[tuple[Any, str, Any]] = []
+        self._overridden: list[tuple[Any, str, Any, Override]] = []
         self._state = state = ThreadState()
         self._taps = Taps(state.sink)
         self._encoder = EncoderHooks(adapter, pruners, facts, state, self._taps)
@@ -73,40 +73,45 @@ class Wrapping:
     def _install_encoder(self, adapter: Adapter) -> None:
         hooks = self._encoder
         original = adapter.inner.get_image_features
-        self._override(adapter.inner, "get_image_features", hooks.image_features(original))
+        self.override(adapter.inner, "get_image_features", hooks.image_features(original))
         self._before(adapter.vision_tower, hooks.open_encoder)
+        for owner, name, replacement in hooks.checkpoints.forwards():
+            self.override(owner, name, replacement)
         for index, layer in enumerate(adapter.encoder_layers):
             if hooks.prunes or index in hooks.tapped:
                 self._before(layer, functools.partial(hooks.before_layer, index))
             if index in hooks.opened:
                 norm, mlp = adapter.encoder_mlp(layer)
+                self._before(adapter.encoder_projections(layer).owner, hooks.before_attention)
                 self._before(norm, functools.partial(hooks.before_mlp, index))
                 self._after(mlp, functools.partial(hooks.after_mlp, index))
             if index in hooks.tapped:
                 self._after(layer, functools.partial(hooks.after_layer, index))
         if hooks.sized:
             for owner, name, replacement in adapter.sized_attentions():
-                self._override(owner, name, replacement)
+                self.override(owner, name, replacement)
         self._before(adapter.projector, hooks.before_projector)
         self._after(adapter.projector, hooks.after_projector)
 
     def _install_decoder(self, adapter: Adapter) -> None:
         hooks, learning = self._decoder, LearningHooks(self._state)
         for owner, name, replacement in adapter.overrides():
-            self._override(owner, name, replacement)
+            self.override(owner, name, replacement)
+        for owner, name, replacement in hooks.checkpoints.forwards():
+            self.override(owner, name, replacement)
         self._before(adapter.inner, hooks.open_frame)
         self._before(adapter.language_model, hooks.open_decoder)
         self._after(adapter.language_model, hooks.close_decoder)
         asked = GenerateHooks(self._state, None if hooks.reads_all is None else hooks.reads_all.name)
-        self._override(adapter.model, "generate", asked.generate(adapter.model.generate))
+        self.override(adapter.model, "generate", asked.generate(adapter.model.generate))
         guesses = asked.candidate_generator(adapter.model._get_candidate_generator)
-        self._override(adapter.model, "_get_candidate_generator", guesses)
+        self.override(adapter.model, "_get_candidate_generator", guesses)
         for index, layer in enumerate(adapter.decoder_layers):
             self._before(layer, functools.partial(hooks.before_layer, index))
             if index in hooks.entered:
                 self._after(layer, functools.partial(hooks.after_layer, index))
             if index in hooks.routed.layers:
-                self._override(layer, "forward", functools.partial(learning.routed_forward, layer.forward))
+                self.override(layer, "forward", functools.partial(learning.routed_forward, layer.forward))
                 self._before(adapter.decoder_attention(layer), learning.before_attention)
                 self._after(adapter.decoder_mlp(layer), learning.after_mlp)
         self._before(adapter.model, learning.open_loss)
@@ -118,9 +123,11 @@ class Wrapping:
         projections += [adapter.decoder_projections(decoder_layers[index]) for index in sorted(self._decoder.tapped)]
         self._taps.follow([one.modules for one in projections])
 
-    def _override(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        self._overridden.append((owner, name, owner.__dict__.get(name, MISSING)))
-        owner.__dict__[name] = torch.compiler.disable(replacement)
+    def override(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """Replaces a method of one object until `remove`."""
+        override = Override(getattr(owner, name), torch.compiler.disable(replacement))
+        self._overridden.append((owner, name, owner.__dict__.get(name, MISSING), override))
+        owner.__dict__[name] = override
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         # Shapes depend on the data, so a compiler must not trace the hooks; it breaks its graph around them.
@@ -136,25 +143,37 @@ class Wrapping:
     def remove(self) -> None:
         """Takes every hook and override off."""
         self._taps.remove()
+        self._encoder.checkpoints.remove()
+        self._decoder.checkpoints.remove()
         for handle in self._handles:
             handle.remove()
-        for owner, name, before in reversed(self._overridden):
+        for owner, name, before, override in reversed(self._overridden):
+            override.active = False
+            if owner.__dict__.get(name) is not override:
+                # Somebody, as accelerate does, has put a method of their own around it, which stays.
+                continue
             if before is MISSING:
                 owner.__dict__.pop(name, None)
             else:
                 owner.__dict__[name] = before
 
-    def override(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Replaces a method of one object until `remove`."""
-        self._override(owner, name, replacement)
-
     def _refuse_copies(self, module: nn.Module) -> None:
         """Pickling and copying look here first, and would stumble over a hook, or share it, later."""
-        if module.__dict__.get("__reduce_ex__") is not refuse_copy:
-            self._overridden.append((module, "__reduce_ex__", module.__dict__.get("__reduce_ex__", MISSING)))
-            module.__dict__["__reduce_ex__"] = refuse_copy
+        if not isinstance(module.__dict__.get("__reduce_ex__"), Override):
+            self.override(module, "__reduce_ex__", refuse_copy)
 
 
 def refuse_copy(*args: Any) -> Any:
     """Raises VTPruneError, for whatever would copy or pickle a model with its hooks."""
     raise VTPruneError("a wrapped model cannot be copied or pickled; call vtprune.unwrap(model) first")
+
+
+class Override:
+    """A method that stands for another one of the same object while it is active."""
+
+    def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, replacement)
+        self.original, self.replacement, self.active = original, replacement, True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.replacement if self.active else self.original)(*args, **kwargs)

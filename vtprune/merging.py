@@ -10,16 +10,18 @@ from torch import Tensor
 from vtprune.compaction import gather_tokens
 from vtprune.errors import VTPruneError
 from vtprune.selection import EncoderSelection, Merge
+from vtprune.signals import at_least_single
 
 TIE = 1e-5
 
 
 def flow_together(states: Tensor, into: Tensor, weights: Tensor) -> Tensor:
-    """(M, ...) states after row i was added to row into[i] (-1: nowhere) with weights[i], summed in fp32."""
+    """(M, ...) states after row i was added to row into[i] (-1: nowhere) with weights[i], summed in fp32 or fp64."""
     goes = into >= 0
     shape = (-1, *(1,) * (states.ndim - 1))
-    parts = states[goes].float() * weights[goes].to(states.device).float().view(shape)
-    summed = torch.zeros_like(states, dtype=torch.float32).index_add(0, into[goes].to(states.device), parts)
+    whole = at_least_single(states)
+    parts = whole[goes] * weights[goes].to(whole).view(shape)
+    summed = torch.zeros_like(whole).index_add(0, into[goes].to(states.device), parts)
     return summed.to(states.dtype)
 
 

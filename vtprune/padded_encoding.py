@@ -39,7 +39,7 @@ class PaddedEncoding(Encoding):
         # What happened before the MLP of a layer, and to how many tokens.
         self._inside: dict[int, tuple[Change, int]] = {}
 
-    def states(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (split_heads(self.taps[name], self.heads) for name in ("q", "k", "v"))
         return query, key, value
 
@@ -95,10 +95,13 @@ class PaddedEncoding(Encoding):
             mask = mask.masked_fill(~valid.to(mask.device), torch.finfo(states.dtype).min)
         return mask[:, None, None, :].expand(-1, 1, states.shape[1], -1)
 
-    def mlp_input(self, index: int, states: Tensor) -> Tensor:
-        if index not in self._inside and self._change is not None:
+    def open_mlp(self, index: int, states: Tensor) -> None:
+        self._note_mlp(index)
+        if self._change is not None:
             # The layer's own output is still of the old length: the next layer changes it once more.
             self._inside[index] = (self._change, states.shape[1] - self.prefix)
+
+    def mlp_input(self, index: int, states: Tensor) -> Tensor:
         if index not in self._inside:
             return states
         return self._apply(self._inside[index][0], states)

@@ -158,8 +158,8 @@ def _one_mask(mask: Any) -> Tensor | None:
 
 
 def _real_by_sight(sees: Tensor) -> Tensor:
-    """(B, n) of (B, q, n) `sees`: a query is real that sees itself and not the last one, which a model lets padding see
-    that would otherwise see nothing; of the keys before the queries those that a real one sees."""
+    """(B, n) of (B, q, n) `sees`: a query is real that sees itself and not the last one, which a model lets padding
+    see that would otherwise see nothing; of the keys before the queries those that a real one sees."""
     length = sees.shape[1]
     own = sees[..., -length:]
     real = own.diagonal(dim1=1, dim2=2) & ~own[..., -1]

@@ -94,6 +94,12 @@ class Pruner:
         return False
 
     @property
+    def weighs_by_encoder(self) -> bool:
+        """Whether vectors that `select` answers are weighed by what it reads of the encoder: gradients then flow
+        through these q, k and v. Anything else that a method reads of attention is a constant to them."""
+        return False
+
+    @property
     def reads_last_layer(self) -> bool:
         """Whether `remember` or `select` needs q, k and v of the vision tower's last layer, which may lie past
         the one that feeds the decoder."""

@@ -174,6 +174,7 @@ class Revival:
         assert waiting is not None
         keys = self.layers[index].keys
         assert keys is not None
+        # What waits, or takes part, has gradients; which tokens these are has none.
         weights = check_scores(_attention(query, keys, last + self._width, scale, mask), self.name)
         wanted = self._wanted(weights.to(self.part.device), self.layers[index].slots, waiting.limits(self.log.images))
         pool, flew = waiting.tokens, torch.zeros_like(self.part)
@@ -279,6 +280,7 @@ class Revival:
         self.layers[0].log = log
 
 
+@torch.no_grad()
 def _attention(query: Tensor, keys: Tensor, columns: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """(B, K) softmaxed attention of the queries (B, H, Q, d) in `columns` (B,) to the keys of a cache (B, H', K, d),
     in fp32, mean over heads; mask: (B or 1, 1 or H, Q, K) bool or additive."""

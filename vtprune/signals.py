@@ -19,6 +19,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
+def at_least_single(states: Tensor) -> Tensor:
+    """The states in fp32, or in fp64 if that is what they are: what is summed up and goes on keeps its precision."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
 def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
     """Softmaxed attention of a few queries over all keys, in fp32.
 
@@ -50,10 +55,11 @@ def attention_received_and_given(
 def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:
     heads, tokens, _ = key.shape
     rows = max(1, CHUNK_BYTES // (4 * heads * tokens))
-    received = torch.zeros(tokens - skip, device=key.device, dtype=torch.float32)
+    turned = key.float().transpose(-1, -2)
+    received = turned.new_zeros(tokens - skip)
     given = []
     for chunk in query[:, skip:].split(rows, dim=1):
-        weights = torch.matmul(chunk.float() * scale, key.float().transpose(-1, -2))
+        weights = torch.matmul(chunk.float() * scale, turned)
         weights = weights.softmax(dim=-1) if softmax else weights
         weights = weights[..., skip:]
         received += reduce(weights, "h q n -> n", "sum")

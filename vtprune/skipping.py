@@ -54,7 +54,7 @@ class RoutedLayers:
             total, entered = span.image.total, span.kept_at(0).numel()
             totals[span.row][number], budgets[span.row][number] = total, pruner.routed_budget(total, index, entered)
         tokens = RoutedTokens(
-            states, self._modules[index].input_layernorm, real, image,
+            states, self._adapter.decoder_norm(self._modules[index]), real, image,
             torch.tensor(totals, device=states.device), torch.tensor(budgets, device=states.device),
             index, self._depth, self._module, bool(self._adapter.language_model.training),
             continues=run.prompt.offset > 0 and not run.spans,

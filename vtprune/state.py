@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +74,8 @@ class ThreadState(threading.local):
         # The call of `generate` under way, the outermost one.
         self.call: Call | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None
+        self._inside: weakref.ReferenceType[Encoding] | None = None
+        self._taps: dict[str, Tensor] | None = None
         self._runs: list[weakref.ReferenceType[Encoding | DecoderRun] | None] = []
 
     @property
@@ -98,7 +102,34 @@ class ThreadState(threading.local):
         run = self._runs[-1] if self._runs else None
         return None if run is None else run()
 
+    @property
+    def inside(self) -> Encoding | None:
+        """The encoding whose attention has just run in this thread, now or once more in a backward pass."""
+        return None if self._inside is None else self._inside()
+
+    @inside.setter
+    def inside(self, encoding: Encoding | None) -> None:
+        self._inside = None if encoding is None else weakref.ref(encoding)
+
     def sink(self) -> dict[str, Tensor] | None:
         """Where the projections of the layer being run put their outputs."""
         run = self.running
-        return None if run is None else run.taps
+        return self._taps if run is None else run.taps
+
+    @contextmanager
+    def tapping(self, wanted: bool) -> Iterator[dict[str, Tensor]]:
+        """What is tapped of a layer within the block, if `wanted`: of a tapped layer that is under way, or of one that
+        a backward pass runs again."""
+        run = self.running
+        taps: dict[str, Tensor] = {} if run is None or not wanted else run.taps
+        outer, self._taps = self._taps, taps if wanted and run is None else None
+        try:
+            yield taps
+        finally:
+            self._taps = outer
+
+    def show_taps(self, taps: dict[str, Tensor]) -> None:
+        """Puts these in place of what was tapped of the layer that is under way."""
+        run = self.running
+        if run is not None:
+            run.taps.update(taps)

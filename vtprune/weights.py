@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtprune.adapters.base import Adapter
 from vtprune.errors import VTPruneError
 from vtprune.files import write_with
+from vtprune.offloading import held_weights, working_device
 from vtprune.pruner import ModelFacts, Pruner
 
 WEIGHTS_NAME = "vtprune_weights.safetensors"
@@ -33,7 +34,7 @@ def make_modules(pruners: Sequence[Pruner], facts: ModelFacts, adapter: Adapter)
     for order, pruner in enumerate(pruners):
         module = pruner.make_module(facts)
         if module is not None:
-            found[order] = module.to(device=weight.device, dtype=weight.dtype)
+            found[order] = module.to(device=working_device(adapter.language_model), dtype=weight.dtype)
     return found
 
 
@@ -65,9 +66,9 @@ def _lasting(value: Any) -> Any:
 def write_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> None:
     """Writes the modules' weights, whole or not at all; raises VTPruneError where the folder cannot be written."""
     tensors = {
-        f"{order}.{name}": tensor.detach().contiguous().cpu()
+        f"{order}.{name}": tensor.contiguous()
         for order, module in modules.items()
-        for name, tensor in module.state_dict().items()
+        for name, tensor in held_weights(module).items()
     }
     metadata = {"format": FORMAT, "version": VERSION, "base": config_hash(config), "model_type": config.model_type}
     write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
@@ -81,7 +82,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 def read_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> None:
     """Reads what `write_weights` wrote into these modules.
 
-    Raises VTPruneError, naming the file, if it is missing, cut short, of another base model, or of other modules.
+    Raises VTPruneError, naming the file, if it is missing, cut short, of another base model, or of other modules, and
+    for modules whose weights accelerate keeps elsewhere.
     """
     path = folder / WEIGHTS_NAME
     if not path.exists():
@@ -111,6 +113,11 @@ def _fill(modules: dict[int, nn.Module], tensors: dict[str, Tensor], path: Path)
         raise VTPruneError(
             f"{path} does not fit the methods of this model: missing {missing[:3]}, unknown {extra[:3]}, of another "
             f"shape {shapes[:3]}; wrap it with the settings that the weights were trained with"
+        )
+    if any(target.is_meta for target in wanted.values()):
+        raise VTPruneError(
+            "the weights of this model's methods are offloaded, where nothing can be read into them; unwrap the model "
+            f"and wrap it again with vtprune.wrap(model, {str(path.parent)!r})"
         )
     with torch.no_grad():
         for name, target in wanted.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtprune.pruners.cosines import unit_vectors
 from vtprune.selection import check_scores
+from vtprune.signals import at_least_single
 
 # What floats may fall short of a whole number.
 ROUNDING = 1e-6
@@ -98,17 +99,18 @@ def merge_evicted(
     cosines = unit.gather(1, evicted[..., None].expand(wide)) @ unit.gather(1, kept[..., None].expand(wide)).mT
     nearest = cosines.argmax(dim=2)
     alike = check_scores(cosines.gather(2, nearest[..., None])[..., 0], method)
-    tau = float(alike.mean()) if threshold is None else (threshold + float(alike.mean())) / 2
+    average = float(alike.detach().mean())
+    tau = average if threshold is None else (threshold + average) / 2
     decisive = alike.mean(dim=0, keepdim=True).expand_as(alike) if by_order else alike
     passed = decisive >= tau
     # (H, m, e): a product rather than an indexed sum, whose order of additions would not be fixed on a GPU.
     weights = torch.zeros_like(cosines.mT).scatter(1, nearest[:, None], (alike * passed)[:, None])
     arrived = torch.zeros_like(weights).scatter(1, nearest[:, None], passed[:, None].to(weights)).sum(dim=2)
-    merged = torch.zeros(key.shape[:2], device=key.device).scatter(1, kept, arrived)
+    merged = arrived.new_zeros(key.shape[:2]).scatter(1, kept, arrived)
     states = []
-    for state in (key.float(), value.float()):
+    for state in (at_least_single(key), at_least_single(value)):
         own = state.gather(1, kept[..., None].expand(wide))
-        flow = weights @ state.gather(1, evicted[..., None].expand(wide))
+        flow = weights.to(state) @ state.gather(1, evicted[..., None].expand(wide))
         mean = torch.where(arrived[..., None] > 0, (own + flow) / (1 + arrived[..., None]), own)
         states.append(state.scatter(1, kept[..., None].expand(wide), mean))
     return states[0], states[1], merged, tau

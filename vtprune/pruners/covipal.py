@@ -70,7 +70,7 @@ class CoViPAL(Pruner):
 
     Text that the labels of a forward (or `vtprune.mark_answers`) mark as an answer is not shown to the module, nor
     among the guide's queries; without them it cannot be told from the question. `keep` 1.0 leaves nothing to train.
-    "task" needs attn_implementation="sdpa" or "eager", and checkpointing, if any, without reentrance.
+    "task" needs attn_implementation="sdpa" or "eager".
     """
 
     guide: int | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vtprune.selection import Merge, Selection
+from vtprune.signals import at_least_single
 
 # The share of the dropped tokens that is recycled, and how many of these flow into one.
 RECYCLED, CLUSTER_SIZE = 0.3, 10
@@ -42,7 +43,7 @@ def density_peaks(points: Tensor, count: int, noise: Tensor | None = None) -> Te
     are dense and far from all denser points; every other point joins the nearest centre. noise: (M,) in [0, 1), what
     the released code draws at random to tell equal densities apart; without it the earlier point is the denser one.
     """
-    points = points.float()
+    points = points.detach().float()
     # Exact distances, so that a point is at 0 from itself and the matrix is symmetric.
     mode = "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(points, points, compute_mode=mode) / points.shape[1] ** 0.5
@@ -79,7 +80,8 @@ def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Select
     pool = rest[: pool_size(rest.numel())].to(features.device)
     cluster = density_peaks(features[pool], count)
     shares = cluster_shares(cluster, count)
-    vectors = torch.matmul(shares, features[pool].float()).to(features.dtype)
+    members = at_least_single(features[pool])
+    vectors = torch.matmul(shares.to(members), members).to(features.dtype)
     into = torch.full((count,), scores.numel(), device=pool.device).scatter_reduce(0, cluster, pool, "amin")
     kept = torch.cat([stay.to(pool.device), into]).sort().values
     merged = features[kept].index_copy(0, torch.searchsorted(kept, into), vectors)

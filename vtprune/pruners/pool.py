@@ -14,13 +14,14 @@ from vtprune.pruners.cells import Grid3, cell_grid, cut
 from vtprune.pruners.checks import check_whole_grid
 from vtprune.registry import register
 from vtprune.selection import Merge, Selection
+from vtprune.signals import at_least_single
 from vtprune.stream import VisionStream
 
 
 def pool_features(features: Tensor, grid: Grid3, cells: Grid3) -> Tensor:
-    """Mean of (t * h * w, D) vectors over each of t' * h' * w' cells, in fp32, in the dtype of `features`."""
+    """Mean of (t * h * w, D) vectors over each of t' * h' * w' cells, summed in fp32 at the least; in their dtype."""
     frames, height, width = grid
-    volume = rearrange(features.float(), "(t h w) d -> 1 d t h w", t=frames, h=height, w=width)
+    volume = rearrange(at_least_single(features), "(t h w) d -> 1 d t h w", t=frames, h=height, w=width)
     pooled = rearrange(adaptive_avg_pool3d(volume, cells), "1 d t h w -> (t h w) d")
     return pooled.to(features.dtype)
 

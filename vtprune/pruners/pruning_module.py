@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
+from vtprune.modules import FullLayerNorm, FullLinear, own_randomness
 from vtprune.signals import split_heads
 
 MLP_RATIO = 2
@@ -23,7 +23,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query, self.key, self.value, self.out = (FullLinear(width, width) for _ in range(4))
 
     def forward(self, states: Tensor, others: Tensor) -> Tensor:
         """(N, D); zeros where there is nothing to attend to."""
@@ -41,9 +41,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.norms = nn.ModuleList(FullLayerNorm(width) for _ in range(3))
         self.own, self.text = Attention(width, heads), Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
+        self.mlp = nn.Sequential(FullLinear(width, MLP_RATIO * width), nn.GELU(), FullLinear(MLP_RATIO * width, width))
 
     def forward(self, vision: Tensor, text: Tensor) -> Tensor:
         """(N, width) of (N, width) vision and (T, width) text tokens."""
@@ -60,10 +60,10 @@ class PruningModule(nn.Module):
     def __init__(self, decoder_width: int, width: int, heads: int, blocks: int) -> None:
         super().__init__()
         self.vision, self.text = (
-            nn.Sequential(nn.LayerNorm(decoder_width), nn.Linear(decoder_width, width)) for _ in range(2)
+            nn.Sequential(FullLayerNorm(decoder_width), FullLinear(decoder_width, width)) for _ in range(2)
         )
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+        self.head = nn.Sequential(FullLayerNorm(width), FullLinear(width, 1))
 
     def forward(self, vision: Tensor, text: Tensor) -> Tensor:
         """(N,) scores of (N, D) vision tokens, given (T, D) text tokens."""
@@ -76,21 +76,14 @@ class PruningModule(nn.Module):
 
 def new_module(decoder_width: int, width: int, heads: int, blocks: int) -> PruningModule:
     """An untrained module, always with the same weights; torch's random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with own_randomness():
         return PruningModule(decoder_width, width, heads, blocks)
 
 
 def scores_of(module: nn.Module, vision: Tensor, text: Tensor) -> Tensor:
     """(N,) fp32 scores, computed in fp32 whatever the module's weights are held in."""
-    weight = next(module.parameters())
-    given = tuple(part.to(weight.device).float() for part in (vision, text))
-    if weight.dtype == torch.float32:
-        found: Tensor = module(*given)
-        return found
-    single = {name: one.float() for name, one in module.named_parameters()}
-    scores: Tensor = functional_call(module, single, given)
-    return scores
+    scores: Tensor = module(vision, text)
+    return scores.to(vision.device)
 
 
 def module_flops(tokens: int, text: int, decoder_width: int, width: int, blocks: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtprune.selection import Merge, Selection
+from vtprune.signals import at_least_single
 
 
 def cells_of(parts: Iterable[tuple[int, int]], size: float) -> Tensor:
@@ -48,7 +49,8 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, li
 
     features: (N, D); importance, cells: (N,); limit: tokens in all, the least important cells are dropped to
     meet it. A cell's vector is the mean weighted by importance (negative ones weigh nothing, and all weigh the
-    same where none is positive) and takes the place of its most important token (ties: the lowest).
+    same where none is positive) and takes the place of its most important token (ties: the lowest). Gradients flow
+    through the vectors of the cell, and through the importance that weighs them.
     """
     order = importance.sort(descending=True, stable=True).indices
     stay, low = order[:direct], order[direct:].sort().values
@@ -58,7 +60,8 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, li
     into = torch.full((count,), tokens, device=low.device)
     into.scatter_reduce_(0, group, low.masked_fill(worth < best[group], tokens), "amin")
     shares = _shares(worth, group, count)
-    parts = features[low].float() * shares[:, None].to(features.device)
+    whole = at_least_single(features[low])
+    parts = whole * shares[:, None].to(whole)
     vectors = parts.new_zeros(count, features.shape[1]).index_add(0, group, parts)
     chosen = best.argsort(descending=True, stable=True)[: count if limit is None else max(0, limit - direct)]
     kept = torch.cat([stay, into[chosen]]).sort().values
@@ -73,7 +76,8 @@ def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:
     sums, sizes = worth.new_zeros(2, groups).unbind()
     sums = sums.index_add(0, group, positive)[group]
     sizes = sizes.index_add(0, group, torch.ones_like(worth))[group]
-    return torch.where(sums > 0, positive / sums, 1 / sizes)
+    # No 0 / 0 where the other branch is taken: its gradient would be NaN.
+    return torch.where(sums > 0, positive / sums.where(sums > 0, torch.ones_like(sums)), 1 / sizes)
 
 
 def _merges(low: Tensor, group: Tensor, shares: Tensor, into: Tensor, chosen: set[int]) -> tuple[Merge, ...]:

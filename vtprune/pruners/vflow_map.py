@@ -84,9 +84,10 @@ def global_attention(signals: LayerSignals, threshold: float) -> Tensor:
     for NaN.
     """
     query, key, scale, prefix = signals.query, signals.key, signals.scale, signals.prefix
-    received = check_scores(attention_received(query, key, scale, skip=prefix), "vflowopt")
-    rows = (received > threshold * received.mean()).nonzero().flatten()
-    if rows.numel() == received.numel():
+    with torch.no_grad():
+        received = check_scores(attention_received(query, key, scale, skip=prefix), "vflowopt")
+        rows = (received > threshold * received.mean()).nonzero().flatten()
+    if rows.numel() == received.numel() and not query.requires_grad:
         return received
     if not rows.numel():
         rows = received.argmax()[None]

@@ -115,6 +115,11 @@ class VFlowOpt(Pruner):
         return True
 
     @property
+    def weighs_by_encoder(self) -> bool:
+        """True where tokens flow together, weighed by the attention that they get."""
+        return self.recycle
+
+    @property
     def reads_picture(self) -> bool:
         """Where the entropy of real colours counts."""
         return self.variant == "paper" and self.entropy_weight != 0

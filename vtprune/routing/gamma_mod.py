@@ -9,9 +9,10 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from vtprune.errors import VTPruneError
+from vtprune.modules import FullLinear, own_randomness
 from vtprune.pruner import ModelFacts, Pruner, budget_of
 from vtprune.pruners.checks import check_choice, check_factor, check_share
 from vtprune.pruners.staged import scaled_layers
@@ -43,7 +44,8 @@ class GammaMoD(Pruner):
     its MLP output multiplied by p, text and every decode step too; one that skips the layer stays as it is. Training
     adds `loss_weight` times the cross-entropy of the router against what it chose, a layer. Routed are all layers but
     0, 1, 2 and the last of 32 (at other depths as fractions, the first and the last never), or `layers`: those with
-    the lowest rank of attention, which `vtprune arank` finds.
+    the lowest rank of attention, which `vtprune arank` finds. An untrained router is drawn as PyTorch draws a linear
+    layer, from a seed of its own, so it is always the same and torch's random state is left alone.
 
     Own decisions, since the released rules hold for training only or leave the count open: in each routed layer an
     image's tokens with the highest p are computed, in training as in use, and text always is, at its own position.
@@ -195,13 +197,14 @@ class GammaMoD(Pruner):
         return self._out_of_reach(f"{budget_of(self.keep, tokens)} of {tokens} tokens", f"{least:.4g}", depth)
 
     def make_module(self, facts: ModelFacts) -> nn.Module:
-        """One linear layer for all routed layers, as PyTorch initialises it."""
-        return nn.Linear(facts.decoder_width, 2, bias=False)
+        """One linear layer for all routed layers, as PyTorch initialises it, from a seed of its own."""
+        with own_randomness():
+            return FullLinear(facts.decoder_width, 2, bias=False)
 
     def logits(self, tokens: RoutedTokens) -> Tensor:
         """(B, n, 2) of skipping a layer and of computing it, in fp32."""
-        states = tokens.norm(tokens.hidden).float()
-        return linear(states, tokens.module.weight.to(states.device).float())
+        found: Tensor = tokens.module(tokens.norm(tokens.hidden))
+        return found.to(tokens.hidden.device)
 
     def route(self, tokens: RoutedTokens) -> Routes:
         """The tokens with the highest p, or those above a threshold, each with its gate; raises ScoreError for NaN."""

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from vtprune import schedules
 from vtprune.errors import VTPruneError
+from vtprune.modules import FullLinear, own_randomness
 from vtprune.pruner import ModelFacts, ScoringWork, Tunable, budget_of
 from vtprune.pruners.checks import check_choice
 from vtprune.pruners.staged import Staged
@@ -109,8 +109,10 @@ class PMoD(Staged):
         return budget_of(self.asked_keep, tokens)
 
     def make_module(self, facts: ModelFacts) -> nn.Module:
-        """A linear router a layer, at zero."""
-        routers = {str(layer): nn.Linear(facts.decoder_width, 1) for layer in self.routed_layers(facts.decoder_depth)}
+        """A linear router a layer, at zero; torch's random state is left alone."""
+        layers = self.routed_layers(facts.decoder_depth)
+        with own_randomness():
+            routers = {str(layer): FullLinear(facts.decoder_width, 1) for layer in layers}
         for router in routers.values():
             nn.init.zeros_(router.weight)
             nn.init.zeros_(router.bias)
@@ -126,10 +128,8 @@ class PMoD(Staged):
 
     def route(self, tokens: RoutedTokens) -> Routes:
         """The tokens of each image with the highest gates, and all text; raises ScoreError for NaN."""
-        router, vision = tokens.module[str(tokens.index)], tokens.vision
-        states = tokens.hidden.float()
-        weight, bias = (part.to(states.device).float() for part in (router.weight, router.bias))
-        logits = linear(states, weight, bias)[..., 0]
+        vision = tokens.vision
+        logits = tokens.module[str(tokens.index)](tokens.hidden)[..., 0].to(vision.device)
         # The order of the gates, without the ties that saturated ones make.
         scores = check_scores(math.copysign(1.0, self.scale) * logits.detach(), self.name)
         kept = best_of_each(scores, tokens.image, tokens.budgets) | ~vision
