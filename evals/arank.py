@@ -18,6 +18,7 @@ from rich.table import Table
 from vtprune.assets import TINY_LLAVA
 from vtprune.routing import GammaMoD
 from vtprune.routing.arank import choose, rank_layers
+from vtprune.texts import show
 
 from .failures import InputError
 from .loading import first_line, is_local, load_model
@@ -28,6 +29,7 @@ from .suite import prepare_environment
 from .tune_data import Sample, draw_shapes, read_folder
 
 FORMAT = "vtprune-arank"
+DEFAULT_QUESTION = "Describe the image."
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ARankConfig:
     share: float | None = None
     model: str | None = None
     data: Path | None = None
-    question: str = "Describe the image."
+    question: str | None = None
     samples: int = 16
     seed: int = 0
     device: str | None = None
@@ -86,7 +88,8 @@ def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
     write_atomically(plot, arank_png(ranks, layers, f"{name}, {len(samples)} samples"))
     console.print(_table(ranks, layers))
     console.print(f"layers={layers}", style="bold", highlight=False)
-    console.print(f'vtprune.wrap(model, "gamma_mod", layers={layers})', style="dim", highlight=False)
+    text = show(GammaMoD(layers=layers))
+    console.print(f"vtprune.wrap(model, \"{text}\"), vtprune train '{text}'", style="dim", highlight=False)
     console.print(f"wrote {config.output}, {plot}", highlight=False)
     return data
 
@@ -94,9 +97,12 @@ def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
 def _samples(config: ARankConfig, console: Console) -> tuple[list[Sample], str]:
     """Pictures with a question each, and where they came from."""
     if config.data is not None:
-        found = read_folder(config.data, config.question, config.samples, 0, config.seed)
+        asked = DEFAULT_QUESTION if config.question is None else config.question
+        found = read_folder(config.data, asked, config.samples, 0, config.seed)
         if len(found.search) < config.samples:
             console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
+    elif config.question is not None:
+        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
     elif config.model is not None:
         raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
     else:

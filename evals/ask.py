@@ -20,10 +20,11 @@ from .loading import first_line, load_model
 from .overlay import compare, seen_image
 from .prompts import encode, open_image, question
 from .results import check_writable, write_atomically
-from .settings import UNPRUNED, build_settings
+from .settings import UNPRUNED, build_settings, holds_method, takes_keep
 from .timing import PrefillTimes, measure_prefill
 
 STOPS = ("\n\n",)
+DEFAULT_METHOD, DEFAULT_KEEP = "flowcut", 0.25
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,25 @@ def run_ask(
     text: str,
     console: Console,
     *,
-    method: str,
-    keep: int | float,
+    method: str | None = None,
+    keep: int | float | None = None,
     output: Path,
     model_name: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
     max_new_tokens: int = 128,
 ) -> Asked:
-    """Answers, prints the table and writes the picture; raises VTPruneError or RunError."""
-    if method == UNPRUNED:
+    """Answers, prints the table and writes the picture; raises VTPruneError or RunError.
+
+    method None: what lies in the model's folder, else flowcut; keep None: 25%, where the method does not say its own.
+    """
+    if method is None:
+        method = model_name if model_name is not None and holds_method(model_name) else DEFAULT_METHOD
+    if keep is not None and not takes_keep(method) and method != UNPRUNED:
+        raise InputError(f"keep: {method} says how much it keeps itself; leave out --keep")
+    setting = build_settings([method], [DEFAULT_KEEP if keep is None else keep])[-1]
+    if setting.method == UNPRUNED:
         raise InputError("method: 'none' is what the other method is compared with; name another")
-    setting = build_settings([method], [keep])[-1]
     image = read_image(image_path)
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"output: {output} should end in .png, .jpg or .webp")

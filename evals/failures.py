@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import InputError
 
-
-class InputError(VTPruneError):
-    """The request cannot be carried out as it stands; the message says what would be right."""
+__all__ = ["InputError", "RunError", "SampleError"]
 
 
 class RunError(RuntimeError):

@@ -12,6 +12,7 @@ from typing import Any
 
 import vtprune
 from vtprune.registry import available, create
+from vtprune.texts import show_keep
 
 from .failures import InputError, RunError
 from .journal import Journal
@@ -19,7 +20,7 @@ from .lmms_model import VTPrune
 from .loading import first_line, load_model
 from .results import Results
 from .scores import all_metrics, sample_scores, task_scores
-from .settings import UNPRUNED, Setting, show_keep
+from .settings import UNPRUNED, Setting
 from .suite import Suite
 from .timing import measure_prefill
 

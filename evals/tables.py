@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from .settings import UNPRUNED, show_keep
+from vtprune.texts import show_keep
+
+from .settings import UNPRUNED
 
 Record = dict[str, Any]
 Cell = Callable[[Record], str]

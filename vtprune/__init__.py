@@ -8,9 +8,11 @@ from vtprune.config import load_config
 from vtprune.cost import FlopsBreakdown, flops, kv_bytes
 from vtprune.errors import (
     ScoreError,
+    UncheckedBaseWarning,
     UnknownPrunerError,
     UnsupportedCacheError,
     UnsupportedModelError,
+    UntrainedWarning,
     VTPruneError,
 )
 from vtprune.pruner import Pruner, PrunerInfo
@@ -78,9 +80,11 @@ __all__ = [
     "Selection",
     "SparseVLM",
     "Turbo",
+    "UncheckedBaseWarning",
     "UnknownPrunerError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
+    "UntrainedWarning",
     "VFlowOpt",
     "VTPruneError",
     "VisionStream",

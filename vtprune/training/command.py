@@ -16,7 +16,8 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="A method, with options as pmod:scale=0.3, or a folder with vtprune_config.json. See `vtprune list`."
+            help="A method, with options as gamma_mod:layers=(2,3), or a folder with vtprune_config.json. See "
+            "`vtprune list`."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for what was trained, and for the checkpoint on the way.")],
@@ -31,7 +32,9 @@ def train(
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A further option of the method, as name=value.", rich_help_panel=METHOD),
+        typer.Option(
+            "--set", help="A further option of the method, as scale=0.3 or layers=(2,3).", rich_help_panel=METHOD
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -47,7 +50,9 @@ def train(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out what has missing or broken images.", rich_help_panel=DATA)
     ] = False,
-    questions: Annotated[int, typer.Option(min=1, help="About each drawn picture.", rich_help_panel=DATA)] = 6,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="About each drawn picture.", show_default="6", rich_help_panel=DATA)
+    ] = None,
     trained: Annotated[
         str,
         typer.Option(
@@ -95,7 +100,7 @@ def train(
     Then: vtprune bench --model my-pmod --methods my-pmod, or vtprune.wrap(model, "my-pmod").
     """
     with one_line_errors(traceback):
-        from vtprune.evals.settings import parse_keep
+        from vtprune.texts import parse_keep
         from vtprune.training.config import TrainConfig
         from vtprune.training.run import Source, run_train
 

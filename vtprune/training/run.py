@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
 from vtprune.config import CONFIG_NAME
+from vtprune.errors import UntrainedWarning
 from vtprune.evals.failures import InputError
 from vtprune.evals.loading import is_local, load_model
 from vtprune.evals.results import check_writable, model_fingerprint
-from vtprune.evals.settings import is_folder, parse_method, parse_value
 from vtprune.evals.suite import prepare_environment
+from vtprune.registry import read_options
+from vtprune.resolving import resolve
+from vtprune.texts import parse_entry, parse_options
 from vtprune.training.config import TrainConfig
 from vtprune.training.data import TrainingData, hold_out
 from vtprune.training.llava import LlavaData
@@ -25,17 +29,19 @@ from vtprune.training.output import FINISHED, drop_checkpoint, read_log, write_l
 from vtprune.training.progress import Display
 from vtprune.training.shapes import ShapesData
 from vtprune.training.state import Progress
-from vtprune.wrap import resolve, wrap
+from vtprune.wrap import wrap
 
 # Files that a run would overwrite, were they not its own.
 FOREIGN = ("config.json", CONFIG_NAME)
+# About each drawn picture.
+QUESTIONS = 6
 
 
 @dataclass(frozen=True)
 class Source:
     """What `vtprune train` is to train, and on what.
 
-    method: a name, with options as pmod:scale=0.3, or a folder with vtprune_config.json; options: "name=value" each;
+    method: what vtprune/texts.py reads, as pmod:scale=0.3 or a folder with vtprune_config.json; options: "name=value";
     data: LLaVA-format JSON or JSON lines, None for drawn shapes.
     """
 
@@ -46,7 +52,7 @@ class Source:
     data: Path | None = None
     images: Path | None = None
     skip_missing: bool = False
-    questions: int = 6
+    questions: int | None = None
 
 
 def train(
@@ -99,7 +105,10 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
     prepare_environment(offline=is_local(pretrained))
     data, validation = _data(source, config, _teller(console))
     model, processor = load_model(pretrained, device="cpu")
-    wrap(model, given)
+    with warnings.catch_warnings():
+        # It is about to be trained.
+        warnings.simplefilter("ignore", UntrainedWarning)
+        wrap(model, given)
     identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
     return train(model, processor, data, config, validation=validation, console=console, identity=identity)
 
@@ -111,22 +120,30 @@ def _teller(console: Console) -> Callable[[str], None]:
 
 
 def _method(source: Source) -> Any:
-    """The method with its options, or the folder that holds one."""
+    """The pruners, or the folder that holds them; raises InputError for an option that is given twice."""
     options: dict[str, Any] = {}
     for text in source.options:
-        name, found, value = text.partition("=")
-        if not found or not name:
-            raise InputError(f"set: cannot read {text!r}; give name=value")
-        options[name] = parse_value(value)
-    if is_folder(source.method):
+        try:
+            given = dict(parse_options(text))
+        except InputError as error:
+            raise InputError(f"set: {error}") from error
+        twice = options.keys() & given.keys()
+        if twice:
+            raise InputError(f"set: {', '.join(sorted(twice))} is given twice")
+        options.update(given)
+    stages = parse_entry(source.method)
+    folder = stages[0].name if stages[0].folder else ""
+    if len(stages) == 1 and folder:
         if options or source.keep is not None:
-            raise InputError(f"{source.method} is a folder, which has its own options; leave out --keep and --set")
-        return Path(source.method)
-    name, given = parse_method(source.method)
-    options = {**dict(given), **options}
+            raise InputError(f"{folder} is a folder, which has its own options; leave out --keep and --set")
+        return Path(folder)
     if source.keep is not None:
+        if "keep" in options:
+            raise InputError("keep: given twice, as --keep and as --set")
         options["keep"] = source.keep
-    return resolve(name, **options)
+    if len(stages) == 1:
+        options = read_options(stages[0].name, options)
+    return resolve(source.method, **options)
 
 
 def _data(
@@ -134,6 +151,8 @@ def _data(
 ) -> tuple[TrainingData, TrainingData | None]:
     """What to train on, and what to validate on."""
     if source.data is not None:
+        if source.questions is not None:
+            raise InputError("questions: --questions is for drawn pictures; --data brings its own")
         found = LlavaData(source.data, source.images, skip_missing=source.skip_missing, tell=tell)
         held_out = config.eval_limit * config.batch_size
         return hold_out(found, held_out, config.seed) if held_out else (found, None)
@@ -141,5 +160,5 @@ def _data(
         raise InputError("images: --images and --skip-missing go with --data")
     if source.model is not None and not is_local(source.model):
         raise InputError("data: drawn shapes are for the bundled model; give --data and --images")
-    drawn = ShapesData(config.seed, questions=source.questions)
-    return drawn, ShapesData(config.seed, "val", source.questions)
+    questions = QUESTIONS if source.questions is None else source.questions
+    return ShapesData(config.seed, questions=questions), ShapesData(config.seed, "val", questions)
