@@ -20,10 +20,10 @@ from vtprune.routing import GammaMoD
 from vtprune.routing.arank import choose, rank_layers
 from vtprune.texts import show
 
-from .failures import InputError
-from .loading import first_line, is_local, load_model
+from .failures import InputError, first_line
+from .loading import is_local, load_model
 from .plots import COLOURS
-from .prompts import encode, place, question
+from .prompts import check_text, encode, place, question
 from .results import check_writable, write_atomically
 from .suite import prepare_environment
 from .tune_data import Sample, draw_shapes, read_folder
@@ -63,6 +63,8 @@ def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
     check_writable(config.output.parent)
     prepare_environment(offline=is_local(config.model or str(TINY_LLAVA)))
     model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
+    for sample in samples:
+        check_text(processor, sample.question, f"data: {sample.name}")
     depth = model.config.get_text_config().num_hidden_layers
     count = config.count
     if count is None and config.share is None:

@@ -13,12 +13,14 @@ from rich.table import Table
 
 import vtprune
 from vtprune.report import Report
+from vtprune.texts import folder_text
 
-from .failures import InputError
+from .failures import InputError, first_line
+from .gen_kwargs import read_generation
 from .generation import Answer, answer_batch
-from .loading import first_line, load_model
+from .loading import load_model
 from .overlay import compare, seen_image
-from .prompts import encode, open_image, question
+from .prompts import check_text, encode, open_image, question
 from .results import check_writable, write_atomically
 from .settings import UNPRUNED, build_settings, holds_method, takes_keep
 from .timing import PrefillTimes, measure_prefill
@@ -58,6 +60,7 @@ def compare_answers(
     max_new_tokens: int = 128,
 ) -> Asked:
     """Asks an unwrapped model and the same model under the pruner, which may be all that `vtprune.wrap` takes."""
+    check_text(processor, text, "question")
     try:
         inputs = encode(processor, [question(image, text)])
     except ValueError as error:
@@ -70,8 +73,7 @@ def compare_answers(
                 model,
                 processor.tokenizer,
                 inputs,
-                max_new_tokens=max_new_tokens,
-                stops=STOPS,
+                generation=read_generation({"until": list(STOPS)}, max_new_tokens),
             )
             report = vtprune.report(model)
     times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
@@ -118,7 +120,7 @@ def run_ask(
     method None: what lies in the model's folder, else flowcut; keep None: 25%, where the method does not say its own.
     """
     if method is None:
-        method = model_name if model_name is not None and holds_method(model_name) else DEFAULT_METHOD
+        method = DEFAULT_METHOD if model_name is None or not holds_method(model_name) else folder_text(model_name)
     if keep is not None and not takes_keep(method) and method != UNPRUNED:
         raise InputError(f"keep: {method} says how much it keeps itself; leave out --keep")
     setting = build_settings([method], [DEFAULT_KEEP if keep is None else keep])[-1]

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .failures import InputError, RunError
-from .loading import first_line, is_local
+from .failures import InputError, RunError, first_line
+from .loading import is_local
 
 FORMAT = 2
 FILE = "results.json"

@@ -14,10 +14,10 @@ import vtprune
 from vtprune.registry import available, create
 from vtprune.texts import show_keep
 
-from .failures import InputError, RunError
+from .failures import InputError, RunError, explain, first_line
 from .journal import Journal
 from .lmms_model import VTPrune
-from .loading import first_line, load_model
+from .loading import load_model
 from .results import Results
 from .scores import all_metrics, sample_scores, task_scores
 from .settings import UNPRUNED, Setting
@@ -194,8 +194,7 @@ def _told(setting: Setting) -> Any:
     except RunError as error:
         raise RunError(f"{setting.label} at keep={setting.keep}: {error}") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise RunError(f"{setting.label} at keep={setting.keep}: {reason}") from error
+        raise RunError(f"{setting.label} at keep={setting.keep}: {explain(error)}") from error
 
 
 def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) -> tuple[list[Setting], dict[str, str]]:

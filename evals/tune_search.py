@@ -17,8 +17,7 @@ from vtprune.config import from_dict
 from vtprune.errors import ScoreError, VTPruneError
 from vtprune.pruner import Pruner, Tunable
 
-from .failures import InputError
-from .loading import first_line
+from .failures import InputError, first_line
 from .tune_budget import FlopsBudget, OverBudgetError, TokenBudget
 from .tune_measure import Measured, Meter
 from .tune_space import STARTUP, Params, holds, propose, searched

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vtprune.config import CONFIG_NAME, from_dict, save_config
 
-from .failures import InputError
-from .loading import first_line
+from .failures import InputError, first_line
 from .results import WORDS, code_fingerprint, write_atomically
 
 FORMAT = 1

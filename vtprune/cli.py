@@ -145,7 +145,7 @@ def _what_to_run(
     from vtprune.evals import settings
     from vtprune.evals.bench import DEFAULT_LIMIT
     from vtprune.evals.suite import BUNDLED_TASK
-    from vtprune.texts import parse_keep, split_entries
+    from vtprune.texts import folder_text, parse_keep, split_entries
 
     names = _split(tasks, "tasks")
     if methods is not None and everything:
@@ -156,7 +156,13 @@ def _what_to_run(
             raise VTPruneError("methods: give at least one")
     else:
         chosen = settings.all_methods() + (settings.ablations() if everything else [])
-        chosen += settings.trained_folders() if model is None else [model] if settings.holds_method(model) else []
+        chosen += (
+            settings.trained_folders()
+            if model is None
+            else [folder_text(model)]
+            if settings.holds_method(model)
+            else []
+        )
     if keep is not None:
         keeps = tuple(parse_keep(part) for part in _split(keep, "keep"))
         if not any(settings.takes_keep(method) for method in chosen):

@@ -52,7 +52,7 @@ class Stage:
     def text(self) -> str:
         """What `parse_entry` reads back."""
         if self.folder:
-            return show_value(self.name)
+            return self.name if is_folder(self.name) else folder_text(self.name)
         options = ",".join(f"{name}={show_value(value)}" for name, value in self.options)
         return f"{self.name}:{options}" if options else self.name
 
@@ -168,6 +168,11 @@ def is_folder(text: str) -> bool:
         there = False
     # A path is one even where nothing is there; with separators in it, it may be a list.
     return bool(text) and (there or (os.sep in text and not re.search(r"[,+:'\"()\[\]]", text)))
+
+
+def folder_text(folder: str | os.PathLike[str]) -> str:
+    """The text that stands for a folder, whatever it is called."""
+    return repr(os.fspath(folder))
 
 
 def show(pruners: Pruner | Sequence[Pruner]) -> str:
