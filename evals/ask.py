@@ -24,6 +24,7 @@ from .prompts import check_text, encode, open_image, question
 from .results import check_writable, write_atomically
 from .settings import UNPRUNED, build_settings, holds_method, takes_keep
 from .timing import PrefillTimes, measure_prefill
+from .untrained import quiet_untrained
 
 STOPS = ("\n\n",)
 DEFAULT_METHOD, DEFAULT_KEEP = "flowcut", 0.25
@@ -131,8 +132,11 @@ def run_ask(
         raise InputError(f"output: {output} should end in .png, .jpg or .webp")
     check_writable(output.parent)
     model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
-    asked = compare_answers(model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens)
+    with quiet_untrained():
+        asked = compare_answers(model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens)
     console.print(table(asked, setting.label))
+    if setting.untrained:
+        console.print(setting.untrained, highlight=False, soft_wrap=True)
     for note in asked.report.samples[0].images[0].notes:
         console.print(note, style="dim", highlight=False)
     buffer = io.BytesIO()

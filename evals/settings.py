@@ -19,7 +19,7 @@ from vtprune.pruners.staged import Staged
 from vtprune.registry import available, create, pruner_class, read_options
 from vtprune.resolving import resolve
 from vtprune.texts import Stage, parse_entry
-from vtprune.weights import WEIGHTS_NAME
+from vtprune.weights import WEIGHTS_NAME, untrained
 
 from .failures import InputError
 
@@ -90,6 +90,11 @@ class Setting:
     def own_model(self) -> str:
         """The folder with the model that the weights were trained with, "" where any model will do."""
         return self.folder if self.folder and (Path(self.folder) / "config.json").is_file() else ""
+
+    @property
+    def untrained(self) -> str:
+        """What a message says where methods of this setting have to be trained and are not, "" elsewhere."""
+        return "" if self.folder else untrained(self.pruners())
 
     def pruner(self) -> Pruner:
         """The pruner itself, the last of several; raises VTPruneError for an unknown method or option."""

@@ -160,6 +160,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         "above the grid baseline, which scores nothing, at the same keep.",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
     ]
+    lines += [f"{label}: {text}." for label, text in data.get("untrained", {}).items()]
     lines += [f"Left out: {name}: {reason}." for name, reason in data.get("left_out", {}).items()]
     return lines
 

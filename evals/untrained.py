@@ -26,3 +26,11 @@ def told_untrained(tell: Callable[[str], object]) -> Iterator[None]:
         elif str(one.message) not in told:
             told.add(str(one.message))
             tell(str(one.message))
+
+
+@contextmanager
+def quiet_untrained() -> Iterator[None]:
+    """Keeps these warnings from stderr where the output says so itself, once for many times that `wrap` is called."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedWarning)
+        yield

@@ -156,13 +156,10 @@ def _what_to_run(
             raise VTPruneError("methods: give at least one")
     else:
         chosen = settings.all_methods() + (settings.ablations() if everything else [])
-        chosen += (
-            settings.trained_folders()
-            if model is None
-            else [folder_text(model)]
-            if settings.holds_method(model)
-            else []
-        )
+        if model is None:
+            chosen += settings.trained_folders()
+        elif settings.holds_method(model):
+            chosen.append(folder_text(model))
     if keep is not None:
         keeps = tuple(parse_keep(part) for part in _split(keep, "keep"))
         if not any(settings.takes_keep(method) for method in chosen):

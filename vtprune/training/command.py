@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vtprune.console import Model, Traceback, one_line_errors, open_console
+from vtprune.errors import VTPruneError
 
 METHOD, DATA, HOW, RUN = "Method", "Data", "How to train", "The run"
 
@@ -61,7 +62,7 @@ def train(
             rich_help_panel=HOW,
         ),
     ] = "decoder",
-    lora_rank: Annotated[int, typer.Option(rich_help_panel=HOW)] = 16,
+    lora_rank: Annotated[int | None, typer.Option(show_default="16", rich_help_panel=HOW)] = None,
     steps: Annotated[int | None, typer.Option(rich_help_panel=HOW, show_default="one epoch; 1000 of shapes")] = None,
     epochs: Annotated[float | None, typer.Option(rich_help_panel=HOW)] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a process and micro-batch.", rich_help_panel=HOW)] = 16,
@@ -101,10 +102,12 @@ def train(
     """
     with one_line_errors(traceback):
         from vtprune.texts import parse_keep
-        from vtprune.training.config import TrainConfig
+        from vtprune.training.config import LORA_RANK, TrainConfig
         from vtprune.training.run import Source, run_train
 
         asked = None if keep is None else parse_keep(keep)
+        if lora_rank is not None and trained != "lora":
+            raise VTPruneError(f"lora-rank: it goes with --train lora, and this is --train {trained}")
         source = Source(method, model, asked, tuple(options or ()), data, images, skip_missing, questions)
         config = TrainConfig(
             output=output,
@@ -117,7 +120,7 @@ def train(
             warmup=warmup,
             weight_decay=weight_decay,
             train=trained,
-            lora_rank=lora_rank,
+            lora_rank=LORA_RANK if lora_rank is None else lora_rank,
             save_every=save_every,
             log_every=log_every,
             eval_limit=eval_limit,

@@ -16,13 +16,14 @@ from vtprune.config import CONFIG_NAME
 from vtprune.errors import UntrainedWarning
 from vtprune.evals.failures import InputError
 from vtprune.evals.loading import is_local, load_model
+from vtprune.evals.prompts import check_text
 from vtprune.evals.results import check_writable, model_fingerprint
 from vtprune.evals.suite import prepare_environment
 from vtprune.registry import read_options
 from vtprune.resolving import resolve
 from vtprune.texts import parse_entry, parse_options
 from vtprune.training.config import TrainConfig
-from vtprune.training.data import TrainingData, hold_out
+from vtprune.training.data import TrainingData, hold_out, texts_of
 from vtprune.training.llava import LlavaData
 from vtprune.training.loop import Run, check_same
 from vtprune.training.output import FINISHED, drop_checkpoint, read_log, write_log, write_outputs
@@ -75,6 +76,8 @@ def train(
     old = read_log(config.output)
     if old is None and any((config.output / name).exists() for name in FOREIGN):
         raise InputError(f"output: {config.output} holds a model or a method already; give a folder of its own")
+    for name, text in texts_of(data):
+        check_text(processor, text, f"data: {name}")
     base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     run = Run(model, processor, data, config, validation, identity or {})
     with Display(console or Console(quiet=True), run.steps, shown=run.main) as display:
