@@ -1,4 +1,4 @@
-"""What every test shares: untrained weights are wrapped on purpose throughout, so their warning is for its own tests."""
+"""What every test shares: untrained weights are wrapped on purpose, so their warning is for its own tests."""
 
 from __future__ import annotations
 

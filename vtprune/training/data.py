@@ -67,7 +67,7 @@ class Part:
 
 
 def texts_of(data: TrainingData) -> Iterator[tuple[str, str]]:
-    """Where each text of a data set stands and the text, as far as it tells them (`texts`) before a picture is read."""
+    """Where each text of a data set stands, and the text, as far as it tells them (`texts`) without its pictures."""
     yield from getattr(data, "texts", lambda: ())()
 
 
