@@ -118,7 +118,8 @@ def answer_batch(
     synchronise(model.device)
     seconds = time.perf_counter() - start
     rows = ids[:, prompt:].tolist()
-    costs = row_costs(vtprune.report(model), (clock.time or start) - start)
+    # Each row's beams stand together in the report, and have its prompt's cost.
+    costs = row_costs(vtprune.report(model), (clock.time or start) - start)[:: generation.arguments["num_beams"]]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     ends = _end_tokens(model)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()

@@ -20,8 +20,8 @@ class Instructions:
     """Reads the system instruction out of requests.
 
     lmms-eval builds each request's context from `--system_instruction`, the task's description, examples and the
-    question, with the chat template (`--apply_chat_template`) or without; a chat model is then handed messages without
-    all of it. render: a conversation as the model's chat template writes it.
+    question; a chat model is then handed messages without most of it. render: a conversation as the model's chat
+    template writes it.
     """
 
     def __init__(self, render: Render) -> None:
@@ -52,8 +52,12 @@ class Instructions:
         example = task.doc_to_text(document)
         if not isinstance(example, str) or context == example:
             return ""
-        description = apply_template(task.config.description, document) if task.config.description else ""
-        return self._instruction(context, example, description or "", task.config.fewshot_delimiter or "")
+        description = apply_template(task.config.description, document) or "" if task.config.description else ""
+        prefix = context.removesuffix(example)
+        # A task's own description stays out, as in lmms-eval's other chat models.
+        if prefix == description:
+            return ""
+        return prefix.removesuffix((task.config.fewshot_delimiter or "") + description) if description else prefix
 
     def _document(self, task: Any, index: int) -> Any:
         """A document of a task without its pictures."""
@@ -61,25 +65,6 @@ class Instructions:
         if name not in self._documents or self._documents[name][0] is not task:
             self._documents[name] = task, task.eval_docs_no_media
         return self._documents[name][1][index]
-
-    def _instruction(self, context: str, example: str, description: str, delimiter: str) -> str:
-        prefix = self._templated(context, example)
-        if prefix is None:
-            prefix = context.removesuffix(example)
-        # A task's own description stays out, as in lmms-eval's other chat models.
-        if prefix == description:
-            return ""
-        return prefix.removesuffix(delimiter + description) if description else prefix
-
-    def _templated(self, context: str, example: str) -> str | None:
-        """What stands where a context that the chat template wrote has its system message; None for other contexts."""
-        asked = turn("user", example)
-        if context == self._render([asked]):
-            return ""
-        before, found, after = self._render([turn("system", MARK), asked]).partition(MARK)
-        if not found or not context.startswith(before) or not context.endswith(after) or not after:
-            return None
-        return context[len(before) : len(context) - len(after)]
 
     def check(self, instruction: str) -> None:
         """Raises InputError where the chat template does not write a system message."""
@@ -103,8 +88,3 @@ def with_instruction(chat: Sequence[Message], instruction: str) -> list[Message]
     """A conversation under a system instruction, which takes the place of a task's own."""
     rest = list(chat[1:]) if chat and chat[0]["role"] == "system" else list(chat)
     return [turn("system", instruction), *rest] if instruction else list(chat)
-
-
-def in_parts(chat: Sequence[Message]) -> list[Message]:
-    """A conversation whose texts are parts, as templates of vision-language models take them."""
-    return [turn(one["role"], one["content"]) if isinstance(one["content"], str) else one for one in chat]

@@ -24,7 +24,7 @@ from .efficiency import RowCost
 from .failures import InputError, SampleError, first_line
 from .gen_kwargs import read_generation
 from .generation import Answer, answer_batch
-from .instructions import Instructions, in_parts, with_instruction
+from .instructions import Instructions, with_instruction
 from .journal import Journal, request_key
 from .loading import load_model
 from .model_args import parse_model_args
@@ -119,7 +119,7 @@ class VTPrune(lmms):
             )
             with told_untrained(logger.warning):
                 vtprune.wrap(self.model, asked, positions=positions)
-        self._instructions = Instructions(self.apply_chat_template)
+        self._instructions = Instructions(self._write)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:
@@ -137,19 +137,17 @@ class VTPrune(lmms):
 
     @property
     def chat_template(self) -> str:
-        """The model's own, which writes every prompt with `--apply_chat_template` and without."""
-        return str(self.processor.chat_template)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Identifies the template in lmms-eval's cache of requests."""
-        return str(self.processor.tokenizer.name_or_path).replace("/", "__")
-
-    def apply_chat_template(self, chat_history: Sequence[Message]) -> str:
-        """A conversation as the model's template writes it; lmms-eval's context under `--apply_chat_template`."""
-        written: str = self.processor.apply_chat_template(
-            in_parts(chat_history), tokenize=False, add_generation_prompt=True
+        """What lmms-eval asks for under `--apply_chat_template`, which its chat tasks cannot carry out."""
+        raise InputError(
+            "apply_chat_template: leave it out; every prompt goes through the model's own chat template already, and "
+            "lmms-eval cannot build the contexts of chat tasks with it"
         )
+
+    apply_chat_template = chat_template
+
+    def _write(self, chat: Sequence[Message]) -> str:
+        """A conversation as the model's chat template writes it."""
+        written: str = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return written
 
     @property

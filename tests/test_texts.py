@@ -46,7 +46,9 @@ def test_values_are_read(text: str, value: Any) -> None:
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize("value", [3, 0.1, True, None, "", "word", "25%", "64", "None", "a+b", "it's", (1,), ((), "x")])
+@pytest.mark.parametrize(
+    "value", [3, 0.1, True, None, "", "word", "25%", "64", "None", "a+b", "it's", (1,), ((), "x")]
+)
 def test_values_read_back_as_they_were(value: Any) -> None:
     assert parse_value(show_value(value)) == value
 
@@ -79,7 +81,11 @@ def test_one_text_means_the_same_in_every_place(tmp_path: Path) -> None:
     assert build_settings([text], [0.25])[1].pruners() == wanted
     assert _method(Source(text)) == wanted
     assert _method(Source("pyramid_drop", keep=0.5, options=("layers=(1,2)",))) == wanted
-    for arguments in (f"method={text}", "method=pyramid_drop,keep=0.5,layers=(1,2)", "layers=[1,2],keep=50%,method=pyramid_drop"):
+    for arguments in (
+        f"method={text}",
+        "method=pyramid_drop,keep=0.5,layers=(1,2)",
+        "layers=[1,2],keep=50%,method=pyramid_drop",
+    ):
         assert resolve(parse_model_args(arguments, ("method", "pretrained"))["method"]) == wanted
     vtprune.save_config(wanted, tmp_path)
     assert resolve(str(tmp_path)) == wanted
