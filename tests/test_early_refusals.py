@@ -36,19 +36,16 @@ def test_the_cause_of_a_retry_is_named() -> None:
         fetch()
     assert first_line(caught.value) == "no route to the hub"
     assert explain(caught.value) == "ConnectionError: no route to the hub"
-    try:
-        try:
-            raise OSError("the file is gone")
-        except OSError as error:
-            raise RuntimeError("cannot generate the data set") from error
-    except RuntimeError as error:
-        assert explain(error) == "RuntimeError: cannot generate the data set (because of OSError: the file is gone)"
+    outer = RuntimeError("cannot generate the data set")
+    outer.__cause__ = OSError("the file is gone")
+    assert explain(outer) == "RuntimeError: cannot generate the data set (because of OSError: the file is gone)"
 
 
 def test_data_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "vtprune_gone.yaml").write_text(
-        f"task: vtprune_gone\ndataset_path: parquet\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/gone.parquet\n"
+        "task: vtprune_gone\ndataset_path: parquet\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path}/gone.parquet\n"
         "test_split: test\noutput_type: generate_until\ndoc_to_text: question\ndoc_to_target: answer\n"
     )
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)

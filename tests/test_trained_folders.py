@@ -73,10 +73,10 @@ def test_the_bundled_trained_folder_knows_its_base() -> None:
 
 
 @pytest.mark.parametrize("pruner", BRING, ids=label)
-def test_an_untrained_method_says_so_once_and_where(pruner: Pruner, tmp_path: Path) -> None:
+def test_an_untrained_method_says_so_once(pruner: Pruner, tmp_path: Path) -> None:
     model = make("llava-clip")
     with pytest.warns(vtprune.UntrainedWarning, match=f"{pruner.name} is untrained: ") as told:
-        vtprune.wrap(model, [vtprune.Grid(keep=1.0), pruner] if pruner.name == "none" else pruner)
+        vtprune.wrap(model, pruner)
     assert [one.filename for one in told] == [__file__]
     vtprune.save(model, tmp_path)
     vtprune.unwrap(model)
