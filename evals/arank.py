@@ -18,17 +18,19 @@ from vtprune.files import held, refuse_foreign, write_bytes, write_json
 from vtprune.json_files import read_json
 from vtprune.routing import GammaMoD
 from vtprune.routing.arank import choose, rank_layers
+from vtprune.texts import show
 
-from .failures import InputError
-from .loading import first_line, is_local, load_model
+from .failures import InputError, first_line
+from .loading import is_local, load_model
 from .plots import COLOURS, figure_png
 from .progress import Steps
-from .prompts import encode, place, question
+from .prompts import check_text, encode, place, question
 from .records import RANKS
 from .suite import prepare_environment
 from .tune_data import Sample, draw_shapes, read_folder
 
 FORMAT = "vtprune-arank"
+DEFAULT_QUESTION = "Describe the image."
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ARankConfig:
     share: float | None = None
     model: str | None = None
     data: Path | None = None
-    question: str = "Describe the image."
+    question: str | None = None
     samples: int = 16
     seed: int = 0
     device: str | None = None
@@ -78,6 +80,8 @@ def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: st
     """The run itself, once the folder is held."""
     prepare_environment(offline=is_local(config.model or str(TINY_LLAVA)))
     model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
+    for sample in samples:
+        check_text(processor, sample.question, f"data: {sample.name}")
     depth = model.config.get_text_config().num_hidden_layers
     count = config.count
     if count is None and config.share is None:
@@ -106,7 +110,8 @@ def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: st
     write_bytes(plot, arank_png(ranks, layers, f"{name}, {len(samples)} samples"))
     console.print(_table(ranks, layers))
     console.print(f"layers={layers}", style="bold", highlight=False)
-    console.print(f'vtprune.wrap(model, "gamma_mod", layers={layers})', style="dim", highlight=False)
+    text = show(GammaMoD(layers=layers))
+    console.print(f"vtprune.wrap(model, \"{text}\"), vtprune train '{text}'", style="dim", highlight=False)
     console.print(f"wrote {config.output}, {plot}", highlight=False)
     return data
 
@@ -114,9 +119,12 @@ def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: st
 def _samples(config: ARankConfig, console: Console) -> tuple[list[Sample], str]:
     """Pictures with a question each, and where they came from."""
     if config.data is not None:
-        found = read_folder(config.data, config.question, config.samples, 0, config.seed)
+        asked = DEFAULT_QUESTION if config.question is None else config.question
+        found = read_folder(config.data, asked, config.samples, 0, config.seed)
         if len(found.search) < config.samples:
             console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
+    elif config.question is not None:
+        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
     elif config.model is not None:
         raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
     else:

@@ -17,19 +17,23 @@ from vtprune.errors import PictureError
 from vtprune.files import check_writable, write_bytes
 from vtprune.pictures import exif_of, open_picture
 from vtprune.report import Report
+from vtprune.texts import folder_text, show_keep
 
-from .failures import InputError
+from .failures import InputError, first_line
+from .gen_kwargs import read_generation
 from .generation import Answer, answer_batch
-from .loading import first_line, load_model
+from .loading import load_model
 from .overlay import compare, seen_image
-from .prompts import encode, question
-from .settings import UNPRUNED, Setting, build_settings, show_keep
+from .prompts import check_text, encode, question
+from .settings import UNPRUNED, Setting, build_settings, holds_method, takes_keep
 from .timing import PrefillTimes, measure_prefill
+from .untrained import quiet_untrained
 
 STOPS = ("\n\n",)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # The EXIF tag that says which program made a picture, and what stands there in those that are written here.
 SOFTWARE, MADE_BY = 0x0131, "vtprune ask"
+DEFAULT_METHOD, DEFAULT_KEEP = "flowcut", 0.25
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def compare_answers(
     label: str = "pruned",
 ) -> Asked:
     """Asks an unwrapped model and the same model under the pruner, which may be all that `vtprune.wrap` takes."""
+    check_text(processor, text, "question")
     try:
         inputs = encode(processor, [question(image, text)])
     except ValueError as error:
@@ -95,8 +100,7 @@ def compare_answers(
                 model,
                 processor.tokenizer,
                 inputs,
-                max_new_tokens=max_new_tokens,
-                stops=STOPS,
+                generation=read_generation({"until": list(STOPS)}, max_new_tokens),
             )
             report = vtprune.report(model)
     times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
@@ -136,25 +140,35 @@ def run_ask(
     text: str,
     console: Console,
     *,
-    method: str,
-    keep: int | float,
+    method: str | None = None,
+    keep: int | float | None = None,
     output: Path,
     model_name: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
     max_new_tokens: int = 128,
 ) -> Asked:
-    """Answers, prints the table and writes the picture; raises VTPruneError or RunError."""
-    if method == UNPRUNED:
+    """Answers, prints the table and writes the picture; raises VTPruneError or RunError.
+
+    method None: what lies in the model's folder, else flowcut; keep None: 25%, where the method does not say its own.
+    """
+    if method is None:
+        method = DEFAULT_METHOD if model_name is None or not holds_method(model_name) else folder_text(model_name)
+    if keep is not None and not takes_keep(method) and method != UNPRUNED:
+        raise InputError(f"keep: {method} says how much it keeps itself; leave out --keep")
+    setting = build_settings([method], [DEFAULT_KEEP if keep is None else keep])[-1]
+    if setting.method == UNPRUNED:
         raise InputError("method: 'none' is what the other method is compared with; name another")
-    setting = build_settings([method], [keep])[-1]
     image = read_image(image_path)
     check_output(output, image_path)
     model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
-    asked = compare_answers(
-        model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens, label=_label(setting)
-    )
+    with quiet_untrained():
+        asked = compare_answers(
+            model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens, label=_label(setting)
+        )
     console.print(table(asked, setting.label))
+    if setting.untrained:
+        console.print(setting.untrained, highlight=False, soft_wrap=True)
     for note in asked.report.samples[0].images[0].notes:
         console.print(note, style="dim", highlight=False)
     before = output.exists()

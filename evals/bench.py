@@ -11,14 +11,16 @@ from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
 from vtprune.files import held, write_bytes, write_text
+from vtprune.texts import show_keep
 
 from .failures import InputError
 from .loading import is_local
 from .progress import Estimate, Steps
 from .results import FILE, PLOT, TABLE, Results, code_fingerprint, machine, model_fingerprint, versions
-from .settings import Setting, build_settings, show_keep
+from .settings import Setting, build_settings
 from .suite import BUNDLED_TASK, data_fingerprint, open_suite, prepare_environment
 from .tables import main_scores, show_score
+from .untrained import quiet_untrained
 
 # Enough for a standard error of at most 2.3 points, whatever the accuracy.
 DEFAULT_LIMIT = 500
@@ -73,7 +75,7 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         if results.moved is not None:
             why = "results of other code" if config.resume else "the earlier results"
             console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
-        with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite:
+        with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite, quiet_untrained():
             _run(config, pretrained, suite, results, settings, console)
         _write_outputs(config, results, console)
         return results.data
@@ -120,7 +122,10 @@ def _run(
         pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
     )
     settings, left_out = check_settings(model, settings, lenient=config.lenient)
-    results.data.update(versions=versions(), machine=machine(model), left_out=left_out)
+    untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
+    results.data.update(versions=versions(), machine=machine(model), left_out=left_out, untrained=untold)
+    for text in untold.values():
+        console.print(text, highlight=False, soft_wrap=True)
     batch = config.batch_size or default_batch(model)
     lm = VTPrune(model=model, processor=processor, batch_size=batch, max_new_tokens=config.max_new_tokens)
     missing = [setting for setting in settings if setting.key() not in results.settings]

@@ -1,4 +1,4 @@
-"""Greedy answers to one batch, with what each cost."""
+"""Answers to one batch, with what each cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import vtprune
 
 from .efficiency import RowCost, row_costs
+from .gen_kwargs import Generation
 from .prompts import place
 
 
@@ -95,15 +96,14 @@ def answer_batch(
     tokenizer: Any,
     inputs: Any,
     *,
-    max_new_tokens: int,
-    stops: Sequence[str] = (),
+    generation: Generation,
 ) -> list[Answer]:
-    """Greedy answers of a wrapped model to a left-padded batch."""
+    """Answers of a wrapped model to a left-padded batch."""
     inputs = place(inputs, model)
     prompt = inputs["input_ids"].shape[1]
     clock = FirstTokenClock()
     criteria = StoppingCriteriaList([clock])
-    stops = [stop for stop in stops if stop]
+    stops = generation.stops
     if stops:
         criteria.append(StopAtText(tokenizer, stops, prompt))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -111,19 +111,15 @@ def answer_batch(
     start = time.perf_counter()
     ids = model.generate(
         **inputs,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
+        **generation.arguments,
         pad_token_id=pad,
         stopping_criteria=criteria,
     )
     synchronise(model.device)
     seconds = time.perf_counter() - start
     rows = ids[:, prompt:].tolist()
-    costs = row_costs(vtprune.report(model), (clock.time or start) - start)
+    # Each row's beams stand together in the report, and have its prompt's cost.
+    costs = row_costs(vtprune.report(model), (clock.time or start) - start)[:: generation.arguments["num_beams"]]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     ends = _end_tokens(model)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()

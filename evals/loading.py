@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from vtprune.assets import TINY_LLAVA
 
-from .failures import InputError
+from .failures import InputError, first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -70,9 +70,3 @@ def load_model(
         raise InputError(f"model: the processor of {name} has no chat template, so no prompt can be built")
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says anything, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .failures import InputError
+
 Message = dict[str, Any]
 
 
@@ -25,6 +27,31 @@ def images_of(chat: Sequence[Message]) -> list[Any]:
         for part in message["content"]
         if part["type"] == "image"
     ]
+
+
+def media_marks(processor: Any) -> tuple[str, ...]:
+    """The texts that a processor takes for the place of a picture, a video or a sound."""
+    names = ("image_token", "video_token", "audio_token")
+    found = (getattr(processor, name, None) for name in names)
+    return tuple(dict.fromkeys(mark for mark in found if isinstance(mark, str) and mark))
+
+
+def check_text(processor: Any, text: str, what: str) -> None:
+    """Raises InputError, naming `what`, for a text that holds what the processor takes for a picture's place."""
+    for mark in media_marks(processor):
+        if mark in text:
+            raise InputError(
+                f"{what}: its text holds {mark!r}, which this model reads as the place of a picture and not as text; "
+                f"write it otherwise, as {' '.join((mark[:1], mark[1:-1], mark[-1:]))!r}"
+            )
+
+
+def check_chat(processor: Any, chat: Sequence[Message], what: str) -> None:
+    """`check_text` for every text of a conversation."""
+    for message in chat:
+        content = message["content"]
+        for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:
+            check_text(processor, text, what)
 
 
 def encode(processor: Any, chats: Sequence[list[Message]]) -> Any:

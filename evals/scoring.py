@@ -22,12 +22,11 @@ from transformers import LlamaConfig, LlamaModel
 from vtprune.errors import VTPruneError
 from vtprune.model_cost import TransformerCost
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
-from vtprune.registry import create
+from vtprune.resolving import resolve
 from vtprune.selection import EncoderSelection
 from vtprune.signals import LayerSignals
 from vtprune.stream import EncoderLayer, VisionStream
-
-from .settings import parse_method
+from vtprune.texts import parse_method
 
 # The decoder of Llama-7B, and the tower of CLIP ViT-L/14 up to the layer that feeds it.
 DECODER = TransformerCost(
@@ -130,9 +129,9 @@ def check_stage(pruner: Pruner) -> None:
 
 def pruner_of(text: str, keep: int) -> Pruner:
     """The method of "name" or "name:option=value"."""
-    name, options = parse_method(text)
+    parse_method(text)
     facts = ModelFacts(True, ENCODER_DEPTH, DECODER.layers, 1)
-    return create(name, keep=keep, **dict(options)).for_model(facts)
+    return resolve(text, keep=keep)[0].for_model(facts)
 
 
 def scoring_run(pruner: Pruner, tokens: int) -> Callable[[], None]:

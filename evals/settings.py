@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.assets import TRAINED
-from vtprune.config import load_config, to_dict
+from vtprune.config import CONFIG_NAME, load_config, to_dict
 from vtprune.errors import VTPruneError
-from vtprune.pruner import Pruner, check_keep
+from vtprune.pruner import Pruner
 from vtprune.pruners.staged import Staged
-from vtprune.registry import available, create, pruner_class
-from vtprune.weights import WEIGHTS_NAME
-from vtprune.wrap import resolve
+from vtprune.registry import available, create, pruner_class, read_options
+from vtprune.resolving import resolve
+from vtprune.texts import Stage, parse_entry
+from vtprune.weights import WEIGHTS_NAME, untrained
 
 from .failures import InputError
 
@@ -33,24 +32,6 @@ STAGED_ABLATION_KEEP = 0.5
 DEFAULT_KEEPS: tuple[int | float, ...] = (0.25, 0.11)
 ALL_KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11, 0.05)
 UNPRUNED = "none"
-
-
-def parse_keep(text: str) -> int | float:
-    """`64` is a count of tokens, `0.25` and `25%` are fractions; "1" is one token, "1.0" is everything."""
-    text = text.strip()
-    try:
-        keep: int | float
-        if text.endswith("%"):
-            keep = float(text[:-1]) / 100
-        else:
-            keep = int(text) if text.lstrip("+-").isdecimal() else float(text)
-        check_keep(keep)
-    except ValueError as error:
-        raise InputError(
-            f"keep: cannot take {text!r}; give a count of vision tokens per image (64), a fraction in (0, 1] "
-            "(0.25) or a percentage (25%)"
-        ) from error
-    return keep
 
 
 def parse_flops(text: str) -> float:
@@ -67,28 +48,13 @@ def parse_flops(text: str) -> float:
     return share
 
 
-def parse_value(text: str) -> Any:
-    """A method's option as given on a command line: JSON where it is JSON, else the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def show_keep(keep: int | float | None) -> str:
-    """The shortest text that `parse_keep` reads back; a dash for the method's own setting."""
-    if keep is None:
-        return "-"
-    return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
-
-
 @dataclass(frozen=True)
 class Setting:
     """One row of a sweep: a method, how much it keeps and its other options, or what a folder's config says.
 
-    config: the content of a vtprune_config.json as JSON; method and keep then only tell what is in it, and
-    title is the folder's name. folder: where trained weights are read from, and the model itself if it lies there
-    too; stamp: identifies what lies there.
+    config: the content of a vtprune_config.json as JSON, for a folder and for several stages; method and keep then
+    only tell what is in it, and title is the folder's name or the stages' text. folder: where trained weights are read
+    from, and the model itself if it lies there too; stamp: identifies what lies there.
     """
 
     method: str
@@ -102,7 +68,7 @@ class Setting:
     @property
     def label(self) -> str:
         """The method with its options, as the command line takes it; a folder's name."""
-        return self.title or ":".join([self.method, *(f"{name}={value}" for name, value in self.options)])
+        return self.title or Stage(self.method, self.options).text
 
     def key(self) -> str:
         """Identifies the setting inside one run, a folder by what its config says; 1 and 1.0 differ."""
@@ -125,14 +91,14 @@ class Setting:
         """The folder with the model that the weights were trained with, "" where any model will do."""
         return self.folder if self.folder and (Path(self.folder) / "config.json").is_file() else ""
 
+    @property
+    def untrained(self) -> str:
+        """What a message says where methods of this setting have to be trained and are not, "" elsewhere."""
+        return "" if self.folder else untrained(self.pruners())
+
     def pruner(self) -> Pruner:
         """The pruner itself, the last of several; raises VTPruneError for an unknown method or option."""
         return self.pruners()[-1]
-
-
-def is_folder(text: str) -> bool:
-    """Whether an entry of `--methods` names a folder: a path, or a folder that is there and no method's name."""
-    return text.partition(":")[0] not in available() and (os.sep in text or Path(text).is_dir())
 
 
 def folder_setting(folder: str) -> Setting:
@@ -157,17 +123,9 @@ def _stamp(folder: Path) -> str:
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
-def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """`flowcut` or `flowcut:variant=released`: a name and its options."""
-    # A value may hold a colon itself (clip=hf-hub:...): an option begins where a name and "=" follow one.
-    name, *parts = re.split(r":(?=[^:=/]*(?:=|$|:))", text.strip())
-    options = []
-    for part in parts:
-        key, found, value = part.partition("=")
-        if not found or not key:
-            raise InputError(f"cannot read {text!r}: options follow the method as name:option=value")
-        options.append((key, parse_value(value)))
-    return name, tuple(options)
+def holds_method(folder: str) -> bool:
+    """Whether a model's folder holds a method, too."""
+    return (Path(folder) / CONFIG_NAME).is_file()
 
 
 def all_methods() -> list[str]:
@@ -193,29 +151,72 @@ def ablations() -> list[str]:
 
 def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list[Setting]:
     """The unpruned model, then every method at every keep, or at the one among its options, and every folder at its
-    own; raises InputError for what does not exist."""
+    own; raises InputError for what does not exist.
+
+    Of several stages that are joined by +, `keeps` is for the last one; the others say their own, or have their
+    method's.
+    """
     keeps = list(keeps)
     settings = [Setting(UNPRUNED)]
     try:
         for text in methods:
-            if is_folder(text):
-                settings.append(folder_setting(text))
-                continue
-            name, options = parse_method(text)
-            own = [parse_keep(str(value)) for option, value in options if option == "keep"]
-            others = tuple(option for option in options if option[0] != "keep")
-            if name != UNPRUNED:
-                settings += [Setting(name, keep, others) for keep in own or keeps]
+            stages = parse_entry(text)
+            if len(stages) > 1:
+                settings += _joined(stages, keeps)
+            elif stages[0].folder:
+                settings.append(folder_setting(stages[0].name))
+            else:
+                settings += _single(stages[0], keeps)
         for setting in settings:
             setting.pruners()
     except (VTPruneError, TypeError) as error:
         raise InputError(str(error)) from error
     # Two folders may have one name; what they hold tells them apart.
     unique = {setting.key(): setting for setting in settings}
-    titles = Counter(setting.label for setting in unique.values() if setting.config)
+    titles = Counter((setting.label, setting.keep) for setting in unique.values() if setting.config)
     return [
         replace(setting, title=f"{setting.title}-{key[:4]}")
-        if setting.config and titles[setting.label] > 1
+        if setting.config and titles[setting.label, setting.keep] > 1
         else setting
         for key, setting in unique.items()
     ]
+
+
+def takes_keep(method: str) -> bool:
+    """Whether an entry of `--methods` leaves open how much is kept; raises InputError for what cannot be read."""
+    last = parse_entry(method)[-1]
+    return not last.folder and last.name != UNPRUNED and "keep" not in dict(last.options)
+
+
+def _single(stage: Stage, keeps: Sequence[int | float]) -> list[Setting]:
+    """A method at every keep, or at its own."""
+    options = read_options(stage.name, dict(stage.options))
+    own = [options.pop("keep")] if "keep" in options else []
+    if stage.name == UNPRUNED:
+        if own not in ([], [None], [1.0]) or (own == [1] and type(own[0]) is int):
+            raise InputError(f"keep: {UNPRUNED} prunes nothing, so keep={own[0]!r} would not be met")
+        return []
+    return [Setting(stage.name, keep, tuple(options.items())) for keep in own or keeps]
+
+
+def _joined(stages: Sequence[Stage], keeps: Sequence[int | float]) -> list[Setting]:
+    """Several stages in one, at every keep of the last one, or at its own."""
+    last = stages[-1]
+    title = "+".join(stage.text for stage in stages)
+    if last.folder or "keep" in dict(last.options):
+        texts = [title]
+    else:
+        separator = "," if last.options else ":"
+        texts = [f"{title}{separator}keep={keep!r}" for keep in keeps]
+    found = []
+    for text in texts:
+        pruners = resolve(text)
+        found.append(
+            Setting(
+                "+".join(pruner.name for pruner in pruners),
+                pruners[-1].keep,
+                config=json.dumps(to_dict(pruners), sort_keys=True),
+                title=title,
+            )
+        )
+    return found

@@ -36,11 +36,12 @@ from vtprune.evals.overhead import (
 )
 from vtprune.evals.replay import Recorded, record
 from vtprune.evals.research import ResearchModel
-from vtprune.evals.settings import build_settings, parse_keep
+from vtprune.evals.settings import build_settings
 from vtprune.files import check_new_file, write_json
 from vtprune.model_cost import model_cost
 from vtprune.pruner import Pruner
 from vtprune.report import Report
+from vtprune.texts import parse_keep, split_entries
 
 # Rounds that are measured however long they take, and at the most.
 FEWEST, MOST = 3, 15
@@ -217,7 +218,7 @@ def main(
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit()]
     if not counts or any(count < own or count % own for count in counts):
         raise typer.BadParameter(f"tokens: multiples of {own} (one image), separated by commas, got {tokens!r}")
-    pruners = [one.pruner() for one in build_settings(methods.split(","), [parse_keep(keep)])[1:]]
+    pruners = [one.pruner() for one in build_settings(split_entries(methods), [parse_keep(keep)])[1:]]
     model, console, written = build_model(SIZES[size], place, kind), Console(width=170), []
     for count in counts:
         inputs = build_inputs(SIZES[size], place, kind, count // own)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import logging
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from vtprune.assets import SHAPES_EVAL
 from vtprune.files import write_text, write_with
 
-from .failures import InputError
+from .failures import InputError, explain
 
 BUNDLED_TASK = "vtprune_shapes"
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -97,11 +98,38 @@ def _find(names: Sequence[str], folders: list[str]) -> tuple[Any, list[str]]:
     return manager, [name for name in names if name not in manager.all_tasks]
 
 
+def _check_data(names: Sequence[str], manager: Any) -> None:
+    """Loads the data of every task, before a model is; raises InputError that names what cannot be had, and why."""
+    for name in names:
+        try:
+            # datasets' own progress bars go to stderr, whatever is said to it once it has been imported.
+            with redirect_stderr(io.StringIO()):
+                manager.load_task_or_group([name], "chat")
+        except Exception as error:
+            source = _data_set(name, manager)
+            raise InputError(
+                f"tasks: cannot load the data of {name}{f' ({source})' if source else ''}: {explain(error)}"
+            ) from error
+
+
+def _data_set(name: str, manager: Any) -> str:
+    """The data set that a task's file names, "" where it names none."""
+    from lmms_eval.utils import load_yaml_config
+
+    try:
+        found = load_yaml_config(manager.task_index[name]["yaml_path"], mode="simple")
+        return str(found.get("dataset_path") or "")
+    except (KeyError, TypeError, OSError, ValueError, AttributeError):
+        return ""
+
+
 @contextmanager
 def open_suite(
     tasks: Sequence[str], limit: int | None, seed: int, include_path: Path | None = None
 ) -> Iterator[Suite]:
-    """The tasks, ready to run; raises InputError for an unknown one. Its files are gone afterwards.
+    """The tasks, ready to run, and files that are gone afterwards.
+
+    Raises InputError for an unknown task, and for one whose data cannot be loaded.
 
     The bundled task takes `limit` as a stratified sample drawn with `seed`, others as their first samples.
     """
@@ -123,4 +151,5 @@ def open_suite(
             near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"tasks: lmms-eval knows no task {', '.join(map(repr, unknown))}{hint}")
+        _check_data(names, manager)
         yield Suite(names, manager, limit)

@@ -12,14 +12,15 @@ from typing import Any
 
 import vtprune
 from vtprune.registry import available, create
+from vtprune.texts import show_keep
 
-from .failures import InputError, RunError
+from .failures import InputError, RunError, explain, first_line
 from .journal import Journal
 from .lmms_model import VTPrune
-from .loading import first_line, load_model
+from .loading import load_model
 from .results import Results
 from .scores import all_metrics, sample_scores, task_scores
-from .settings import UNPRUNED, Setting, show_keep
+from .settings import UNPRUNED, Setting
 from .suite import Suite
 from .timing import measure_prefill
 
@@ -196,8 +197,7 @@ def _told(setting: Setting) -> Any:
     except RunError as error:
         raise RunError(f"{setting.label} at keep={setting.keep}: {error}") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise RunError(f"{setting.label} at keep={setting.keep}: {reason}") from error
+        raise RunError(f"{setting.label} at keep={setting.keep}: {explain(error)}") from error
 
 
 def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) -> tuple[list[Setting], dict[str, str]]:

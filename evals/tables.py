@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from .settings import UNPRUNED, show_keep
+from vtprune.texts import show_keep
+
+from .settings import UNPRUNED
 
 Record = dict[str, Any]
 Cell = Callable[[Record], str]
@@ -158,6 +160,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         "above the grid baseline, which scores nothing, at the same keep.",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
     ]
+    lines += [f"{label}: {text}." for label, text in data.get("untrained", {}).items()]
     lines += [f"Left out: {name}: {reason}." for name, reason in data.get("left_out", {}).items()]
     return lines
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from vtprune.adapters import adapter_for
 from vtprune.assets import TINY_LLAVA
 from vtprune.files import held
-from vtprune.registry import available, create
+from vtprune.registry import available, create, read_options
+from vtprune.texts import parse_entry
 
 from .bench import default_batch
 from .failures import InputError
 from .loading import is_local, load_model, pick_device
 from .progress import Steps
 from .results import machine, model_fingerprint, versions
-from .settings import parse_method
 from .suite import prepare_environment
 from .tune_budget import FlopsBudget, TokenBudget
 from .tune_data import Calibration, draw_shapes, read_folder
@@ -50,7 +50,7 @@ class TuneConfig:
     flops: float | None = None
     model: str | None = None
     data: Path | None = None
-    question: str = DEFAULT_QUESTION
+    question: str | None = None
     samples: int = DEFAULT_SAMPLES
     check_samples: int = DEFAULT_SAMPLES
     trials: int = DEFAULT_TRIALS
@@ -129,8 +129,11 @@ def _method(config: TuneConfig) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{name.replace('_', '-')}: at least {least}, got {getattr(config, name)}")
     if config.keep == 1.0 and isinstance(config.keep, float):
         raise InputError("keep: at 100% nothing is pruned, so there is nothing to tune")
-    method, parts = parse_method(config.method)
-    options = dict(parts)
+    stages = parse_entry(config.method)
+    if len(stages) > 1 or stages[0].folder:
+        what = "a list of methods" if len(stages) > 1 else "a folder, whose options are set"
+        raise InputError(f"method: {config.method} is {what}; a search takes one method by name, as holov:tau=1")
+    method, options = stages[0].name, read_options(stages[0].name, dict(stages[0].options))
     if "keep" in options:
         raise InputError(f"method: the budget is --keep or --flops, not an option of {method}")
     pruner = create(method, **options, keep=config.keep)
@@ -147,7 +150,10 @@ def _calibration(config: TuneConfig, console: Console) -> Calibration:
         def tell(text: str) -> None:
             console.print(text, highlight=False)
 
-        return read_folder(config.data, config.question, config.samples, config.check_samples, config.seed, tell)
+        asked = DEFAULT_QUESTION if config.question is None else config.question
+        return read_folder(config.data, asked, config.samples, config.check_samples, config.seed, tell)
+    if config.question is not None:
+        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
     if config.model is not None:
         raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
     return draw_shapes(config.samples, config.check_samples, config.seed)

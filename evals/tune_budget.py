@@ -11,8 +11,8 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner
 from vtprune.registry import create
+from vtprune.texts import show_keep
 
-from .settings import show_keep
 from .tune_measure import Measured, Meter
 from .tune_space import Params, setting_key
 

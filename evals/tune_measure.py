@@ -15,9 +15,8 @@ from vtprune.adapters import adapter_for
 from vtprune.pruner import Pruner
 
 from .efficiency import row_costs
-from .failures import InputError
-from .loading import first_line
-from .prompts import encode, place, question
+from .failures import InputError, first_line
+from .prompts import check_text, encode, place, question
 from .tune_data import Sample
 
 
@@ -52,6 +51,8 @@ class Meter:
     def __init__(self, model: Any, processor: Any, samples: Sequence[Sample], batch_size: int) -> None:
         self.model, self.samples = model, list(samples)
         self._inner = adapter_for(model).inner
+        for sample in samples:
+            check_text(processor, sample.question, f"data: {sample.name}")
         chats = [question(sample.image, sample.question) for sample in samples]
         parts = range(0, len(chats), batch_size)
         try:

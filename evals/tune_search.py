@@ -16,8 +16,7 @@ from vtprune.config import from_dict
 from vtprune.errors import ScoreError, VTPruneError
 from vtprune.pruner import Pruner, Tunable
 
-from .failures import InputError
-from .loading import first_line
+from .failures import InputError, first_line
 from .progress import Steps
 from .tune_budget import FlopsBudget, OverBudgetError, TokenBudget
 from .tune_measure import Measured, Meter

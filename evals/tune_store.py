@@ -18,11 +18,11 @@ from vtprune.config import CONFIG_NAME, from_dict, save_config
 from vtprune.errors import FileError, VTPruneError
 from vtprune.files import move_into, refuse_foreign, write_text, write_with
 from vtprune.json_files import read_json
+from vtprune.texts import parse_method
 
 from .failures import InputError
 from .records import SEARCH, SEARCH_HEAD
 from .results import WORDS, code_fingerprint
-from .settings import parse_method
 
 FORMAT = 1
 FILE = "search.json"

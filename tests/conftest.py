@@ -1,4 +1,4 @@
-"""The options of the fuzz; and what the fast tests leave out of the matrix is marked as slow."""
+"""The options of the fuzz, warnings that tests cause on purpose, and what the fast tests leave out of the matrix."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def _case(item: pytest.Function) -> Case | None:
     params = item.callspec.params
     axes = {axis: repr([params[name.strip()] for name in axis.split(",")]) for axis in names}
     return item.originalname, axes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Untrained weights are wrapped on purpose, so their warning is for its own tests: `pytest.warns` sees it."""
+    config.addinivalue_line("filterwarnings", "ignore::vtprune.UntrainedWarning")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,15 +14,8 @@ from vtprune import catalogue
 from vtprune.adapters import adapters
 from vtprune.cli import app
 from vtprune.evals.failures import InputError
-from vtprune.evals.settings import (
-    Setting,
-    ablations,
-    build_settings,
-    is_folder,
-    parse_keep,
-    parse_method,
-    show_keep,
-)
+from vtprune.evals.settings import Setting, ablations, build_settings
+from vtprune.texts import is_folder, parse_keep, parse_method, show_keep
 
 
 def run(*arguments: str | Path) -> Result:

@@ -138,7 +138,8 @@ def test_pictures_of_many_sizes_share_a_batch(tmp_path: Path, method: str) -> No
     manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
     found = []
     for batch in (1, 5):
-        lm = VTPrune(random_qwen_checkpoint(), method=method, keep=8, batch_size=batch)
+        keep = None if method == "none" else 8
+        lm = VTPrune(random_qwen_checkpoint(), method=method, keep=keep, batch_size=batch)
         samples = evaluate(lm, manager, "vtprune_sizes")["samples"]["vtprune_sizes"]
         counts = [sample["token_counts"][0] for sample in samples]
         found.append(

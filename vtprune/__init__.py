@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from vtprune.cost import FlopsBreakdown, flops, kv_bytes
     from vtprune.errors import (
         ScoreError,
+        UncheckedBaseWarning,
         UnknownPrunerError,
         UnsupportedCacheError,
         UnsupportedModelError,
+        UntrainedWarning,
         VTPruneError,
     )
     from vtprune.pruner import Pruner
@@ -95,9 +97,11 @@ __all__ = [
     "Selection",
     "SparseVLM",
     "Turbo",
+    "UncheckedBaseWarning",
     "UnknownPrunerError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
+    "UntrainedWarning",
     "VFlowOpt",
     "VTPruneError",
     "VisionStream",
@@ -127,9 +131,11 @@ export(
         "vtprune.cost": ("FlopsBreakdown", "flops", "kv_bytes"),
         "vtprune.errors": (
             "ScoreError",
+            "UncheckedBaseWarning",
             "UnknownPrunerError",
             "UnsupportedCacheError",
             "UnsupportedModelError",
+            "UntrainedWarning",
             "VTPruneError",
         ),
         "vtprune.pruner": ("Pruner",),

@@ -52,8 +52,9 @@ Tasks = Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas."
 Methods = Annotated[
     str | None,
     typer.Option(
-        help="Separated by commas; with options as flowcut:variant=released. See `vtprune list`. A folder with "
-        "vtprune_config.json is one too, at its own keep.",
+        help="Separated by commas; with options as fastv:keep=0.5,layers=(2,5): a comma goes on with a method's "
+        "options where a name and = follow. Stages joined by + are one method (visionzip:keep=64+fastv). A folder "
+        "with vtprune_config.json is one too, at its own keep. See `vtprune list`.",
         show_default="a short list; --all for every one; what the model cannot take is left out and named",
         rich_help_panel=PANEL,
     ),
@@ -61,7 +62,8 @@ Methods = Annotated[
 Keeps = Annotated[
     str | None,
     typer.Option(
-        help="Separated by commas: counts of tokens (64), fractions (0.25) or percentages (11%).",
+        help="Separated by commas: counts of tokens (64), fractions (0.25) or percentages (11%); for methods that "
+        "bring none of their own, and the last one of those joined by +.",
         show_default="0.25",
         rich_help_panel=PANEL,
     ),
@@ -121,7 +123,7 @@ def bench(
         from vtprune.evals.bench import BenchConfig, run_bench
 
         config = BenchConfig(
-            **_what_to_run(tasks, methods, keep, everything, limit, model is None),
+            **_what_to_run(tasks, methods, keep, everything, limit, model),
             output=output,
             model=model,
             device=device,
@@ -137,21 +139,33 @@ def bench(
 
 
 def _what_to_run(
-    tasks: str, methods: str | None, keep: str | None, everything: bool, limit: int | None, bundled: bool
+    tasks: str, methods: str | None, keep: str | None, everything: bool, limit: int | None, model: str | None
 ) -> dict[str, Any]:
     """The settings and questions that the options stand for, as fields of a BenchConfig."""
     from vtprune.evals import settings
     from vtprune.evals.bench import DEFAULT_LIMIT, SHORT_KEEPS, SHORT_METHODS
     from vtprune.evals.suite import BUNDLED_TASK
+    from vtprune.texts import folder_text, parse_keep, split_entries
 
     names = _split(tasks, "tasks")
+    if methods is not None and everything:
+        raise VTPruneError("methods: --all runs every method; give it or --methods, not both")
     if methods is not None:
-        chosen = _split(methods, "methods")
+        chosen = split_entries(methods)
+        if not chosen:
+            raise VTPruneError("methods: give at least one")
     else:
         chosen = settings.all_methods() + settings.ablations() if everything else list(SHORT_METHODS)
-        chosen += settings.trained_folders() if bundled else []
+        if model is None:
+            chosen += settings.trained_folders()
+        elif settings.holds_method(model):
+            chosen.append(folder_text(model))
     if keep is not None:
-        keeps = tuple(settings.parse_keep(part) for part in _split(keep, "keep"))
+        keeps = tuple(parse_keep(part) for part in _split(keep, "keep"))
+        if not any(settings.takes_keep(method) for method in chosen):
+            raise VTPruneError(
+                f"keep: none of {', '.join(chosen)} takes {keep!r}; they say how much they keep themselves"
+            )
     else:
         keeps = settings.ALL_KEEPS if everything else SHORT_KEEPS
     if limit is None and not everything and names == [BUNDLED_TASK]:
@@ -170,11 +184,20 @@ def ask(
     image: Annotated[Path, typer.Argument(help="A picture.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
     method: Annotated[
-        str, typer.Option(help="A method, with options as flowcut:variant=released. See `vtprune list`.")
-    ] = "flowcut",
+        str | None,
+        typer.Option(
+            help="A method, with options as fastv:layers=(2,5); several joined by +, as visionzip:keep=64+fastv; or a "
+            "folder with vtprune_config.json. See `vtprune list`.",
+            show_default="flowcut; what a --model folder was trained with",
+        ),
+    ] = None,
     keep: Annotated[
-        str, typer.Option(help="A count of tokens (64), a fraction (0.25) or a percentage (25%).")
-    ] = "0.25",
+        str | None,
+        typer.Option(
+            help="A count of tokens (64), a fraction (0.25) or a percentage (25%).",
+            show_default="0.25, unless the method says its own",
+        ),
+    ] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -191,14 +214,14 @@ def ask(
     """
     with one_line_errors(traceback):
         from vtprune.evals.ask import run_ask
-        from vtprune.evals.settings import parse_keep
+        from vtprune.texts import parse_keep
 
         run_ask(
             image,
             question,
             open_console(),
             method=method,
-            keep=parse_keep(keep),
+            keep=None if keep is None else parse_keep(keep),
             output=output,
             model_name=model,
             device=device,
@@ -210,7 +233,11 @@ def ask(
 @app.command()
 def tune(
     method: Annotated[
-        str, typer.Argument(help="A method; options that are given stay fixed, as holov:tau=1. See `vtprune list`.")
+        str,
+        typer.Argument(
+            help="A method; options that are given stay fixed, as holov:tau=1 or fastv:layers=(2,5). See "
+            "`vtprune list`."
+        ),
     ],
     keep: Annotated[
         str | None,
@@ -237,8 +264,11 @@ def tune(
         ),
     ] = None,
     question: Annotated[
-        str, typer.Option(help="Of pictures that come without one.", rich_help_panel=SAMPLES)
-    ] = "Describe the image.",
+        str | None,
+        typer.Option(
+            help="Of pictures that come without one.", show_default="Describe the image.", rich_help_panel=SAMPLES
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="To search on.", rich_help_panel=SAMPLES)] = 30,
     check_samples: Annotated[
         int,
@@ -274,8 +304,9 @@ def tune(
     Then: vtprune bench --methods holov,my-tune --keep 15%, or vtprune.wrap(model, "my-tune").
     """
     with one_line_errors(traceback):
-        from vtprune.evals.settings import parse_flops, parse_keep
+        from vtprune.evals.settings import parse_flops
         from vtprune.evals.tune import TuneConfig, run_tune
+        from vtprune.texts import parse_keep
 
         config = TuneConfig(
             method=method,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 from vtprune.errors import VTPruneError
 from vtprune.files import write_text
 from vtprune.pruner import Pruner
-from vtprune.registry import create, pruner_class
+from vtprune.registry import create_checked
 
 CONFIG_NAME = "vtprune_config.json"
 FORMAT = "vtprune"
@@ -101,67 +98,7 @@ def _unpack(data: dict[str, Any]) -> object:
 def _from_method(data: object) -> Pruner:
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise VTPruneError(f'a method is {{"method": name, **options}}, got {data!r}')
-    options = {key: value for key, value in data.items() if key != "method"}
-    hints = _hints(pruner_class(data["method"]))
-    for option, value in options.items():
-        hint = hints.get(option, Any)
-        options[option] = value = _as_tuple(value, hint)
-        if not _fits(value, hint):
-            raise VTPruneError(f"{data['method']}: {option} is of type {_readable(hint)}, got {value!r}")
-    return create(data["method"], **options)
-
-
-def _hints(cls: type[Pruner]) -> dict[str, Any]:
-    """Types of the fields; those of a plugin that names types only a type checker imports go unchecked."""
-    try:
-        return typing.get_type_hints(cls)
-    except NameError:
-        return {}
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    return typing.get_args(hint) if union else (hint,)
-
-
-def _as_tuple(value: object, hint: Any) -> object:
-    """JSON has no tuples: a list becomes one where the field takes a tuple and no list."""
-    kinds = {typing.get_origin(part) or part for part in _alternatives(hint)}
-    return tuple(value) if isinstance(value, list) and tuple in kinds and list not in kinds else value
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a JSON value is of a field's type; an int may stand for a float, a bool for neither."""
-    for part in _alternatives(hint):
-        kind = typing.get_origin(part) or part
-        if kind is Any or (kind is types.NoneType and value is None):
-            return True
-        if kind is typing.Literal:
-            if any(type(value) is type(choice) and value == choice for choice in typing.get_args(part)):
-                return True
-        elif kind in (int, float):
-            number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            if number and math.isfinite(typing.cast(float, value)):
-                return True
-        elif kind is tuple and isinstance(value, tuple):
-            if _items_fit(value, typing.get_args(part)):
-                return True
-        elif isinstance(kind, type) and kind is not tuple and isinstance(value, kind):
-            return True
-    return False
-
-
-def _items_fit(items: tuple[object, ...], hints: tuple[Any, ...]) -> bool:
-    if not hints:
-        return True
-    if len(hints) == 2 and hints[1] is Ellipsis:
-        return all(_fits(item, hints[0]) for item in items)
-    return len(items) == len(hints) and all(map(_fits, items, hints))
-
-
-def _readable(hint: Any) -> str:
-    names = (part.__name__ if isinstance(part, type) else str(part) for part in _alternatives(hint))
-    return " | ".join("None" if name == "NoneType" else name for name in names)
+    return create_checked(data["method"], {key: value for key, value in data.items() if key != "method"})
 
 
 def _refuse_constant(name: str) -> float:

@@ -1,10 +1,22 @@
-"""The exceptions that vtprune raises: each says what was wrong and what would be right."""
+"""The exceptions and warnings of vtprune: each says what was wrong and what would be right."""
 
 from __future__ import annotations
 
 
 class VTPruneError(ValueError):
     """Bad input or an unsupported combination; the message names both."""
+
+
+class InputError(VTPruneError):
+    """The request cannot be carried out as it stands; the message says what would be right."""
+
+
+class UntrainedWarning(UserWarning):
+    """A method that has to be trained runs with weights that nobody has trained."""
+
+
+class UncheckedBaseWarning(UserWarning):
+    """Nothing says on which base model some weights were trained, so it cannot be told whether this is it."""
 
 
 class UnknownPrunerError(VTPruneError, KeyError):

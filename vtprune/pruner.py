@@ -62,6 +62,8 @@ class Pruner:
 
     info: ClassVar[PrunerInfo]
     default_keep: ClassVar[int | float] = 0.25
+    # What a method with weights of its own does before they are trained, as a message tells it.
+    untrained: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from vtprune.catalogue import ENTRY_POINT_GROUP, METHODS, PrunerInfo
 from vtprune.errors import UnknownPrunerError, VTPruneError
+from vtprune.options import converted, fits, hints_of, lone_item, readable
 from vtprune.pruner import Pruner
 
 _pruners: dict[str, type[Pruner]] = {}
@@ -80,10 +81,45 @@ def pruner_class(name: str) -> type[Pruner]:
 
 
 def create(name: str, **options: Any) -> Pruner:
-    """A pruner by name; raises VTPruneError for an option that the method does not have."""
+    """A pruner by name, a list among its options as the tuple that it stands for.
+
+    Raises VTPruneError for an option that the method does not have.
+    """
     cls = pruner_class(name)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(options) - fields)
+    hints = hints_of(cls)
+    _refuse_unknown(cls, options)
+    return cls(**{option: converted(value, hints.get(option, Any)) for option, value in options.items()})
+
+
+def create_checked(name: str, options: dict[str, Any]) -> Pruner:
+    """`create`, for options out of a file; raises VTPruneError also for a value of another type."""
+    _check_types(pruner_class(name), options)
+    return create(name, **options)
+
+
+def read_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method as a text gives them, with layers=2 as the (2,) that it stands for; raises VTPruneError
+    for an unknown method or option, and for a value of another type."""
+    cls = pruner_class(name)
+    hints = hints_of(cls)
+    found = {option: lone_item(value, hints.get(option, Any)) for option, value in options.items()}
+    _check_types(cls, found)
+    return found
+
+
+def _check_types(cls: type[Pruner], options: dict[str, Any]) -> None:
+    _refuse_unknown(cls, options)
+    hints = hints_of(cls)
+    for option, value in options.items():
+        hint = hints.get(option, Any)
+        if not fits(converted(value, hint), hint):
+            raise VTPruneError(f"{cls.info.name}: {option} is of type {readable(hint)}, got {value!r}")
+
+
+def _refuse_unknown(cls: type[Pruner], options: Iterable[str]) -> None:
+    fields = sorted(field.name for field in dataclasses.fields(cls))
+    unknown = sorted(set(options) - set(fields))
     if unknown:
-        raise VTPruneError(f"{name} has no option {', '.join(unknown)}; it takes {', '.join(sorted(fields))}")
-    return cls(**options)
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise VTPruneError(f"{cls.info.name} has no option {', '.join(unknown)}; it takes {', '.join(fields)}{hint}")

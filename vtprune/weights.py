@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
-from vtprune.errors import VTPruneError
+from vtprune.base import BaseSample, sample_base
+from vtprune.errors import UncheckedBaseWarning, VTPruneError
 from vtprune.files import write_with
 from vtprune.offloading import held_weights, working_device
 from vtprune.pruner import ModelFacts, Pruner
@@ -63,14 +65,29 @@ def _lasting(value: Any) -> Any:
     return [_lasting(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def write_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> None:
-    """Writes the modules' weights, whole or not at all; raises VTPruneError where the folder cannot be written."""
+def untrained(pruners: Sequence[Pruner]) -> str:
+    """What a message says of the methods that bring weights, where nothing has trained them; "" where none does."""
+    found = {pruner.name: pruner.untrained for pruner in pruners if pruner.brings_weights()}
+    return "; ".join(f"{name} is untrained{': ' if what else ''}{what}" for name, what in found.items())
+
+
+def write_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None:
+    """Writes the modules' weights, and a sample of the base model's, whole or not at all.
+
+    Raises VTPruneError where the folder cannot be written.
+    """
     tensors = {
         f"{order}.{name}": tensor.contiguous()
         for order, module in modules.items()
         for name, tensor in held_weights(module).items()
     }
-    metadata = {"format": FORMAT, "version": VERSION, "base": config_hash(config), "model_type": config.model_type}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base": config_hash(core.config),
+        "model_type": core.config.model_type,
+        **sample_base(core, SUBMODULE).metadata(),
+    }
     write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
 
 
@@ -79,11 +96,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     write_with(path, lambda part: save_file(tensors, part, metadata=metadata))
 
 
-def read_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> None:
+def read_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None:
     """Reads what `write_weights` wrote into these modules.
 
     Raises VTPruneError, naming the file, if it is missing, cut short, of another base model, or of other modules, and
-    for modules whose weights accelerate keeps elsewhere.
+    for modules whose weights accelerate keeps elsewhere; warns where only the base's architecture could be checked.
     """
     path = folder / WEIGHTS_NAME
     if not path.exists():
@@ -96,13 +113,38 @@ def read_weights(modules: dict[int, nn.Module], folder: Path, config: Any) -> No
         raise VTPruneError(f"{path} is not a safetensors file (cut short?): {error}") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise VTPruneError(f"{path} does not hold weights of vtprune's methods")
-    own = config_hash(config)
+    _check_base(metadata, core, path)
+    _fill(modules, tensors, path)
+
+
+def _check_base(metadata: dict[str, str], core: Any, path: Path) -> None:
+    """Raises VTPruneError for another base than the one that the file's weights were trained on."""
+    own = config_hash(core.config)
     if metadata.get("base") != own:
         raise VTPruneError(
             f"{path} was trained on another base model ({metadata.get('model_type')}, config {metadata.get('base')}; "
-            f"this one is {config.model_type}, config {own}); load it on the base that it was trained on"
+            f"this one is {core.config.model_type}, config {own}); load it on the base that it was trained on"
         )
-    _fill(modules, tensors, path)
+    saved, found = BaseSample.from_metadata(metadata), sample_base(core, SUBMODULE)
+    if saved is not None and saved.adapted and not found.adapted:
+        raise VTPruneError(
+            f"{path} was trained with PEFT adapters on its base, and this model has none; load them first: "
+            "PeftModel.from_pretrained(base, adapter)"
+        )
+    same = None if saved is None else saved.matches(found)
+    if same is None:
+        reason = "says nothing of its base's weights" if saved is None else "tells of weights that are not found here"
+        warnings.warn(
+            f"{path} {reason}, so it cannot be checked that this is the base that it was trained on, only that the "
+            "architecture is the same; vtprune.save(model, folder) writes it anew",
+            UncheckedBaseWarning,
+            stacklevel=4,
+        )
+    elif not same:
+        raise VTPruneError(
+            f"{path} was trained on another base model: the architecture is the same, but its weights differ from "
+            "this model's; load it on the base that it was trained on"
+        )
 
 
 def _fill(modules: dict[int, nn.Module], tensors: dict[str, Tensor], path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,18 +16,19 @@ from transformers.cache_utils import Cache
 
 from vtprune import config
 from vtprune.adapters import adapter_for, core_model
-from vtprune.errors import VTPruneError
+from vtprune.errors import UntrainedWarning, VTPruneError
 from vtprune.generation import Generation
 from vtprune.hooks import Wrapping
 from vtprune.model_cost import model_cost
 from vtprune.order import check_order
 from vtprune.pruner import Pruner
-from vtprune.registry import create
 from vtprune.report import Report
-from vtprune.weights import SUBMODULE, attach, detach, make_modules, read_weights, write_weights
+from vtprune.resolving import folder_of, resolve
+from vtprune.weights import SUBMODULE, attach, detach, make_modules, read_weights, untrained, write_weights
 
 POSITIONS = ("original", "compact")
 ATTRIBUTE = "_vtprune"
+HOW_TO_TRAIN = "Train it (vtprune train), or wrap the model with the folder that holds trained weights"
 
 M = TypeVar("M")
 
@@ -35,13 +36,19 @@ M = TypeVar("M")
 def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) -> M:
     """Makes `model` prune its vision tokens, in place, and returns it.
 
-    pruner: a name (with the method's `options`), a Pruner, a list of them in stage order, a config dict, or a
-    folder holding vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt,
-    "compact" renumbers them layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache
-    then holds of its row. Generation without a cache (`use_cache=False`) reads everything anew at each step, so
-    methods that choose by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass)
-    for an unknown method or option, a model without an adapter, and a model that is wrapped already.
+    pruner: a name (with the method's `options`, here or in the text, as "fastv:keep=0.5,layers=(2,5)"; several are
+    joined by +, see vtprune/texts.py), a Pruner, a list of them in stage order, a config dict, or a folder holding
+    vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt, "compact" renumbers them
+    layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache then holds of its row.
+    Generation without a cache (`use_cache=False`) reads everything anew at each step, so methods that choose by the
+    text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass) for an unknown method or
+    option, a model without an adapter, and a model that is wrapped already.
     """
+    return _wrap(model, pruner, positions, options, level=3)
+
+
+def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, level: int) -> M:
+    """`wrap`; level: how far up the stack the line stands that a warning names."""
     core: Any = core_model(model)
     if hasattr(core, ATTRIBUTE):
         current = getattr(core, ATTRIBUTE).name
@@ -76,8 +83,11 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
             f"{instead}"
         )
     modules = make_modules(pruners, facts, adapter)
-    if modules and isinstance(pruner, str | os.PathLike) and Path(pruner).is_dir():
-        read_weights(modules, Path(pruner), core.config)
+    folder = folder_of(pruner)
+    if modules and folder is not None:
+        read_weights(modules, folder, core)
+    elif modules:
+        warnings.warn(f"{untrained(pruners)}. {HOW_TO_TRAIN}", UntrainedWarning, stacklevel=level)
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
     # weights that a method brings, which are trained and moved with it.
     wrapping = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules)
@@ -100,7 +110,7 @@ def unwrap(model: M) -> M:
 @contextmanager
 def wrapped(model: M, pruner: Any, *, positions: str = "original", **options: Any) -> Iterator[M]:
     """`wrap` for the length of a with block; unwraps also when the block raises."""
-    wrap(model, pruner, positions=positions, **options)
+    _wrap(model, pruner, positions, options, level=4)
     try:
         yield model
     finally:
@@ -145,7 +155,7 @@ def save(model: Any, folder: str | Path) -> Path:
     core = core_model(model)
     modules = _wrapping(core, "save").modules
     if modules:
-        write_weights(modules, Path(folder), core.config)
+        write_weights(modules, Path(folder), core)
     save_config(model, folder)
     return Path(folder)
 
@@ -173,7 +183,7 @@ def _saving(core: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 def load_weights(model: Any, folder: str | Path) -> None:
     """Reads what `save` wrote into the methods of a wrapped model; raises VTPruneError where it does not fit."""
     core = core_model(model)
-    read_weights(_wrapping(core, "load weights").modules, Path(folder), core.config)
+    read_weights(_wrapping(core, "load weights").modules, Path(folder), core)
 
 
 def auxiliary_loss(model: Any) -> Tensor | None:
@@ -187,29 +197,6 @@ def mark_answers(model: Any, labels: Tensor) -> None:
     (B, L) is not -100. For training loops that compute the loss themselves; `labels` given to the forward do the same.
     """
     _wrapping(core_model(model), "mark answers").mark_answers(labels)
-
-
-def resolve(pruner: Any, **options: Any) -> list[Pruner]:
-    """The pruners that a name, Pruner, list, config dict or folder stands for, in stage order."""
-    if (isinstance(pruner, str) and not options and (os.sep in pruner or Path(pruner).is_dir())) or isinstance(
-        pruner, Path
-    ):
-        pruner = config.load_config(pruner)
-    elif isinstance(pruner, str):
-        return [create(pruner, **options)]
-    if options:
-        raise VTPruneError(
-            f"options ({', '.join(sorted(options))}) go with a method's name; set them on the Pruner itself"
-        )
-    if isinstance(pruner, dict):
-        pruner = config.from_dict(pruner)
-    found = list(pruner) if isinstance(pruner, list | tuple) else [pruner]
-    if not found or not all(isinstance(one, Pruner) for one in found):
-        raise VTPruneError(
-            "a pruner is a name, a vtprune.Pruner, a list of Pruners, a config dict or a folder with "
-            f"vtprune_config.json, got {pruner!r}"
-        )
-    return found
 
 
 def _wrapping(core: Any, verb: str) -> Wrapping:

@@ -36,8 +36,11 @@ def arank(
         ),
     ] = None,
     question: Annotated[
-        str, typer.Option(help="Of pictures that come without one.", rich_help_panel=SAMPLES)
-    ] = "Describe the image.",
+        str | None,
+        typer.Option(
+            help="Of pictures that come without one.", show_default="Describe the image.", rich_help_panel=SAMPLES
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="To average the ranks over.", rich_help_panel=SAMPLES)] = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.", rich_help_panel=SAMPLES)] = 0,
     device: Device = None,
@@ -49,7 +52,7 @@ def arank(
     ARank (gamma-MoD, arXiv 2410.13859) is the rank of a layer's attention maps, the mean over heads and samples: where
     it is low the layer repeats itself, and skipping tokens costs least. The first and the last layer stay as they are.
 
-    Then: vtprune.wrap(model, "gamma_mod", layers=...), with the layers that are printed.
+    Then: vtprune.wrap(model, "gamma_mod:layers=(2,3)"), or vtprune train 'gamma_mod:layers=(2,3)', as it is printed.
     """
     with one_line_errors(traceback):
         from vtprune.evals.arank import ARankConfig, run_arank

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vtprune.console import Model, Traceback, one_line_errors, open_console
+from vtprune.errors import VTPruneError
 
 METHOD, DATA, HOW, RUN = "Method", "Data", "How to train", "The run"
 
@@ -16,7 +17,8 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="A method, with options as pmod:scale=0.3, or a folder with vtprune_config.json. See `vtprune list`."
+            help="A method, with options as gamma_mod:layers=(2,3), or a folder with vtprune_config.json. See "
+            "`vtprune list`."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for what was trained, and for the checkpoint on the way.")],
@@ -31,7 +33,9 @@ def train(
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A further option of the method, as name=value.", rich_help_panel=METHOD),
+        typer.Option(
+            "--set", help="A further option of the method, as scale=0.3 or layers=(2,3).", rich_help_panel=METHOD
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -47,7 +51,9 @@ def train(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out what has missing or broken images.", rich_help_panel=DATA)
     ] = False,
-    questions: Annotated[int, typer.Option(min=1, help="About each drawn picture.", rich_help_panel=DATA)] = 6,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="About each drawn picture.", show_default="6", rich_help_panel=DATA)
+    ] = None,
     trained: Annotated[
         str,
         typer.Option(
@@ -56,7 +62,7 @@ def train(
             rich_help_panel=HOW,
         ),
     ] = "decoder",
-    lora_rank: Annotated[int, typer.Option(rich_help_panel=HOW)] = 16,
+    lora_rank: Annotated[int | None, typer.Option(show_default="16", rich_help_panel=HOW)] = None,
     steps: Annotated[int | None, typer.Option(rich_help_panel=HOW, show_default="one epoch; 1000 of shapes")] = None,
     epochs: Annotated[float | None, typer.Option(rich_help_panel=HOW)] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a process and micro-batch.", rich_help_panel=HOW)] = 16,
@@ -95,11 +101,13 @@ def train(
     Then: vtprune bench --model my-pmod --methods my-pmod, or vtprune.wrap(model, "my-pmod").
     """
     with one_line_errors(traceback):
-        from vtprune.evals.settings import parse_keep
-        from vtprune.training.config import TrainConfig
+        from vtprune.texts import parse_keep
+        from vtprune.training.config import LORA_RANK, TrainConfig
         from vtprune.training.run import Source, run_train
 
         asked = None if keep is None else parse_keep(keep)
+        if lora_rank is not None and trained != "lora":
+            raise VTPruneError(f"lora-rank: it goes with --train lora, and this is --train {trained}")
         source = Source(method, model, asked, tuple(options or ()), data, images, skip_missing, questions)
         config = TrainConfig(
             output=output,
@@ -112,7 +120,7 @@ def train(
             warmup=warmup,
             weight_decay=weight_decay,
             train=trained,
-            lora_rank=lora_rank,
+            lora_rank=LORA_RANK if lora_rank is None else lora_rank,
             save_every=save_every,
             log_every=log_every,
             eval_limit=eval_limit,

@@ -83,6 +83,10 @@ class CoViPAL(Pruner):
     temperature: float = 1.0
 
     published_guide: ClassVar[int] = 18
+    untrained: ClassVar[str] = (
+        "its module ranks tokens by random weights, at the full cost of its scoring, so it is of no use; random and "
+        "grid do as well for nothing"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

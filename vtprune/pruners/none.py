@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtprune.pruner import Pruner
+from vtprune.errors import VTPruneError
+from vtprune.pruner import ModelFacts, Pruner
 from vtprune.registry import register
 
 
@@ -15,6 +16,15 @@ class NoPruning(Pruner):
     """Keeps every token whatever `keep` says, so that a sweep can name the unpruned model like a method."""
 
     default_keep: ClassVar[int | float] = 1.0
+
+    def for_model(self, facts: ModelFacts) -> NoPruning:
+        """Itself; raises VTPruneError for a `keep` that asks for anything else than all tokens."""
+        if self.keep is not None and not (isinstance(self.keep, float) and self.keep == 1.0):
+            raise VTPruneError(
+                f"none prunes nothing, so keep={self.keep!r} would not be met; name a method that prunes, or leave "
+                "keep out"
+            )
+        return self
 
     def budget(self, tokens: int) -> int:
         """All `tokens`."""

@@ -67,6 +67,10 @@ class GammaMoD(Pruner):
     threshold: float | None = None
     loss_weight: float = 0.01
 
+    untrained: ClassVar[str] = (
+        "its router is random and weighs all that the routed layers add, so answers are of no use"
+    )
+
     # Filled in by `for_model`.
     _depth: ClassVar[int] = 32
 

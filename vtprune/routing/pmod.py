@@ -65,6 +65,7 @@ class PMoD(Staged):
     bias: float = 1.0
     variant: str = "released"
 
+    untrained: ClassVar[str] = "its routers are at zero, so each layer computes an image's first tokens"
     schedule_names: ClassVar[tuple[str, ...]] = ("shifted_cosine", "linear", "constant")
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 # What fine-tuning of a whole model takes, and what low-rank adapters take.
 RATE, LORA_RATE = 2e-5, 2e-4
 DRAWN_STEPS = 1000
+LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TrainConfig:
     warmup: float = 0.03
     weight_decay: float = 0.0
     train: str = "decoder"
-    lora_rank: int = 16
+    lora_rank: int = LORA_RANK
     save_every: int = 500
     log_every: int = 10
     eval_limit: int = 0
@@ -56,6 +57,10 @@ class TrainConfig:
             raise VTPruneError("steps and epochs say the same thing; give one of them")
         if self.steps is not None:
             _whole("steps", self.steps, 1)
+        if self.train == "routers" and self.lr is not None and self.router_lr is not None:
+            raise VTPruneError("lr is of the base model's weights, which train='routers' leaves alone; give router_lr")
+        if self.train == "routers" and self.weight_decay:
+            raise VTPruneError("weight_decay is of the base model's weights, which train='routers' leaves alone")
         for name in ("epochs", "lr", "router_lr"):
             value = getattr(self, name)
             if value is not None and not (_finite(value) and value > 0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +60,15 @@ class Part:
     def identity(self) -> dict[str, Any]:
         """What makes two of these the same."""
         return {**self.data.identity(), "records": self.size}
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """The texts of the whole data set, where it tells them."""
+        yield from texts_of(self.data)
+
+
+def texts_of(data: TrainingData) -> Iterator[tuple[str, str]]:
+    """Where each text of a data set stands, and the text, as far as it tells them (`texts`) without its pictures."""
+    yield from getattr(data, "texts", lambda: ())()
 
 
 def hold_out(data: TrainingData, count: int, seed: int) -> tuple[Part, Part]:

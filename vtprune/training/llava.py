@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -87,6 +87,12 @@ class LlavaData:
         except PictureError as error:
             raise SampleError(f"{record.name}: {error}") from error
         return Conversation(images, record.messages, record.name)
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Each record's name, and a text of it."""
+        for record in self.records:
+            for message in record.messages:
+                yield from ((record.name, part["text"]) for part in message["content"] if part["type"] == "text")
 
     def identity(self) -> dict[str, Any]:
         """What makes two of these the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,14 +14,18 @@ from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
 from vtprune.config import CONFIG_NAME
+from vtprune.errors import UntrainedWarning
 from vtprune.evals.failures import InputError
 from vtprune.evals.loading import is_local, load_model
+from vtprune.evals.prompts import check_text
 from vtprune.evals.results import model_fingerprint
-from vtprune.evals.settings import is_folder, parse_method, parse_value
 from vtprune.evals.suite import prepare_environment
 from vtprune.files import held, refuse_foreign
+from vtprune.registry import read_options
+from vtprune.resolving import resolve
+from vtprune.texts import parse_entry, parse_options
 from vtprune.training.config import TrainConfig
-from vtprune.training.data import TrainingData, hold_out
+from vtprune.training.data import TrainingData, hold_out, texts_of
 from vtprune.training.llava import LlavaData
 from vtprune.training.loop import Run, check_same
 from vtprune.training.output import (
@@ -38,17 +43,19 @@ from vtprune.training.progress import Display
 from vtprune.training.shapes import ShapesData
 from vtprune.training.state import Progress
 from vtprune.weights import WEIGHTS_NAME
-from vtprune.wrap import resolve, wrap
+from vtprune.wrap import wrap
 
 # Files that a run would overwrite, were they not its own.
 FOREIGN = ("config.json", "model.safetensors", CONFIG_NAME, WEIGHTS_NAME, ADAPTER, LOSS_PLOT, ROUTED_PLOT)
+# About each drawn picture.
+QUESTIONS = 6
 
 
 @dataclass(frozen=True)
 class Source:
     """What `vtprune train` is to train, and on what.
 
-    method: a name, with options as pmod:scale=0.3, or a folder with vtprune_config.json; options: "name=value" each;
+    method: what vtprune/texts.py reads, as pmod:scale=0.3 or a folder with vtprune_config.json; options: "name=value";
     data: LLaVA-format JSON or JSON lines, None for drawn shapes.
     """
 
@@ -59,7 +66,7 @@ class Source:
     data: Path | None = None
     images: Path | None = None
     skip_missing: bool = False
-    questions: int = 6
+    questions: int | None = None
 
 
 def train(
@@ -105,6 +112,8 @@ def _train(
 ) -> Progress:
     """The run itself, once the folder is held."""
     old = read_log(config.output)
+    for name, text in texts_of(data):
+        check_text(processor, text, f"data: {name}")
     base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     run = Run(model, processor, data, config, validation, identity or {})
     with Display(console or Console(quiet=True), run.steps, shown=run.main) as display:
@@ -150,7 +159,10 @@ def _load_and_train(
     """The run of a command, once the folder is held."""
     read_log(config.output)
     model, processor = load_model(pretrained, device="cpu")
-    wrap(model, given)
+    with warnings.catch_warnings():
+        # It is about to be trained.
+        warnings.simplefilter("ignore", UntrainedWarning)
+        wrap(model, given)
     identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
     return _train(model, processor, data, config, validation, console, identity)
 
@@ -162,22 +174,30 @@ def _teller(console: Console) -> Callable[[str], None]:
 
 
 def _method(source: Source) -> Any:
-    """The method with its options, or the folder that holds one."""
+    """The pruners, or the folder that holds them; raises InputError for an option that is given twice."""
     options: dict[str, Any] = {}
     for text in source.options:
-        name, found, value = text.partition("=")
-        if not found or not name:
-            raise InputError(f"set: cannot read {text!r}; give name=value")
-        options[name] = parse_value(value)
-    if is_folder(source.method):
+        try:
+            given = dict(parse_options(text))
+        except InputError as error:
+            raise InputError(f"set: {error}") from error
+        twice = options.keys() & given.keys()
+        if twice:
+            raise InputError(f"set: {', '.join(sorted(twice))} is given twice")
+        options.update(given)
+    stages = parse_entry(source.method)
+    folder = stages[0].name if stages[0].folder else ""
+    if len(stages) == 1 and folder:
         if options or source.keep is not None:
-            raise InputError(f"{source.method} is a folder, which has its own options; leave out --keep and --set")
-        return Path(source.method)
-    name, given = parse_method(source.method)
-    options = {**dict(given), **options}
+            raise InputError(f"{folder} is a folder, which has its own options; leave out --keep and --set")
+        return Path(folder)
     if source.keep is not None:
+        if "keep" in options:
+            raise InputError("keep: given twice, as --keep and as --set")
         options["keep"] = source.keep
-    return resolve(name, **options)
+    if len(stages) == 1:
+        options = read_options(stages[0].name, options)
+    return resolve(source.method, **options)
 
 
 def _data(
@@ -185,6 +205,8 @@ def _data(
 ) -> tuple[TrainingData, TrainingData | None]:
     """What to train on, and what to validate on."""
     if source.data is not None:
+        if source.questions is not None:
+            raise InputError("questions: --questions is for drawn pictures; --data brings its own")
         found = LlavaData(source.data, source.images, skip_missing=source.skip_missing, tell=tell)
         held_out = config.eval_limit * config.batch_size
         return hold_out(found, held_out, config.seed) if held_out else (found, None)
@@ -192,5 +214,5 @@ def _data(
         raise InputError("images: --images and --skip-missing go with --data")
     if source.model is not None and not is_local(source.model):
         raise InputError("data: drawn shapes are for the bundled model; give --data and --images")
-    drawn = ShapesData(config.seed, questions=source.questions)
-    return drawn, ShapesData(config.seed, "val", source.questions)
+    questions = QUESTIONS if source.questions is None else source.questions
+    return ShapesData(config.seed, questions=questions), ShapesData(config.seed, "val", questions)
