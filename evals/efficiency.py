@@ -15,7 +15,8 @@ class RowCost:
     the vision tower included; kv_bytes: what the prompt leaves in the cache; kv_bytes_end: what is there when the
     answer is complete, with what waits beside it; `_full`: the same without pruning. All but the tokens are means of
     the rows that were answered together. prefill_ms: the batch's time to its first token, divided by its rows.
-    published_tokens: what was kept as the method's paper counts it.
+    published_tokens: what was kept as the method's paper counts it. kept_whole: why none of the sample's images could
+    be cut to its budget, "" where any could.
     """
 
     visual_tokens: int
@@ -29,8 +30,9 @@ class RowCost:
     kv_bytes_end_full: float
     prefill_ms: float
     published_tokens: float | None = None
+    kept_whole: str = ""
 
-    def to_dict(self) -> dict[str, float | None]:
+    def to_dict(self) -> dict[str, float | str | None]:
         """Plain numbers by name."""
         return asdict(self)
 
@@ -51,6 +53,7 @@ def row_costs(report: Report, prefill_seconds: float) -> list[RowCost]:
             kv_bytes_end_full=report.kv_bytes_full / rows,
             prefill_ms=1000 * prefill_seconds / rows,
             published_tokens=_published(sample),
+            kept_whole=_kept_whole(sample),
         )
         for sample in report.samples
     ]
@@ -60,3 +63,9 @@ def _published(sample: SampleReport) -> float | None:
     """What was kept of a row's images as the method's paper counts it; None where it counts as the report does."""
     counts = [image.published_tokens for image in sample.images if image.published_tokens is not None]
     return sum(counts) if counts else None
+
+
+def _kept_whole(sample: SampleReport) -> str:
+    """Why all images of a row were kept whole, "" where there are none or any was not."""
+    reasons = [image.kept_whole for image in sample.images]
+    return reasons[0] if reasons and all(reasons) else ""

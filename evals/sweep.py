@@ -105,6 +105,8 @@ class Sweep:
             questions += [_question(task, sample) for sample in samples]
             answers += [sample["filtered_resps"][0] for sample in samples]
             costs += [sample["token_counts"][0] for sample in samples]
+        if all(cost.get("kept_whole") for cost in costs):
+            raise RunError(f"no image could be cut to its budget: {costs[0]['kept_whole']}")
         self._check_questions(questions)
         pruners = setting.pruners()
         described = [pruner.to_dict() for pruner in pruners]

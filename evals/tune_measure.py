@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vtprune
 from vtprune.adapters import adapter_for
+from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner
 
 from .efficiency import row_costs
@@ -81,6 +82,10 @@ class Meter:
                 states.append(self._forward(batch))
                 report = vtprune.report(self.model)
                 costs += row_costs(report, 0.0)
+                reason = next((cost.kept_whole for cost in costs if cost.kept_whole), "")
+                if reason:
+                    # Staying near the unpruned model is no merit of a setting that prunes nothing.
+                    raise VTPruneError(reason)
                 flops, full = flops + report.flops, full + report.flops_full
         cosines = torch.cosine_similarity(torch.cat(states), unpruned, dim=-1)
         return Measured(

@@ -15,6 +15,7 @@ from tests.models import MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
 from vtprune.pruner import Pruner
+from vtprune.report import SampleReport
 from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
 ALL = DROPS[-1:] + PRUNERS + CACHE
@@ -24,6 +25,13 @@ every_pruner = pytest.mark.parametrize("pruner", ALL, ids=label)
 
 def _kept(report: vtprune.Report) -> list[list[list[int]]]:
     return [image.kept_per_layer for sample in report.samples for image in sample.images]
+
+
+def _decided(sample: SampleReport) -> list[Any]:
+    return [
+        (image.kept_per_layer, image.cached_per_head, [(one.into, one.members, one.layer) for one in image.merged])
+        for image in sample.images
+    ]
 
 
 def _whole(pruner: Pruner) -> Pruner:
@@ -57,14 +65,17 @@ def test_a_ragged_batch_equals_each_row_alone(kind: str, pruner: Pruner) -> None
     inputs = prompt(kind, ROWS[kind])
     logits, report, _ = run_wrapped(kind, model, inputs)
     steps = next_tokens(len(ROWS[kind]))
+    flops = 0
     for index, row in enumerate(ROWS[kind]):
         own = prompt(kind, [row])
         length = own["input_ids"].shape[1]
         out, alone = _teacher_forced(model, own, steps[index : index + 1])
-        assert _kept(alone) == [image.kept_per_layer for image in report.samples[index].images]
+        assert _decided(alone.samples[0]) == _decided(report.samples[index])
+        flops += alone.flops
         ours = torch.cat([logits[index, : -steps.shape[1]][-length:], logits[index, -steps.shape[1] :]])
         text = torch.cat([own["input_ids"][0] < 90, torch.ones(steps.shape[1], dtype=torch.bool)])
         assert float((out[0] - ours)[text].abs().max()) < TOLERANCE
+    assert report.flops == flops
 
 
 def _teacher_forced(

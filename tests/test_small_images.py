@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -48,6 +50,17 @@ def test_an_image_out_of_reach_is_kept_whole_and_its_neighbours_are_pruned(prune
         assert vtprune.report(model).samples[0].images[0].kept_per_layer == image.kept_per_layer
     # What rounds to everything is no exception to be noted.
     assert samples[2].images[0].tokens == 1
+
+
+def test_what_is_kept_whole_is_warned_of_once() -> None:
+    model = vtprune.wrap(make(KIND), "fastv", keep=7)
+    with pytest.warns(vtprune.KeptWholeWarning, match="an image of 36 tokens is kept whole: fastv: "):
+        model(**prompt(KIND, ROWS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", vtprune.KeptWholeWarning)
+        model(**prompt(KIND, ROWS))
+    images = [sample.images[0] for sample in vtprune.report(model).samples]
+    assert [bool(image.kept_whole) for image in images] == [True, False, False]
 
 
 LATE: list[Pruner] = [

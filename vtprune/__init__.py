@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vtprune.config import load_config
     from vtprune.cost import FlopsBreakdown, flops, kv_bytes
     from vtprune.errors import (
+        KeptWholeWarning,
         ScoreError,
         UncheckedBaseWarning,
         UnknownPrunerError,
@@ -82,6 +83,7 @@ __all__ = [
     "GemFilter",
     "Grid",
     "HoloV",
+    "KeptWholeWarning",
     "LazyLLM",
     "Merge",
     "MustDrop",
@@ -130,6 +132,7 @@ export(
         "vtprune.config": ("load_config",),
         "vtprune.cost": ("FlopsBreakdown", "flops", "kv_bytes"),
         "vtprune.errors": (
+            "KeptWholeWarning",
             "ScoreError",
             "UncheckedBaseWarning",
             "UnknownPrunerError",

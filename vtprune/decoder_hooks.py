@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from vtprune.checkpoints import Checkpoints, drops_cache
 from vtprune.decoder_scoring import DecoderScoring
 from vtprune.decoding import DecoderRun, Texts
 from vtprune.encoding import EncodedImage
-from vtprune.errors import VTPruneError
+from vtprune.errors import KeptWholeWarning, VTPruneError
 from vtprune.eviction import Evictor
 from vtprune.generation import Generation
 from vtprune.history import origins
@@ -33,7 +34,7 @@ from vtprune.probe import Probe, Prober
 from vtprune.prompt import IGNORED, ImageSpan, PromptInfo, forget_tensors, left_signals, real_tokens, sight
 from vtprune.pruner import ModelFacts, Pruner
 from vtprune.revival import Revival, check_revival
-from vtprune.selection import Selection
+from vtprune.selection import KEPT_WHOLE, Selection
 from vtprune.signals import full_precision
 from vtprune.skipping import RoutedLayers
 from vtprune.state import FRAME, GENERATION, RECORD, ROWS, RUN, Frame, ThreadState
@@ -70,6 +71,8 @@ class DecoderHooks:
         # Which method decides by every token that it reads, so that none may be taken back.
         self.reads_all = self.revives or self._evictor.pruner
         self.last: Generation | None = None
+        # Why images were kept whole, as far as that was warned of.
+        self._told: set[str] = set()
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
         self._scoring = DecoderScoring(adapter, pruners, self._depth)
@@ -218,6 +221,7 @@ class DecoderHooks:
         for index, pruner in enumerate(self.pruners):
             probe = self._probe(prober, index)
             for span in run.spans:
+                self._tell_whole(pruner, span)
                 if not (pruner.adaptive or pruner.drops(span.image.total, self._depth)):
                     continue
                 words = (unlabelled if index in self.modules else text)[span.key]
@@ -232,6 +236,14 @@ class DecoderHooks:
                     with full_precision(embeds.device):
                         selection = pruner.select(replace(stream, memory=memory))
                     self._apply(run, span, index, selection, stream.budget, 0)
+
+    def _tell_whole(self, pruner: Pruner, span: ImageSpan) -> None:
+        """Warns, once for each reason, of an image that a method cannot cut to its budget."""
+        reason = pruner.unmet(span.image.total, span.kept.numel())
+        if reason and reason not in self._told:
+            self._told.add(reason)
+            text = f"an image of {span.image.total} tokens is {KEPT_WHOLE}{reason}"
+            warnings.warn(text, KeptWholeWarning, stacklevel=2)
 
     @staticmethod
     def _selecting(pruner: Pruner, span: ImageSpan) -> bool:

@@ -295,7 +295,7 @@ class Encoding(ABC):
         signals, last = (None if s is None else cut_signals(s, order) for s in (image.signals, image.last_signals))
         return replace(
             image, alive=image.alive[order], signals=signals, last_signals=last, owner=owner,
-            share=self.origins.share[row, : image.total], merged_at=self.origins.layer,
+            share=self.origins.share[row, : image.total], merged_at=int(self.origins.layer[row]),
         )  # fmt: skip
 
 

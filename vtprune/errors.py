@@ -19,6 +19,10 @@ class UncheckedBaseWarning(UserWarning):
     """Nothing says on which base model some weights were trained, so it cannot be told whether this is it."""
 
 
+class KeptWholeWarning(UserWarning):
+    """An image cannot be cut to its budget by the method that it was given, and goes through the model whole."""
+
+
 class UnknownPrunerError(VTPruneError, KeyError):
     """No pruner is registered under that name."""
 

@@ -18,6 +18,7 @@ from vtprune.model_cost import model_cost
 from vtprune.prompt import ImageSpan
 from vtprune.pruner import ModelFacts, Pruner, ScoringWork
 from vtprune.report import ImageReport, MergeReport, Report, SampleReport, StageReport, StepReport
+from vtprune.selection import KEPT_WHOLE
 from vtprune.waiting import VisionLog
 
 
@@ -209,7 +210,7 @@ class Generation:
         evicted = eviction_notes(self._heads, span, last.name)
         published = _published_notes(_counts(span, self.depth), last)
         unmet = [pruner.unmet(span.image.total, int(span.kept_at(0).numel())) for pruner in self.pruners]
-        whole = [f"kept whole: {reason}" for reason in unmet if reason]
+        whole = [f"{KEPT_WHOLE}{reason}" for reason in unmet if reason]
         return [*span.notes, *whole, *evicted, *published, *self._end_notes(span)]
 
     def _end_notes(self, span: ImageSpan) -> list[str]:

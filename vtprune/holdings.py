@@ -53,8 +53,12 @@ class Heads(NamedTuple):
 
 
 def tokens_per_head(heads: Sequence[Heads], span: ImageSpan) -> list[list[list[int]]]:
-    """The tokens of an image that each head of each layer holds, [] for a layer whose heads all hold the same."""
-    return [layer.tokens(span) for layer in heads]
+    """The tokens of an image that each head of each layer holds, [] for a layer whose heads all hold what it held
+    after the prefill."""
+    found = [layer.tokens(span) for layer in heads]
+    # Heads of one layer are listed for all rows once any of them was cut.
+    whole = (span.cached_at(layer).tolist() for layer in range(len(found)))
+    return [[] if all(head == kept for head in of) else of for of, kept in zip(found, whole, strict=True)]
 
 
 def mean_held(heads: Sequence[Heads], span: ImageSpan, layers: Sequence[int]) -> float:

@@ -43,13 +43,13 @@ class Origins:
     """Where the tokens of a batch of whole images are now.
 
     column: (B, T) the column of the alive tokens that holds each original token, -1 if it is gone; share: (B, T)
-    the weight that it has there; layer: the encoder layer of the last merge; nameless: (B, T) tokens in whose
-    place CLS stands, so that no other column may be called after them.
+    the weight that it has there; layer: (B,) the encoder layer of each image's last merge; nameless: (B, T) tokens in
+    whose place CLS stands, so that no other column may be called after them.
     """
 
     column: Tensor
     share: Tensor
-    layer: int
+    layer: Tensor
     nameless: Tensor
 
     @classmethod
@@ -59,9 +59,8 @@ class Origins:
         places = alive.masked_fill(~valid, width)
         column.scatter_(1, places, torch.arange(alive.shape[1], device=alive.device).expand_as(places))
         column = column[:, :-1]
-        return cls(
-            column, torch.ones(column.shape, device=alive.device), 0, torch.zeros_like(column, dtype=torch.bool)
-        )
+        whole, none = torch.ones(column.shape, device=alive.device), torch.zeros_like(column)
+        return cls(column, whole, none[:, 0], none.bool())
 
     def follow(self, selection: EncoderSelection, order: Tensor, layer: int, *, merges: bool) -> None:
         """Takes note of a selection whose tokens go on in the columns `order` (B, N')."""
@@ -74,9 +73,10 @@ class Origins:
         inverse = torch.full_like(selection.into, -1)
         inverse.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         gone = ~held | (moved < 0)
+        merged = (~gone & (moved != self.column)).any(dim=1)
         self.column = inverse.gather(1, moved.clamp(min=0)).masked_fill(gone, -1)
         if merges:
-            self.layer = layer
+            self.layer = self.layer.masked_fill(merged, layer)
 
     def heaviest(self, alive: Tensor) -> Tensor:
         """(B, N) the original token with the largest share in each column of `alive` (B, N); ties: the lowest.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vtprune.cost import FlopsBreakdown
+from vtprune.selection import KEPT_WHOLE
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class ImageReport:
     steps: list[ImageStep] = field(default_factory=list)
     cached_per_head: list[list[list[int]]] = field(default_factory=list)
     achieved_tokens: float = 0.0
+
+    @property
+    def kept_whole(self) -> str:
+        """Why the method could not cut the image to its budget, "" where it could."""
+        found = (note.partition(KEPT_WHOLE)[2] for note in self.notes)
+        return next((reason for reason in found if reason), "")
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ class Report:
             f"FLOPs {_share(self.flops, self.flops_full)} of {self.flops_full:.3g} in the prefill",
             f"KV cache {_share(self.kv_bytes, self.kv_bytes_full)} of {self.kv_bytes_full / 2**20:.3g} MiB",
         ]
-        noted = sum(any("kept whole" in note for note in image.notes) for image in images)
+        noted = sum(bool(image.kept_whole) for image in images)
         return "\n".join([*lines, f"kept whole: {noted} of {len(images)} images, see their notes"][: 5 + bool(noted)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from vtprune.errors import ScoreError, VTPruneError
 
+# How the note on an image begins that a method cannot cut to its budget.
+KEPT_WHOLE = "kept whole: "
+
 
 @dataclass(frozen=True)
 class Merge:

@@ -101,26 +101,15 @@ def alone(case: Case, row: int, batch: tuple[Prompt, Run], single: tuple[Prompt,
 
 
 def _choices(images: list[ImageReport]) -> list[Any]:
-    """What methods decided. The encoder layer of a merge is left out: the report says the last one at which any image
-    of the batch merged."""
+    """What methods decided."""
     return [
         (
-            image.grid, image.kept, image.kept_per_layer, image.cached_per_layer, _heads(image),
+            image.grid, image.kept, image.kept_per_layer, image.cached_per_layer, image.cached_per_head,
             [dataclasses.asdict(step) for step in image.steps],
-            [
-                (merge.stage, merge.into, merge.members, merge.layer if merge.stage == "decoder" else None)
-                for merge in image.merged
-            ],
+            [(merge.stage, merge.into, merge.members, merge.layer) for merge in image.merged],
         )
         for image in images
     ]  # fmt: skip
-
-
-def _heads(image: ImageReport) -> list[list[list[int]]]:
-    """By layer, [] where all heads hold what the layer held after the prefill: a neighbour that was cut there makes
-    the report of a row list its heads, too."""
-    layers = zip(image.cached_per_head, image.cached_per_layer, strict=False)
-    return [[] if all(head == whole for head in heads) else heads for heads, whole in layers]
 
 
 # 3. The report is true of the cache, and within what was asked.

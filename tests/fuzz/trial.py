@@ -13,7 +13,6 @@ from tests.fuzz import judges
 from tests.fuzz.architectures import original
 from tests.fuzz.cases import Case, draw
 from tests.fuzz.gates import gates_of, scatter
-from tests.fuzz.known import known_fault
 from tests.fuzz.prompts import build
 from tests.fuzz.reference import positions_of
 from tests.fuzz.running import image_features, run
@@ -21,12 +20,11 @@ from tests.fuzz.running import image_features, run
 
 @dataclass
 class Outcome:
-    """refused: vtprune's reason, if it did; known: the fault that keeps the case from running; complaints: what does
-    not hold; far: how far the run was from the reference, and `allowed` how far it may be."""
+    """refused: vtprune's reason, if it did; complaints: what does not hold; far: how far the run was from the
+    reference, and `allowed` how far it may be."""
 
     case: Case | None
     refused: str = ""
-    known: str = ""
     complaints: list[str] = field(default_factory=list)
     far: float = 0.0
     allowed: float = judges.EXACT
@@ -37,9 +35,6 @@ def attempt(seed: int) -> Outcome:
     outcome = Outcome(None)
     try:
         outcome.case = draw(seed)
-        outcome.known = known_fault(outcome.case)
-        if outcome.known:
-            return outcome
         outcome.complaints = list(_complaints(outcome.case, outcome))
     except vtprune.ScoreError as error:
         outcome.complaints.append(f"ScoreError: {error}")

@@ -11,7 +11,7 @@ from vtprune.errors import VTPruneError
 from vtprune.pruner import Pruner, ScoringWork, Tunable
 from vtprune.pruners.checks import check_choice, check_whole_grid
 from vtprune.registry import register
-from vtprune.selection import Selection, check_scores, top
+from vtprune.selection import KEPT_WHOLE, Selection, check_scores, top
 from vtprune.signals import attention_received_and_given
 from vtprune.stream import VisionStream
 
@@ -113,7 +113,7 @@ class FoPru(Pruner):
         width = stream.grid[-1]
         if stream.budget < width:
             everything = torch.arange(stream.indices.numel(), device=stream.features.device)
-            return Selection(everything, note=f"kept whole: no row of {width} tokens fits a budget of {stream.budget}")
+            return Selection(everything, note=f"{KEPT_WHOLE}no row of {width} tokens fits a budget of {stream.budget}")
         return Selection(top_rows(self.significance(stream), stream.grid[-1], stream.budget))
 
     def scoring_flops(self, work: ScoringWork) -> int:
