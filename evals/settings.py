@@ -157,7 +157,7 @@ def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list
     method's.
     """
     keeps = list(keeps)
-    settings = [Setting(UNPRUNED)]
+    settings, folders = [Setting(UNPRUNED)], set[str]()
     try:
         for text in methods:
             stages = parse_entry(text)
@@ -165,6 +165,7 @@ def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list
                 settings += _joined(stages, keeps)
             elif stages[0].folder:
                 settings.append(folder_setting(stages[0].name))
+                folders.add(settings[-1].key())
             else:
                 settings += _single(stages[0], keeps)
         for setting in settings:
@@ -173,10 +174,10 @@ def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list
         raise InputError(str(error)) from error
     # Two folders may have one name; what they hold tells them apart.
     unique = {setting.key(): setting for setting in settings}
-    titles = Counter((setting.label, setting.keep) for setting in unique.values() if setting.config)
+    titles = Counter(setting.title for key, setting in unique.items() if key in folders)
     return [
         replace(setting, title=f"{setting.title}-{key[:4]}")
-        if setting.config and titles[setting.label, setting.keep] > 1
+        if key in folders and titles[setting.title] > 1
         else setting
         for key, setting in unique.items()
     ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import vtprune
-from tests.models import IMAGE
+from tests.models import IMAGE, PAST
 
 STEP = 1e-6
 Loss = Callable[[], Tensor]
@@ -87,7 +87,7 @@ def generation_loss(model: nn.Module, inputs: dict[str, Tensor], steps: int) -> 
         cache, logits, seen = out.past_key_values, [out.logits[text]], mask
         for step in range(steps):
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-            out = model(input_ids=tokens[:, step : step + 1], past_key_values=cache, attention_mask=seen)
+            out = model(input_ids=tokens[:, step : step + 1], **{PAST: cache}, attention_mask=seen)
             logits.append(out.logits[:, -1])
         return (torch.cat(logits) @ mixed).tanh().sum()
 

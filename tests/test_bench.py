@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import vtprune
 from tests.checkpoint import png, random_checkpoint, write_task
 from vtprune import adapters, cli
+from vtprune.catalogue import own_methods
 from vtprune.cli import app
 from vtprune.evals import lmms_model, results, settings
 from vtprune.evals.bench import SHORT_METHODS, BenchConfig, run_bench
@@ -392,18 +393,18 @@ def test_without_a_terminal_every_setting_has_a_line_before_the_next_one_begins(
 def test_the_short_list_has_the_baselines_and_every_stage_and_is_no_everything() -> None:
     names = ("none", *SHORT_METHODS, "pmod")
     stages = {part for name in names for part in vtprune.available()[name].stage.split(", ")}
-    assert stages == {part for info in vtprune.available().values() for part in info.stage.split(", ")}
+    assert stages == {part for info in own_methods().values() for part in info.stage.split(", ")}
     assert {"random", "grid"} < set(SHORT_METHODS)
     per_stage = Counter(vtprune.available()[name].stage for name in SHORT_METHODS[2:])
     assert max(per_stage.values()) <= 2
-    assert cli._what_to_run("vtprune_shapes", None, None, False, None, True) == {
+    assert cli._what_to_run("vtprune_shapes", None, None, False, None, None) == {
         "tasks": ("vtprune_shapes",),
         "methods": (*SHORT_METHODS, *settings.trained_folders()),
         "keeps": (0.25,),
         "limit": 500,
         "lenient": True,
     }
-    everything = cli._what_to_run("vtprune_shapes", None, None, True, None, True)
+    everything = cli._what_to_run("vtprune_shapes", None, None, True, None, None)
     assert set(settings.all_methods()) <= set(everything["methods"])
     assert everything["limit"] is None
 

@@ -12,7 +12,7 @@ import vtprune
 from tests.differences import shake, text_labels
 from tests.models import MODELS, ROWS, make, prompt
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
-from vtprune.checkpoints import AROUND_HOOKS
+from vtprune.checkpoints import around_hooks
 from vtprune.pruner import Pruner
 
 Found = tuple[float, dict[str, Tensor]]
@@ -114,7 +114,7 @@ def test_checkpointing_that_is_switched_on_and_off_while_wrapped_leaves_the_mode
     model(**inputs, labels=text_labels(inputs)).loss.backward()
 
 
-@pytest.mark.skipif(AROUND_HOOKS, reason="these transformers releases drop the cache of a model in training")
+@pytest.mark.skipif(around_hooks(), reason="these transformers releases drop the cache of a model in training")
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_checkpointed_model_in_training_generates_what_it_does_otherwise(kind: str) -> None:
     inputs = prompt(kind, ROWS[kind])

@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 import vtprune
-from tests.models import Row, make, prompt
+from tests.models import PAST, Row, make, prompt
 from tests.pruners import label
 from vtprune.pruner import Pruner
 
@@ -78,7 +78,7 @@ def test_a_static_cache_is_refused_where_any_layer_drops_anything(pruner: Pruner
     model = vtprune.wrap(make("llava-clip"), pruner)
     cache = StaticCache(model.config.get_text_config(), max_cache_len=80)
     with pytest.raises(vtprune.UnsupportedCacheError, match="a StaticCache cannot hold"), torch.no_grad():
-        model(**prompt("llava-clip", ROWS[:1]), past_key_values=cache)
+        model(**prompt("llava-clip", ROWS[:1]), **{PAST: cache})
     assert not cache.layers[0].is_initialized
 
 
@@ -90,7 +90,7 @@ def test_a_static_cache_is_taken_where_nothing_is_dropped(pruner: Pruner) -> Non
     for model in (make("llava-clip"), vtprune.wrap(make("llava-clip"), pruner)):
         cache = StaticCache(model.config.get_text_config(), max_cache_len=80)
         with torch.no_grad():
-            logits.append(model(**inputs, past_key_values=cache).logits)
+            logits.append(model(**inputs, **{PAST: cache}).logits)
     assert torch.equal(*logits)
 
 

@@ -228,10 +228,13 @@ def test_the_entropy_decides_by_image_within_one_budget() -> None:
 
 @pytest.mark.parametrize("keep", [5, 7])
 @pytest.mark.parametrize("schedule", ["steps", "entropy"])
-def test_a_count_that_an_image_cannot_be_cut_to_is_refused_with_the_reason(schedule: str, keep: int) -> None:
+def test_an_image_that_cannot_be_cut_to_a_count_is_kept_whole_with_the_reason(schedule: str, keep: int) -> None:
     model = vtprune.wrap(make(LLAVA), PyramidDrop(keep=keep, schedule=schedule))
-    with pytest.raises(VTPruneError, match=r"pyramid_drop: .*raise keep, or drop earlier"), torch.no_grad():
+    with pytest.warns(vtprune.KeptWholeWarning, match=r"pyramid_drop: .*raise keep, or drop earlier"):
         model(**prompt(LLAVA, [LONG]))
+    image = vtprune.report(model).samples[0].images[0]
+    assert image.kept_per_layer == [list(range(36))] * 5
+    assert "raise keep, or drop earlier" in image.kept_whole
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -173,8 +173,11 @@ def test_an_encoder_that_is_too_shallow_is_refused_by_name() -> None:
 def test_a_count_out_of_reach_names_the_least_that_works() -> None:
     inputs = prompt("llava-clip", ROWS["llava-clip"])
     model = vtprune.wrap(make("llava-clip"), Turbo(keep=1))
-    with torch.no_grad(), pytest.raises(VTPruneError, match=r"cannot leave 1 of 36; the smallest keep that .* is 2"):
+    with pytest.warns(vtprune.KeptWholeWarning, match=r"cannot leave 1 of 36; the smallest keep that .* is 2"):
         model(**inputs)
+    image = vtprune.report(model).samples[0].images[0]
+    assert image.kept == list(range(36))
+    assert "the smallest keep" in image.kept_whole
 
 
 # In a model

@@ -13,21 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vtprune.state import ThreadState
 
 FUNCTION = "_gradient_checkpointing_func"
 # The argument that carries a layer's checkpoint past the layer's hooks, to its forward.
 CHECKPOINT = "vtprune_checkpoint"
-# In older transformers releases a checkpoint holds the call of a layer, hooks and all, in newer ones its forward.
-AROUND_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+
+
+@functools.cache
+def around_hooks() -> bool:
+    """Whether a checkpoint holds the call of a layer, hooks and all, as in older transformers releases; in newer ones
+    it holds the forward."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
 
 
 def drops_cache(module: Any) -> bool:
     """Whether the layers of this decoder run without a cache now, since they are checkpointed."""
     checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
-    return bool(checkpointed and (AROUND_HOOKS or torch.is_grad_enabled()))
+    return bool(checkpointed and (around_hooks() or torch.is_grad_enabled()))
 
 
 class Boundary:
@@ -38,7 +44,7 @@ class Boundary:
         self.original, self._state, self._exports = original, state, exports
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        if AROUND_HOOKS:
+        if around_hooks():
             return function(*args, **{CHECKPOINT: self})
         return self.run(function, args)
 
@@ -91,7 +97,7 @@ class Checkpoints:
 
     def forwards(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         """Methods to replace, as (object, name, replacement), where a checkpoint holds the hooks of a layer, too."""
-        if not AROUND_HOOKS:
+        if not around_hooks():
             return []
         return [(layer, "forward", functools.partial(_forward, layer.forward)) for layer in self._layers]
 

@@ -158,14 +158,27 @@ def _one_mask(mask: Any) -> Tensor | None:
 
 
 def _real_by_sight(sees: Tensor) -> Tensor:
-    """(B, n) of (B, q, n) `sees`: a query is real that sees itself and not the last one, which a model lets padding
-    see that would otherwise see nothing; of the keys before the queries those that a real one sees."""
-    length = sees.shape[1]
-    own = sees[..., -length:]
-    real = own.diagonal(dim1=1, dim2=2) & ~own[..., -1]
-    real[:, -1] = own[:, -1, -1]
-    earlier = (sees[..., :-length] & real[..., None]).any(dim=1)
-    return torch.cat([earlier, real], dim=1)
+    """(B, n) of (B, q, n) `sees`, the last q keys being the queries' own: which keys are no padding.
+
+    Padding may see all keys (a model opens rows that see nothing), itself alone, or, on the right, what the last real
+    token sees; no real token sees it. So a token is real that a later real one sees, or that sees what no token before
+    it did as the last. Of the keys before the queries those are real that a real query sees.
+    """
+    length, total = sees.shape[1:]
+    own = sees[..., total - length :]
+    itself, place = own.diagonal(dim1=1, dim2=2), torch.arange(total, device=sees.device)
+    opened = own[..., -1] & (place[:length] < length - 1)
+    asks = itself & ~opened
+    earlier = place < place[total - length :, None]
+    seen = (own & asks[..., None] & earlier[:, total - length :]).any(dim=1)
+    before = torch.where(sees & earlier, place, -1).amax(dim=2)
+    ends = asks & ~seen & (before >= 0)
+    again = (before[:, :, None] == before[:, None]) & ends[:, None] & earlier[:, total - length :]
+    real = asks & (seen | (ends & ~again.any(dim=2)))
+    # A lone token at the end is a prompt of one.
+    real[:, -1] |= asks[:, -1] & (before[:, -1] < 0)
+    held = (sees[..., : total - length] & real[..., None]).any(dim=1)
+    return torch.cat([held, real], dim=1)
 
 
 def left_signals(signals: LayerSignals | None, image: EncodedImage, span: ImageSpan) -> LayerSignals | None:

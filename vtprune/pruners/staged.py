@@ -131,7 +131,7 @@ class Staged(Pruner):
     def unmet(self, tokens: int, entered: int) -> str:
         """Where the layers before the first drop, or one token in each of the others, exceed the budget."""
         try:
-            _counts(self, self._depth, tokens, entered)
+            self._named(_counts, self, self._depth, tokens, entered)
         except VTPruneError as error:
             return str(error)
         return ""
