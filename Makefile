@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
+# An editable build warns of folders with the package's name in the working directory: they are the package.
+INSTALL := PYTHONWARNINGS=ignore
 
 # One thread a test process: tiny models gain nothing from more, and two processes share two cores.
 test test-all test-lowest: export OMP_NUM_THREADS := 1
@@ -13,7 +15,7 @@ test test-all test-lowest: export OMP_NUM_THREADS := 1
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[eval,clip,dev]'
+	$(INSTALL) $(BIN)/python -m pip install --quiet --editable '.[eval,clip,dev]'
 	@touch $(STAMP)
 
 bench: $(STAMP)
@@ -32,7 +34,7 @@ test-all: $(STAMP) test-lowest
 test-lowest: $(STAMP)
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
-	$(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,dev]' 'transformers==5.20.0'
+	$(INSTALL) $(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,dev]' 'transformers==5.20.0'
 	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow"
 
 lint: $(STAMP)
