@@ -47,7 +47,8 @@ class PMoD(Staged):
 
     `keep` counts the mean over decoder layers, and moves the cosine (`schedule`) so that it is met; 1.0 sends every
     token through the gates of the layers that the published schedule routes. Ratios are met image by image, rounded
-    down (the reference: over all images of a row).
+    down (the reference: over all images of a row). Which layers have a router follows from the fraction, not from the
+    count that it makes of one image, so that an image's mean may lie above that count, but never above its share.
 
     The reference's alternatives: `decay="linear"`, a straight line 0.5 - l / (L - 1) + `beta` under the same limits;
     other `norm`s, with `scale=1`.
