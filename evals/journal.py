@@ -30,9 +30,10 @@ def _entry(line: bytes, place: str) -> dict[str, Any]:
         Answer.from_dict({name: value for name, value in entry.items() if name != "key"})
     except TypeError as error:
         raise FileError(f"{place} is not {WHAT}: cost: {error}") from error
-    lacking = [name for name, value in entry["cost"].items() if value is None and name != "published_tokens"]
-    if lacking:
-        raise FileError(f"{place} is not {WHAT}: cost.{lacking[0]}: should be a number")
+    for name, value in entry["cost"].items():
+        text, number = isinstance(value, str), isinstance(value, int | float)
+        if not (text if name == "kept_whole" else number or (value is None and name == "published_tokens")):
+            raise FileError(f"{place} is not {WHAT}: cost.{name}: should be a {'text' if number else 'number'}")
     return entry
 
 

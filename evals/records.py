@@ -20,7 +20,7 @@ class Entry(TypedDict):
     input_tokens: int
     output_tokens: int
     seconds: FiniteFloat
-    cost: dict[str, FiniteFloat | None]
+    cost: dict[str, FiniteFloat | str | None]
 
 
 class Score(TypedDict):

@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if case is not None and item.get_closest_marker("slow") is None:
             groups[item.path].append((item, case))
     for group in groups.values():
-        kept = sample([case for _, case in group])
+        lean = {case[0] for item, case in group if item.get_closest_marker("lean") is not None}
+        kept = sample([case for _, case in group], lean)
         for place, (item, _) in enumerate(group):
             if place not in kept:
                 item.add_marker(pytest.mark.slow)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from itertools import combinations
 
 Case = tuple[str, Mapping[str, Hashable]]
 
 
-def sample(cases: Sequence[Case]) -> set[int]:
+def sample(cases: Sequence[Case], lean: Container[str] = ()) -> set[int]:
     """Places of few cases that together still meet every pair.
 
     A case is a test's name and its value on each of its axes. Every test keeps each value of each of its axes, and
     every two values that meet in some test of the group meet in a kept one: a test of three axes or more is sampled
-    pairwise, tests of the same two axes share their pairs. The choice is greedy, and the same for the same cases.
+    pairwise, tests of the same two axes share their pairs. Of the tests `lean`, whose cases are dear, values need not
+    meet in pairs. The choice is greedy, and the same for the same cases.
     """
     covers = []
     for test, axes in cases:
         values = sorted(axes.items(), key=lambda axis: axis[0])
-        covers.append({(test, one) for one in values} | set(combinations(values, 2)))
+        pairs = () if test in lean else combinations(values, 2)
+        covers.append({(test, one) for one in values} | set(pairs))
     kept: set[int] = set()
     met: set[Hashable] = set()
     # What a case adds only shrinks, so that one whose stale count was largest and still holds is the best.

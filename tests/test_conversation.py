@@ -81,6 +81,7 @@ def test_conversations_packed_into_a_row_are_pruned_as_each_is_alone(kind: str, 
     _check_each_as_alone(kind, model, alone, {**packed, "use_cache": False})
 
 
+@pytest.mark.lean
 @pytest.mark.parametrize("form", ["bool", "additive"])
 @every_pruner
 def test_a_block_mask_packs_conversations_too(form: str, pruner: Pruner) -> None:
@@ -123,6 +124,7 @@ def test_a_mask_of_four_dimensions_says_what_is_padding() -> None:
             assert info.conversations.most == 1
 
 
+@pytest.mark.lean
 @every_model
 @every_pruner
 def test_prompt_lookup_changes_neither_the_answer_nor_the_report(kind: str, pruner: Pruner) -> None:
@@ -201,6 +203,7 @@ def test_an_interrupted_generation_leaves_later_reports_alone() -> None:
     assert _kept(vtprune.report(model)) == []
 
 
+@pytest.mark.lean
 @every_model
 @every_pruner
 def test_answers_that_labels_mark_have_no_say(kind: str, pruner: Pruner) -> None:
@@ -230,6 +233,7 @@ def test_answers_that_labels_mark_have_no_say(kind: str, pruner: Pruner) -> None
             assert _kept(vtprune.report(model)) == unlabelled
 
 
+@pytest.mark.lean
 @every_model
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("pruner", [*PRUNERS, *RELEASED], ids=label)

@@ -39,6 +39,7 @@ def _whole(pruner: Pruner) -> Pruner:
     return dataclasses.replace(pruner, keep=1.0)
 
 
+@pytest.mark.lean
 @every_model
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("pruner", [_whole(one) for one in PRUNERS + CACHE], ids=label)

@@ -22,6 +22,7 @@ every_model = pytest.mark.parametrize("kind", MODELS)
 every_pruner = pytest.mark.parametrize("pruner", DROPS + PRUNERS + CACHE, ids=label)
 
 
+@pytest.mark.lean
 @every_model
 @every_pruner
 @pytest.mark.parametrize("row", [0, 2], ids=["one image", "two images"])

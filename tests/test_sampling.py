@@ -39,3 +39,12 @@ def test_a_test_of_two_axes_alone_in_its_group_runs_whole() -> None:
 def test_the_sample_is_the_same_each_time() -> None:
     cases = _cases("whole", *AXES)
     assert sample(cases) == sample(list(cases))
+
+
+def test_a_lean_test_keeps_every_value_and_leaves_pairs_to_others() -> None:
+    cases = [*_cases("dear", *AXES), *_cases("whole", "pruner", "kind")]
+    kept = [cases[place] for place in sample(cases, {"dear"})]
+    assert len([name for name, _ in kept if name == "dear"]) == len(AXES["pruner"])
+    assert {pair for pair in _pairs(kept) if {axis for axis, _ in pair} == {"pruner", "kind"}} == {
+        pair for pair in _pairs(cases) if {axis for axis, _ in pair} == {"pruner", "kind"}
+    }

@@ -133,6 +133,7 @@ def test_offloaded_weights_give_the_same_answer(kind: str) -> None:
     assert torch.equal(late.generate(**inputs, max_new_tokens=3), plain.generate(**inputs, max_new_tokens=3))
 
 
+@pytest.mark.lean
 @every_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pruner", PRUNERS + CACHE, ids=label)
@@ -158,7 +159,7 @@ def test_scores_of_half_precision_states_are_computed_in_single_precision() -> N
     assert torch.equal(half.received_attention(), single.received_attention())
 
 
-@every_model
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS[1:]] + MODELS[:1])
 def test_a_compiled_model_gives_the_same_logits(kind: str) -> None:
     inputs = prompt(kind, ROWS[kind])
     model = vtprune.wrap(make(kind), EVERYWHERE)

@@ -21,7 +21,7 @@ from tests.fuzz.reference import Masked
 from tests.fuzz.returning import run_returning
 from tests.fuzz.running import Run, image_features
 from vtprune.pruner import Pruner
-from vtprune.report import ImageReport
+from vtprune.report import ImageReport, ImageStep
 
 # In logits of fp64 models. Vectors that merge, gates and cosines are fp32 by design, which the layers blow up.
 EXACT, ROUNDED = 1e-9, 2e-3
@@ -105,11 +105,16 @@ def _choices(images: list[ImageReport]) -> list[Any]:
     return [
         (
             image.grid, image.kept, image.kept_per_layer, image.cached_per_layer, image.cached_per_head,
-            [dataclasses.asdict(step) for step in image.steps],
+            [dataclasses.asdict(step) for step in image.steps if not _attends_to_all(step, image)],
             [(merge.stage, merge.into, merge.members, merge.layer) for merge in image.merged],
         )
         for image in images
     ]  # fmt: skip
+
+
+def _attends_to_all(step: ImageStep, image: ImageReport) -> bool:
+    """Whether a step says no more of an image than that it is whole, as it does beside one of which tokens return."""
+    return step.attended_per_layer == image.kept_per_layer and not any(step.computed_per_layer)
 
 
 # 3. The report is true of the cache, and within what was asked.

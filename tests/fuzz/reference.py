@@ -23,6 +23,9 @@ def positions_of(shape: Architecture, model: Any, prompt: Prompt) -> Tensor:
     if not shape.is_qwen:
         return prompt.positions
     ids = prompt.inputs["input_ids"]
+    if "image_grid_thw" not in prompt.inputs:
+        # Where no row has an image, the model numbers all places, padding included.
+        return torch.arange(prompt.length + STEPS).expand(3, len(ids), -1)
     places, deltas = model.model.get_rope_index(
         ids,
         mm_token_type_ids=prompt.inputs["mm_token_type_ids"],

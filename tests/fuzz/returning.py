@@ -34,7 +34,12 @@ def allowed_by_layer(prompt: Prompt, report: vtprune.Report, plan: Plan) -> Tens
     chosen = (prompt.words & prompt.real)[None, :, None].expand(depth, -1, STEPS, -1).clone()
     for row, (sample, places) in enumerate(zip(report.samples, prompt.images, strict=True)):
         for image, own in zip(sample.images, places, strict=True):
-            assert len(image.steps) == STEPS, "the report has a step for each forward on the cache"
+            assert len(image.steps) in (0, STEPS), "the report has a step for each forward on the cache"
+            if not image.steps:
+                # Nothing was left out that might return: each step attends to all that the prefill computed.
+                for layer, kept in enumerate(image.kept_per_layer):
+                    assert kept == image.kept_per_layer[0], "what was left out has steps"
+                    chosen[layer, row, :, own[kept]] = True
             for number, step in enumerate(image.steps):
                 for layer in range(depth):
                     new = own[step.computed_per_layer[layer]]
