@@ -33,7 +33,8 @@ def _entry(line: bytes, place: str) -> dict[str, Any]:
     for name, value in entry["cost"].items():
         text, number = isinstance(value, str), isinstance(value, int | float)
         if not (text if name == "kept_whole" else number or (value is None and name == "published_tokens")):
-            raise FileError(f"{place} is not {WHAT}: cost.{name}: should be a {'text' if name == 'kept_whole' else 'number'}")
+            wanted = "text" if name == "kept_whole" else "number"
+            raise FileError(f"{place} is not {WHAT}: cost.{name}: should be a {wanted}")
     return entry
 
 

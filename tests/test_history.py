@@ -74,6 +74,7 @@ def test_bytes_of_a_ragged_batch_are_the_caches_without_its_padding(kind: str, p
             assert own == [layer[0] for layer in single.history[number].kv_tokens_per_layer]
 
 
+@pytest.mark.lean
 @every_model
 @every_pruner
 def test_the_steps_begin_with_the_prefill_and_end_with_now(kind: str, pruner: Pruner) -> None:

@@ -52,6 +52,7 @@ def _logical_bytes(cache: Any, mask: torch.Tensor) -> int:
     return total
 
 
+@pytest.mark.lean
 @every_model
 @every_pruner
 def test_kv_bytes_are_the_caches(kind: str, pruner: Pruner) -> None:
