@@ -227,8 +227,7 @@ def _budgets(case: Case, report: vtprune.Report) -> Iterator[str]:
                 # Its routers stand where the fraction itself needs them, not what it is rounded down to.
                 most = max(most, last.keep * image.tokens)
             # An image that no setting of the method cuts so far is kept whole, and says so.
-            whole = any(note.startswith("kept whole: ") for note in image.notes)
-            if image.achieved_tokens > most + 1e-9 and not whole:
+            if image.achieved_tokens > most + 1e-9 and not image.kept_whole:
                 yield f"{image.achieved_tokens} of {image.tokens} tokens are kept where keep is {last.keep}"
 
 
