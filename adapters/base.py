@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.rotary import rotate
-from vtprune.compaction import gather_tokens
-from vtprune.encoding import Encoding
-from vtprune.offloading import loaded
-from vtprune.prompt import PromptInfo
-from vtprune.pruner import ModelFacts
-from vtprune.signals import split_heads
-from vtprune.source import image_statistics
+from vtprune.adapters.offloading import loaded
+from vtprune.decoder.prompt import PromptInfo
+from vtprune.encoder.encoding import Encoding
+from vtprune.method.beside import image_statistics
+from vtprune.method.facts import ModelFacts
+from vtprune.tensors.attention import split_heads
+from vtprune.tensors.compaction import gather_tokens
+from vtprune.tensors.rotary import rotate
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-    from vtprune.cache import PrunedLayer
+    from vtprune.cache.layer import PrunedLayer
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, Projections
-from vtprune.encoding import Encoding
+from vtprune.encoder.encoding import Encoding
+from vtprune.encoder.padded import PaddedEncoding
 from vtprune.errors import UnsupportedModelError, VTPruneError
-from vtprune.padded_encoding import PaddedEncoding
-from vtprune.pruner import ModelFacts
+from vtprune.method.facts import ModelFacts
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 

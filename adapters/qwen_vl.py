@@ -11,14 +11,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, Projections
-from vtprune.adapters.packed import PackedEncoding, sized_attention
-from vtprune.encoding import Encoding
+from vtprune.decoder.prompt import PromptInfo
+from vtprune.encoder.encoding import Encoding
+from vtprune.encoder.packed import PackedEncoding, sized_attention
 from vtprune.errors import UnsupportedModelError
-from vtprune.prompt import PromptInfo
-from vtprune.pruner import ModelFacts
+from vtprune.method.facts import ModelFacts
 
 if TYPE_CHECKING:
-    from vtprune.cache import PrunedLayer
+    from vtprune.cache.layer import PrunedLayer
 
 ROPE_DELTA = "rope_delta"
 
@@ -210,7 +210,7 @@ class QwenVLAdapter(Adapter):
 
 def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
     """The cache among a forward's arguments, and the M-RoPE delta (B, 1) that a wrapped model left with it."""
-    from vtprune.cache import cache_in, is_adopted
+    from vtprune.cache.adopting import cache_in, is_adopted
 
     cache = cache_in(arguments)
     if cache is None or not is_adopted(cache) or cache.get_seq_length() == 0:

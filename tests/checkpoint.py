@@ -22,7 +22,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vtprune.evals.training.architecture import build_model, build_processor
+from vtprune.evals.tiny_models.architecture import build_model, build_processor
 
 
 @cache
@@ -117,10 +117,10 @@ def write_task(folder: Path, name: str, images: list[bytes], **generation: Any) 
     (folder / f"{name}.yaml").write_text(
         f"task: {name}\ndataset_path: parquet\ndataset_kwargs:\n  data_files:\n"
         f"    test: {folder / name}.parquet\ntest_split: test\noutput_type: generate_until\n"
-        "doc_to_visual: !function vtprune.evals.shapes_task.doc_to_visual\n"
-        "doc_to_text: !function vtprune.evals.shapes_task.doc_to_text\n"
+        "doc_to_visual: !function vtprune.evals.lmms.shapes_task.doc_to_visual\n"
+        "doc_to_text: !function vtprune.evals.lmms.shapes_task.doc_to_text\n"
         "doc_to_target: answer\n"
-        "process_results: !function vtprune.evals.shapes_task.process_results\n"
+        "process_results: !function vtprune.evals.lmms.shapes_task.process_results\n"
         f"generation_kwargs:\n{lines}"
         "metric_list:\n  - metric: accuracy\n    aggregation: mean\n    higher_is_better: true\n"
     )

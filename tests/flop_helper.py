@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vtprune.cost import FlopsBreakdown
+from vtprune.cost.formulas import FlopsBreakdown
 
 IMAGE_TOKEN = 60
 VOCABULARY = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.stream import EncoderLayer
+from vtprune.method.views import EncoderLayer
 
 
 def image_states(tokens: int, *, prefix: int, group: int, seed: int) -> Tensor:

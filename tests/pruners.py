@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import vtprune
-from vtprune.pruner import Pruner
-from vtprune.selection import Merge, Selection
-from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+from vtprune.method.answers import Merge, Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
 
 PRUNERS: list[Pruner] = [
     vtprune.NoPruning(),

@@ -9,10 +9,18 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from vtprune.pruner import Pruner
-from vtprune.pruners import CDPruner, DivPrune, FoPru, Grid, HoloV, Pool, Random, VFlowOpt
-from vtprune.signals import LayerSignals
-from vtprune.stream import VisionStream
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import LayerSignals, VisionStream
+from vtprune.pruners import (
+    CDPruner,
+    DivPrune,
+    FoPru,
+    Grid,
+    HoloV,
+    Pool,
+    Random,
+    VFlowOpt,
+)
 
 few = settings(max_examples=40, deadline=None)
 grids = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9))

@@ -15,8 +15,13 @@ from tests.models import MODELS, ROWS, make, prompt
 from tests.test_properties import _traces
 from tests.test_tune_parts import pictures
 from tests.tuning import private_environment  # noqa: F401 (a fixture of every test here)
-from vtprune.cli import app
-from vtprune.routing.arank import arank, choose, head_ranks, rank_layers
+from vtprune.cli.app import app
+from vtprune.evals.arank.ranks import (
+    arank,
+    choose,
+    head_ranks,
+    rank_layers,
+)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -105,7 +110,7 @@ def test_the_command_ranks_the_bundled_model_and_names_layers_that_wrap_takes(tm
     layers = tuple(data["layers"])
     assert f"layers={layers}" in result.output
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    from vtprune.evals.loading import load_model
+    from vtprune.loading.model import load_model
 
     model, _ = load_model()
     assert len(data["arank"]) == model.config.text_config.num_hidden_layers

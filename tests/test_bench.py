@@ -19,17 +19,19 @@ from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.checkpoint import png, random_checkpoint, write_task
-from vtprune import adapters, cli
-from vtprune.catalogue import own_methods
-from vtprune.cli import app
-from vtprune.evals import lmms_model, results, settings
-from vtprune.evals.bench import SHORT_METHODS, BenchConfig, run_bench
-from vtprune.evals.plots import method_styles, pareto_png
-from vtprune.evals.scores import main_metric, standard_error, task_scores
-from vtprune.evals.settings import Setting
-from vtprune.evals.shapes_task import process_results
-from vtprune.evals.tables import kept_score, markdown_table, quality_columns
+from vtprune import adapters
+from vtprune.cli import app as cli
+from vtprune.cli.app import app
+from vtprune.evals.bench import results, settings
+from vtprune.evals.bench.bench import SHORT_METHODS, BenchConfig, run_bench
+from vtprune.evals.bench.plots import method_styles, pareto_png
+from vtprune.evals.bench.scores import main_metric, standard_error, task_scores
+from vtprune.evals.bench.settings import Setting
+from vtprune.evals.bench.tables import kept_score, markdown_table, quality_columns
+from vtprune.evals.lmms import model as lmms_model
+from vtprune.evals.lmms.shapes_task import process_results
 from vtprune.files import held
+from vtprune.method.catalogue import own_methods
 
 METHODS = ("--methods", "grid,flowcut", "--keep", "0.25")
 SETTINGS = [Setting("none"), Setting("grid", 0.25), Setting("flowcut", 0.25)]
@@ -117,7 +119,7 @@ def test_pruned_answers_are_those_of_the_method(finished: Path) -> None:
 
 
 def results_suite() -> Any:
-    from vtprune.evals.suite import open_suite
+    from vtprune.evals.bench.suite import open_suite
 
     return open_suite(["vtprune_shapes"], 10, 0)
 
@@ -259,7 +261,7 @@ def test_a_method_that_the_model_cannot_take(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 2
     assert "flowcut: needs what this model has not" in result.stderr
     assert not (tmp_path / "results.json").exists()
-    monkeypatch.setattr("vtprune.evals.bench.SHORT_METHODS", ("grid", "flowcut"))
+    monkeypatch.setattr("vtprune.evals.bench.bench.SHORT_METHODS", ("grid", "flowcut"))
     result = bench(tmp_path, "--keep", "0.25")
     assert result.exit_code == 0, result.output
     assert "Left out: flowcut at 25%: needs what this model has not." in result.output
@@ -343,7 +345,7 @@ def test_a_folder_with_trained_weights_runs_on_the_model_that_lies_beside_them(t
 
 
 def test_methods_that_have_to_be_trained_are_not_among_the_defaults() -> None:
-    from vtprune.evals.settings import all_methods
+    from vtprune.evals.bench.settings import all_methods
 
     assert "pmod" not in all_methods()
     assert {"fastv", "d2o", "lazyllm"} <= set(all_methods())
@@ -369,7 +371,7 @@ def test_tables_of_something_else_are_not_overwritten(tmp_path: Path) -> None:
 def test_without_a_terminal_every_setting_has_a_line_before_the_next_one_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vtprune.evals.sweep import Sweep
+    from vtprune.evals.bench.sweep import Sweep
 
     seen: list[str] = []
     out = io.StringIO()

@@ -15,7 +15,12 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import vtprune
-from vtprune.assets import EXAMPLE_IMAGE, SHAPES_EVAL, TINY_LLAVA, TRAINED
+from vtprune.assets import (
+    EXAMPLE_IMAGE,
+    SHAPES_EVAL,
+    TINY_LLAVA,
+    TRAINED,
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +166,8 @@ def test_the_model_trained_with_routers_answers_at_half_of_the_decoder(bundled: 
 
 
 def test_ask_and_the_lmms_eval_model_take_the_trained_weights(tmp_path: Path) -> None:
-    from vtprune.evals.ask import run_ask
-    from vtprune.evals.lmms_model import VTPrune
+    from vtprune.evals.ask.ask import run_ask
+    from vtprune.evals.lmms.model import VTPrune
 
     (folder,) = TRAINED
     asked = run_ask(

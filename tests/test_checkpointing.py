@@ -12,8 +12,8 @@ import vtprune
 from tests.differences import shake, text_labels
 from tests.models import MODELS, ROWS, make, prompt
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
-from vtprune.checkpoints import around_hooks
-from vtprune.pruner import Pruner
+from vtprune.hooks.checkpoints import around_hooks
+from vtprune.method.pruner import Pruner
 
 Found = tuple[float, dict[str, Tensor]]
 

@@ -10,12 +10,17 @@ from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.checkpoint import png, random_checkpoint
-from vtprune import catalogue
 from vtprune.adapters import adapters
-from vtprune.cli import app
-from vtprune.evals.failures import InputError
-from vtprune.evals.settings import Setting, ablations, build_settings
-from vtprune.texts import is_folder, parse_keep, parse_method, show_keep
+from vtprune.cli.app import app
+from vtprune.evals.bench.failures import InputError
+from vtprune.evals.bench.settings import Setting, ablations, build_settings
+from vtprune.method import catalogue
+from vtprune.method.texts import (
+    is_folder,
+    parse_keep,
+    parse_method,
+    show_keep,
+)
 
 
 def run(*arguments: str | Path) -> Result:

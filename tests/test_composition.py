@@ -11,9 +11,9 @@ import torch
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, difference_from_masked
-from vtprune.pruner import Pruner
-from vtprune.selection import Selection
-from vtprune.stream import VisionStream
+from vtprune.method.answers import Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import VisionStream
 
 
 @pytest.mark.parametrize("kind", MODELS)

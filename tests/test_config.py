@@ -13,11 +13,22 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from vtprune import registry
-from vtprune.config import CONFIG_NAME, from_dict, load_config, save_config, to_dict
 from vtprune.errors import UnknownPrunerError, VTPruneError
-from vtprune.pruner import Pruner
-from vtprune.pruners import FlowCut, FoPru, HoloV, Random
+from vtprune.method import registry
+from vtprune.method.config import (
+    CONFIG_NAME,
+    from_dict,
+    load_config,
+    save_config,
+    to_dict,
+)
+from vtprune.method.pruner import Pruner
+from vtprune.pruners import (
+    FlowCut,
+    FoPru,
+    HoloV,
+    Random,
+)
 from vtprune.pruners.fopru import STRATEGIES
 
 SHIPPED = [name for name in registry.available() if registry.pruner_class(name).__module__.startswith("vtprune.")]

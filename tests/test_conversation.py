@@ -14,9 +14,9 @@ import vtprune
 from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE
 from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, label
+from vtprune.decoder.prompt import PromptInfo, real_tokens, sight
 from vtprune.errors import VTPruneError
-from vtprune.prompt import PromptInfo, real_tokens, sight
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 EVERY = PRUNERS + CACHE + GATED
 every_model = pytest.mark.parametrize("kind", MODELS)

@@ -21,9 +21,9 @@ from tests.flop_helper import (
     qwen_config,
     qwen_inputs,
 )
-from vtprune.cost import FlopsBreakdown, flops, kv_bytes
+from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
+from vtprune.cost.sizes import model_cost
 from vtprune.errors import VTPruneError
-from vtprune.model_cost import model_cost
 
 GRIDS = [(1, 5, 7), (1, 3, 6), (1, 1, 2)]
 TEXT = 11

@@ -14,7 +14,7 @@ import vtprune
 from tests.flop_helper import measured_flops
 from tests.models import IMAGE, MODELS, PAST, ROWS, TEXT, Row, make, prompt
 from vtprune import CoViPAL
-from vtprune.pruners.pruning_module import log_soft_top
+from vtprune.pruners.covipal.module import log_soft_top
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 SMALL = CoViPAL(keep=0.4, width=16, heads=2, relaxation="soft")

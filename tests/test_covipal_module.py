@@ -10,9 +10,9 @@ import torch
 import vtprune
 from tests.models import DECODER_LAYERS, make
 from vtprune import CoViPAL
-from vtprune.compaction import biased_mask
-from vtprune.pruner import ModelFacts
-from vtprune.pruners.pruning_module import log_soft_top, new_module, scores_of
+from vtprune.method.facts import ModelFacts
+from vtprune.pruners.covipal.module import log_soft_top, new_module, scores_of
+from vtprune.tensors.compaction import biased_mask
 
 
 def test_half_precision_weights_score_in_single_precision() -> None:

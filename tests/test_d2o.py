@@ -15,8 +15,8 @@ from tests.cache_reference import Reference, Rule
 from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import STEPS, TOLERANCE, next_tokens, run_wrapped
 from tests.streams import few
-from vtprune.pruner import ModelFacts
-from vtprune.pruners.cache_merging import (
+from vtprune.method.facts import ModelFacts
+from vtprune.pruners.d2o import (
     best_of,
     flatness,
     merge_evicted,
@@ -24,7 +24,7 @@ from vtprune.pruners.cache_merging import (
     skew_of_heads,
     spread_of_columns,
 )
-from vtprune.signals import attention_sums
+from vtprune.tensors.attention import attention_sums
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 RULES = {
@@ -225,7 +225,7 @@ def test_column_sums_are_those_of_the_whole_map_however_small_the_chunks(monkeyp
     logits = query @ key.repeat_interleave(2, dim=0).mT * 0.4
     expected = logits.masked_fill(places > asked[:, None], -math.inf).softmax(dim=-1).sum(dim=1)
     for chunk in (1, 500, 2**20):
-        monkeypatch.setattr("vtprune.signals.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("vtprune.tensors.attention.CHUNK_BYTES", chunk)
         assert torch.allclose(attention_sums(query, key, asked, places, 0.4), expected, atol=1e-6)
 
 

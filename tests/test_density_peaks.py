@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.streams import few
-from vtprune.pruners.density_peaks import cluster_count, density_peaks, direct_count, pool_size, recycle
+from vtprune.pruners.sparsevlm.density_peaks import (
+    cluster_count,
+    density_peaks,
+    direct_count,
+    pool_size,
+    recycle,
+)
 
 
 def slow_clusters(points: Tensor, count: int, noise: Tensor | None) -> list[int]:

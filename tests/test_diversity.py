@@ -15,10 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.streams import few, stream
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.pruner import Tunable
-from vtprune.pruners import CDPruner, DivPrune, cosines, divprune, dpp
+from vtprune.method.pruner import Tunable
+from vtprune.pruners import CDPruner, DivPrune, divprune
+from vtprune.pruners.cdpruner import dpp
+from vtprune.pruners.cdpruner.dpp import (
+    greedy_dpp,
+    mean_cosine,
+    min_max,
+    sharpen,
+)
 from vtprune.pruners.divprune import max_min_diverse
-from vtprune.pruners.dpp import greedy_dpp, mean_cosine, min_max, sharpen
+from vtprune.pruners.parts import cosines
 
 
 def vectors(tokens: int, width: int = 6, seed: int = 0) -> Tensor:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.streams import few, stream
+from vtprune.method.views import DecoderLayer
 from vtprune.pruners import MustDrop
-from vtprune.pruners import dual_attention as dual
-from vtprune.pruners.prompt_attention import attention_to_image
-from vtprune.stream import DecoderLayer
+from vtprune.pruners.mustdrop import filters as dual
+from vtprune.pruners.parts.prompt_attention import attention_to_image
 
 
 def decoder_layer(*, before: int = 3, tokens: int = 8, after: int = 4, pad: int = 0, seed: int = 0) -> DecoderLayer:

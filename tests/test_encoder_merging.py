@@ -16,10 +16,10 @@ from torch import Tensor
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt
 from vtprune.errors import VTPruneError
-from vtprune.pruner import Pruner
-from vtprune.selection import EncoderSelection
-from vtprune.state import RECORD
-from vtprune.stream import EncoderLayer
+from vtprune.hooks.state import RECORD
+from vtprune.method.answers import EncoderSelection
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import EncoderLayer
 
 TOLERANCE = 2e-5
 DEPTH = {"llava-clip": 5, "llava-siglip": 5, "qwen2.5-vl": 6}

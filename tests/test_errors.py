@@ -15,10 +15,10 @@ import torch
 
 import vtprune
 from tests.models import MODELS, ROWS, Row, make, prompt
-from vtprune import registry
-from vtprune.pruner import Pruner
-from vtprune.selection import Selection
-from vtprune.stream import VisionStream
+from vtprune.method import registry
+from vtprune.method.answers import Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import VisionStream
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 

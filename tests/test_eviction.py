@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import vtprune
 from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import TOLERANCE, feed, run_wrapped
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 METHODS = [vtprune.D2O(keep=0.3), vtprune.D2O(keep=0.4, text=True)]

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tests.streams import few
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.pruner import ModelFacts
+from vtprune.method.choosing import top_mask
+from vtprune.method.facts import ModelFacts
+from vtprune.method.views import DecoderLayer, EncoderLayer
 from vtprune.pruners import FlowCut
-from vtprune.pruners.flow import flow_score, prune_count, top_mask
-from vtprune.stream import DecoderLayer, EncoderLayer
+from vtprune.pruners.flowcut import flow_score, prune_count
 
 
 def test_flowcut_score_by_hand():

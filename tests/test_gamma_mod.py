@@ -18,7 +18,7 @@ from tests.pruners import GATED, label
 from tests.slow_gamma_mod import above, best_of_each_image, run_slow
 from tests.test_oracle import BATCHES
 from tests.test_properties import _kept, _traces
-from vtprune.routing.gamma_mod import GammaMoD
+from vtprune.pruners.gamma_mod import GammaMoD
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 every_setting = pytest.mark.parametrize("pruner", GATED, ids=label)

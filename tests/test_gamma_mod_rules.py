@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import vtprune
 from tests.models import ROWS, make, prompt
-from vtprune.pruner import ModelFacts
-from vtprune.routing.gamma_mod import GammaMoD
-from vtprune.stream import RoutedTokens
+from vtprune.method.facts import ModelFacts
+from vtprune.method.views import RoutedTokens
+from vtprune.pruners.gamma_mod import GammaMoD
 
 
 def tokens_of(

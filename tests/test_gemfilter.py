@@ -12,9 +12,9 @@ import vtprune
 from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
 from tests.streams import stream
-from vtprune.pruner import ModelFacts
+from vtprune.method.facts import ModelFacts
+from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.gemfilter import pool_grid, pool_sequence
-from vtprune.stream import DecoderLayer, VisionStream
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 

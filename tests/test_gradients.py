@@ -10,7 +10,7 @@ import vtprune
 from tests.differences import disagreements, doubles, generation_loss, shake, text_labels
 from tests.models import MODELS, ROWS, make, prompt
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 # What fp64 leaves of a central difference is a thousand times less.
 TOLERANCE = 1e-4

@@ -14,9 +14,9 @@ import vtprune
 from tests.models import DECODER_LAYERS, MODELS, PAST, ROWS, make, prompt
 from tests.oracle import TOLERANCE, full_mask, next_tokens
 from tests.pruners import CACHE, DROPS, PRUNERS, RELEASED, Drops, label
-from vtprune.generation import Generation
-from vtprune.history import CacheNote
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
+from vtprune.report.generation import Generation
+from vtprune.report.history import CacheNote
 
 STEPS, ALL = 3, (0, 1, 2)
 every_model = pytest.mark.parametrize("kind", MODELS)

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from tests.golden.anyres import restore_crops, unpad_mask
 from tests.streams import few, stream
 from vtprune.pruners import HoloV
-from vtprune.pruners.crops import capped_quotas, crops_of, diversity, holistic_score
-from vtprune.pruners.holov import select_crops, select_strips
+from vtprune.pruners.holov import (
+    capped_quotas,
+    crops_of,
+    diversity,
+    holistic_score,
+    select_crops,
+    select_strips,
+)
 
 
 def test_holov_diversity_by_hand():

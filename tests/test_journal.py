@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 import vtprune
 from tests.test_bench import record
 from vtprune.errors import FileError, VTPruneError
-from vtprune.evals.efficiency import RowCost
-from vtprune.evals.generation import Answer
-from vtprune.evals.journal import Journal
-from vtprune.evals.results import FORMAT, Results
-from vtprune.evals.tables import markdown_table, quality_columns
-from vtprune.evals.tune_data import read_folder
-from vtprune.evals.tune_store import Search
+from vtprune.evals.bench.journal import Journal
+from vtprune.evals.bench.results import FORMAT, Results
+from vtprune.evals.bench.tables import markdown_table, quality_columns
+from vtprune.evals.lmms.efficiency import RowCost
+from vtprune.evals.lmms.generation import Answer
+from vtprune.evals.tune.data import read_folder
+from vtprune.evals.tune.store import Search
 from vtprune.json_files import parse
 from vtprune.training.output import read_log
 from vtprune.training.state import REST
@@ -127,7 +127,7 @@ READERS: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[Path], obj
     "bench": ("results.json", whole_results, read_results),
     "tune": ("search.json", whole_search, lambda folder: Search(folder, CONFIG, restart=False).best),
     "train": ("training.json", whole_log, read_log),
-    "config": ("vtprune_config.json", lambda: vtprune.config.to_dict(vtprune.HoloV()), vtprune.load_config),
+    "config": ("vtprune_config.json", lambda: vtprune.method.config.to_dict(vtprune.HoloV()), vtprune.load_config),
     "questions": (
         "metadata.jsonl",
         lambda: {"file_name": "gone.png", "question": "?"},

@@ -12,7 +12,7 @@ import vtprune
 from tests.models import DECODER_LAYERS, IMAGE, MODELS, PAST, ROWS, TWO, Row, make, prompt
 from tests.oracle import STEPS, TOLERANCE, compare, next_tokens, run_masked, run_wrapped
 from tests.slow_lazyllm import SlowLazyLLM, steps, turn
-from vtprune.report import ImageReport
+from vtprune.report.report import ImageReport
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 BOUNDARIES = (1, 3, 4)

@@ -13,7 +13,7 @@ import vtprune
 from tests.models import IMAGE, MODELS, ROWS, make, prompt
 from tests.oracle import STEPS, TOLERANCE, next_tokens
 from tests.slow_lazyllm import steps, turn
-from vtprune.revival import check_revival
+from vtprune.decoder.revival import check_revival
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 NO_MEDIA = {"suppress_tokens": [90, 91, 92, 93]}

@@ -15,10 +15,10 @@ import vtprune
 from tests.checkpoint import png, random_checkpoint, write_task
 from vtprune.assets import TRAINED
 from vtprune.errors import InputError
-from vtprune.evals.failures import SampleError
-from vtprune.evals.gen_kwargs import read_generation
-from vtprune.evals.lmms_model import VTPrune
-from vtprune.evals.prompts import encode, question
+from vtprune.evals.bench.failures import SampleError
+from vtprune.evals.lmms.gen_kwargs import read_generation
+from vtprune.evals.lmms.model import VTPrune
+from vtprune.loading.prompts import encode, question
 
 TASK = "vtprune_options"
 
@@ -224,7 +224,9 @@ def test_a_question_that_holds_the_mark_of_a_picture_is_named_before_anything_is
 ) -> None:
     write_task(tmp_path, TASK, [png(96, 96)] * 2)
     task = tmp_path / f"{TASK}.yaml"
-    task.write_text(task.read_text().replace("!function vtprune.evals.shapes_task.doc_to_text", '"{{id}} <image>?"'))
+    task.write_text(
+        task.read_text().replace("!function vtprune.evals.lmms.shapes_task.doc_to_text", '"{{id}} <image>?"')
+    )
     manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
     with pytest.raises(SampleError, match=r"vtprune_options, sample 0 \(picture-0\): its text holds '<image>'"):
         run(spied(calls, monkeypatch), manager)

@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 
 from tests.streams import SELECTING, few, grids, stream, with_nan
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.pruner import ScoringWork
-from vtprune.pruners import FlowCut, FoPru, Grid, HoloV, NoPruning, Pool, Random
-from vtprune.pruners.cells import cell_grid, cut
+from vtprune.method.facts import ScoringWork
+from vtprune.pruners import (
+    FlowCut,
+    FoPru,
+    Grid,
+    HoloV,
+    NoPruning,
+    Pool,
+    Random,
+)
 from vtprune.pruners.fopru import focal_significance, top_rows
+from vtprune.pruners.parts.cells import cell_grid, cut
 from vtprune.pruners.random import pixel_seed
 
 # All methods that act between encoder and decoder

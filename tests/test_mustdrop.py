@@ -21,13 +21,18 @@ from tests.oracle import TOLERANCE, compare, next_tokens, run_masked, run_wrappe
 from tests.streams import few, stream
 from tests.test_cost import LLAVA_7B
 from tests.test_dual_attention import decoder_layer
-from vtprune.cost import flops
+from vtprune.cost.formulas import flops
+from vtprune.encoder.merging import flow_together
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.merging import flow_together
-from vtprune.pruner import ModelFacts, ScoringWork
+from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.views import EncoderLayer, VisionStream
 from vtprune.pruners import MustDrop
-from vtprune.pruners.windows import alike_windows, batch_windows, window_members, window_similarity
-from vtprune.stream import EncoderLayer, VisionStream
+from vtprune.pruners.mustdrop.windows import (
+    alike_windows,
+    batch_windows,
+    window_members,
+    window_similarity,
+)
 
 CASES = Path(__file__).parent / "golden" / "cases" / "mustdrop"
 # Settings under which thresholds drop something of a few dozen tokens.

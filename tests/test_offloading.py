@@ -13,7 +13,7 @@ import vtprune
 from tests.differences import shake
 from tests.models import ROWS, make, prompt
 from tests.pruners import label
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 from vtprune.wrap import load_weights, save
 
 # Those that bring weights, read a layer's input norm, or another layer's projections.

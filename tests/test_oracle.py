@@ -8,7 +8,7 @@ import vtprune
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
 from tests.pruners import DROPS, PRUNERS, RELEASED, label
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 BATCHES = {"alone": ([0], "left"), "ragged-left": ([0, 1, 2], "left"), "ragged-right": ([0, 1, 2], "right")}
 

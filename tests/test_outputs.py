@@ -13,14 +13,19 @@ from rich.console import Console
 
 from tests.checkpoint import png
 from vtprune.errors import VTPruneError
-from vtprune.evals import arank
-from vtprune.evals.ask import Asked, check_output, encoded, table
-from vtprune.evals.efficiency import RowCost
-from vtprune.evals.generation import Answer
-from vtprune.evals.overlay import _heading
-from vtprune.evals.progress import Estimate, Steps, clock
-from vtprune.evals.timing import PrefillTimes
-from vtprune.evals.tune_store import Search
+from vtprune.evals.arank import ranking as arank
+from vtprune.evals.ask.ask import (
+    Asked,
+    check_output,
+    encoded,
+    table,
+)
+from vtprune.evals.ask.overlay import _heading
+from vtprune.evals.bench.progress import Estimate, Steps, clock
+from vtprune.evals.lmms.efficiency import RowCost
+from vtprune.evals.lmms.generation import Answer
+from vtprune.evals.speed.timing import PrefillTimes
+from vtprune.evals.tune.store import Search
 from vtprune.training.run import _held
 
 
@@ -102,7 +107,7 @@ class Flushed(io.StringIO):
 
 def test_a_step_has_a_line_with_its_time_that_is_flushed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("vtprune.evals.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vtprune.evals.bench.progress.time.monotonic", lambda: now[0])
     stream = Flushed()
     with Steps(Console(file=stream, width=40), "trials", 3, 1, parts="samples") as steps:
         steps.begin("trial 1", 10)
@@ -120,7 +125,7 @@ def test_a_step_has_a_line_with_its_time_that_is_flushed_at_once(monkeypatch: py
 
 def test_an_estimate_is_of_the_second_batch_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [0.0], []
-    monkeypatch.setattr("vtprune.evals.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vtprune.evals.bench.progress.time.monotonic", lambda: now[0])
     estimate = Estimate(3, said.append)
     for at, count in ((0.0, 0), (9.0, 16), (9.8, 16), (99.0, 16)):
         now[0] = at

@@ -9,10 +9,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vtprune.cost import flops
+from vtprune.cost.formulas import flops
 from vtprune.errors import VTPruneError
-from vtprune.evals import overhead
-from vtprune.evals.overhead import ModelSize, Pairs, Size, build_inputs, build_model, measure
+from vtprune.evals.speed import overhead
+from vtprune.evals.speed.overhead import (
+    ModelSize,
+    Pairs,
+    Size,
+    build_inputs,
+    build_model,
+    measure,
+)
 
 TINY = ModelSize(
     vision_width=32,

@@ -11,9 +11,9 @@ from PIL import Image
 
 import vtprune
 from tests.models import ROWS, make, prompt
-from vtprune.evals.depth import depth_plot, gone_at, layer_colours
-from vtprune.evals.overlay import compare, draw_kept
-from vtprune.report import ImageReport, MergeReport
+from vtprune.evals.ask.depth import depth_plot, gone_at, layer_colours
+from vtprune.evals.ask.overlay import compare, draw_kept
+from vtprune.report.report import ImageReport, MergeReport
 
 CELL = 48
 WHITE = (255, 255, 255)

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 
 from tests.checkpoint import png
 from vtprune.errors import PictureError
-from vtprune.pictures import open_picture, open_pictures_in, whole_images
+from vtprune.loading.pictures import open_picture, open_pictures_in, whole_images
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,12 +16,12 @@ from lmms_eval.tasks import TaskManager
 
 import vtprune
 from tests.checkpoint import png, random_checkpoint, random_qwen_checkpoint, write_task
-from vtprune.evals.failures import SampleError
-from vtprune.evals.generation import StopAtText, cut
-from vtprune.evals.lmms_model import VTPrune
-from vtprune.evals.loading import load_model
-from vtprune.evals.prompts import encode, place, question
-from vtprune.evals.suite import BUNDLED_TASK, open_suite, stratified
+from vtprune.evals.bench.failures import SampleError
+from vtprune.evals.bench.suite import BUNDLED_TASK, open_suite, stratified
+from vtprune.evals.lmms.generation import StopAtText, cut
+from vtprune.evals.lmms.model import VTPrune
+from vtprune.loading.model import load_model
+from vtprune.loading.prompts import encode, place, question
 
 SIZES = [(96, 96), (1, 1), (20000, 10), (10, 3000), (640, 480)]
 

@@ -17,10 +17,10 @@ import vtprune
 from tests.flop_helper import measured_flops
 from tests.models import DECODER_LAYERS, IMAGE, MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import STEPS, TOLERANCE, compare, image_features, next_tokens, run_masked, run_wrapped
-from vtprune import schedules
-from vtprune.pruner import ModelFacts
+from vtprune.method import schedules
+from vtprune.method.choosing import best_of_each
+from vtprune.method.facts import ModelFacts
 from vtprune.routing import PMoD
-from vtprune.selection import best_of_each
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 SETTINGS = [PMoD(), PMoD(keep=0.7, norm="sigmoid", scale=1.0), PMoD(keep=9), PMoD(variant="paper")]

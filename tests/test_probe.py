@@ -20,10 +20,10 @@ import vtprune
 from tests.flop_helper import _counter, measured_flops
 from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
-from vtprune.decoding import DecoderRun
-from vtprune.pruner import Pruner
-from vtprune.selection import Selection
-from vtprune.stream import VisionStream
+from vtprune.decoder.run import DecoderRun
+from vtprune.method.answers import Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import VisionStream
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 SEEN: list[VisionStream] = []

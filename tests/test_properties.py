@@ -14,9 +14,15 @@ import vtprune
 from tests.models import MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
-from vtprune.pruner import Pruner
-from vtprune.report import SampleReport
-from vtprune.stream import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import (
+    CachedRow,
+    DecoderLayer,
+    EncoderLayer,
+    RoutedTokens,
+    VisionStream,
+)
+from vtprune.report.report import SampleReport
 
 ALL = DROPS[-1:] + PRUNERS + CACHE
 every_model = pytest.mark.parametrize("kind", MODELS)

@@ -27,9 +27,9 @@ from tests.streams import stream
 from vtprune.assets import EXAMPLE_IMAGE, TINY_LLAVA
 from vtprune.errors import VTPruneError
 from vtprune.pruners import CDPruner
-from vtprune.pruners.clip_loading import find_clip
-from vtprune.pruners.dpp import mean_cosine
-from vtprune.pruners.question import question_of, question_text
+from vtprune.pruners.cdpruner.clip_loading import find_clip
+from vtprune.pruners.cdpruner.dpp import mean_cosine
+from vtprune.pruners.cdpruner.question import question_of, question_text
 
 WORDS = ["<pad>", "<s>", "</s>", "<image>", "user", ":", "assistant", "what", "is", "the", "circle", "?", "red", "sys"]
 TEMPLATE = (

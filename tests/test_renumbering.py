@@ -15,8 +15,8 @@ import vtprune
 from tests.models import ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, feed, image_features, next_tokens, run_masked, run_wrapped
 from tests.pruners import Drops, label
-from vtprune.decoding import SHIFT
-from vtprune.pruner import Pruner
+from vtprune.decoder.run import SHIFT
+from vtprune.method.pruner import Pruner
 
 CUT: list[Pruner] = [
     Drops(layers=(1, 3), cut=(0, 1, 3)),

@@ -14,9 +14,9 @@ from tests.flop_helper import measured_flops
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import run_wrapped
 from tests.pruners import CACHE, DROPS, PRUNERS, label
-from vtprune.encoding import EncodedImage
-from vtprune.prompt import real_tokens
-from vtprune.pruner import Pruner
+from vtprune.decoder.prompt import real_tokens
+from vtprune.encoder.encoding import EncodedImage
+from vtprune.method.pruner import Pruner
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 every_pruner = pytest.mark.parametrize("pruner", DROPS + PRUNERS + CACHE, ids=label)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.streams import few
-from vtprune import schedules
 from vtprune.errors import VTPruneError
-from vtprune.evals.schedules import main
+from vtprune.evals.speed.schedules import main
+from vtprune.method import schedules
 
-DOCS = Path(schedules.__file__).parent / "docs"
+DOCS = Path(schedules.__file__).parent
 APP = typer.Typer()
 APP.command()(main)
 names = st.sampled_from(schedules.NAMES)
@@ -197,7 +197,7 @@ def test_the_command_draws_each_schedule_that_the_documentation_shows(tmp_path: 
     text = (DOCS / "schedules.md").read_text()
     for name in drawn:
         assert f"(schedules/{name})" in text
-        assert (DOCS / "schedules" / name).stat().st_size < 60_000
+        assert (DOCS / "pictures" / name).stat().st_size < 60_000
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 

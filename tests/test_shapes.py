@@ -12,11 +12,31 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vtprune.assets import EXAMPLE_IMAGE, SHAPES_EVAL, TINY_LLAVA
-from vtprune.evals.shapes import CATEGORIES, Glyph, Scene, Thing, make_scene, read_eval_rows, render
-from vtprune.evals.shapes.dataset import EvalRow, blind_baseline, build_eval_rows, overlap_with_training, quotas
-from vtprune.evals.shapes.questions import FORMS, QA, ask, normalise, vocabulary
-from vtprune.evals.shapes.render import owner_map, shape_mask
-from vtprune.evals.shapes.scene import SHAPES, SPLITS, scene_rng
+from vtprune.shapes import (
+    CATEGORIES,
+    Glyph,
+    Scene,
+    Thing,
+    make_scene,
+    read_eval_rows,
+    render,
+)
+from vtprune.shapes.dataset import (
+    EvalRow,
+    blind_baseline,
+    build_eval_rows,
+    overlap_with_training,
+    quotas,
+)
+from vtprune.shapes.questions import (
+    FORMS,
+    QA,
+    ask,
+    normalise,
+    vocabulary,
+)
+from vtprune.shapes.render import owner_map, shape_mask
+from vtprune.shapes.scene import SHAPES, SPLITS, scene_rng
 
 # Two reds, two circles; the leftmost, the topmost and each glyph are clear.
 SCENE = Scene(
@@ -198,7 +218,7 @@ def test_published_weights_fit_in_twelve_megabytes() -> None:
 def test_bundled_model_answers_and_stops(
     model: PreTrainedModel, processor: ProcessorMixin, frozen: list[EvalRow]
 ) -> None:
-    from vtprune.evals.training.evaluate import answer
+    from vtprune.evals.tiny_models.evaluate import answer
 
     rows = frozen[:40]
     answers = answer(model, processor, [row.open_image() for row in rows], [row.question for row in rows])

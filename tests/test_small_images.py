@@ -11,7 +11,7 @@ from transformers import StaticCache
 import vtprune
 from tests.models import PAST, Row, make, prompt
 from tests.pruners import label
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 KIND = "qwen2.5-vl"
 ROWS = [Row([3, 7], [(6, 6)], 1), Row([2, 4], [(1, 2)], 2), Row([2, 3], [(1, 1)], 3)]

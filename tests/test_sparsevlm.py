@@ -19,15 +19,15 @@ from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt, text_posi
 from tests.streams import few, stream
 from tests.test_dual_attention import decoder_layer, naive_attention
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.evals.efficiency import row_costs
-from vtprune.evals.sweep import summarise
-from vtprune.evals.tables import cost_columns
-from vtprune.pruner import ModelFacts
+from vtprune.evals.bench.sweep import summarise
+from vtprune.evals.bench.tables import cost_columns
+from vtprune.evals.lmms.efficiency import row_costs
+from vtprune.method.facts import ModelFacts
+from vtprune.method.views import DecoderLayer
 from vtprune.pruners import SparseVLM
-from vtprune.pruners.density_peaks import direct_count
-from vtprune.pruners.raters import choose_raters, debiased_scores, relevance
-from vtprune.pruners.sparsevlm import PUBLISHED_STAGES, stage_shares
-from vtprune.stream import DecoderLayer
+from vtprune.pruners.sparsevlm.density_peaks import direct_count
+from vtprune.pruners.sparsevlm.raters import choose_raters, debiased_scores, relevance
+from vtprune.pruners.sparsevlm.sparsevlm import PUBLISHED_STAGES, stage_shares
 
 CASES = Path(__file__).parent / "golden" / "cases" / "sparsevlm"
 PUBLISHED = ModelFacts(True, 23, 32, 1)
@@ -106,7 +106,7 @@ def test_version_1_scores_by_the_raters_mean_attention() -> None:
 def test_version_2_divides_by_what_rotated_ones_would_give_and_keeps_the_best_heads(
     heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vtprune.pruners.raters.HEADS", heads)
+    monkeypatch.setattr("vtprune.pruners.sparsevlm.raters.HEADS", heads)
     layer = layer_of(seed=5)
     assert layer.rotary is not None
     cos, sin = (part.double() for part in layer.rotary)

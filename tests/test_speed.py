@@ -15,11 +15,16 @@ from tests.flop_helper import measured_flops
 from tests.models import PAST
 from tests.test_overhead import TINY
 from vtprune.errors import VTPruneError
-from vtprune.evals import overhead, speed
-from vtprune.evals.overhead import Pairs, Size, build_inputs, build_model
-from vtprune.evals.replay import record
-from vtprune.evals.research import ResearchModel, rank
-from vtprune.pruner import Pruner
+from vtprune.evals.speed import overhead, speed
+from vtprune.evals.speed.overhead import (
+    Pairs,
+    Size,
+    build_inputs,
+    build_model,
+)
+from vtprune.evals.speed.replay import record
+from vtprune.evals.speed.research import ResearchModel, rank
+from vtprune.method.pruner import Pruner
 
 CPU = torch.device("cpu")
 METHODS = [vtprune.FastV(keep=0.6), vtprune.FastV(keep=0.7, schedule="linear"), vtprune.PyramidDrop(keep=0.6)]
@@ -68,7 +73,7 @@ def test_the_research_way_ranks_the_same_tokens_first(
     inputs = build_inputs(TINY, CPU, torch.float32)
     recorded = record(model, inputs, pruner)
     ranked: list[tuple[torch.Tensor, torch.Tensor]] = []
-    monkeypatch.setattr("vtprune.evals.research.rank", lambda attention, kept: ranked.append((attention, kept)))
+    monkeypatch.setattr("vtprune.evals.speed.research.rank", lambda attention, kept: ranked.append((attention, kept)))
     with torch.inference_mode():
         ResearchModel(model, recorded.plan, ahead=pruner.reads_next_layer).prefill(**inputs)
     assert len(ranked) == len(recorded.plan) > 0

@@ -22,12 +22,13 @@ from tests.oracle import TOLERANCE, compare, difference_from_masked, run_masked,
 from tests.streams import few
 from tests.test_cost import LLAVA_7B
 from tests.test_dual_attention import decoder_layer
-from vtprune.cost import flops
+from vtprune.cost.formulas import flops
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.pruner import ModelFacts, Pruner, ScoringWork
+from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import DecoderLayer
 from vtprune.pruners import FastV, PyramidDrop, VisionZip
-from vtprune.pruners.staged import scaled_layers
-from vtprune.stream import DecoderLayer
+from vtprune.pruners.parts.staged import scaled_layers
 
 CASES = Path(__file__).parent / "golden" / "cases"
 FACTS = ModelFacts(True, 24, 32, 1)
@@ -204,7 +205,7 @@ def test_equal_methods_of_two_models_count_for_their_own_decoder() -> None:
     assert [len(one.counts(36, 36)) for one in (deep, flat, deep)] == [32, 5, 32]
 
 
-@pytest.mark.parametrize("schedule", vtprune.schedules.NAMES)
+@pytest.mark.parametrize("schedule", vtprune.method.schedules.NAMES)
 @pytest.mark.parametrize("method", [FastV, PyramidDrop])
 @pytest.mark.parametrize("keep", [0.4, 15, 36, 50])
 def test_every_schedule_runs_within_its_budget_and_keeps_small_images_whole(method, schedule, keep) -> None:
@@ -339,7 +340,7 @@ def test_decoders_that_are_too_flat_are_refused() -> None:
 
 def test_search_space_names_the_schedules_that_the_layers_allow() -> None:
     assert FastV().search_space() == {}
-    assert FastV(keep=0.5).search_space()["schedule"].choices == vtprune.schedules.NAMES
+    assert FastV(keep=0.5).search_space()["schedule"].choices == vtprune.method.schedules.NAMES
     several = PyramidDrop(keep=0.5, layers=(1, 2)).search_space()["schedule"].choices
     assert several == ("steps", "entropy")
     for schedule in several:

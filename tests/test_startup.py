@@ -13,9 +13,9 @@ import pytest
 from typer.main import get_group
 
 import vtprune
-from vtprune import catalogue, registry
 from vtprune.adapters import adapters
-from vtprune.cli import app
+from vtprune.cli.app import app
+from vtprune.method import catalogue, registry
 
 ROOT = Path(vtprune.__file__).parent.parent
 COMMANDS = sorted(get_group(app).commands)
@@ -40,7 +40,7 @@ def loaded(code: str) -> set[str]:
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["list"], *([c, "--help"] for c in COMMANDS)])
 def test_a_command_that_only_says_something_loads_nothing_heavy(arguments: list[str]) -> None:
-    modules = loaded(f"from vtprune.cli import app\napp({arguments}, standalone_mode=False)")
+    modules = loaded(f"from vtprune.cli.app import app\napp({arguments}, standalone_mode=False)")
     assert not modules & (HEAVY | {"torch._dynamo"})
 
 
@@ -50,7 +50,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 def test_the_whole_interface_loads_torch_and_transformers_alone() -> None:
     modules = loaded("from vtprune import *\nimport vtprune.adapters")
-    assert {"torch", "vtprune.wrap", "vtprune.pruners.fastv", "vtprune.routing.pmod"} <= modules
+    assert {"torch", "vtprune.wrap", "vtprune.pruners.fastv", "vtprune.pruners.pmod"} <= modules
     assert not modules & (HEAVY - NEEDED | {"torch._dynamo"})
 
 
@@ -63,7 +63,7 @@ def test_the_catalogue_read_from_the_source_is_the_registry() -> None:
 
 
 def test_the_catalogue_has_what_other_packages_bring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "vtprune.registry")
+    monkeypatch.delitem(sys.modules, "vtprune.method.registry")
     assert catalogue.methods() == catalogue.own_methods()
     monkeypatch.undo()
     assert catalogue.methods() == vtprune.available()
@@ -100,7 +100,7 @@ def test_methods_are_registered_whatever_is_imported_first() -> None:
         "from vtprune.routing import PMoD",
         f"try:\n    {mine}\nexcept vtprune.VTPruneError as error:\n    assert 'vtprune.pruners.fastv' in str(error)",
     ):
-        done = run(f"import vtprune\n{line}\nfrom vtprune.registry import available\nprint(*available())")
+        done = run(f"import vtprune\n{line}\nfrom vtprune.method.registry import available\nprint(*available())")
         assert done.stdout.split() == list(catalogue.own_methods()), done.stderr
 
 

@@ -14,7 +14,7 @@ import vtprune
 from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE, feed
 from tests.pruners import Drops
-from vtprune.decoding import DecoderRun
+from vtprune.decoder.run import DecoderRun
 
 EVERYWHERE = Drops(encoder=(0, 2), first=True, layers=(0, 2))
 every_model = pytest.mark.parametrize("kind", MODELS)

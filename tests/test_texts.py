@@ -11,11 +11,18 @@ import vtprune
 from tests.models import make
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, label
 from vtprune.errors import InputError
-from vtprune.evals.model_args import parse_model_args
-from vtprune.evals.settings import build_settings
-from vtprune.pruner import Pruner
-from vtprune.resolving import resolve
-from vtprune.texts import parse_entry, parse_method, parse_value, show, show_value, split_entries
+from vtprune.evals.bench.settings import build_settings
+from vtprune.evals.lmms.model_args import parse_model_args
+from vtprune.method.pruner import Pruner
+from vtprune.method.resolving import resolve
+from vtprune.method.texts import (
+    parse_entry,
+    parse_method,
+    parse_value,
+    show,
+    show_value,
+    split_entries,
+)
 from vtprune.training.run import Source, _method
 
 EVERY = [*PRUNERS, *CACHE, *GATED, *RELEASED, *DROPS]

@@ -16,7 +16,7 @@ import vtprune
 from tests.models import make
 from tests.tiny_training import ask, load, run
 from vtprune.errors import VTPruneError
-from vtprune.evals.failures import RunError
+from vtprune.evals.bench.failures import RunError
 from vtprune.training import TrainConfig
 from vtprune.training.state import FILE, FOLDER
 
@@ -78,7 +78,7 @@ def test_what_was_trained_loads_as_any_model_does_and_brings_the_method(tmp_path
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypatch: Any) -> None:
-    from vtprune import weights
+    from vtprune.hooks import weights
 
     real, calls = weights.save_file, []
 

@@ -13,7 +13,12 @@ from PIL import Image, ImageFile
 
 from tests.tiny_training import processor
 from vtprune.errors import VTPruneError
-from vtprune.training import Collator, Conversation, LlavaData, ShapesData
+from vtprune.training import (
+    Collator,
+    Conversation,
+    LlavaData,
+    ShapesData,
+)
 from vtprune.training.data import Order, hold_out
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import vtprune
 from tests.models import IMAGE, MODELS, ROWS, make, prompt
 from tests.tiny_training import ask, load, processor, run
-from vtprune.cli import app
+from vtprune.cli.app import app
 from vtprune.errors import VTPruneError
 from vtprune.training import Collator, ShapesData
 from vtprune.training.objective import Objective, count_targets

@@ -14,11 +14,11 @@ from tests.models import MODELS, make
 from tests.pruners import GATED, PRUNERS, label
 from tests.test_pmod import trained
 from vtprune.assets import TINY_LLAVA, TRAINED
-from vtprune.base import sample_base
-from vtprune.evals.settings import build_settings
-from vtprune.pruner import Pruner
+from vtprune.evals.bench.settings import build_settings
+from vtprune.hooks.base_sample import sample_base
+from vtprune.hooks.weights import SUBMODULE, write_tensors
+from vtprune.method.pruner import Pruner
 from vtprune.routing import PMoD
-from vtprune.weights import SUBMODULE, write_tensors
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 BRING = [pruner for pruner in [*PRUNERS, *GATED] if pruner.brings_weights()]

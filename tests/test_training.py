@@ -12,8 +12,8 @@ import vtprune
 from tests.models import IMAGE, MODELS, ROWS, make, prompt
 from tests.oracle import STEPS, run_masked
 from tests.pruners import CACHE, PRUNERS, Drops, label
-from vtprune.pruner import Pruner
-from vtprune.signals import LayerSignals
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import LayerSignals
 
 EVERYWHERE = Drops(encoder=(0, 2), first=True, layers=(0, 2))
 every_model = pytest.mark.parametrize("kind", MODELS)

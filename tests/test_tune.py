@@ -27,14 +27,14 @@ from tests.tuning import (
     tune,
 )
 from vtprune.errors import VTPruneError
-from vtprune.evals import tune_search
-from vtprune.evals.loading import load_model
-from vtprune.evals.prompts import encode, place, question
-from vtprune.evals.settings import build_settings
-from vtprune.evals.tune_data import draw_shapes
-from vtprune.evals.tune_measure import Meter
-from vtprune.evals.tune_space import propose, setting_key
-from vtprune.evals.tune_store import search_fingerprint
+from vtprune.evals.bench.settings import build_settings
+from vtprune.evals.tune import search as tune_search
+from vtprune.evals.tune.data import draw_shapes
+from vtprune.evals.tune.measure import Meter
+from vtprune.evals.tune.space import propose, setting_key
+from vtprune.evals.tune.store import search_fingerprint
+from vtprune.loading.model import load_model
+from vtprune.loading.prompts import encode, place, question
 
 
 @pytest.fixture(scope="module")

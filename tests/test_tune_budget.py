@@ -15,11 +15,11 @@ from tests.tuning import (
     read,
     tune,
 )
-from vtprune.config import from_dict
-from vtprune.evals import tune_search
-from vtprune.evals.settings import parse_flops
-from vtprune.evals.tune_space import STARTUP
-from vtprune.pruners.vflow_budget import stage_layers
+from vtprune.evals.bench.settings import parse_flops
+from vtprune.evals.tune import search as tune_search
+from vtprune.evals.tune.space import STARTUP
+from vtprune.method.config import from_dict
+from vtprune.pruners.vflowopt.budget import stage_layers
 
 
 def test_a_flops_budget_gives_every_setting_the_most_tokens_that_fit(tmp_path: Path) -> None:

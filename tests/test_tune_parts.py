@@ -11,12 +11,12 @@ from PIL import Image
 
 from vtprune.assets import SHAPES_EVAL
 from vtprune.errors import VTPruneError
-from vtprune.evals.failures import InputError
-from vtprune.evals.shapes import read_eval_rows
-from vtprune.evals.tune_budget import OverBudgetError, largest_count
-from vtprune.evals.tune_data import draw_shapes, read_folder
-from vtprune.evals.tune_space import all_settings, holds, propose
-from vtprune.pruner import Tunable
+from vtprune.evals.bench.failures import InputError
+from vtprune.evals.tune.budget import OverBudgetError, largest_count
+from vtprune.evals.tune.data import draw_shapes, read_folder
+from vtprune.evals.tune.space import all_settings, holds, propose
+from vtprune.method.pruner import Tunable
+from vtprune.shapes import read_eval_rows
 
 
 def pictures(folder: Path, count: int) -> Path:

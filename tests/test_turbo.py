@@ -17,9 +17,9 @@ from tests.layers import batch_layer, image_states, naive_metric, naive_saliency
 from tests.models import MODELS, ROWS, make, prompt
 from tests.streams import few
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.pruner import ModelFacts, ScoringWork
+from vtprune.method.facts import ModelFacts, ScoringWork
 from vtprune.pruners import Turbo
-from vtprune.pruners.bipartite import after, count_now, least
+from vtprune.pruners.turbo import after, count_now, least
 
 FACTS = ModelFacts(has_cls=True, encoder_depth=23, decoder_depth=32, group=1)
 

@@ -10,8 +10,9 @@ import torch
 
 from tests.streams import picture_stream
 from vtprune.errors import ScoreError
+from vtprune.method.views import LayerSignals
 from vtprune.pruners import VFlowOpt
-from vtprune.pruners.vflow_map import (
+from vtprune.pruners.vflowopt.importance import (
     RELEASED_EPS,
     global_attention,
     grey_levels,
@@ -21,7 +22,7 @@ from vtprune.pruners.vflow_map import (
     released_entropy,
     wrapped_levels,
 )
-from vtprune.signals import CHUNK_BYTES, LayerSignals
+from vtprune.tensors.attention import CHUNK_BYTES
 
 
 def random_signals(tokens: int = 36, *, prefix: int = 0, group: int = 1, seed: int = 0) -> LayerSignals:
@@ -95,7 +96,7 @@ def test_importance_is_that_of_the_full_map(threshold, prefix, group, monkeypatc
     expected = naive_importance(signals, entropy, threshold, -0.7)
     assert torch.allclose(importance_map(signals, entropy, threshold, -0.7), expected, atol=1e-7)
     # The same in chunks of a few rows.
-    monkeypatch.setattr("vtprune.signals.CHUNK_BYTES", CHUNK_BYTES >> 14)
+    monkeypatch.setattr("vtprune.tensors.attention.CHUNK_BYTES", CHUNK_BYTES >> 14)
     assert torch.allclose(importance_map(signals, entropy, threshold, -0.7), expected, atol=1e-7)
 
 

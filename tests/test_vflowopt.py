@@ -17,10 +17,10 @@ from tests.models import DECODER_LAYERS, MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, difference_from_masked
 from tests.streams import few, picture_stream
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, ScoringWork, Tunable, budget_of
+from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.pruner import Tunable, budget_of
 from vtprune.pruners import FlowCut, VFlowOpt
-from vtprune.pruners.recycling import cells_of, direct_count, recycle
-from vtprune.pruners.vflow_budget import (
+from vtprune.pruners.vflowopt.budget import (
     RELEASED,
     last_ratio,
     mean_retention,
@@ -28,6 +28,7 @@ from vtprune.pruners.vflow_budget import (
     stage_counts,
     stage_layers,
 )
+from vtprune.pruners.vflowopt.recycling import cells_of, direct_count, recycle
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 SEVEN_B = {"decoder_width": 4096, "decoder_heads": 32, "encoder_width": 1024, "encoder_heads": 16}

@@ -15,11 +15,11 @@ from tests.golden.anyres import join_crops
 from tests.layers import batch_layer, image_states, naive_metric, naive_saliency
 from tests.models import ROWS, make, prompt
 from tests.streams import few
+from vtprune.encoder.merging import flow_together
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.merging import flow_together
-from vtprune.pruner import ScoringWork
+from vtprune.method.facts import ScoringWork
 from vtprune.pruners import VisionZip
-from vtprune.pruners.contextual import zip_tokens
+from vtprune.pruners.visionzip import zip_tokens
 
 LAYOUTS = st.sampled_from([(1, 1), (0, 1), (0, 4)])
 

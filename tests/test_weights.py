@@ -13,7 +13,7 @@ from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import run_wrapped
 from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, label
 from tests.test_pmod import trained
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 from vtprune.routing import PMoD
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -55,7 +55,7 @@ def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, monkeypa
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vtprune.weights.save_file", full)
+    monkeypatch.setattr("vtprune.hooks.weights.save_file", full)
     with pytest.raises(vtprune.VTPruneError, match="No space left"):
         vtprune.save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

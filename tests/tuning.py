@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from vtprune.cli import app
+from vtprune.cli.app import app
 
 SMALL = ("--samples", "3", "--check-samples", "2")
 KEEP = ("--keep", "15%")

@@ -14,9 +14,7 @@ if find_spec("vtprune.adapters") is None:
     )
 
 if TYPE_CHECKING:
-    from vtprune.catalogue import PrunerInfo
-    from vtprune.config import load_config
-    from vtprune.cost import FlopsBreakdown, flops, kv_bytes
+    from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
     from vtprune.errors import (
         KeptWholeWarning,
         ScoreError,
@@ -27,7 +25,12 @@ if TYPE_CHECKING:
         UntrainedWarning,
         VTPruneError,
     )
-    from vtprune.pruner import Pruner
+    from vtprune.method.answers import Merge, Selection
+    from vtprune.method.catalogue import PrunerInfo
+    from vtprune.method.config import load_config
+    from vtprune.method.pruner import Pruner
+    from vtprune.method.registry import available, register
+    from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
     from vtprune.pruners import (
         D2O,
         CDPruner,
@@ -36,12 +39,14 @@ if TYPE_CHECKING:
         FastV,
         FlowCut,
         FoPru,
+        GammaMoD,
         GemFilter,
         Grid,
         HoloV,
         LazyLLM,
         MustDrop,
         NoPruning,
+        PMoD,
         Pool,
         PyramidDrop,
         Random,
@@ -50,11 +55,7 @@ if TYPE_CHECKING:
         VFlowOpt,
         VisionZip,
     )
-    from vtprune.registry import available, register
-    from vtprune.report import Report
-    from vtprune.routing import GammaMoD, PMoD
-    from vtprune.selection import Merge, Selection
-    from vtprune.stream import DecoderLayer, EncoderLayer, VisionStream
+    from vtprune.report.report import Report
     from vtprune.version import __version__
     from vtprune.wrap import (
         auxiliary_loss,
@@ -128,9 +129,9 @@ __all__ = [
 export(
     __name__,
     {
-        "vtprune.catalogue": ("PrunerInfo",),
-        "vtprune.config": ("load_config",),
-        "vtprune.cost": ("FlopsBreakdown", "flops", "kv_bytes"),
+        "vtprune.method.catalogue": ("PrunerInfo",),
+        "vtprune.method.config": ("load_config",),
+        "vtprune.cost.formulas": ("FlopsBreakdown", "flops", "kv_bytes"),
         "vtprune.errors": (
             "KeptWholeWarning",
             "ScoreError",
@@ -141,7 +142,7 @@ export(
             "UntrainedWarning",
             "VTPruneError",
         ),
-        "vtprune.pruner": ("Pruner",),
+        "vtprune.method.pruner": ("Pruner",),
         "vtprune.pruners": (
             "D2O",
             "CDPruner",
@@ -150,12 +151,14 @@ export(
             "FastV",
             "FlowCut",
             "FoPru",
+            "GammaMoD",
             "GemFilter",
             "Grid",
             "HoloV",
             "LazyLLM",
             "MustDrop",
             "NoPruning",
+            "PMoD",
             "Pool",
             "PyramidDrop",
             "Random",
@@ -164,11 +167,10 @@ export(
             "VFlowOpt",
             "VisionZip",
         ),
-        "vtprune.registry": ("available", "register"),
+        "vtprune.method.registry": ("available", "register"),
         "vtprune.report": ("Report",),
-        "vtprune.routing": ("GammaMoD", "PMoD"),
-        "vtprune.selection": ("Merge", "Selection"),
-        "vtprune.stream": ("DecoderLayer", "EncoderLayer", "VisionStream"),
+        "vtprune.method.answers": ("Merge", "Selection"),
+        "vtprune.method.views": ("DecoderLayer", "EncoderLayer", "VisionStream"),
         "vtprune.version": ("__version__",),
         "vtprune.wrap": (
             "auxiliary_loss",

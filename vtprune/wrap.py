@@ -14,17 +14,25 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vtprune import config
 from vtprune.adapters import adapter_for, core_model
+from vtprune.cost.sizes import model_cost
 from vtprune.errors import UntrainedWarning, VTPruneError
-from vtprune.generation import Generation
-from vtprune.hooks import Wrapping
-from vtprune.model_cost import model_cost
-from vtprune.order import check_order
-from vtprune.pruner import Pruner
-from vtprune.report import Report
-from vtprune.resolving import folder_of, resolve
-from vtprune.weights import SUBMODULE, attach, detach, make_modules, read_weights, untrained, write_weights
+from vtprune.hooks.weights import (
+    SUBMODULE,
+    attach,
+    detach,
+    make_modules,
+    read_weights,
+    untrained,
+    write_weights,
+)
+from vtprune.hooks.wrapping import Wrapping
+from vtprune.method import config
+from vtprune.method.order import check_order
+from vtprune.method.pruner import Pruner
+from vtprune.method.resolving import folder_of, resolve
+from vtprune.report.generation import Generation
+from vtprune.report.report import Report
 
 POSITIONS = ("original", "compact")
 ATTRIBUTE = "_vtprune"

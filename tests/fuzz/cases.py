@@ -9,7 +9,7 @@ import vtprune
 from tests.fuzz.architectures import ARCHITECTURES, Architecture, architecture
 from tests.fuzz.methods import draw_pruners
 from tests.fuzz.prompts import Layout, draw_layout
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 
 class Gates(Protocol):

@@ -20,8 +20,8 @@ from tests.fuzz.prompts import STEPS, Layout, Prompt, build
 from tests.fuzz.reference import Masked
 from tests.fuzz.returning import run_returning
 from tests.fuzz.running import Run, image_features
-from vtprune.pruner import Pruner
-from vtprune.report import ImageReport, ImageStep
+from vtprune.method.pruner import Pruner
+from vtprune.report.report import ImageReport, ImageStep
 
 # In logits of fp64 models. Vectors that merge, gates and cosines are fp32 by design, which the layers blow up.
 EXACT, ROUNDED = 1e-9, 2e-3

@@ -8,7 +8,7 @@ from typing import Any
 
 import vtprune
 from tests.fuzz.architectures import Architecture
-from vtprune.pruner import Pruner
+from vtprune.method.pruner import Pruner
 
 Options = dict[str, Any]
 
@@ -76,7 +76,7 @@ def _spreads(name: str) -> bool:
 
 def _create(rng: Random, shape: Architecture, name: str, keep: int | float | None) -> Pruner:
     options = OPTIONS[name](rng, shape, keep) if name in OPTIONS else {}
-    return vtprune.registry.create(name, **{"keep": keep, **options})
+    return vtprune.method.registry.create(name, **{"keep": keep, **options})
 
 
 def _start(rng: Random, shape: Architecture, keep: int | float | None) -> int:

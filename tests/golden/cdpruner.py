@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
-from vtprune.pruners.dpp import greedy_dpp, mean_cosine, min_max, sharpen
+from vtprune.pruners.cdpruner.dpp import (
+    greedy_dpp,
+    mean_cosine,
+    min_max,
+    sharpen,
+)
 
 NEEDED = {"projected_features", "image_embeds", "text_embeds", "keep_sorted"}
 

@@ -6,7 +6,7 @@ import torch
 
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from tests.golden.prefill import HIDDEN, Prefill, decoder
-from vtprune.pruner import ModelFacts
+from vtprune.method.facts import ModelFacts
 from vtprune.pruners.fastv import FastV
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from tests.golden import towers
 from tests.golden.anyres import restore_crops
 from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
+from vtprune.method.views import DecoderLayer, EncoderLayer
 from vtprune.pruners import FlowCut
-from vtprune.pruners.flow import flow_score, prune_count
-from vtprune.pruners.flowcut import DECODER_LAYER, MEMORY
-from vtprune.stream import DecoderLayer, EncoderLayer
+from vtprune.pruners.flowcut import DECODER_LAYER, MEMORY, flow_score, prune_count
 
 RELEASED = FlowCut(variant="released", stages=2)
 FEATURES = {"atol": 5e-3, "rtol": 1e-3}

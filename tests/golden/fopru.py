@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
+from vtprune.method.views import LayerSignals, VisionStream
 from vtprune.pruners import FoPru
 from vtprune.pruners.fopru import focal_significance
-from vtprune.signals import LayerSignals, attention_received_and_given
-from vtprune.stream import VisionStream
+from vtprune.tensors.attention import attention_received_and_given
 
 TINY = 1e-30
 TIE = 5e-7

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from tests.golden import towers
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from tests.golden.prefill import CONFIG, HIDDEN
-from vtprune.packing import Packed
-from vtprune.routing.arank import arank, head_ranks
-from vtprune.routing.gamma_mod import GammaMoD
-from vtprune.selection import Routes
-from vtprune.stream import RoutedTokens
+from vtprune.decoder.packing import Packed
+from vtprune.evals.arank.ranks import arank, head_ranks
+from vtprune.method.answers import Routes
+from vtprune.method.views import RoutedTokens
+from vtprune.pruners.gamma_mod import GammaMoD
 
 
 def run(case: Case) -> None:

@@ -9,11 +9,16 @@ import torch
 from tests.golden import towers
 from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
 from tests.golden.prefill import HIDDEN, Cached, decode, decoder
-from vtprune.merging import flow_together
-from vtprune.pruners.dual_attention import key_set, passes
-from vtprune.pruners.mustdrop import MustDrop
-from vtprune.pruners.windows import alike_windows, batch_windows, merge_windows, window_similarity
-from vtprune.stream import DecoderLayer
+from vtprune.encoder.merging import flow_together
+from vtprune.method.views import DecoderLayer
+from vtprune.pruners.mustdrop.filters import key_set, passes
+from vtprune.pruners.mustdrop.mustdrop import MustDrop
+from vtprune.pruners.mustdrop.windows import (
+    alike_windows,
+    batch_windows,
+    merge_windows,
+    window_similarity,
+)
 
 SUMS = {"atol": 1e-6, "rtol": 1e-5}
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tests.golden import towers
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from tests.golden.prefill import CONFIG, HIDDEN, Cached, decode
-from vtprune import schedules
-from vtprune.packing import Packed
-from vtprune.pruner import ModelFacts
-from vtprune.routing.pmod import DECAYS, NORMS, PMoD
-from vtprune.selection import Routes
-from vtprune.stream import RoutedTokens
+from vtprune.decoder.packing import Packed
+from vtprune.method import schedules
+from vtprune.method.answers import Routes
+from vtprune.method.facts import ModelFacts
+from vtprune.method.views import RoutedTokens
+from vtprune.pruners.pmod import DECAYS, NORMS, PMoD
 
 LABEL = re.compile(r"shifted(cos|linear)\|beta=([\d.]+)\|max=([\d.]+)\|min=([\d.]+)")
 

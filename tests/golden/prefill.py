@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.golden import towers
 from tests.golden.case import Case
-from vtprune.adapters.rotary import rotate
-from vtprune.pruner import Pruner
-from vtprune.stream import DecoderLayer
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import DecoderLayer
+from vtprune.tensors.rotary import rotate
 
 HIDDEN = {"atol": 1e-4, "rtol": 1e-4}
 CONFIG = {

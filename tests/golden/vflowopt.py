@@ -14,15 +14,21 @@ from tests.golden import towers
 from tests.golden.case import Case, Mismatch, UnknownCase, expect_close, expect_equal
 from tests.golden.fopru import signals_of
 from tests.golden.onevision import NEWLINE_IMPORTANCE, joined_tiles, pooled_frames
-from vtprune.cache import with_cache
+from vtprune.cache.adopting import with_cache
+from vtprune.method.choosing import top
+from vtprune.method.views import DecoderLayer, LayerSignals
 from vtprune.pruners import VFlowOpt
-from vtprune.pruners.recycling import cells_of, recycle
-from vtprune.pruners.vflow_budget import released_count
-from vtprune.pruners.vflow_map import RELEASED_EPS, importance_map, level_entropy, patch_levels, wrapped_levels
-from vtprune.pruners.vflowopt import IMPORTANCE
-from vtprune.selection import top
-from vtprune.signals import LayerSignals, split_heads
-from vtprune.stream import DecoderLayer
+from vtprune.pruners.vflowopt.budget import released_count
+from vtprune.pruners.vflowopt.importance import (
+    RELEASED_EPS,
+    importance_map,
+    level_entropy,
+    patch_levels,
+    wrapped_levels,
+)
+from vtprune.pruners.vflowopt.recycling import cells_of, recycle
+from vtprune.pruners.vflowopt.vflowopt import IMPORTANCE
+from vtprune.tensors.attention import split_heads
 
 PATCH = 14
 LAYER_NORM_EPS = 1e-6

@@ -12,10 +12,10 @@ from tests.golden import towers
 from tests.golden.anyres import join_crops
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from tests.golden.flowcut import encoder_layer
-from vtprune.merging import Change
-from vtprune.pruners.contextual import Zipped, zip_tokens
-from vtprune.pruners.patches import mean_keys, saliency
-from vtprune.selection import EncoderSelection
+from vtprune.encoder.merging import Change
+from vtprune.method.answers import EncoderSelection
+from vtprune.pruners.parts.patches import mean_keys, saliency
+from vtprune.pruners.visionzip import Zipped, zip_tokens
 
 # The released restore function knows no other side.
 SIDE = 24

@@ -7,12 +7,14 @@ from vtprune.pruners.divprune import DivPrune
 from vtprune.pruners.fastv import FastV
 from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
+from vtprune.pruners.gamma_mod import GammaMoD
 from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
 from vtprune.pruners.holov import HoloV
 from vtprune.pruners.lazyllm import LazyLLM
 from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
+from vtprune.pruners.pmod import PMoD
 from vtprune.pruners.pool import Pool
 from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
@@ -29,12 +31,14 @@ __all__ = [
     "FastV",
     "FlowCut",
     "FoPru",
+    "GammaMoD",
     "GemFilter",
     "Grid",
     "HoloV",
     "LazyLLM",
     "MustDrop",
     "NoPruning",
+    "PMoD",
     "Pool",
     "PyramidDrop",
     "Random",

@@ -8,12 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtprune.pruner import Pruner, ScoringWork
-from vtprune.pruners.checks import check_choice
-from vtprune.pruners.cosines import cosine_matrix, cosine_row, fits, matrix_flops, unit_vectors
-from vtprune.registry import register
-from vtprune.selection import Selection
-from vtprune.stream import VisionStream
+from vtprune.method.answers import Selection
+from vtprune.method.facts import ScoringWork
+from vtprune.method.pruner import Pruner
+from vtprune.method.registry import register
+from vtprune.method.views import VisionStream
+from vtprune.pruners.parts.checks import check_choice
+from vtprune.pruners.parts.cosines import (
+    cosine_matrix,
+    cosine_row,
+    fits,
+    matrix_flops,
+    unit_vectors,
+)
 
 
 def max_min_diverse(features: Tensor, count: int) -> Tensor:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import Pruner, ScoringWork, Tunable
-from vtprune.pruners.checks import check_choice, check_whole_grid
-from vtprune.registry import register
-from vtprune.selection import KEPT_WHOLE, Selection, check_scores, top
-from vtprune.signals import attention_received_and_given
-from vtprune.stream import VisionStream
+from vtprune.method.answers import KEPT_WHOLE, Selection
+from vtprune.method.choosing import check_scores, top
+from vtprune.method.facts import ScoringWork
+from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.registry import register
+from vtprune.method.views import VisionStream
+from vtprune.pruners.parts.checks import check_choice, check_whole_grid
+from vtprune.tensors.attention import attention_received_and_given
 
 STRATEGIES = ("rank", "row")
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, avg_pool2d
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, Pruner, ScoringWork, Tunable
-from vtprune.pruners.checks import check_choice
-from vtprune.pruners.staged import scaled_layers
-from vtprune.registry import register
-from vtprune.selection import Selection, check_scores, top
-from vtprune.stream import DecoderLayer, VisionStream
+from vtprune.method.answers import Selection
+from vtprune.method.choosing import check_scores, top
+from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.registry import register
+from vtprune.method.views import DecoderLayer, VisionStream
+from vtprune.pruners.parts.checks import check_choice
+from vtprune.pruners.parts.staged import scaled_layers
 
 POOLINGS = ("sequence", "grid")
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vtprune.pruner import Pruner
-from vtprune.pruners.cells import cell_grid, cut
-from vtprune.pruners.checks import check_whole_grid
-from vtprune.registry import register
-from vtprune.selection import Selection
-from vtprune.stream import VisionStream
+from vtprune.method.answers import Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.registry import register
+from vtprune.method.views import VisionStream
+from vtprune.pruners.parts.cells import cell_grid, cut
+from vtprune.pruners.parts.checks import check_whole_grid
 
 
 @register("grid", stage="before decoder", paper="", licence="Apache-2.0", needs="nothing")

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune import schedules
-from vtprune.pruner import ScoringWork, Tunable
-from vtprune.pruners.checks import check_share
-from vtprune.pruners.prompt_attention import last_attention
-from vtprune.pruners.staged import Staged, moved_layers
-from vtprune.registry import register
-from vtprune.stream import DecoderLayer
+from vtprune.method import schedules
+from vtprune.method.facts import ScoringWork
+from vtprune.method.pruner import Tunable
+from vtprune.method.registry import register
+from vtprune.method.views import DecoderLayer
+from vtprune.pruners.parts.checks import check_share
+from vtprune.pruners.parts.prompt_attention import last_attention
+from vtprune.pruners.parts.staged import Staged, moved_layers
 
 
 @register(

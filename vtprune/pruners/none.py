@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import ModelFacts, Pruner
-from vtprune.registry import register
+from vtprune.method.facts import ModelFacts
+from vtprune.method.pruner import Pruner
+from vtprune.method.registry import register
 
 
 @register("none", stage="none", paper="", licence="Apache-2.0", needs="nothing")

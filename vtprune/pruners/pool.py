@@ -9,13 +9,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from vtprune.pruner import Pruner
-from vtprune.pruners.cells import Grid3, cell_grid, cut
-from vtprune.pruners.checks import check_whole_grid
-from vtprune.registry import register
-from vtprune.selection import Merge, Selection
-from vtprune.signals import at_least_single
-from vtprune.stream import VisionStream
+from vtprune.method.answers import Merge, Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.registry import register
+from vtprune.method.views import VisionStream
+from vtprune.pruners.parts.cells import Grid3, cell_grid, cut
+from vtprune.pruners.parts.checks import check_whole_grid
+from vtprune.tensors.attention import at_least_single
 
 
 def pool_features(features: Tensor, grid: Grid3, cells: Grid3) -> Tensor:

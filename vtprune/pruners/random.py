@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.pruner import Pruner
-from vtprune.registry import register
-from vtprune.selection import Selection
-from vtprune.stream import VisionStream
+from vtprune.method.answers import Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.registry import register
+from vtprune.method.views import VisionStream
 
 
 def pixel_seed(pixels: Tensor, seed: int) -> int:

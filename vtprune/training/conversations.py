@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vtprune.decoder.prompt import IGNORED
 from vtprune.errors import VTPruneError
-from vtprune.prompt import IGNORED
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import FileError, PictureError
-from vtprune.evals.failures import InputError, SampleError
+from vtprune.evals.bench.failures import InputError, SampleError
 from vtprune.json_files import read_file
-from vtprune.pictures import open_picture
+from vtprune.loading.pictures import open_picture
 from vtprune.training.conversations import Conversation
 
 PLACEHOLDER = "<image>"

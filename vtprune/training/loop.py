@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vtprune.adapters import adapter_for, core_model
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.evals.failures import RunError
+from vtprune.evals.bench.failures import RunError
+from vtprune.hooks.weights import config_hash
 from vtprune.training import parameters
 from vtprune.training.config import TrainConfig
 from vtprune.training.conversations import Collator
@@ -24,8 +25,13 @@ from vtprune.training.data import Order, TrainingData
 from vtprune.training.objective import Objective, count_targets
 from vtprune.training.output import computed_shares, write_log
 from vtprune.training.progress import Display
-from vtprune.training.state import Progress, load_state, random_state, read_settings, save_state
-from vtprune.weights import config_hash
+from vtprune.training.state import (
+    Progress,
+    load_state,
+    random_state,
+    read_settings,
+    save_state,
+)
 from vtprune.wrap import ATTRIBUTE
 
 CLIP_NORM = 1.0

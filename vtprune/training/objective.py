@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vtprune.adapters import core_model
+from vtprune.decoder.prompt import IGNORED
 from vtprune.errors import VTPruneError
-from vtprune.prompt import IGNORED
 from vtprune.wrap import ATTRIBUTE, auxiliary_loss, mark_answers
 
 

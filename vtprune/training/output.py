@@ -14,13 +14,13 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from vtprune.adapters import core_model
-from vtprune.evals.results import machine, versions
+from vtprune.evals.bench.results import machine, versions
 from vtprune.files import write_bytes, write_folder, write_text
+from vtprune.hooks.weights import SUBMODULE
 from vtprune.json_files import read_json
 from vtprune.training.config import TrainConfig
 from vtprune.training.plots import loss_png, routed_png
 from vtprune.training.state import FOLDER, Point, Progress
-from vtprune.weights import SUBMODULE
 from vtprune.wrap import ATTRIBUTE, report, save
 
 LOG, LOSS_PLOT, ROUTED_PLOT, ADAPTER = "training.json", "loss.png", "routed.png", "adapter"

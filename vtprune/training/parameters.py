@@ -9,8 +9,8 @@ from torch import nn
 
 from vtprune.adapters import adapter_for, core_model
 from vtprune.errors import VTPruneError
+from vtprune.hooks.weights import SUBMODULE
 from vtprune.training.config import TrainConfig
-from vtprune.weights import SUBMODULE
 
 MISSING_PEFT = "LoRA needs peft, which is not installed: pip install 'vtprune[train]'"
 

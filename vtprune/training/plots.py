@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vtprune.evals.plots import COLOURS, figure_png
+from vtprune.evals.bench.plots import COLOURS, figure_png
 from vtprune.training.state import Progress
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from vtprune.evals.progress import clock
+from vtprune.evals.bench.progress import clock
 from vtprune.training.state import Progress
 
 

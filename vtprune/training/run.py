@@ -13,17 +13,18 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.config import CONFIG_NAME
 from vtprune.errors import UntrainedWarning
-from vtprune.evals.failures import InputError
-from vtprune.evals.loading import is_local, load_model
-from vtprune.evals.prompts import check_text
-from vtprune.evals.results import model_fingerprint
-from vtprune.evals.suite import prepare_environment
+from vtprune.evals.bench.failures import InputError
+from vtprune.evals.bench.results import model_fingerprint
+from vtprune.evals.bench.suite import prepare_environment
 from vtprune.files import held, refuse_foreign
-from vtprune.registry import read_options
-from vtprune.resolving import resolve
-from vtprune.texts import parse_entry, parse_options
+from vtprune.hooks.weights import WEIGHTS_NAME
+from vtprune.loading.model import is_local, load_model
+from vtprune.loading.prompts import check_text
+from vtprune.method.config import CONFIG_NAME
+from vtprune.method.registry import read_options
+from vtprune.method.resolving import resolve
+from vtprune.method.texts import parse_entry, parse_options
 from vtprune.training.config import TrainConfig
 from vtprune.training.data import TrainingData, hold_out, texts_of
 from vtprune.training.llava import LlavaData
@@ -42,7 +43,6 @@ from vtprune.training.output import (
 from vtprune.training.progress import Display
 from vtprune.training.shapes import ShapesData
 from vtprune.training.state import Progress
-from vtprune.weights import WEIGHTS_NAME
 from vtprune.wrap import wrap
 
 # Files that a run would overwrite, were they not its own.

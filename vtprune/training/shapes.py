@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from vtprune.evals.shapes.questions import QA
-from vtprune.evals.shapes.render import render
-from vtprune.evals.shapes.scene import make_scene, scene_rng
-from vtprune.evals.training.language import draw_questions
+from vtprune.evals.tiny_models.language import draw_questions
+from vtprune.shapes.questions import QA
+from vtprune.shapes.render import render
+from vtprune.shapes.scene import make_scene, scene_rng
 from vtprune.training.conversations import Conversation
 
 

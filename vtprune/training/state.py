@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from vtprune.errors import FileError, VTPruneError
+from vtprune.hooks.weights import write_tensors
 from vtprune.json_files import parse
 from vtprune.training.parameters import brought, trained
-from vtprune.weights import write_tensors
 
 FOLDER, FILE = "checkpoint", "state.safetensors"
 FORMAT, VERSION = "vtprune-training", "1"

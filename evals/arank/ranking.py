@@ -1,0 +1,181 @@
+"""`vtprune arank`: which decoder layers of a model have attention maps of low rank, and are therefore to be routed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+from vtprune.assets import TINY_LLAVA
+from vtprune.errors import FileError
+from vtprune.evals.arank.ranks import choose, rank_layers
+from vtprune.evals.bench.failures import InputError, first_line
+from vtprune.evals.bench.plots import COLOURS, figure_png
+from vtprune.evals.bench.progress import Steps
+from vtprune.evals.bench.records import RANKS
+from vtprune.evals.bench.suite import prepare_environment
+from vtprune.evals.tune.data import Sample, draw_shapes, read_folder
+from vtprune.files import (
+    held,
+    refuse_foreign,
+    write_bytes,
+    write_json,
+)
+from vtprune.json_files import read_json
+from vtprune.loading.model import is_local, load_model
+from vtprune.loading.prompts import (
+    check_text,
+    encode,
+    place,
+    question,
+)
+from vtprune.method.texts import show
+from vtprune.routing import GammaMoD
+
+FORMAT = "vtprune-arank"
+DEFAULT_QUESTION = "Describe the image."
+
+
+@dataclass(frozen=True)
+class ARankConfig:
+    """What to rank. At most one of count and share says how many layers to route; neither: as many as gamma-MoD routes
+    at the model's depth."""
+
+    output: Path
+    count: int | None = None
+    share: float | None = None
+    model: str | None = None
+    data: Path | None = None
+    question: str | None = None
+    samples: int = 16
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+
+
+def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
+    """Ranks the layers, prints them with the choice, and returns the content of the file that it writes.
+
+    Raises VTPruneError for a request that cannot be carried out.
+    """
+    plot = config.output.with_suffix(".png")
+    if config.output.suffix == ".png" or config.output.is_dir():
+        raise InputError(f"output: the ranks go to a JSON file such as arank.json, got {config.output}")
+    if config.count is not None and config.share is not None:
+        raise InputError("layers: give --count or --share, one of them")
+    samples, source = _samples(config, console)
+    with held(config.output.parent):
+        _check_output(config.output, plot)
+        return _rank(config, plot, samples, source, console)
+
+
+def _check_output(output: Path, plot: Path) -> None:
+    """Raises InputError for files that are there and not of such a run; those of one are replaced."""
+    try:
+        if output.exists():
+            read_json(RANKS, output, "a file of ranks, so it is not replaced", "; give another --output")
+        refuse_foreign(output.parent, output.name, (plot.name,))
+    except FileError as error:
+        raise InputError(f"output: {error}") from error
+
+
+def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: str, console: Console) -> dict[str, Any]:
+    """The run itself, once the folder is held."""
+    prepare_environment(offline=is_local(config.model or str(TINY_LLAVA)))
+    model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
+    for sample in samples:
+        check_text(processor, sample.question, f"data: {sample.name}")
+    depth = model.config.get_text_config().num_hidden_layers
+    count = config.count
+    if count is None and config.share is None:
+        count = len(GammaMoD().routed_layers(depth))
+    # A number of layers that the model does not have is refused before anything is computed.
+    choose([0.0] * depth, count=count, share=config.share)
+    with Steps(console, "attention maps", len(samples)) as steps:
+
+        def ranked(count: int) -> None:
+            steps.end(f"attention maps of {samples[steps.made].name}")
+            steps.begin("attention maps")
+
+        ranks = rank_layers(model, _batches(model, processor, samples), ranked)
+    layers = choose(ranks, count=count, share=config.share)
+    name = "bundled tiny-llava" if config.model is None else config.model
+    data = {
+        "format": FORMAT,
+        "model": name,
+        "source": source,
+        "samples": len(samples),
+        "seed": config.seed,
+        "arank": ranks,
+        "layers": list(layers),
+    }
+    write_json(config.output, data)
+    write_bytes(plot, arank_png(ranks, layers, f"{name}, {len(samples)} samples"))
+    console.print(_table(ranks, layers))
+    console.print(f"layers={layers}", style="bold", highlight=False)
+    text = show(GammaMoD(layers=layers))
+    console.print(f"vtprune.wrap(model, \"{text}\"), vtprune train '{text}'", style="dim", highlight=False)
+    console.print(f"wrote {config.output}, {plot}", highlight=False)
+    return data
+
+
+def _samples(config: ARankConfig, console: Console) -> tuple[list[Sample], str]:
+    """Pictures with a question each, and where they came from."""
+    if config.data is not None:
+        asked = DEFAULT_QUESTION if config.question is None else config.question
+        found = read_folder(config.data, asked, config.samples, 0, config.seed)
+        if len(found.search) < config.samples:
+            console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
+    elif config.question is not None:
+        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
+    elif config.model is not None:
+        raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
+    else:
+        found = draw_shapes(config.samples, 0, config.seed)
+    return found.search, found.source
+
+
+def _batches(model: Any, processor: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    """One sample at a time, on the model's device."""
+    for sample in samples:
+        try:
+            batch = encode(processor, [question(sample.image, sample.question)])
+        except Exception as error:
+            raise InputError(f"data: the processor refuses {sample.name}: {first_line(error)}") from error
+        yield place(batch, model)
+
+
+def _table(ranks: Sequence[float], layers: Sequence[int]) -> Table:
+    order = sorted(range(len(ranks)), key=lambda layer: (ranks[layer], layer))
+    table = Table(title="Rank of attention maps by decoder layer", title_justify="left", title_style="bold")
+    for heading in ("layer", "ARank", "lowest first"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for layer, rank in enumerate(ranks):
+        ends = layer in (0, len(ranks) - 1)
+        word = "routed" if layer in layers else "always computes everything" if ends else "computes everything"
+        table.add_row(str(layer), f"{rank:.2f}", str(order.index(layer) + 1), word)
+    return table
+
+
+def arank_png(ranks: Sequence[float], layers: Sequence[int], title: str) -> bytes:
+    """A bar a layer, in another colour and hatched where it is routed."""
+    figure = Figure(figsize=(max(4.5, 1.5 + 0.25 * len(ranks)), 3.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for routed, label in ((True, "routed"), (False, "computes everything")):
+        own = [layer for layer in range(len(ranks)) if (layer in layers) == routed]
+        hatch = "//" if routed else None
+        axes.bar(own, [ranks[layer] for layer in own], color=COLOURS[not routed], hatch=hatch, label=label)
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("ARank")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure_png(figure)

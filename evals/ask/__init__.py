@@ -1,0 +1,1 @@
+"""`vtprune ask`: one picture, one question, and what was kept of it."""

@@ -1,0 +1,204 @@
+"""`vtprune bench`: accuracy and cost of methods side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vtprune.assets import TINY_LLAVA
+from vtprune.evals.bench.failures import InputError
+from vtprune.evals.bench.progress import Estimate, Steps
+from vtprune.evals.bench.results import (
+    FILE,
+    PLOT,
+    TABLE,
+    Results,
+    code_fingerprint,
+    machine,
+    model_fingerprint,
+    versions,
+)
+from vtprune.evals.bench.settings import Setting, build_settings
+from vtprune.evals.bench.suite import (
+    BUNDLED_TASK,
+    data_fingerprint,
+    open_suite,
+    prepare_environment,
+)
+from vtprune.evals.bench.tables import main_scores, show_score
+from vtprune.evals.bench.untrained import quiet_untrained
+from vtprune.files import held, write_bytes, write_text
+from vtprune.loading.model import is_local
+from vtprune.method.texts import show_keep
+
+# Enough for a standard error of at most 2.3 points, whatever the accuracy.
+DEFAULT_LIMIT = 500
+CPU_BATCH = 16
+# What runs where neither methods nor everything are asked for: the baselines that show what dull pruning does, and one
+# or two methods of each place to prune in (before the decoder, in the encoder, in the decoder, in the cache).
+SHORT_METHODS = ("random", "grid", "divprune", "flowcut", "visionzip", "fastv", "pyramid_drop", "d2o")
+SHORT_KEEPS: tuple[int | float, ...] = (0.25,)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to run. limit None: every question; batch_size None: 16 in float32 on a CPU, else 1.
+
+    lenient: a method that this model cannot take is left out and named, instead of ending the run.
+    """
+
+    methods: tuple[str, ...]
+    keeps: tuple[int | float, ...]
+    output: Path
+    model: str | None = None
+    tasks: tuple[str, ...] = (BUNDLED_TASK,)
+    limit: int | None = DEFAULT_LIMIT
+    device: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    batch_size: int | None = None
+    max_new_tokens: int = 128
+    include_path: Path | None = None
+    seed: int = 0
+    resume: bool = True
+    lenient: bool = False
+
+
+def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
+    """Runs the sweep, prints its tables, and returns the content of results.json.
+
+    Raises VTPruneError for a request that cannot be carried out, before anything is computed, and RunError
+    for what goes wrong later.
+    """
+    settings = build_settings(config.methods, config.keeps)
+    if config.limit is not None and config.limit < 1:
+        raise InputError(f"limit: at least one question, got {config.limit}")
+    with held(config.output):
+        pretrained = str(TINY_LLAVA) if config.model is None else config.model
+        prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(pretrained))
+        _require_lmms_eval()
+        from vtprune.evals.bench.suite import silence_loggers
+
+        silence_loggers()
+        results = Results(config.output, _identity(config, pretrained), resume=config.resume)
+        if results.moved is not None:
+            why = "results of other code" if config.resume else "the earlier results"
+            console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
+        with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite, quiet_untrained():
+            _run(config, pretrained, suite, results, settings, console)
+        _write_outputs(config, results, console)
+        return results.data
+
+
+def _require_lmms_eval() -> None:
+    try:
+        import lmms_eval  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"lmms-eval cannot be imported ({error}); pip install 'vtprune[eval]'") from error
+
+
+def _identity(config: BenchConfig, pretrained: str) -> dict[str, Any]:
+    """What a number depends on beside its setting; a resumed run must agree in all of it."""
+    return {
+        "model": "bundled tiny-llava" if config.model is None else config.model,
+        "model_files": model_fingerprint(pretrained),
+        "tasks": list(config.tasks),
+        "data": data_fingerprint(config.tasks),
+        "limit": config.limit,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "device": config.device,
+        "attn_implementation": config.attn_implementation,
+        "batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "code": code_fingerprint(),
+    }
+
+
+def _run(
+    config: BenchConfig,
+    pretrained: str,
+    suite: Any,
+    results: Results,
+    settings: Sequence[Setting],
+    console: Console,
+) -> None:
+    from vtprune.evals.bench.sweep import Sweep, check_settings
+    from vtprune.evals.lmms.model import VTPrune
+    from vtprune.loading.model import load_model
+
+    model, processor = load_model(
+        pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
+    )
+    settings, left_out = check_settings(model, settings, lenient=config.lenient)
+    untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
+    results.data.update(versions=versions(), machine=machine(model), left_out=left_out, untrained=untold)
+    for text in untold.values():
+        console.print(text, highlight=False, soft_wrap=True)
+    batch = config.batch_size or default_batch(model)
+    lm = VTPrune(model=model, processor=processor, batch_size=batch, max_new_tokens=config.max_new_tokens)
+    missing = [setting for setting in settings if setting.key() not in results.settings]
+    done = len(settings) - len(missing)
+    if done:
+        console.print(f"{done} of {len(settings)} settings are in {results.path} already", highlight=False)
+    with Steps(console, "settings", len(settings), done, parts="answers") as steps:
+        steps.say(_announcement(config, missing))
+        estimate = Estimate(len(missing), steps.say)
+        sweep = Sweep(lm, suite, results, config.seed, steps.say)
+
+        def answered(count: int) -> None:
+            steps.part(count, len(lm.requests))
+            estimate.answered(count, len(lm.requests))
+
+        lm.on_answers = answered
+        for setting in missing:
+            steps.begin(_name(setting))
+            steps.end(f"{_name(setting)}: {_summary(sweep.run(setting))}")
+    # Written even if nothing was missing, so that the file tells of this run's versions and machine.
+    results.save()
+
+
+def _announcement(config: BenchConfig, missing: Sequence[Setting]) -> str:
+    """What is going to be run."""
+    count = "every question" if config.limit is None else f"{config.limit} questions"
+    model = "the bundled model" if config.model is None else config.model
+    return f"running {len(missing)} settings on {model}, each on {count} of {', '.join(config.tasks)}"
+
+
+def _name(setting: Setting) -> str:
+    return setting.label if setting.keep is None else f"{setting.label} at {show_keep(setting.keep)}"
+
+
+def _summary(record: dict[str, Any]) -> str:
+    scores = ", ".join(f"{score['metric']} {show_score(score)}" for score in main_scores(record))
+    return f"{scores}, {record['tokens']['kept']:.1f} of {record['tokens']['before']:.1f} tokens"
+
+
+def default_batch(model: Any) -> int:
+    """Rows together where answers do not depend on what else is in the batch (float32 on a CPU), else one."""
+    return CPU_BATCH if model.device.type == "cpu" and str(model.dtype) == "torch.float32" else 1
+
+
+def _write_outputs(config: BenchConfig, results: Results, console: Console) -> None:
+    from vtprune.evals.bench.plots import pareto_png
+    from vtprune.evals.bench.tables import (
+        cost_columns,
+        markdown,
+        notes,
+        quality_columns,
+        rich_table,
+    )
+
+    records = list(results.settings.values())
+    console.print(rich_table("Accuracy", quality_columns(records), records))
+    console.print(rich_table("Cost", cost_columns(), records))
+    for line in notes(results.data):
+        console.print(line, style="dim", highlight=False)
+    title = f"{results.config['model']}: {', '.join(config.tasks)}, {len(results.data['questions'])} questions"
+    write_text(config.output / TABLE, markdown(results.data, records))
+    write_bytes(config.output / PLOT, pareto_png(records, title))
+    console.print("wrote " + ", ".join(str(config.output / name) for name in (FILE, TABLE, PLOT)), highlight=False)

@@ -1,0 +1,154 @@
+"""Which questions a run asks: the bundled task (or a sample of it), lmms-eval's own, or a folder's."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtprune.assets import SHAPES_EVAL
+from vtprune.evals.bench.failures import InputError, explain
+from vtprune.files import write_text, write_with
+
+BUNDLED_TASK = "vtprune_shapes"
+TASK_FOLDER = Path(__file__).parents[1] / "lmms" / "tasks"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that were found: their names, lmms-eval's index of them, and its `limit` (None: all)."""
+
+    tasks: tuple[str, ...]
+    manager: Any
+    limit: int | None
+
+
+def prepare_environment(offline: bool) -> None:
+    """Keeps lmms-eval quiet and, where nothing is to be fetched, off the network; before its first import."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if offline:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ[name] = "1"
+
+
+def silence_loggers() -> None:
+    """Sends only errors of lmms-eval to stderr: it logs warnings to stdout, among the results."""
+    import lmms_eval.models  # noqa: F401  (it installs its own handler when imported)
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="ERROR", format="lmms-eval: {message}")
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
+    """`limit` places (ascending) with the same number of each category to within one."""
+    names = list(dict.fromkeys(categories))
+    order = np.random.default_rng(seed).permutation(len(categories))
+    queues = {name: [int(i) for i in order if categories[i] == name] for name in names}
+    chosen: list[int] = []
+    while len(chosen) < min(limit, len(categories)):
+        for name in names:
+            if queues[name] and len(chosen) < limit:
+                chosen.append(queues[name].pop())
+    return sorted(chosen)
+
+
+def write_sample(folder: Path, limit: int, seed: int) -> None:
+    """A stratified sample of the bundled set in `folder`, and a task file of the bundled name for it."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(SHAPES_EVAL)
+    rows = stratified(table.column("category").to_pylist(), limit, seed)
+    write_with(folder / "sample.parquet", lambda part: pq.write_table(table.take(rows), part))
+    write_text(
+        folder / f"{BUNDLED_TASK}.yaml",
+        f"include: {TASK_FOLDER / BUNDLED_TASK}.yaml\ntask: {BUNDLED_TASK}\n"
+        f"dataset_path: parquet\ndataset_kwargs:\n  data_files:\n    test: {folder / 'sample.parquet'}\n",
+    )
+
+
+def data_fingerprint(tasks: Sequence[str]) -> str:
+    """Identifies the bundled questions; other tasks are known by their names."""
+    if BUNDLED_TASK not in tasks or not SHAPES_EVAL.is_file():
+        return ""
+    return hashlib.sha256(SHAPES_EVAL.read_bytes()).hexdigest()[:16]
+
+
+def _find(names: Sequence[str], folders: list[str]) -> tuple[Any, list[str]]:
+    """An index that holds all the names, lmms-eval's own tasks only where the folders do not have them."""
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager("ERROR", include_path=folders, include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = TaskManager("ERROR", include_path=folders, model_name="vtprune")
+    return manager, [name for name in names if name not in manager.all_tasks]
+
+
+def _check_data(names: Sequence[str], manager: Any) -> None:
+    """Loads the data of every task, before a model is; raises InputError that names what cannot be had, and why."""
+    for name in names:
+        try:
+            # datasets' own progress bars go to stderr, whatever is said to it once it has been imported.
+            with redirect_stderr(io.StringIO()):
+                manager.load_task_or_group([name], "chat")
+        except Exception as error:
+            source = _data_set(name, manager)
+            raise InputError(
+                f"tasks: cannot load the data of {name}{f' ({source})' if source else ''}: {explain(error)}"
+            ) from error
+
+
+def _data_set(name: str, manager: Any) -> str:
+    """The data set that a task's file names, "" where it names none."""
+    from lmms_eval.utils import load_yaml_config
+
+    try:
+        found = load_yaml_config(manager.task_index[name]["yaml_path"], mode="simple")
+        return str(found.get("dataset_path") or "")
+    except (KeyError, TypeError, OSError, ValueError, AttributeError):
+        return ""
+
+
+@contextmanager
+def open_suite(
+    tasks: Sequence[str], limit: int | None, seed: int, include_path: Path | None = None
+) -> Iterator[Suite]:
+    """The tasks, ready to run, and files that are gone afterwards.
+
+    Raises InputError for an unknown task, and for one whose data cannot be loaded.
+
+    The bundled task takes `limit` as a stratified sample drawn with `seed`, others as their first samples.
+    """
+    names = tuple(dict.fromkeys(tasks))
+    if BUNDLED_TASK in names and not SHAPES_EVAL.is_file():
+        raise InputError(f"tasks: the data of {BUNDLED_TASK} are missing: no file {SHAPES_EVAL}")
+    if include_path is not None and not include_path.is_dir():
+        raise InputError(f"include-path: {include_path} is not a folder")
+    with tempfile.TemporaryDirectory(prefix="vtprune-bench-") as name:
+        folder = Path(name)
+        os.environ.setdefault("LMMS_EVAL_DATASETS_CACHE", str(folder / "cache"))
+        if BUNDLED_TASK in names and limit is not None:
+            write_sample(folder, limit, seed)
+            folders = [name]
+        else:
+            folders = [str(TASK_FOLDER)]
+        manager, unknown = _find(names, [*folders, *([str(include_path)] if include_path else [])])
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"tasks: lmms-eval knows no task {', '.join(map(repr, unknown))}{hint}")
+        _check_data(names, manager)
+        yield Suite(names, manager, limit)

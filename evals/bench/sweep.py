@@ -1,0 +1,229 @@
+"""One setting after another on one loaded model."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import vtprune
+from vtprune.evals.bench.failures import (
+    InputError,
+    RunError,
+    explain,
+    first_line,
+)
+from vtprune.evals.bench.journal import Journal
+from vtprune.evals.bench.results import Results
+from vtprune.evals.bench.scores import all_metrics, sample_scores, task_scores
+from vtprune.evals.bench.settings import UNPRUNED, Setting
+from vtprune.evals.bench.suite import Suite
+from vtprune.evals.lmms.model import VTPrune
+from vtprune.evals.speed.timing import measure_prefill
+from vtprune.loading.model import load_model
+from vtprune.method.registry import available, create
+from vtprune.method.texts import show_keep
+
+TIMED_SAMPLES = 6
+# Prefill times are compared with this baseline too: it selects without scoring anything.
+SCORELESS = "grid"
+
+
+@dataclass
+class Sweep:
+    """A loaded model, the questions, where the results go, and who hears of answers that could not be read back."""
+
+    lm: VTPrune
+    suite: Suite
+    results: Results
+    seed: int
+    tell: Callable[[str], None]
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """Evaluates and times one setting, and writes its record; raises RunError."""
+        journal = Journal(self.results.unfinished(setting.key()))
+        for line in journal.bad:
+            self.tell(line)
+        started = time.perf_counter()
+        with _told(setting), self._model_of(setting):
+            with vtprune.wrapped(self.lm.model, setting.method_source):
+                raw = self._evaluate(setting, journal)
+            record = self._record(setting, raw)
+            record["prefill"] = self._time(setting)
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        self.results.set(setting.key(), record)
+        journal.discard()
+        return record
+
+    @contextmanager
+    def _model_of(self, setting: Setting) -> Iterator[None]:
+        """The model that a setting's weights were trained with, in the place of the sweep's own."""
+        if not setting.own_model:
+            yield
+            return
+        shared = self.lm.model
+        self.lm.model, _ = load_model(
+            setting.own_model, device=str(shared.device), dtype=str(shared.dtype).removeprefix("torch."),
+            attn_implementation=shared.config.get_text_config()._attn_implementation,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            self.lm.model = shared
+
+    def _evaluate(self, setting: Setting, journal: Journal) -> dict[str, Any]:
+        from lmms_eval.evaluator import simple_evaluate
+
+        self.lm.journal = journal
+        # Its progress bars go to stderr and cannot be turned off once tqdm has been imported.
+        with redirect_stderr(io.StringIO()):
+            raw = simple_evaluate(
+                model=self.lm,
+                model_args=f"method={setting.label},keep={setting.keep}",
+                tasks=list(self.suite.tasks),
+                task_manager=self.suite.manager,
+                limit=self.suite.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                random_seed=self.seed,
+                numpy_random_seed=self.seed,
+                torch_random_seed=self.seed,
+                fewshot_random_seed=self.seed,
+            )
+        if not raw or not raw.get("samples"):
+            raise RunError("lmms-eval returned no samples")
+        result: dict[str, Any] = raw
+        return result
+
+    def _record(self, setting: Setting, raw: dict[str, Any]) -> dict[str, Any]:
+        scores, questions, answers, numbers, costs = [], [], [], [], []
+        for task, samples in raw["samples"].items():
+            samples = sorted(samples, key=lambda sample: sample["doc_id"])
+            found = task_scores(task, raw["results"][task], samples)
+            scores += found
+            numbers += sample_scores(samples, found[0].metric)
+            questions += [_question(task, sample) for sample in samples]
+            answers += [sample["filtered_resps"][0] for sample in samples]
+            costs += [sample["token_counts"][0] for sample in samples]
+        if all(cost.get("kept_whole") for cost in costs):
+            raise RunError(f"no image could be cut to its budget: {costs[0]['kept_whole']}")
+        self._check_questions(questions)
+        pruners = setting.pruners()
+        described = [pruner.to_dict() for pruner in pruners]
+        return {
+            "method": setting.method,
+            "label": setting.label,
+            "keep": setting.keep,
+            "stage": ", ".join(pruner.info.stage for pruner in pruners),
+            "pruner": described if len(described) > 1 else described[0],
+            "scores": [score.to_dict() for score in scores],
+            "metrics": {task: all_metrics(raw["results"][task]) for task in raw["samples"]},
+            **summarise(costs),
+            "answers": answers,
+            "correct": numbers,
+            "kept_tokens": [round(cost["kept_tokens"], 3) for cost in costs],
+        }
+
+    def _check_questions(self, questions: list[dict[str, Any]]) -> None:
+        """Every setting answers the same questions; the first one writes them down."""
+        known = self.results.data["questions"]
+        if not known:
+            self.results.data["questions"] = questions
+        elif [q["doc_id"] for q in known] != [q["doc_id"] for q in questions]:
+            raise RunError("this setting was asked other questions than the ones before it")
+
+    def _time(self, setting: Setting) -> dict[str, float | None]:
+        """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""
+        inputs = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
+        pruners: dict[str, Any] = {"unpruned": None, "ours": setting.method_source}
+        scored = setting.method not in (UNPRUNED, SCORELESS) and SCORELESS in available()
+        if scored:
+            pruners["scoreless"] = create(SCORELESS, keep=setting.keep)
+        times = measure_prefill(self.lm.model, inputs, pruners)
+        return {
+            "ms": times.median("ours"),
+            "unpruned_ms": times.median("unpruned"),
+            "ratio": times.ratio("ours", "unpruned"),
+            "over_scoreless_ms": times.difference("ours", "scoreless") if scored else None,
+        }
+
+
+def _question(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    doc = sample["doc"]
+    extra = {name: doc[name] for name in ("id", "question", "category") if name in doc}
+    return {"task": task, "doc_id": sample["doc_id"], "target": sample["target"], **extra}
+
+
+def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over samples, and ratios of the sums."""
+
+    def total(name: str) -> float:
+        return float(sum(cost[name] for cost in costs))
+
+    def share(part: str, whole: str) -> float:
+        return total(part) / total(whole) if total(whole) else 1.0
+
+    count = len(costs)
+    published = [cost["published_tokens"] for cost in costs if cost.get("published_tokens") is not None]
+    return {
+        "tokens": {
+            "before": total("visual_tokens") / count,
+            "kept": total("kept_tokens") / count,
+            "share": share("kept_tokens", "visual_tokens"),
+            "fewest": min(cost["kept_tokens"] for cost in costs),
+            "most": max(cost["kept_tokens"] for cost in costs),
+            "published": statistics.fmean(published) if published else None,
+        },
+        "flops": {
+            "mean": total("flops") / count,
+            "unpruned": total("flops_full") / count,
+            "share": share("flops", "flops_full"),
+            "scoring_share": share("scoring_flops", "flops"),
+        },
+        "kv": {
+            "mean_bytes": total("kv_bytes") / count,
+            "unpruned_bytes": total("kv_bytes_full") / count,
+            "share": share("kv_bytes", "kv_bytes_full"),
+            "end_bytes": total("kv_bytes_end") / count,
+            "end_share": share("kv_bytes_end", "kv_bytes_end_full"),
+        },
+        "batched_prefill_ms": statistics.fmean(cost["prefill_ms"] for cost in costs),
+    }
+
+
+@contextmanager
+def _told(setting: Setting) -> Any:
+    """Names the setting in whatever goes wrong: on the way it is a failure, no longer bad input."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{setting.label} at keep={setting.keep}: {error}") from error
+    except Exception as error:
+        raise RunError(f"{setting.label} at keep={setting.keep}: {explain(error)}") from error
+
+
+def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) -> tuple[list[Setting], dict[str, str]]:
+    """The settings that this model takes, tried by wrapping it, and why it does not take the others.
+
+    A setting that it does not take raises InputError, or is left out if `lenient`.
+    """
+    taken, refused = [], {}
+    for setting in settings:
+        try:
+            if setting.own_model:
+                taken.append(setting)
+                continue
+            with vtprune.wrapped(model, setting.method_source):
+                taken.append(setting)
+        except vtprune.UnsupportedModelError as error:
+            raise InputError(f"model: {first_line(error)}") from error
+        except vtprune.VTPruneError as error:
+            if not lenient:
+                raise InputError(f"{setting.label}: {first_line(error)}") from error
+            keep = "" if setting.keep is None else f" at {show_keep(setting.keep)}"
+            refused[setting.label + keep] = first_line(error)
+    return taken, refused

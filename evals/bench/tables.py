@@ -1,0 +1,178 @@
+"""The results as tables: for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from vtprune.evals.bench.settings import UNPRUNED
+from vtprune.method.texts import show_keep
+
+Record = dict[str, Any]
+Cell = Callable[[Record], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, what stands under it, and whether it is text (flush left) or a number."""
+
+    heading: str
+    cell: Cell
+    text: bool = False
+
+
+def reference(records: Sequence[Record]) -> Record | None:
+    """The record of the unpruned model."""
+    return next((record for record in records if record["method"] == UNPRUNED), None)
+
+
+def is_share(score: dict[str, Any]) -> bool:
+    """Whether a score is a share of right answers, to be shown in percent."""
+    return 0.0 <= score["value"] <= 1.0
+
+
+def show_score(score: dict[str, Any]) -> str:
+    """The value with its standard error."""
+    scale, digits = (100, 1) if is_share(score) else (1, 2)
+    error = f" ± {scale * score['stderr']:.{digits}f}" if score["stderr"] is not None else ""
+    return f"{scale * score['value']:.{digits}f}{error}"
+
+
+def main_scores(record: Record) -> list[dict[str, Any]]:
+    """One score for each task, categories left out."""
+    return [score for score in record["scores"] if score["name"] == score["task"]]
+
+
+def kept_score(record: Record, unpruned: Record | None) -> float | None:
+    """The score as a share of the unpruned model's, averaged over tasks."""
+    if unpruned is None:
+        return None
+    full = {score["task"]: score["value"] for score in main_scores(unpruned)}
+    ratios = [score["value"] / full[score["task"]] for score in main_scores(record) if full[score["task"]]]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _score_cell(name: str) -> Cell:
+    def cell(record: Record) -> str:
+        return next((show_score(score) for score in record["scores"] if score["name"] == name), "-")
+
+    return cell
+
+
+def _category_cell(name: str) -> Cell:
+    with_error = _score_cell(name)
+    return lambda record: with_error(record).partition(" ")[0]
+
+
+def _setting_columns() -> list[Column]:
+    return [
+        Column("method", lambda record: record["label"], text=True),
+        Column("keep", lambda record: show_keep(record["keep"])),
+    ]
+
+
+def quality_columns(records: Sequence[Record]) -> list[Column]:
+    """Accuracy, overall and by category, against the unpruned model."""
+    unpruned = reference(records)
+    scores = records[0]["scores"]
+    tasks = [score["name"] for score in scores if score["name"] == score["task"]]
+    categories = [score["name"] for score in scores if score["name"] != score["task"]] if len(tasks) == 1 else []
+    metric = scores[0]["metric"]
+    return [
+        *_setting_columns(),
+        *[Column(metric if len(tasks) == 1 else name, _score_cell(name)) for name in tasks],
+        Column("of unpruned %", lambda record: _percent(kept_score(record, unpruned))),
+        *[Column(name, _category_cell(name)) for name in categories],
+    ]
+
+
+def _tokens(record: Record) -> str:
+    tokens = record["tokens"]
+    published = tokens.get("published")
+    counted = "" if published is None else f" (in its paper: {published:.1f})"
+    return f"{tokens['kept']:.1f} of {tokens['before']:.1f}{counted}"
+
+
+def _prefill(record: Record) -> str:
+    prefill = record["prefill"]
+    return f"{prefill['ms']:.1f} ({prefill['ratio']:.2f}x)"
+
+
+def _over(record: Record) -> str:
+    over = record["prefill"]["over_scoreless_ms"]
+    return "-" if over is None else f"{over:+.1f}"
+
+
+def cost_columns() -> list[Column]:
+    """Tokens, FLOPs, cache, time, and what the method itself costs."""
+    return [
+        *_setting_columns(),
+        Column("tokens kept", _tokens),
+        Column("FLOPs %", lambda record: _percent(record["flops"]["share"])),
+        Column("KV %", lambda record: _percent(record["kv"]["share"])),
+        Column("KV % at the end", lambda record: _percent(record["kv"]["end_share"])),
+        Column("prefill ms", _prefill),
+        Column("scoring % of FLOPs", lambda record: f"{100 * record['flops']['scoring_share']:.2f}"),
+        Column("ms over grid", _over),
+    ]
+
+
+def rich_table(title: str, columns: Sequence[Column], records: Sequence[Record]) -> Table:
+    """For the terminal; a rule between methods."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column.heading, justify="left" if column.text else "right", no_wrap=column.text)
+    for i, record in enumerate(records):
+        last = i + 1 == len(records) or records[i + 1]["label"] != record["label"]
+        table.add_row(*(column.cell(record) for column in columns), end_section=last)
+    return table
+
+
+def markdown_table(columns: Sequence[Column], records: Sequence[Record]) -> str:
+    """The same as Markdown."""
+    lines = [
+        "| " + " | ".join(column.heading for column in columns) + " |",
+        "|" + "|".join("---" if column.text else "---:" for column in columns) + "|",
+    ]
+    lines += ["| " + " | ".join(column.cell(record) for column in columns) + " |" for record in records]
+    return "\n".join(lines)
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    """What the columns mean and where the numbers come from."""
+    config, versions, machine = data["config"], data["versions"], data["machine"]
+    lines = [
+        f"{len(data['questions'])} questions ({', '.join(config['tasks'])}), model {config['model']}, "
+        f"{machine['dtype']} on {machine['device']}.",
+        "± is the standard error. Tokens, FLOPs of the prefill (vision tower included) and KV bytes of the "
+        "prompt and at the end of the answer (what waits beside the cache included) are what the report of each "
+        "generation says was achieved, not what was asked for.",
+        "Prefill is the median at batch 1 and its ratio to the unwrapped model, measured in turns on the "
+        f"same prompts ({machine['processor']}, {machine['threads']} threads). 'ms over grid' is the time "
+        "above the grid baseline, which scores nothing, at the same keep.",
+        "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
+    ]
+    lines += [f"{label}: {text}." for label, text in data.get("untrained", {}).items()]
+    lines += [f"Left out: {name}: {reason}." for name, reason in data.get("left_out", {}).items()]
+    return lines
+
+
+def markdown(data: dict[str, Any], records: Sequence[Record]) -> str:
+    """table.md: both tables and the notes."""
+    return "\n\n".join(
+        [
+            "# Accuracy",
+            markdown_table(quality_columns(records), records),
+            "# Cost",
+            markdown_table(cost_columns(), records),
+            "\n".join(f"- {line}" for line in notes(data)),
+            "",
+        ]
+    )

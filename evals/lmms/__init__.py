@@ -1,0 +1,1 @@
+"""vtprune as a model of lmms-eval, and the bundled task."""

@@ -1,0 +1,71 @@
+"""What one generation cost, row by row, read from its report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from vtprune.report.report import Report, SampleReport
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """The cost of one sample.
+
+    visual_tokens: before pruning; kept_tokens: what the method counts as achieved; flops: of the prefill,
+    the vision tower included; kv_bytes: what the prompt leaves in the cache; kv_bytes_end: what is there when the
+    answer is complete, with what waits beside it; `_full`: the same without pruning. All but the tokens are means of
+    the rows that were answered together. prefill_ms: the batch's time to its first token, divided by its rows.
+    published_tokens: what was kept as the method's paper counts it. kept_whole: why none of the sample's images could
+    be cut to its budget, "" where any could.
+    """
+
+    visual_tokens: int
+    kept_tokens: float
+    flops: float
+    flops_full: float
+    scoring_flops: float
+    kv_bytes: float
+    kv_bytes_full: float
+    kv_bytes_end: float
+    kv_bytes_end_full: float
+    prefill_ms: float
+    published_tokens: float | None = None
+    kept_whole: str = ""
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        """Plain numbers by name."""
+        return asdict(self)
+
+
+def row_costs(report: Report, prefill_seconds: float) -> list[RowCost]:
+    """The costs of the rows of the generation that `report` describes."""
+    rows = len(report.samples)
+    return [
+        RowCost(
+            visual_tokens=sum(image.tokens for image in sample.images),
+            kept_tokens=sum(image.achieved_tokens for image in sample.images),
+            flops=report.flops / rows,
+            flops_full=report.flops_full / rows,
+            scoring_flops=report.flops_breakdown.scoring / rows,
+            kv_bytes=report.kv_bytes_prefill / rows,
+            kv_bytes_full=report.kv_bytes_prefill_full / rows,
+            kv_bytes_end=(report.kv_bytes + report.aux_bytes) / rows,
+            kv_bytes_end_full=report.kv_bytes_full / rows,
+            prefill_ms=1000 * prefill_seconds / rows,
+            published_tokens=_published(sample),
+            kept_whole=_kept_whole(sample),
+        )
+        for sample in report.samples
+    ]
+
+
+def _published(sample: SampleReport) -> float | None:
+    """What was kept of a row's images as the method's paper counts it; None where it counts as the report does."""
+    counts = [image.published_tokens for image in sample.images if image.published_tokens is not None]
+    return sum(counts) if counts else None
+
+
+def _kept_whole(sample: SampleReport) -> str:
+    """Why all images of a row were kept whole, "" where there are none or any was not."""
+    reasons = [image.kept_whole for image in sample.images]
+    return reasons[0] if reasons and all(reasons) else ""

@@ -1,0 +1,128 @@
+"""Answers to one batch, with what each cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import vtprune
+from vtprune.evals.lmms.efficiency import RowCost, row_costs
+from vtprune.evals.lmms.gen_kwargs import Generation
+from vtprune.loading.prompts import place
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and its cost; seconds: its share of the batch's wall-clock time."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    seconds: float
+    cost: RowCost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Answer:
+        """Reads `to_dict` back."""
+        return cls(**{**entry, "cost": RowCost(**entry["cost"])})
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the GPU, so that a clock read next is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class FirstTokenClock(StoppingCriteria):
+    """Notes when the first token of a generation was there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.time: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """All False, one per row."""
+        if self.time is None:
+            synchronise(input_ids.device)
+            self.time = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class StopAtText(StoppingCriteria):
+    """Stops each row once its answer holds one of the stop texts."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: int) -> None:
+        self.tokenizer, self.stops, self.prompt = tokenizer, stops, prompt
+        # A stop text that ends now lies in the last so many tokens: none is shorter than a byte.
+        self.window = max(len(stop.encode()) for stop in stops) + 8
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(rows,) bool."""
+        tail = input_ids[:, max(self.prompt, input_ids.shape[1] - self.window) :]
+        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
+        hit = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(hit, device=input_ids.device)
+
+
+def _end_tokens(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends)
+
+
+def _until_end(ids: list[int], ends: set[int]) -> int:
+    """How many tokens the row generated, its end token included."""
+    return next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop text."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def answer_batch(
+    model: Any,
+    tokenizer: Any,
+    inputs: Any,
+    *,
+    generation: Generation,
+) -> list[Answer]:
+    """Answers of a wrapped model to a left-padded batch."""
+    inputs = place(inputs, model)
+    prompt = inputs["input_ids"].shape[1]
+    clock = FirstTokenClock()
+    criteria = StoppingCriteriaList([clock])
+    stops = generation.stops
+    if stops:
+        criteria.append(StopAtText(tokenizer, stops, prompt))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    synchronise(model.device)
+    start = time.perf_counter()
+    ids = model.generate(
+        **inputs,
+        **generation.arguments,
+        pad_token_id=pad,
+        stopping_criteria=criteria,
+    )
+    synchronise(model.device)
+    seconds = time.perf_counter() - start
+    rows = ids[:, prompt:].tolist()
+    # Each row's beams stand together in the report, and have its prompt's cost.
+    costs = row_costs(vtprune.report(model), (clock.time or start) - start)[:: generation.arguments["num_beams"]]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    ends = _end_tokens(model)
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    return [
+        Answer(cut(text, stops), length, _until_end(row, ends), seconds / len(rows), cost)
+        for text, length, row, cost in zip(texts, lengths, rows, costs, strict=True)
+    ]

@@ -1,0 +1,343 @@
+"""`--model vtprune` of lmms-eval: any supported model under any pruner, with the cost of every answer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from loguru import logger
+
+import vtprune
+from vtprune.evals.bench.failures import InputError, SampleError, first_line
+from vtprune.evals.bench.journal import Journal, request_key
+from vtprune.evals.bench.settings import UNPRUNED, holds_method
+from vtprune.evals.bench.untrained import told_untrained
+from vtprune.evals.lmms.efficiency import RowCost
+from vtprune.evals.lmms.gen_kwargs import read_generation
+from vtprune.evals.lmms.generation import Answer, answer_batch
+from vtprune.evals.lmms.instructions import Instructions, with_instruction
+from vtprune.evals.lmms.model_args import parse_model_args
+from vtprune.loading.model import load_model
+from vtprune.loading.pictures import open_picture, open_pictures_in, whole_images
+from vtprune.loading.prompts import (
+    Message,
+    check_chat,
+    check_text,
+    encode,
+    images_of,
+    media_marks,
+)
+from vtprune.method.pruner import Pruner
+from vtprune.method.resolving import folder_of, resolve
+from vtprune.method.texts import folder_text, parse_keep, parse_value
+
+MAX_NEW_TOKENS = 128
+# What `--model_args` may set; everything else is an option of the method.
+ARGUMENTS = (
+    "pretrained", "method", "config", "positions", "device", "dtype", "attn_implementation", "batch_size",
+    "max_batch_size", "max_new_tokens",
+)  # fmt: skip
+LMMS_EVAL_DEFAULTS = {"batch_size": "1"}
+
+
+@dataclass
+class VisionTokenCounts(TokenCounts):
+    """lmms-eval's token counts with the cost of the vision tokens beside them."""
+
+    cost: RowCost | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What lands in `token_counts` of the logged samples."""
+        return {**super().to_dict(), **(self.cost.to_dict() if self.cost is not None else {})}
+
+
+class VTPrune(lmms):
+    """A vision-language model under one pruner.
+
+    pretrained: a model id or folder (default: the bundled one; a folder with a method in it, as `vtprune train` leaves
+    it, runs under that method, and without it under method=none); method: what vtprune/texts.py reads, as
+    fastv:keep=0.5,layers=(2,5), or a folder with vtprune_config.json; keep and any further option: of that method;
+    config: a folder, as `method`;
+    positions: as `vtprune.wrap` takes them; batch_size: rows that are answered together; max_new_tokens: where a task
+    sets none. `model` and `processor` hand in a loaded model, which is left as it is: its owner wraps it. Raises
+    InputError for what it would not carry out.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        method: str | None = None,
+        keep: int | float | str | None = None,
+        config: str | None = None,
+        positions: str = "original",
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_new_tokens: int | str = MAX_NEW_TOKENS,
+        model: Any = None,
+        processor: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if max_batch_size is not None:
+            raise InputError("max_batch_size: it goes with batch_size=auto, and vtprune takes a number of rows")
+        self.batch_size = _whole("batch_size", batch_size, "rows that are answered together")
+        self.max_new_tokens = _whole("max_new_tokens", max_new_tokens, "tokens of an answer")
+        self.journal: Journal | None = None
+        self.on_answers: Callable[[int], None] = lambda count: None
+        self.requests: list[Instance] = []
+        if model is not None:
+            given = {
+                "pretrained": pretrained,
+                "method": method,
+                "keep": keep,
+                "config": config,
+                "positions": None if positions == "original" else positions,
+                "device": device,
+                "dtype": None if dtype == "auto" else dtype,
+                "attn_implementation": attn_implementation,
+                **options,
+            }
+            idle = [name for name, value in given.items() if value is not None]
+            if idle:
+                raise InputError(f"model: one that is handed in is as its owner made it; leave out {', '.join(idle)}")
+            self.model, self.processor = model, processor
+        else:
+            asked = _method(pretrained, method, config, keep, options)
+            own = folder_of(asked)
+            beside = own is not None and (own / "config.json").is_file()
+            self.model, self.processor = load_model(
+                str(own) if pretrained is None and beside else pretrained,
+                device=device,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+            )
+            with told_untrained(logger.warning):
+                vtprune.wrap(self.model, asked, positions=positions)
+        self._instructions = Instructions(self._write)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:
+        """From `--model_args`, which may set what lmms-eval has a flag for (batch_size, device) too; raises InputError
+        where both say it, and differ."""
+        given: dict[str, Any] = parse_model_args(arg_string, ARGUMENTS)
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        for name in sorted(flags.keys() & given.keys()):
+            # lmms-eval's own default for this flag cannot be told from one that was given.
+            if str(flags[name]) not in (given[name], LMMS_EVAL_DEFAULTS.get(name)):
+                raise InputError(
+                    f"{name}: --{name} says {flags[name]} and --model_args {given[name]}; give one of them"
+                )
+        return cls(**{**flags, **given})
+
+    @property
+    def chat_template(self) -> str:
+        """What lmms-eval asks for under `--apply_chat_template`, which its chat tasks cannot carry out."""
+        raise InputError(
+            "apply_chat_template: leave it out; every prompt goes through the model's own chat template already, and "
+            "lmms-eval cannot build the contexts of chat tasks with it"
+        )
+
+    apply_chat_template = chat_template
+
+    def _write(self, chat: Sequence[Message]) -> str:
+        """A conversation as the model's chat template writes it."""
+        written: str = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return written
+
+    @property
+    def device(self) -> Any:
+        """Where the model is."""
+        return self.model.device
+
+    def clean(self) -> None:
+        """Keeps the model: lmms-eval would delete it after every task, and a sweep uses it again."""
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not supported: benchmarks of vision-language models generate."""
+        raise InputError("vtprune answers generate_until tasks, not loglikelihood ones")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not supported."""
+        raise InputError("vtprune answers generate_until tasks, not multi-round ones")
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """One answer per request, in their order; what cannot be asked is refused before the first one."""
+        self.requests = requests
+        self._check(requests)
+        found: dict[int, dict[str, Any]] = {}
+        groups: dict[str, list[int]] = defaultdict(list)
+        keys = _keys(requests)
+        for i, request in enumerate(requests):
+            known = self.journal.get(keys[i]) if self.journal is not None else None
+            if known is not None:
+                found[i] = known
+            else:
+                groups[json.dumps(request.args[2], sort_keys=True, default=str)].append(i)
+        self.on_answers(len(found))
+        for indices in groups.values():
+            # Rows of similar length share a batch, so that little of it is padding.
+            indices.sort(key=lambda i: -len(requests[i].args[0]))
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                entries = [answer.to_dict() for answer in self._answer([requests[i] for i in batch])]
+                found.update(zip(batch, entries, strict=True))
+                if self.journal is not None:
+                    self.journal.add(dict(zip([keys[i] for i in batch], entries, strict=True)))
+                self.on_answers(len(batch))
+        answers = [Answer.from_dict(found[i]) for i in range(len(requests))]
+        _log_throughput(answers)
+        return [_result(answer) for answer in answers]
+
+    def _check(self, requests: Sequence[Instance]) -> None:
+        """Raises InputError or SampleError for options that would not be carried out, a system instruction without a
+        place, and questions that hold what stands for a picture."""
+        options = {json.dumps(request.args[2], sort_keys=True, default=str): request.args[2] for request in requests}
+        for given in options.values():
+            read_generation(given, self.max_new_tokens)
+        instructions = {self._instructions.of(request) for request in requests}
+        for instruction in sorted(instructions - {""}):
+            self._instructions.check(instruction)
+            check_text(self.processor, instruction, "system_instruction")
+        marks = media_marks(self.processor)
+        for request in {id(one): one for one in requests}.values():
+            # Only a task that takes its text apart itself may have used such a mark up.
+            if any(mark in str(request.args[0]) for mark in marks):
+                self._chat(request)
+
+    def inputs_of(self, requests: Sequence[Instance]) -> Any:
+        """The padded batch of model inputs of some requests, on the CPU; raises SampleError."""
+        chats = [self._chat(request) for request in requests]
+        try:
+            return encode(self.processor, chats)
+        except Exception as error:
+            for request, chat in zip(requests, chats, strict=True):
+                self._try_alone(request, chat)
+            raise SampleError(f"a batch cannot be encoded: {first_line(error)}") from error
+
+    def _try_alone(self, request: Instance, chat: list[Message]) -> None:
+        try:
+            encode(self.processor, [chat])
+        except Exception as error:
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in images_of(chat))
+            raise SampleError(
+                f"{self._name(request)}: the processor refuses it (images {sizes}): {first_line(error)}"
+            ) from error
+
+    def _answer(self, requests: list[Instance]) -> list[Answer]:
+        generation = read_generation(requests[0].args[2], self.max_new_tokens)
+        return answer_batch(self.model, self.processor.tokenizer, self.inputs_of(requests), generation=generation)
+
+    def _chat(self, request: Instance) -> list[Message]:
+        _, to_messages, _, doc_id, task, split = request.args
+        try:
+            with whole_images():
+                # Before the task's own functions: many of them call convert("RGB"), which loses what the door keeps.
+                doc = open_pictures_in(self.task_dict[task][split][doc_id])
+                chat = ChatMessages(messages=to_messages(doc)).to_hf_messages()
+            for message in chat:
+                for part in message["content"]:
+                    if part["type"] == "image":
+                        part["image"] = open_picture(part["image"])
+        except Exception as error:
+            raise SampleError(f"{self._name(request)}: cannot be read: {first_line(error)}") from error
+        kinds = {part["type"] for message in chat for part in message["content"]} - {"text", "image"}
+        if kinds:
+            raise SampleError(f"{self._name(request)}: holds {' and '.join(kinds)}; vtprune takes images")
+        try:
+            check_chat(self.processor, chat, self._name(request))
+        except InputError as error:
+            raise SampleError(str(error)) from error
+        return with_instruction(chat, self._instructions.of(request))
+
+    def _name(self, request: Instance) -> str:
+        """The task, the place in it, and the sample's own id where it has one."""
+        _, _, _, doc_id, task, split = request.args
+        documents = self.task_dict[task][split]
+        names = [name for name in ("id", "question_id") if name in getattr(documents, "column_names", ())]
+        # Only that column is read: the sample's image may be what is broken.
+        own = f" ({documents.select_columns(names[:1])[doc_id][names[0]]})" if names else ""
+        return f"{task}, sample {doc_id}{own}"
+
+
+def _method(
+    pretrained: str | None,
+    method: str | None,
+    config: str | None,
+    keep: int | float | str | None,
+    options: dict[str, Any],
+) -> str | list[Pruner]:
+    """What `vtprune.wrap` is handed: a folder's name, or pruners; raises InputError for what would be left out."""
+    given = {name: parse_value(value) if isinstance(value, str) else value for name, value in options.items()}
+    if keep is not None:
+        given["keep"] = parse_keep(keep) if isinstance(keep, str) else keep
+    if config is not None:
+        if method is not None or given:
+            raise InputError("config: a folder says all of method, keep and options; give no others")
+        if not Path(config).is_dir():
+            raise InputError(f"config: {config} is not a folder with vtprune_config.json")
+        method = folder_text(config)
+    if method is None:
+        named = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        if pretrained is not None and holds_method(pretrained):
+            if given:
+                raise InputError(
+                    f"{named}: {pretrained} brings its own method with all options; give method=NAME or none"
+                )
+            return folder_text(pretrained)
+        everything = given == {"keep": 1.0} and isinstance(given["keep"], float)
+        if given and not everything:
+            raise InputError(f"{named}: no method is given, so nothing would be pruned; give method=NAME")
+        method = UNPRUNED
+    if folder_of(method) is not None and not given:
+        return method
+    return resolve(method, **given)
+
+
+def _whole(name: str, value: int | str, what: str) -> int:
+    """A whole number of at least 1; raises InputError for anything else."""
+    if not str(value).isascii() or not str(value).isdecimal() or int(value) < 1:
+        raise InputError(f"{name}: a whole number of {what} (1 or more), got {value!r}")
+    return int(value)
+
+
+def _keys(requests: Sequence[Instance]) -> list[str]:
+    """What the journal knows each request by; a question that is asked several times has one for each."""
+    times: Counter[int] = Counter()
+    keys = []
+    for request in requests:
+        context, _, options, doc_id, task, _ = request.args
+        times[id(request)] += 1
+        again = {"repeat": times[id(request)]} if times[id(request)] > 1 else {}
+        keys.append(request_key(task, doc_id, context, {**options, **again}))
+    return keys
+
+
+def _result(answer: Answer) -> GenerationResult:
+    counts = VisionTokenCounts(answer.input_tokens, answer.output_tokens, cost=answer.cost)
+    return GenerationResult(answer.text, counts)
+
+
+def _log_throughput(answers: Iterable[Answer]) -> None:
+    """The run-level averages that lmms-eval prints and saves."""
+    costs: list[RowCost] = []
+    tokens, seconds = 0, 0.0
+    for answer in answers:
+        costs.append(answer.cost)
+        tokens += answer.output_tokens
+        seconds += answer.seconds
+    names = ("visual_tokens", "kept_tokens", "flops", "flops_full", "kv_bytes", "kv_bytes_full", "prefill_ms")
+    means = {name: sum(getattr(cost, name) for cost in costs) / len(costs) for name in names}
+    log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, {"num_requests": len(costs), **means})

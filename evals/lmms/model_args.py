@@ -1,0 +1,66 @@
+"""`--model_args` of lmms-eval as text: arguments of the model, and a method with its options among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from vtprune.evals.bench.failures import InputError
+from vtprune.method.texts import (
+    Stage,
+    parse_entry,
+    parse_options,
+    parse_value,
+    split_commas,
+)
+
+# Arguments of the model that no text stands for.
+HANDED_IN = ("model", "processor")
+
+
+def parse_model_args(text: str, own: Iterable[str]) -> dict[str, Any]:
+    """Texts by the names of `own` arguments; further options are in the text of `method`, or values by their names
+    where there is no method.
+
+    Options that follow `method=` are those of its last stage (method=fastv,keep=0.5,layers=(2,5)); those that stand
+    before it are taken for those of the method, too, where it is a single one. Raises InputError for what is no
+    name=value, and for a name given twice.
+    """
+    found: dict[str, Any] = {}
+    before: list[str] = []
+    for part in split_commas(text):
+        name, sign, value = (piece.strip() for piece in part.partition("="))
+        if not sign or not name.isidentifier():
+            raise InputError(f"model_args: cannot read {part!r}; give name=value, separated by commas")
+        if name in HANDED_IN:
+            raise InputError(f"model_args: {name} is handed in from Python alone; a model is named as pretrained=")
+        if name in found:
+            raise InputError(f"model_args: {name} is given twice")
+        if name in own:
+            found[name] = value if name == "method" or value[:1] not in ("'", '"') else parse_value(value)
+        elif "method" in found:
+            found["method"] = _with_option(found["method"], part)
+        else:
+            before.append(part)
+    if not before:
+        return found
+    if "method" not in found:
+        return {**found, **dict(parse_options(",".join(before)))}
+    if len(parse_entry(found["method"])) > 1:
+        raise InputError(
+            f"model_args: of several methods, which one does {', '.join(before)} belong to? Write it behind that one, "
+            "as method=a:keep=192+b:keep=96"
+        )
+    for part in before:
+        found["method"] = _with_option(found["method"], part)
+    return found
+
+
+def _with_option(method: str, option: str) -> str:
+    """A method's text with a further option at its end."""
+    last = parse_entry(method)[-1]
+    return f"{method}{':' if _is_bare(last) else ','}{option}"
+
+
+def _is_bare(stage: Stage) -> bool:
+    return not stage.folder and not stage.options

@@ -1,0 +1,1 @@
+"""Seconds: what wrapping costs, what methods cost, and how both were measured."""

@@ -1,0 +1,66 @@
+"""Prefill time with and without pruning, measured in alternation on the same inputs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import vtprune
+from vtprune.evals.lmms.generation import synchronise
+from vtprune.loading.prompts import place
+
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class PrefillTimes:
+    """Milliseconds under each pruner; entry i of every list was measured on the same prompt, one after another."""
+
+    milliseconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """The median under one pruner."""
+        return statistics.median(self.milliseconds[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """The median of the ratios of neighbours: what slows the machine down for a while slows both."""
+        pairs = zip(self.milliseconds[name], self.milliseconds[base], strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    def difference(self, name: str, base: str) -> float:
+        """The median of the differences of neighbours."""
+        pairs = zip(self.milliseconds[name], self.milliseconds[base], strict=True)
+        return statistics.median(one - other for one, other in pairs)
+
+
+@torch.inference_mode()
+def prefill_seconds(model: Any, inputs: Any) -> float:
+    """Seconds of one forward pass over a prompt, to the logits of its last token."""
+    synchronise(model.device)
+    start = time.perf_counter()
+    model(**inputs, use_cache=True, logits_to_keep=1)
+    synchronise(model.device)
+    return time.perf_counter() - start
+
+
+def measure_prefill(
+    model: Any, inputs: Sequence[Any], pruners: Mapping[str, Any], rounds: int = ROUNDS
+) -> PrefillTimes:
+    """Times each prompt at batch 1 under each pruner in turn; None is the model as it came, unwrapped; else what
+    `vtprune.wrap` takes."""
+    placed = [place(one, model) for one in inputs]
+    times: dict[str, list[float]] = {name: [] for name in pruners}
+    for turn in range(rounds + 1):
+        for one in placed if turn else placed[:1]:
+            for name, pruner in pruners.items():
+                with nullcontext() if pruner is None else vtprune.wrapped(model, pruner):
+                    seconds = prefill_seconds(model, one)
+                if turn:  # turn 0 only warms up
+                    times[name].append(1000 * seconds)
+    return PrefillTimes(times)

@@ -1,0 +1,1 @@
+"""`vtprune tune`: the search for hyper-parameters under a budget."""

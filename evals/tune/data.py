@@ -1,0 +1,137 @@
+"""The pictures and questions that a search looks at: drawn shapes, or a folder of the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vtprune.errors import FileError
+from vtprune.evals.ask.ask import read_image
+from vtprune.evals.bench.failures import InputError
+from vtprune.evals.bench.records import CAPTIONED
+from vtprune.json_files import parse, read_file
+from vtprune.shapes.questions import CATEGORIES, QA, ask
+from vtprune.shapes.render import render
+from vtprune.shapes.scene import Scene, sample_scene
+
+METADATA = "metadata.jsonl"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Seed spaces of their own, beside those of training and evaluation: no picture is met in both.
+SEARCH_SPACE, CHECK_SPACE = 53, 59
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and a question about it; name: what a message calls it."""
+
+    name: str
+    image: Image.Image
+    question: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a search measures on, and what it never sees before its end; source: where both came from."""
+
+    search: list[Sample]
+    check: list[Sample]
+    source: str
+
+    def fingerprint(self) -> str:
+        """Identifies every pixel and every question of both sets."""
+        digest = hashlib.sha256()
+        for samples in (self.search, self.check):
+            digest.update(f"{len(samples)};".encode())
+            for sample in samples:
+                digest.update(f"{sample.image.size}{sample.question}".encode() + sample.image.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def draw_shapes(count: int, check: int, seed: int) -> Calibration:
+    """Freshly drawn scenes with one question each, the categories in turn; no answer is used."""
+    search = [_drawn(SEARCH_SPACE, seed, i) for i in range(count)]
+    return Calibration(search, [_drawn(CHECK_SPACE, seed, i) for i in range(check)], "drawn shapes")
+
+
+def _drawn(space: int, seed: int, index: int) -> Sample:
+    rng = np.random.default_rng([space, seed, index])
+    scene = sample_scene(rng)
+    return Sample(f"shapes {index}", Image.fromarray(render(scene)), _ask(scene, rng, index).question)
+
+
+def _ask(scene: Scene, rng: np.random.Generator, index: int) -> QA:
+    """A question of the category whose turn it is, or of the next one that the scene allows."""
+    while True:
+        for i in range(len(CATEGORIES)):
+            found = ask(scene, rng, CATEGORIES[(index + i) % len(CATEGORIES)])
+            if found is not None:
+                return found
+
+
+def read_folder(
+    folder: Path, question: str, count: int, check: int, seed: int, tell: Callable[[str], None] = lambda text: None
+) -> Calibration:
+    """Up to `count` samples to search on and `check` held-out ones of other pictures, drawn with `seed`.
+
+    metadata.jsonl may give {"file_name": ..., "question": ...} a line; `question` goes with pictures that
+    have none. `tell` hears of a folder that holds fewer than was asked for. Raises InputError for a folder
+    without pictures, a metadata line that cannot be read, and a picture that is missing or broken.
+    """
+    if not folder.is_dir():
+        raise InputError(f"data: {folder} is not a folder")
+    rows = _listed(folder, question)
+    names = list(dict.fromkeys(name for name, _ in rows))
+    if not names and (folder / METADATA).is_file():
+        raise InputError(f"data: {folder / METADATA} names no picture")
+    if not names:
+        raise InputError(f"data: no picture in {folder} ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+    if check and len(names) < 2:
+        raise InputError(
+            f"data: {folder} holds one picture; a held-out check takes a second one, or --check-samples 0"
+        )
+    rng = np.random.default_rng(seed)
+    mixed = [names[i] for i in rng.permutation(len(names))]
+    share = round(len(names) * count / (count + check))
+    searched = set(mixed[: min(max(share, 1), len(names) - bool(check))])
+    pools: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    for i in rng.permutation(len(rows)):
+        pools[rows[i][0] not in searched].append(rows[i])
+    chosen = pools[0][:count], pools[1][:check]
+    if len(chosen[0]) < count or len(chosen[1]) < check:
+        tell(f"fewer pictures than asked for in {folder}: {len(chosen[0])} to search on, {len(chosen[1])} held out")
+    search, held_out = ([_read(folder, *row) for row in part] for part in chosen)
+    return Calibration(search, held_out, str(folder))
+
+
+def _read(folder: Path, name: str, question: str) -> Sample:
+    return Sample(name, read_image(folder / name, "data"), question)
+
+
+def _listed(folder: Path, question: str) -> list[tuple[str, str]]:
+    """Every (file name, question) of the folder, in a fixed order."""
+    metadata = folder / METADATA
+    if metadata.is_file():
+        return [_row(metadata, i, line, question) for i, line in _lines(metadata)]
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES)
+    return sorted((path.relative_to(folder).as_posix(), question) for path in paths)
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    try:
+        content = read_file(path, "questions about pictures")
+    except FileError as error:
+        raise InputError(f"data: {error}") from error
+    return [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+
+
+def _row(path: Path, number: int, line: bytes, question: str) -> tuple[str, str]:
+    try:
+        row = parse(CAPTIONED, line, f"{path}, line {number}", '{"file_name": ..., "question": ...}')
+    except FileError as error:
+        raise InputError(f"data: {error}") from error
+    return row["file_name"], row.get("question") or question

@@ -1,0 +1,241 @@
+"""KV-cache layers that know which tokens of the prompt they hold; all decode state lives in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from vtprune.cache.waiting import VisionLog, Waiting
+from vtprune.errors import VTPruneError
+
+
+class PrunedLayer(DynamicLayer):
+    """A dynamic cache layer whose entries may skip places of the sequence.
+
+    slots: (B, K) the logical place of each entry in the unpruned sequence, -1 where an entry is padding, or
+    None while entry i is place i. ragged: whether some entries may be padding. length: logical length; this is what
+    `get_seq_length` answers.
+    aux: (B, n) tensors that belong to the rows, by name: a value for each of the first n places, the last one
+    holding on (the M-RoPE delta, the shift of renumbered positions), or one for the row (n = 1).
+    Where vision tokens may return: waiting: those that were left out before this layer; log: all of them (the first
+    layer has it); since: (K,) how long the sequence was before the forward that computed an entry of an earlier place,
+    0 for every other entry.
+    head_slots: (B, Hkv, K) the place of each head's own entries, once heads were cut to different ones, else None.
+    Heads of a row hold equally many, in columns that agree on what is padding; slots are then those of head 0.
+    entries: (B, Hkv, k) values of the first k entries, by name; 0 for those after them. guard: crop may not end
+    between these two places, as what the queries after the first one decided cannot be undone, or None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: Tensor | None = None
+        self.ragged = False
+        self.length = 0
+        self.aux: dict[str, Tensor] = {}
+        self.waiting: Waiting | None = None
+        self.log: VisionLog | None = None
+        self.since: Tensor | None = None
+        self.head_slots: Tensor | None = None
+        self.entries: dict[str, Tensor] = {}
+        self.guard: tuple[int, int] | None = None
+        self._announced = False
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> PrunedLayer:
+        """A PrunedLayer with the keys and values of an ordinary dynamic layer."""
+        new = cls()
+        if layer.is_initialized and layer.keys is not None and layer.values is not None:
+            new.lazy_initialization(layer.keys, layer.values)
+            new.keys, new.values = layer.keys, layer.values
+            new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
+        return new
+
+    def announce(self, slots: Tensor | None, new_length: int, *, ragged: bool = False, returning: int = 0) -> None:
+        """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None; `ragged`:
+        whether there may be padding among the new ones. The first `returning` of these are of places that the sequence
+        had before."""
+        heads = self.head_slots
+        if heads is not None:
+            assert slots is not None
+            new = slots[:, None, heads.shape[2] :].expand(-1, heads.shape[1], -1)
+            self.head_slots = torch.cat([heads, new.to(heads.device)], dim=2)
+        if slots is not None and (returning or self.since is not None):
+            held = 0 if self.keys is None else self.keys.shape[-2]
+            since = slots.new_zeros(slots.shape[1])
+            if self.since is not None:
+                since[:held] = self.since
+            since[held : held + returning] = self.length
+            self.since = since
+        self.slots = slots
+        self.ragged = self.ragged or ragged
+        self.length = new_length
+        self._announced = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends (B, H, q, d) keys and values; raises VTPruneError for a pruned layer outside a wrapped model."""
+        if not self._announced:
+            if self.slots is not None:
+                raise VTPruneError(
+                    "this KV cache was filled by a model wrapped with vtprune and holds a pruned prompt; continue "
+                    "with the wrapped model, or start a new cache after unwrap()"
+                )
+            self.length += key_states.shape[-2]
+        self._announced = False
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def at_end(self, name: str) -> Tensor | None:
+        """(B, 1) the value of an aux tensor that holds after the last place."""
+        values = self.aux.get(name)
+        return None if values is None else values[:, -1:]
+
+    def extend(self, name: str, values: Tensor, offset: int) -> None:
+        """Appends (B, q) values of the places from `offset` on to an aux tensor."""
+        past = self.aux.get(name)
+        if past is None:
+            past = torch.zeros_like(values[:, :1])
+        if offset:
+            places = torch.arange(offset, device=past.device).clamp(max=past.shape[1] - 1)
+            values = torch.cat([past[:, places].to(values.device), values], dim=1)
+        self.aux[name] = values
+
+    def values_of(self, name: str) -> Tensor:
+        """(B, Hkv, K) the values of all entries, fp32."""
+        assert self.keys is not None
+        known = self.entries.get(name)
+        missing = self.keys.shape[2] - (0 if known is None else known.shape[2])
+        new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
+        return new if known is None else torch.cat([known, new], dim=2)
+
+    def cut_heads(self, keys: Tensor, values: Tensor, head_slots: Tensor, entries: dict[str, Tensor]) -> None:
+        """Holds these (B, Hkv, K, d) keys and values of the places `head_slots` (B, Hkv, K) instead, with the values
+        `entries` of theirs."""
+        self.keys, self.values, self.head_slots, self.entries = keys, values, head_slots, entries
+        self.slots = head_slots[:, 0]
+        self.ragged = self.ragged or len(head_slots) > 1
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds values (B, length) of all places to an aux tensor, which is 0 where nothing is known."""
+        past = self.aux.get(name, torch.zeros_like(values[:, :1]))
+        places = torch.arange(values.shape[1], device=past.device).clamp(max=past.shape[1] - 1)
+        self.aux[name] = past[:, places] + values.to(past)
+
+    def cut(self, slots: Tensor, columns: Tensor) -> None:
+        """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`."""
+        assert self.keys is not None
+        assert self.values is not None
+        index = columns.clamp(min=0).to(self.keys.device)
+        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        for name in self.entries:
+            self.entries[name] = self.values_of(name).transpose(1, 2)[rows, index].transpose(1, 2)
+        self.keys = self.keys.transpose(1, 2)[rows, index].transpose(1, 2)
+        self.values = self.values.transpose(1, 2)[rows, index].transpose(1, 2)
+        self.slots = slots
+        if self.head_slots is not None:
+            found = self.head_slots.transpose(1, 2)[rows, index].masked_fill(
+                columns.to(index.device)[..., None] < 0, -1
+            )
+            self.head_slots = found.transpose(1, 2)
+        # Rows of one length need no padding; asking the device whether these are would cost a wait.
+        self.ragged = self.ragged or len(slots) > 1
+
+    def get_seq_length(self) -> int:
+        """The logical length: tokens of the sequence so far, dropped ones included."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are built over logical places; each layer's own mask is cut from them."""
+        return self.length + query_length, 0
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        super().reset()
+        self.slots, self.ragged, self.length, self.aux, self._announced = None, False, 0, {}, False
+        self.waiting = self.log = self.since = None
+        self.head_slots, self.entries, self.guard = None, {}, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` logical places; tokens that returned since are left out again."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number of tokens to remove")
+        if tokens_to_remove == 0:
+            return
+        self._check_crop(max(0, self.length + tokens_to_remove))
+        self.length = max(0, self.length + tokens_to_remove)
+        self.aux = {name: values[:, : max(1, self.length)] for name, values in self.aux.items()} if self.length else {}
+        self.waiting = self.waiting.crop(self.length) if self.waiting is not None and self.length else None
+        self.log = self.log.crop(self.length) if self.log is not None and self.length else None
+        if self.keys is None or self.values is None:
+            # A routed layer may have computed nothing so far.
+            return
+        if self.slots is None:
+            self.keys, self.values = self.keys[..., : self.length, :], self.values[..., : self.length, :]
+            return
+        slots = self.slots.masked_fill(self.slots >= self.length, -1)
+        if self.since is not None:
+            slots = slots.masked_fill(self.since >= self.length, -1)
+        used = (slots >= 0).any(dim=0)
+        self.since = None if self.since is None else self.since[used]
+        self.slots = _shared(self.slots, self.length, lambda: slots[:, used])
+        self.ragged = self.ragged or len(slots) > 1
+        columns = used.nonzero().flatten().to(self.keys.device)
+        if self.head_slots is not None:
+            heads = self.head_slots.masked_fill(self.head_slots >= self.length, -1)
+            self.head_slots = heads.index_select(2, columns)
+        self.entries = {name: self.values_of(name).index_select(2, columns) for name in self.entries}
+        self.keys, self.values = self.keys.index_select(-2, columns), self.values.index_select(-2, columns)
+
+    def _check_crop(self, length: int) -> None:
+        if self.guard is None:
+            return
+        first, last = self.guard
+        if first < length < last:
+            raise VTPruneError(
+                f"this KV cache cannot be cropped to {length} places: the attention of all {last} tokens decides, or "
+                f"has decided, which entries from place {first} on stay; crop to at least {last} or at most {first} "
+                "places, or start a new cache"
+            )
+        if length <= first:
+            # All that was scored or cut is gone; the entries before it are the same in every head.
+            self.guard, self.head_slots, self.entries = None, None, {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Takes the rows `beam_idx`, as beam search does."""
+        if self.keys is not None:
+            super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)), beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        if self.keys is not None:
+            super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0), repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows."""
+        if self.keys is not None:
+            super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices], indices)
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor], key: object) -> None:
+        slots = self.slots
+        if slots is not None:
+            self.slots = _shared(slots, key, lambda: change(slots))
+        if self.head_slots is not None:
+            self.head_slots = change(self.head_slots)
+        self.entries = {name: change(value) for name, value in self.entries.items()}
+        self.aux = {name: change(value) for name, value in self.aux.items()}
+        self.waiting = None if self.waiting is None else self.waiting.rows(change)
+        self.log = None if self.log is None else self.log.rows(change)
+
+
+def _shared(slots: Tensor, key: object, change: Callable[[], Tensor]) -> Tensor:
+    """`change()`, made once for all layers that share `slots`, so that they go on sharing them (and masks)."""
+    known = getattr(slots, "_vtprune_changed", None)
+    if known is None or known[0] is not key:
+        known = (key, change())
+        slots._vtprune_changed = known  # type: ignore[attr-defined]
+    return known[1]

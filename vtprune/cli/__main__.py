@@ -1,0 +1,5 @@
+"""`python -m vtprune.cli`."""
+
+from vtprune.cli.app import main
+
+main()

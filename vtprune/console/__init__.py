@@ -1,0 +1,1 @@
+"""What a command shows: errors of one line, progress, figures."""

@@ -1,0 +1,133 @@
+"""FLOPs and KV-cache bytes of one prefill, from a transformers config alone: no weights, no forward.
+
+cost.md says line by line what is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vtprune.cost.sizes import (
+    Alive,
+    TransformerCost,
+    count,
+    model_cost,
+)
+from vtprune.errors import VTPruneError
+
+# Matrices of the MLP in the two published formulas for a decoder layer, n(4d^2) + 2n^2 d + matrices * ndm.
+CONVENTIONS = {"exact": None, "2ndm": 2, "3ndm": 3}
+
+
+@dataclass(frozen=True)
+class FlopsBreakdown:
+    """FLOPs of one row's prefill by part: 2 per multiply-accumulate ("2ndm" and "3ndm" count 1)."""
+
+    vision_tower: int
+    projector: int
+    decoder: int
+    head: int
+    scoring: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return self.vision_tower + self.projector + self.decoder + self.head + self.scoring
+
+    def to_dict(self) -> dict[str, int]:
+        """The parts and `total` as plain JSON."""
+        return {**asdict(self), "total": self.total}
+
+
+def _per_layer(name: str, value: int | Sequence[int], layers: int) -> list[int]:
+    """One count a layer, from a sequence of that length or one int for all."""
+    if not isinstance(value, Sequence):
+        return [count(name, value)] * layers
+    if len(value) != layers:
+        raise VTPruneError(f"{name} takes one int or {layers} of them, one a decoder layer, got {len(value)}")
+    return [count(name, n) for n in value]
+
+
+def _published(decoder: TransformerCost, lengths: Sequence[int], matrices: int) -> int:
+    """The papers' formula: multiply-accumulates, every head with its own keys, `matrices` in the MLP."""
+    d, m = decoder.width, decoder.mlp_width
+    return sum(4 * n * d * d + 2 * n * n * d + matrices * n * d * m for n in lengths)
+
+
+def flops(
+    config: Any,
+    tokens_per_layer: int | Sequence[int],
+    *,
+    text_tokens: int | Sequence[int],
+    images: int | Sequence[Sequence[int]],
+    convention: str = "exact",
+    encoder_tokens_per_layer: Sequence[Sequence[Alive]] | None = None,
+    encoder_mlp_tokens_per_layer: Sequence[Sequence[int]] | None = None,
+    projector_tokens: int | None = None,
+    scoring: int = 0,
+    logits: int = 1,
+) -> FlopsBreakdown:
+    """FLOPs to prefill one row at batch 1, from a model config.
+
+    tokens_per_layer, text_tokens: vision and text tokens that each decoder layer processes (one int for all);
+    images: a number of images, or grids (t, h, w) in decoder tokens; 0 if the features came from elsewhere;
+    convention: "exact", or the papers' "2ndm" and "3ndm" (decoder alone, multiply-accumulates);
+    encoder_tokens_per_layer[image][layer]: patches left in an encoder layer (CLS not among them), or the
+    lengths (all tokens) of its attention segments; None if all; encoder_mlp_tokens_per_layer: the same for all
+    tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
+    projector, None for all; scoring: FLOPs of the method itself; logits: positions through the head.
+    Raises VTPruneError for bad counts and lengths, an unknown convention or an unknown model.
+    """
+    if convention not in CONVENTIONS:
+        raise VTPruneError(f"convention is one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    model = model_cost(config)
+    decoder = model.decoder
+    vision = _per_layer("tokens_per_layer", tokens_per_layer, decoder.layers)
+    text = _per_layer("text_tokens", text_tokens, decoder.layers)
+    lengths = [v + t for v, t in zip(vision, text, strict=True)]
+    matrices = CONVENTIONS[convention]
+    if matrices is not None:
+        return FlopsBreakdown(0, 0, _published(decoder, lengths, matrices), 0, 0)
+    grids = model.vision.grids(images)
+    alive = _alive(encoder_tokens_per_layer, len(grids), model.vision.blocks.layers)
+    none: list[None] = [None] * len(grids)
+    mlp: Sequence[Sequence[int] | None] = encoder_mlp_tokens_per_layer or none
+    if projector_tokens is None:
+        projector_tokens = sum(model.vision.features(grid) for grid in grids)
+    return FlopsBreakdown(
+        vision_tower=2 * sum(model.vision.image_macs(g, a, m) for g, a, m in zip(grids, alive, mlp, strict=True)),
+        projector=2 * model.projector_macs * count("projector_tokens", projector_tokens),
+        decoder=2 * sum(decoder.layer_macs((n,)) for n in lengths),
+        head=2 * model.head_macs * count("logits", logits),
+        scoring=count("scoring", scoring),
+    )
+
+
+def _alive(given: Sequence[Sequence[Alive]] | None, images: int, layers: int) -> Sequence[Sequence[Alive] | None]:
+    """One entry an image: None, or what is alive in each encoder layer."""
+    if given is None:
+        return [None] * images
+    if len(given) != images or any(len(image) != layers for image in given):
+        raise VTPruneError(
+            f"encoder_tokens_per_layer takes {images} lists (one an image) of {layers} entries (one an "
+            f"encoder layer), got {[len(image) for image in given]} entries"
+        )
+    return given
+
+
+def kv_bytes(config: Any, kv_tokens_per_layer: int | Sequence[int], dtype: torch.dtype | str) -> int:
+    """Bytes of one row's keys and values, from the entries (vision and text) that each decoder layer holds.
+
+    kv_tokens_per_layer: one count a layer, or one int for all; dtype: a torch dtype or its name ("bfloat16").
+    Raises VTPruneError for a wrong length, negative counts or an unknown dtype.
+    """
+    kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype):
+        raise VTPruneError(f"dtype is a torch dtype or its name, such as 'float16' or 'bfloat16', got {dtype!r}")
+    decoder = model_cost(config).decoder
+    entries = sum(_per_layer("kv_tokens_per_layer", kv_tokens_per_layer, decoder.layers))
+    return 2 * decoder.kv_width * entries * kind.itemsize

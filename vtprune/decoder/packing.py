@@ -1,0 +1,60 @@
+"""The tokens that a routed decoder layer computes: taken out, and put back among those that skipped it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.method.answers import Routes
+from vtprune.tensors.compaction import gather_tokens, places_of
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The tokens that a routed layer computes, taken out of a batch.
+
+    states: (B, n, D) all tokens before the layer; columns: (B, m) where the computed ones stand among them, -1
+    padding, or None for all; gate: (B, m) what the output of the layer's MLP is multiplied by, or None.
+    """
+
+    states: Tensor
+    routes: Routes
+    columns: Tensor | None
+    gate: Tensor | None
+
+    @classmethod
+    def of(cls, states: Tensor, routes: Routes) -> Packed:
+        """Packs what `routes` keeps of (B, n, D) states."""
+        if bool(routes.kept.all()):
+            return cls(states, routes, None, routes.gate)
+        columns = places_of(routes.kept)
+        gate = None if routes.gate is None else gather_tokens(routes.gate, columns)
+        return cls(states, routes, columns, gate)
+
+    @property
+    def inside(self) -> Tensor:
+        """(B, m, D) what the layer computes."""
+        return self.states if self.columns is None else gather_tokens(self.states, self.columns)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has a token for the layer."""
+        return self.columns is not None and self.columns.shape[1] == 0
+
+    def unpack(self, computed: Tensor) -> Tensor:
+        """(B, n, D) after the layer, which made (B, m, D) `computed` of what it was given."""
+        routes, columns = self.routes, self.columns
+        if columns is not None and not self.empty:
+            # The columns of a row are its kept tokens in order, after its padding.
+            order = routes.kept.cumsum(dim=1) - 1 + (columns < 0).sum(dim=1, keepdim=True)
+            computed = gather_tokens(computed, order.clamp(min=0))
+        elif self.empty:
+            computed = self.states
+        if routes.branch is not None:
+            computed = self.states + routes.branch[..., None].to(computed) * (computed - self.states)
+        if columns is None:
+            return computed
+        skipped = self.states if routes.scale is None else self.states * routes.scale[..., None].to(self.states)
+        return torch.where(routes.kept[..., None], computed, skipped)

@@ -1,0 +1,310 @@
+"""One pass of a batch of images through the vision encoder, with tokens dropping out and merging on the way."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.encoder.merging import Origins, merges_of
+from vtprune.method.answers import EncoderSelection, Merge
+from vtprune.method.views import EncoderLayer, LayerSignals
+from vtprune.tensors.compaction import gather_tokens
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class EncodedImage:
+    """What the decoder side has to know of one encoded image.
+
+    grid: (t, h, w) in vision tokens; alive: (N,) tokens that the encoder left, ascending; segments: attention
+    segment lengths (in patches, CLS included) in each encoder layer, empty if no pruner acts there; mlp: tokens
+    through each layer's MLP; scored: the layers at which a pruner scored; maker: who will know it again; signals,
+    last_signals: of the features' layer and of the tower's last one; owner, share: (total,) the token that holds
+    each token (-1: none) and its weight there, None if nothing merged; merged_at: the layer of the last merge;
+    cls: the token in whose place the CLS token stands, -1 for none.
+    """
+
+    grid: tuple[int, int, int]
+    alive: Tensor
+    signals: LayerSignals | None
+    pixels: Tensor | None
+    segments: list[list[int]]
+    scored: tuple[int, ...]
+    maker: object
+    last_signals: LayerSignals | None = None
+    mlp: tuple[int, ...] = ()
+    owner: Tensor | None = None
+    share: Tensor | None = None
+    merged_at: int = 0
+    cls: int = -1
+
+    @property
+    def total(self) -> int:
+        """Vision tokens of the whole image."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def merges(self) -> list[Merge]:
+        """The merges inside the encoder."""
+        return [] if self.owner is None or self.share is None else merges_of(self.owner, self.share)
+
+
+class Encoding(ABC):
+    """The tokens alive in each image while the encoder runs.
+
+    grids: (t, h, w) of each image in vision tokens; group: patches of a vision token; prefix: leading tokens
+    that are not patches; heads: attention heads; depth: layers that feed the features; last: the tower's last
+    layer; arguments: of the layer under way; sizes: (B, N) how many tokens each one stands for; proportional:
+    whether attention weighs keys by it.
+    """
+
+    def __init__(
+        self,
+        grids: list[tuple[int, int, int]],
+        *,
+        group: int,
+        prefix: int,
+        heads: int,
+        depth: int,
+        last: int,
+        device: torch.device,
+    ) -> None:
+        self.grids, self.group, self.prefix, self.heads, self.depth, self.last = (
+            grids,
+            group,
+            prefix,
+            heads,
+            depth,
+            last,
+        )
+        totals = torch.tensor([t * h * w for t, h, w in grids], device=device)
+        self.total = totals
+        column = torch.arange(int(totals.max()), device=device)
+        self.valid = column[None] < totals[:, None]
+        self.alive = column.expand(len(grids), -1)
+        self.sizes = self.valid.float()
+        self.proportional = False
+        self.memory: dict[str, Tensor] = {}
+        self.taps: dict[str, Tensor] = {}
+        self.arguments: dict[str, Any] = {}
+        self.dropped = False
+        self.signals: list[LayerSignals] | None = None
+        self.last_signals: list[LayerSignals] | None = None
+        self.origins: Origins | None = None
+        self.cls = torch.full((len(grids),), -1, device=device)
+        self.segments: list[list[list[int]]] = [[] for _ in grids]
+        self.mlp: list[Tensor] = []
+        # (B,) by layer: the images that a pruner scored there, because they had more tokens than they may keep.
+        self.scored: dict[int, Tensor] = {}
+        self._decided = (-1, 0)
+        # The tokens that layers past the features see, and what was left of them for the features.
+        self._seen: tuple[Tensor, Tensor | None] = (self.valid, None)
+        # Which tokens the layer under way began with, and where, if it may merge some on the way.
+        self._held: tuple[Tensor, Tensor | None] | None = None
+
+    @abstractmethod
+    def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, P + N * group, d) of the layer that just ran, in raster order; places: where
+        its tokens stood (`layout`), None for those that are alive now."""
+
+    def layout(self) -> Tensor | None:
+        """Where the tokens alive stand in the sequence now, None where they stand in order."""
+        return None
+
+    @abstractmethod
+    def hidden(self, states: Tensor) -> Tensor:
+        """(B, P + N * group, D) hidden states of the tokens alive, in raster order."""
+
+    @abstractmethod
+    def compact(self, selection: EncoderSelection, order: Tensor, cls: Tensor | None) -> None:
+        """Notes what flows together and that only the columns `order` (B, N'), right-padded, go on; the next
+        module's inputs are changed accordingly. cls: (B, D) vectors of the CLS tokens, if they take places."""
+
+    @abstractmethod
+    def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The inputs of a layer, cut to the tokens alive."""
+
+    @abstractmethod
+    def open_mlp(self, index: int, states: Tensor) -> None:
+        """Notes, before a layer's MLP, what was decided there; states: its input."""
+
+    @abstractmethod
+    def mlp_input(self, index: int, states: Tensor) -> Tensor:
+        """The input of a layer's MLP, cut to the tokens alive."""
+
+    @abstractmethod
+    def mlp_output(self, index: int, states: Tensor) -> Tensor:
+        """The output of a layer's MLP for all tokens that the layer began with."""
+
+    @abstractmethod
+    def projector_input(self, states: Tensor) -> Tensor:
+        """The input of the projector or merger, cut to the tokens alive."""
+
+    @abstractmethod
+    def projector_output(self, states: Tensor) -> Tensor:
+        """The output of the projector or merger with zeros where tokens were dropped, at its full length."""
+
+    @abstractmethod
+    def layer_segments(self, kwargs: dict[str, Any]) -> list[list[int]]:
+        """Lengths of the attention segments of each image in the layer that just ran, in patches."""
+
+    def is_new(self, index: int, place: int) -> bool:
+        """Whether this place of a layer (0: before its MLP, 1: after it) is reached for the first time: gradient
+        checkpointing runs a layer again in the backward pass, where what was decided stays decided."""
+        new = (index, place) > self._decided
+        self._decided = max(self._decided, (index, place))
+        return new
+
+    def note_signals(self, index: int, kwargs: dict[str, Any], scale: float, *, features: bool, last: bool) -> None:
+        """Keeps q, k and v of the layer that just ran if it is the features' or the tower's last one."""
+        held, self._held = self._held, None
+        if index == self.depth - 1 and features:
+            self.signals = self._image_signals(kwargs, scale, held)
+        if index == self.last and last:
+            seen = (self._seen[0], None) if index >= self.depth else held
+            self.last_signals = self._image_signals(kwargs, scale, seen)
+
+    def hold_layout(self) -> None:
+        """Notes which tokens the layer under way began with, before some of them merge."""
+        self._held = self.valid, self.layout()
+
+    def layer(
+        self, index: int, kwargs: dict[str, Any], scale: float, budget: Tensor, hidden: Tensor | None
+    ) -> EncoderLayer:
+        """What a pruner sees of the layer that just ran; budget: (B,)."""
+        query, key, value = self.states(kwargs)
+        return EncoderLayer(
+            query, key, value, self.valid, self.total, budget, index, self.depth, scale, self.prefix, self.group,
+            self.memory, self.sizes, tuple(self.grids), None if hidden is None else self.hidden(hidden),
+        )  # fmt: skip
+
+    def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:
+        """Carries a selection out after (or inside) layer `index`."""
+        merges = selection.merges
+        if not merges and bool((selection.keep == self.valid).all()):
+            return
+        keep = selection.keep
+        order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices
+        order = order[:, : int(keep.sum(dim=1).max())]
+        if index == self.depth - 1:
+            self._seen = (self.valid, keep)
+        self.compact(selection, order, cls)
+        self.dropped = True
+        if merges and self.origins is None:
+            self.origins = Origins.start(self.alive, self.valid, int(self.total.max()))
+        if self.origins is not None:
+            self.origins.follow(selection, order, index, merges=merges)
+        for name in ("signals", "last_signals"):
+            found = getattr(self, name)
+            if found is not None:
+                pairs = zip(found, keep, self.valid, strict=True)
+                setattr(self, name, [cut_signals(s, k[v]) for s, k, v in pairs])
+        self._cut_columns(selection, order)
+
+    def _cut_columns(self, selection: EncoderSelection, order: Tensor) -> None:
+        keep, width = selection.keep, self.valid.shape[1]
+        for name, value in self.memory.items():
+            if value.ndim >= 2 and value.shape[:2] == (keep.shape[0], width):
+                self.memory[name] = gather_tokens(value, order)
+        if selection.merges:
+            # A last column takes what goes nowhere.
+            sums = self.sizes.new_zeros(keep.shape[0], width + 1)
+            sums.scatter_add_(1, selection.into.masked_fill(selection.into < 0, width), self.sizes)
+            self.sizes = sums
+        self.sizes = self.sizes.gather(1, order)
+        if selection.cls is not None:
+            named = self.alive.gather(1, selection.cls.clamp(min=0)[:, None])[:, 0]
+            self.cls = torch.where(selection.cls >= 0, named, self.cls)
+        self.alive = self.alive.gather(1, order)
+        self.valid = torch.arange(order.shape[1], device=keep.device)[None] < keep.sum(dim=1, keepdim=True)
+
+    def size_bias(self) -> Tensor | None:
+        """(B, N) what attention adds to the logits of each key for the tokens that it stands for, or None."""
+        if not self.proportional or bool((self.sizes[self.valid] == 1).all()):
+            return None
+        return self.sizes.clamp(min=1).log()
+
+    def names(self) -> Tensor:
+        """(B, N) the token whose index and position each token alive takes: its heaviest member."""
+        return self.alive if self.origins is None else self.origins.heaviest(self.alive)
+
+    def _image_signals(
+        self, kwargs: dict[str, Any], scale: float, began: tuple[Tensor, Tensor | None] | None
+    ) -> list[LayerSignals]:
+        """Of the tokens alive; began: (B, N) those that the layer began with, and where, if these were others."""
+        valid, places = (self.valid, None) if began is None else began
+        query, key, value = self.states(kwargs, places)
+        lengths = (self.prefix + valid.sum(dim=1) * self.group).tolist()
+        signals = [
+            LayerSignals(query[b, :, :n], key[b, :, :n], value[b, :, :n], scale, self.prefix, self.group)
+            for b, n in enumerate(lengths)
+        ]
+        keep = self._seen[1]
+        if began is None or keep is None:
+            return signals
+        return [cut_signals(one, k[v]) for one, k, v in zip(signals, keep, valid, strict=True)]
+
+    def note_layer(self, index: int, kwargs: dict[str, Any]) -> None:
+        """Records the attention segments of a layer that is about to run, for the accounting."""
+        if index < len(self.segments[0]):
+            return  # run again by gradient checkpointing
+        for image, segments in zip(self.segments, self.layer_segments(kwargs), strict=True):
+            # Layers past the features see what the features' layer saw.
+            image.append(segments if index < self.depth else image[-1])
+        self.mlp.append(self._alive_patches() if index < self.depth else self.mlp[-1])
+
+    def _note_mlp(self, index: int) -> None:
+        """Records the tokens that go through the MLP of a layer, where some merged before it."""
+        if index < len(self.mlp):
+            self.mlp[index] = self._alive_patches()
+
+    def _alive_patches(self) -> Tensor:
+        return self.prefix + self.valid.sum(dim=1) * self.group
+
+    def images(self, pixels: list[Tensor], maker: object) -> list[EncodedImage]:
+        """What the decoder side has to know, image by image; `maker` is who will know them again."""
+        none: list[None] = [None] * len(self.grids)
+        mlp = torch.stack(self.mlp, dim=1).tolist() if self.mlp else [()] * len(self.grids)
+        signals: Sequence[LayerSignals | None] = self.signals or none
+        last: Sequence[LayerSignals | None] = self.last_signals or none
+        names, cls = self.names(), self.cls.tolist()
+        asked = {layer: images.tolist() for layer, images in self.scored.items()}
+        found = []
+        for b, grid in enumerate(self.grids):
+            alive = names[b][self.valid[b]]
+            image = EncodedImage(
+                grid, alive, signals[b], pixels[b], self.segments[b],
+                tuple(layer for layer, images in asked.items() if images[b]), maker, last[b],
+                tuple(mlp[b]), cls=cls[b],
+            )  # fmt: skip
+            found.append(image if self.origins is None else self._merged(image, b, names[b]))
+        return found
+
+    def _merged(self, image: EncodedImage, row: int, names: Tensor) -> EncodedImage:
+        """The image with its merges, its tokens in the order of their new names."""
+        assert self.origins is not None
+        column = self.origins.column[row, : image.total]
+        owner = torch.where(column >= 0, names[column.clamp(min=0)], column)
+        order = image.alive.argsort()
+        signals, last = (None if s is None else cut_signals(s, order) for s in (image.signals, image.last_signals))
+        return replace(
+            image, alive=image.alive[order], signals=signals, last_signals=last, owner=owner,
+            share=self.origins.share[row, : image.total], merged_at=int(self.origins.layer[row]),
+        )  # fmt: skip
+
+
+def cut_signals(signals: LayerSignals, tokens: Tensor) -> LayerSignals:
+    """The signals of some of an image's tokens: a mask (N,) or indices in the order wanted."""
+    if tokens.dtype == torch.bool:
+        tokens = tokens.nonzero().flatten()
+    patches = signals.prefix + tokens[:, None] * signals.group + torch.arange(signals.group, device=tokens.device)
+    rows = torch.cat([torch.arange(signals.prefix, device=tokens.device), patches.flatten()])
+    return LayerSignals(
+        signals.query[:, rows], signals.key[:, rows], signals.value[:, rows],
+        signals.scale, signals.prefix, signals.group,
+    )  # fmt: skip

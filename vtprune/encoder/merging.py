@@ -1,0 +1,147 @@
+"""Pure functions for tokens that flow together inside the encoder, and the record of where each one went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.method.answers import EncoderSelection, Merge
+from vtprune.tensors.attention import at_least_single
+from vtprune.tensors.compaction import gather_tokens
+
+TIE = 1e-5
+
+
+def flow_together(states: Tensor, into: Tensor, weights: Tensor) -> Tensor:
+    """(M, ...) states after row i was added to row into[i] (-1: nowhere) with weights[i], summed in fp32 or fp64."""
+    goes = into >= 0
+    shape = (-1, *(1,) * (states.ndim - 1))
+    whole = at_least_single(states)
+    parts = whole[goes] * weights[goes].to(whole).view(shape)
+    summed = torch.zeros_like(whole).index_add(0, into[goes].to(states.device), parts)
+    return summed.to(states.dtype)
+
+
+def check_selection(selection: EncoderSelection, valid: Tensor, method: str) -> None:
+    """Raises VTPruneError unless every kept token of (B, N) flows into itself and every other one into a kept one
+    or nowhere. The token in whose place CLS stands may flow into another one."""
+    column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    keep, into = selection.keep & valid, selection.into
+    reached = keep.gather(1, into.clamp(min=0)) | (into < 0)
+    elsewhere = keep & (into != column)
+    if selection.cls is not None:
+        elsewhere &= column != selection.cls[:, None]
+    if bool(elsewhere.any()) or not bool((reached | ~valid).all()):
+        raise VTPruneError(f"{method}: kept tokens flow into themselves, all others into a kept token or nowhere")
+
+
+@dataclass
+class Origins:
+    """Where the tokens of a batch of whole images are now.
+
+    column: (B, T) the column of the alive tokens that holds each original token, -1 if it is gone; share: (B, T)
+    the weight that it has there; layer: (B,) the encoder layer of each image's last merge; nameless: (B, T) tokens in
+    whose place CLS stands, so that no other column may be called after them.
+    """
+
+    column: Tensor
+    share: Tensor
+    layer: Tensor
+    nameless: Tensor
+
+    @classmethod
+    def start(cls, alive: Tensor, valid: Tensor, width: int) -> Origins:
+        """Every token that is alive in a column of its own; alive, valid: (B, N); width: T."""
+        column = torch.full((alive.shape[0], width + 1), -1, device=alive.device)
+        places = alive.masked_fill(~valid, width)
+        column.scatter_(1, places, torch.arange(alive.shape[1], device=alive.device).expand_as(places))
+        column = column[:, :-1]
+        whole, none = torch.ones(column.shape, device=alive.device), torch.zeros_like(column)
+        return cls(column, whole, none[:, 0], none.bool())
+
+    def follow(self, selection: EncoderSelection, order: Tensor, layer: int, *, merges: bool) -> None:
+        """Takes note of a selection whose tokens go on in the columns `order` (B, N')."""
+        held, at = self.column >= 0, self.column.clamp(min=0)
+        if selection.cls is not None:
+            self.nameless = self.nameless | (held & (self.column == selection.cls[:, None]))
+        moved = selection.into.gather(1, at)
+        self.share = torch.where(held, self.share * selection.weights.gather(1, at), self.share)
+        # Columns that nothing goes on in map to -1.
+        inverse = torch.full_like(selection.into, -1)
+        inverse.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        gone = ~held | (moved < 0)
+        merged = (~gone & (moved != self.column)).any(dim=1)
+        self.column = inverse.gather(1, moved.clamp(min=0)).masked_fill(gone, -1)
+        if merges:
+            self.layer = self.layer.masked_fill(merged, layer)
+
+    def heaviest(self, alive: Tensor) -> Tensor:
+        """(B, N) the original token with the largest share in each column of `alive` (B, N); ties: the lowest.
+        The column of CLS is called after the token in whose place it stands."""
+        named = alive.clone()
+        best = torch.full(alive.shape, -1.0, device=alive.device)
+        held = (self.column >= 0) & ~self.nameless
+        best.scatter_reduce_(1, self.column.clamp(min=0), self.share.masked_fill(~held, -1.0), "amax")
+        # Equal shares may have been multiplied up in another order.
+        top = held & (self.share >= best.gather(1, self.column.clamp(min=0)) * (1 - TIE))
+        token = torch.arange(self.column.shape[1], device=alive.device).expand_as(self.column)
+        first = torch.full(alive.shape, self.column.shape[1], device=alive.device)
+        first.scatter_reduce_(1, self.column.clamp(min=0), token.masked_fill(~top, self.column.shape[1]), "amin")
+        return torch.where(first < self.column.shape[1], first, named)
+
+
+def merges_of(owner: Tensor, share: Tensor) -> list[Merge]:
+    """The merges that an image's tokens went through: (T,) the token that holds each one, -1 for none, and its
+    share there. Tokens that hold only themselves are left out."""
+    groups: dict[int, list[int]] = {}
+    for token, holder in enumerate(owner.tolist()):
+        if holder >= 0:
+            groups.setdefault(holder, []).append(token)
+    weights = share.tolist()
+    return [
+        Merge(holder, tuple(members), tuple(weights[m] for m in members))
+        for holder, members in sorted(groups.items())
+        if len(members) > 1
+    ]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to (B, N) tokens before the next module: `selection` (None: nothing flows), then only the
+    columns of `order` (B, N') go on; cls: (B, D) vectors that take the place of the columns selection.cls."""
+
+    order: Tensor
+    selection: EncoderSelection | None = None
+    cls: Tensor | None = None
+
+    def apply(self, states: Tensor) -> Tensor:
+        """(B, N, D) to (B, N', D)."""
+        batch, tokens = states.shape[:2]
+        if self.selection is not None:
+            into = flat_columns(self.selection.into)
+            flat = flow_together(states.flatten(0, 1), into, self.selection.weights.flatten())
+            states = flat.unflatten(0, (batch, tokens))
+            if self.cls is not None and self.selection.cls is not None:
+                rows = (self.selection.cls >= 0).nonzero().flatten()
+                states[rows, self.selection.cls[rows]] = self.cls[rows].to(states)
+        return gather_tokens(states, self.order)
+
+    def spread(self, states: Tensor, tokens: int) -> Tensor:
+        """(B, N', D) back to (B, N, D): every token gets the row of the token that it flowed into."""
+        inverse = self.order.new_zeros(self.order.shape[0], tokens)
+        inverse.scatter_(
+            1, self.order, torch.arange(self.order.shape[1], device=self.order.device).expand_as(self.order)
+        )
+        into = torch.arange(tokens, device=self.order.device).expand_as(inverse)
+        if self.selection is not None:
+            into = torch.where(self.selection.into < 0, into, self.selection.into)
+        return gather_tokens(states, inverse.gather(1, into))
+
+
+def flat_columns(into: Tensor) -> Tensor:
+    """(B * N,) rows of the flattened batch that the columns of (B, N) name; -1 stays."""
+    first = torch.arange(into.shape[0], device=into.device)[:, None] * into.shape[1]
+    return torch.where(into < 0, into, into + first).flatten()

@@ -1,0 +1,1 @@
+"""When things happen: everything that `wrap` puts on a model, and `unwrap` takes off again."""

@@ -1,0 +1,189 @@
+"""Hooks of the vision encoder: tokens drop out between its layers, features come back at the full length."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Adapter
+from vtprune.encoder.encoding import Encoding
+from vtprune.encoder.merging import check_selection
+from vtprune.hooks.checkpoints import Checkpoints
+from vtprune.hooks.state import (
+    FRAME,
+    RECORD,
+    RUN,
+    ThreadState,
+)
+from vtprune.hooks.taps import Taps
+from vtprune.method.answers import EncoderSelection
+from vtprune.method.facts import ModelFacts
+from vtprune.method.pruner import Pruner
+from vtprune.tensors.attention import full_precision
+
+
+class EncoderHooks:
+    """The encoder's side of a wrapped model."""
+
+    def __init__(
+        self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, state: ThreadState, taps: Taps
+    ) -> None:
+        self.adapter, self.pruners, self.facts, self.state, self.taps = adapter, pruners, facts, state, taps
+        self.token = object()
+        depth, last = facts.encoder_depth, len(list(adapter.encoder_layers)) - 1
+        # Layers at which each pruner scores, inside (0: before the MLP) or at the end (1).
+        self.scored = [(index, pruner) for pruner in pruners for index in pruner.encoder_layers(depth)]
+        self.reads = any(pruner.reads_encoder for pruner in pruners)
+        self.reads_last = any(pruner.reads_last_layer for pruner in pruners)
+        self.reads_hidden = any(pruner.reads_hidden for pruner in pruners)
+        # Layers whose inputs are cut: all of them or none; layers whose q, k and v are read.
+        self.prunes = bool(self.scored)
+        read = ({depth - 1} if self.reads else set()) | ({last} if self.reads_last else set())
+        self.tapped = {index for index, _ in self.scored} | read
+        self.opened = {index for index, pruner in self.scored if pruner.acts_before_mlp}
+        self.sized = any(pruner.proportional_attention for pruner in pruners)
+        # Whether what methods read of the features' layer is more than a choice: gradients then reach q, k and v.
+        self.weighs = self.reads and any(pruner.weighs_by_encoder for pruner in pruners)
+        self.checkpoints = Checkpoints(
+            adapter.encoder_layers, state, frozenset({depth - 1} if self.weighs else set[int]())
+        )
+        self._features_signature = inspect.signature(adapter.inner.get_image_features)
+
+    def image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            kwargs.pop(FRAME, None)
+            arguments = self._features_signature.bind(*args, **kwargs).arguments
+            arguments = {**arguments, **arguments.pop("kwargs", {})}
+            self.taps.refresh()
+            encoding = self.adapter.start_encoding(arguments)
+            encoding.proportional = self.sized
+            with self._encoding(encoding):
+                output = original(*args, **kwargs)
+            images = encoding.images(self.adapter.pixels(arguments), self.token)
+            features = output[1] if isinstance(output, tuple) else output.pooler_output
+            # Features may be expanded for beams or handed in later; their records travel with the tensors.
+            for tensor, image in zip(features, images, strict=True):
+                setattr(tensor, RECORD, image)
+            if self.state.frame is not None:
+                self.state.frame.images = images
+            return output
+
+        return get_image_features
+
+    @contextmanager
+    def _encoding(self, encoding: Encoding) -> Iterator[None]:
+        outer, self.state.encoding = self.state.encoding, encoding
+        try:
+            yield
+        finally:
+            self.state.encoding = outer
+
+    def open_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.checkpoints.refresh()
+        if self.state.encoding is None or not self.prunes:
+            return None
+        return args, {**kwargs, RUN: self.state.encoding}
+
+    def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        encoding = kwargs.pop(RUN, self.state.encoding)
+        if index in self.tapped:
+            self.state.enter(encoding)
+        if encoding is None:
+            return None
+        if self.prunes:
+            args, kwargs = encoding.layer_inputs(index, args, kwargs)
+            encoding.note_layer(index, kwargs)
+        encoding.arguments = kwargs
+        # A checkpoint hands the layer's arguments to its attention again, where nothing else knows of this encoding.
+        return args, {**kwargs, RUN: encoding} if index in self.opened else kwargs
+
+    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Takes the encoding from the arguments of a layer's attention, for the layer's MLP."""
+        self.state.inside = kwargs.get(RUN)
+        return args, {name: value for name, value in kwargs.items() if name != RUN}
+
+    def before_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        encoding = self.state.inside
+        if encoding is None:
+            return None
+        if encoding.is_new(index, 0):
+            encoding.hold_layout()
+            self._decide(encoding, index, args[0], before_mlp=True)
+            encoding.open_mlp(index, args[0])
+        return (encoding.mlp_input(index, args[0]), *args[1:]), kwargs
+
+    def after_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        encoding, self.state.inside = self.state.inside, None
+        if encoding is None or output is None:
+            return None
+        return encoding.mlp_output(index, output)
+
+    def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        encoding = self.state.leave()
+        if not isinstance(encoding, Encoding) or output is None:
+            return
+        if encoding.is_new(index, 1):
+            self._note_signals(encoding, index)
+            if index not in self.opened:
+                self._decide(encoding, index, output[0] if isinstance(output, tuple) else output, before_mlp=False)
+        encoding.taps.clear()
+
+    def _note_signals(self, encoding: Encoding, index: int) -> None:
+        scale, arguments = self.adapter.encoder_scale, encoding.arguments
+        with torch.set_grad_enabled(self.weighs and torch.is_grad_enabled()):
+            encoding.note_signals(index, arguments, scale, features=self.reads, last=self.reads_last)
+
+    def _decide(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> None:
+        """Asks the methods that act at this place which tokens go on, and carries it out."""
+        with torch.no_grad():
+            chosen = self._chosen(encoding, index, hidden, before_mlp=before_mlp)
+        if chosen is not None:
+            cls = hidden[:, 0] if chosen.cls is not None and encoding.prefix else None
+            encoding.apply(chosen, index, cls)
+
+    def _chosen(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> EncoderSelection | None:
+        chosen: EncoderSelection | None = None
+        for layer, pruner in self.scored:
+            if layer != index or pruner.acts_before_mlp != before_mlp:
+                continue
+            one = self._ask(encoding, index, pruner, hidden)
+            if one is not None:
+                # Methods that merge have their layers to themselves (see `check_order`); drops add up.
+                chosen = one if chosen is None else EncoderSelection.drop(chosen.keep & one.keep)
+        return chosen
+
+    def _ask(self, encoding: Encoding, index: int, pruner: Pruner, hidden: Tensor) -> EncoderSelection | None:
+        totals = encoding.total
+        budget = torch.tensor([pruner.encoder_budget(n) for n in totals.tolist()], device=totals.device)
+        whole = encoding.valid.sum(dim=1) <= budget
+        if bool(whole.all()):
+            return None
+        encoding.scored[index] = encoding.scored.get(index, whole.new_zeros(())) | ~whole
+        shown = hidden if pruner.reads_hidden else None
+        layer = encoding.layer(index, encoding.arguments, self.adapter.encoder_scale, budget, shown)
+        with full_precision(hidden.device):
+            answer = pruner.prune_encoder(layer)
+        if answer is None:
+            return None
+        selection = EncoderSelection.drop(answer) if isinstance(answer, Tensor) else answer
+        # An image within its budget is kept whole, whatever the method says of its neighbours.
+        selection = selection.sparing(whole, encoding.valid)
+        check_selection(selection, encoding.valid, pruner.name)
+        return selection
+
+    def before_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.state.encoding is None or not args:
+            return None
+        return (self.state.encoding.projector_input(args[0]), *args[1:]), kwargs
+
+    def after_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.state.encoding is None or output is None:
+            return None
+        return self.state.encoding.projector_output(output)

@@ -1,0 +1,125 @@
+"""A pass of the prompt through the first decoder layers before the one that counts, for methods that select by it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vtprune.adapters.base import Adapter
+from vtprune.cache.adopting import with_cache
+from vtprune.cache.layer import PrunedLayer
+from vtprune.decoder.prompt import ImageSpan
+from vtprune.decoder.run import DecoderRun
+from vtprune.encoder.encoding import Call
+from vtprune.hooks.state import RUN
+from vtprune.method.views import DecoderLayer
+from vtprune.tensors.compaction import fill_index
+
+
+class ProbeEnd(Exception):
+    """Ends the decoder's forward where a probe has seen enough."""
+
+
+class ProbeRun(DecoderRun):
+    """The prompt of another run as it stands, on its way to decoder layer `stop`, which is not run.
+
+    Drops nothing, and writes to copies of the cache's layers: what they hold is shared, what is appended is not.
+    hidden, embeddings: what layer `stop` would get, (B, n, D) and the rotary embeddings of its n tokens.
+    """
+
+    def __init__(self, run: DecoderRun, stop: int, new_cache: Callable[[], Cache]) -> None:
+        layers, cache = None, None
+        # The first turn has nothing to look back at, so its keys and values need not be held.
+        if run.layers is not None and run.prompt.offset:
+            layers, cache = [_detached(layer) for layer in run.layers], new_cache()
+            cache.layers = list(layers)
+        super().__init__(run.prompt, [], layers, cache=cache, flash=run.flash, rotary=run.rotary)
+        self.take_over(run)
+        self._stop = stop
+        self.hidden: Tensor | None = None
+        self.embeddings: tuple[Tensor, Tensor] | None = None
+
+    def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """As any run's; raises ProbeEnd at layer `stop`."""
+        args, kwargs = super().layer_inputs(index, args, kwargs)
+        if index < self._stop:
+            return args, kwargs
+        self.hidden = args[0] if args else kwargs["hidden_states"]
+        self.embeddings = kwargs["position_embeddings"]
+        raise ProbeEnd
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What decoder layer `layer` would compute from the prompt as it stands.
+
+    query: (B, H, C, d) of each conversation's last token; key: (B, H, n, d) of all. first, last: (B, C) the columns
+    where a conversation begins and its prompt ends; where: (B, L) the column of each place of the input, or None if
+    they are the same. scale: softmax scale; depth: number of decoder layers.
+    """
+
+    layer: int
+    depth: int
+    scale: float
+    query: Tensor
+    key: Tensor
+    first: Tensor
+    last: Tensor
+    where: Tensor | None
+
+    def of(self, span: ImageSpan, text: Tensor, budget: int) -> DecoderLayer:
+        """The layer as a method sees it, for one image and the places (T,) of its conversation's text."""
+        row = span.row
+        vision = span.places[span.kept]
+        if self.where is not None:
+            vision, text = self.where[row, vision], self.where[row, text]
+        key = self.key[row]
+        return DecoderLayer(
+            self.query[row, :, span.talk, None], key, key[:, :0], vision, int(self.last[span.key]), self.scale,
+            span.image.total, span.kept, budget, self.layer, self.depth, text, {}, span.kept.numel(),
+            first=int(self.first[span.key]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Runs the first layers of the decoder on the prompt of `run`, with the arguments of the decoder's call."""
+
+    adapter: Adapter
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    run: DecoderRun
+
+    @torch.no_grad()
+    def at(self, layer: int) -> Probe:
+        """The last query and all keys of decoder layer `layer`; layers 0 .. layer - 1 run."""
+        run = ProbeRun(self.run, layer, self.adapter.new_cache)
+        # Outputs that were asked for are those of the pass that counts.
+        quiet = {"use_cache": run.cache is not None, "output_hidden_states": False, "output_attentions": False}
+        # Not by way of the module's hooks: this is no forward of the decoder that anybody else should see.
+        forward = self.module.forward
+        with contextlib.suppress(ProbeEnd):
+            forward(*self.args, **{**with_cache(forward, self.kwargs, run.cache), **quiet, RUN: run})
+        assert run.hidden is not None
+        assert run.embeddings is not None
+        places = run.layout(layer).places
+        first, last = self.run.ends(places)
+        modules = list(self.adapter.decoder_layers)
+        query, key = self.adapter.query_and_keys(modules[layer], run.hidden, run.embeddings, last)
+        where = None if places is None else fill_index(places, run.prompt.length)
+        return Probe(layer, len(modules), self.adapter.decoder_scale, query, key, first, last, where)
+
+
+def _detached(layer: PrunedLayer) -> PrunedLayer:
+    """The same entries in a layer of its own: appending makes new tensors, so the original does not change."""
+    twin = copy.copy(layer)
+    twin.aux = dict(layer.aux)
+    return twin

@@ -1,0 +1,167 @@
+"""The weights that methods bring to a model: on it, on disk as safetensors, and checked against the model they fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.offloading import held_weights, working_device
+from vtprune.errors import UncheckedBaseWarning, VTPruneError
+from vtprune.files import write_with
+from vtprune.hooks.base_sample import BaseSample, sample_base
+from vtprune.method.facts import ModelFacts
+from vtprune.method.pruner import Pruner
+
+WEIGHTS_NAME = "vtprune_weights.safetensors"
+# The submodule of a wrapped model that holds them.
+SUBMODULE = "vtprune_weights"
+FORMAT, VERSION = "vtprune-weights", "1"
+# What a config says beside the architecture: where it came from, how it runs, what generation does.
+PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+def make_modules(pruners: Sequence[Pruner], facts: ModelFacts, adapter: Adapter) -> dict[int, nn.Module]:
+    """The modules that the pruners bring, by their place in the list, of the decoder's type and on its device."""
+    found: dict[int, nn.Module] = {}
+    weight = next(parameter for parameter in adapter.language_model.parameters() if parameter.is_floating_point())
+    for order, pruner in enumerate(pruners):
+        module = pruner.make_module(facts)
+        if module is not None:
+            found[order] = module.to(device=working_device(adapter.language_model), dtype=weight.dtype)
+    return found
+
+
+def attach(core: Any, modules: dict[int, nn.Module]) -> None:
+    """Puts the modules on the model, in its mode, so that they are trained, moved and synchronised with it."""
+    if modules:
+        brought = nn.ModuleDict({str(order): module for order, module in modules.items()})
+        core.add_module(SUBMODULE, brought.train(core.training))
+
+
+def detach(core: Any) -> None:
+    """Takes them off again."""
+    core._modules.pop(SUBMODULE, None)
+
+
+def config_hash(config: Any) -> str:
+    """Identifies the architecture of a base model: its config without what passes."""
+    return hashlib.sha256(json.dumps(_lasting(config.to_dict()), sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _lasting(one) for key, one in value.items() if key not in PASSING}
+    return [_lasting(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def untrained(pruners: Sequence[Pruner]) -> str:
+    """What a message says of the methods that bring weights, where nothing has trained them; "" where none does."""
+    found = {pruner.name: pruner.untrained for pruner in pruners if pruner.brings_weights()}
+    return "; ".join(f"{name} is untrained{': ' if what else ''}{what}" for name, what in found.items())
+
+
+def write_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None:
+    """Writes the modules' weights, and a sample of the base model's, whole or not at all.
+
+    Raises VTPruneError where the folder cannot be written.
+    """
+    tensors = {
+        f"{order}.{name}": tensor.contiguous()
+        for order, module in modules.items()
+        for name, tensor in held_weights(module).items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base": config_hash(core.config),
+        "model_type": core.config.model_type,
+        **sample_base(core, SUBMODULE).metadata(),
+    }
+    write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all; raises WriteError where there is no room."""
+    write_with(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def read_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None:
+    """Reads what `write_weights` wrote into these modules.
+
+    Raises VTPruneError, naming the file, if it is missing, cut short, of another base model, or of other modules, and
+    for modules whose weights accelerate keeps elsewhere; warns where only the base's architecture could be checked.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        raise VTPruneError(f"no {WEIGHTS_NAME} in {folder}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise VTPruneError(f"{path} is not a safetensors file (cut short?): {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        raise VTPruneError(f"{path} does not hold weights of vtprune's methods")
+    _check_base(metadata, core, path)
+    _fill(modules, tensors, path)
+
+
+def _check_base(metadata: dict[str, str], core: Any, path: Path) -> None:
+    """Raises VTPruneError for another base than the one that the file's weights were trained on."""
+    own = config_hash(core.config)
+    if metadata.get("base") != own:
+        raise VTPruneError(
+            f"{path} was trained on another base model ({metadata.get('model_type')}, config {metadata.get('base')}; "
+            f"this one is {core.config.model_type}, config {own}); load it on the base that it was trained on"
+        )
+    saved, found = BaseSample.from_metadata(metadata), sample_base(core, SUBMODULE)
+    if saved is not None and saved.adapted and not found.adapted:
+        raise VTPruneError(
+            f"{path} was trained with PEFT adapters on its base, and this model has none; load them first: "
+            "PeftModel.from_pretrained(base, adapter)"
+        )
+    same = None if saved is None else saved.matches(found)
+    if same is None:
+        reason = "says nothing of its base's weights" if saved is None else "tells of weights that are not found here"
+        warnings.warn(
+            f"{path} {reason}, so it cannot be checked that this is the base that it was trained on, only that the "
+            "architecture is the same; vtprune.save(model, folder) writes it anew",
+            UncheckedBaseWarning,
+            stacklevel=4,
+        )
+    elif not same:
+        raise VTPruneError(
+            f"{path} was trained on another base model: the architecture is the same, but its weights differ from "
+            "this model's; load it on the base that it was trained on"
+        )
+
+
+def _fill(modules: dict[int, nn.Module], tensors: dict[str, Tensor], path: Path) -> None:
+    wanted = {f"{o}.{name}": t for o, module in modules.items() for name, t in module.state_dict().items()}
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    shapes = [name for name in wanted if name in tensors and tensors[name].shape != wanted[name].shape]
+    if missing or extra or shapes:
+        raise VTPruneError(
+            f"{path} does not fit the methods of this model: missing {missing[:3]}, unknown {extra[:3]}, of another "
+            f"shape {shapes[:3]}; wrap it with the settings that the weights were trained with"
+        )
+    if any(target.is_meta for target in wanted.values()):
+        raise VTPruneError(
+            "the weights of this model's methods are offloaded, where nothing can be read into them; unwrap the model "
+            f"and wrap it again with vtprune.wrap(model, {str(path.parent)!r})"
+        )
+    with torch.no_grad():
+        for name, target in wanted.items():
+            target.copy_(tensors[name].to(target))

@@ -1,0 +1,71 @@
+"""Loading a vision-language model and its processor, with messages that say what is missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from vtprune.assets import TINY_LLAVA
+from vtprune.evals.bench.failures import InputError, first_line
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def is_local(pretrained: str | os.PathLike[str]) -> bool:
+    """Whether `pretrained` names a folder on this machine."""
+    return Path(pretrained).is_dir()
+
+
+def pick_device(device: str | None) -> str:
+    """The device asked for, else this process's GPU, else the CPU."""
+    if device is None:
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return device
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"device: unknown device {device!r}; try cpu, cuda, cuda:1 or auto") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: {device} was asked for, but torch {torch.__version__} finds no CUDA device")
+    return device
+
+
+def load_model(
+    pretrained: str | os.PathLike[str] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """The model in eval mode and its processor (left padding); `pretrained` None is the bundled one."""
+    name = os.fspath(TINY_LLAVA if pretrained is None else pretrained)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+    device = pick_device(device)
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise InputError(f"model: {name} is not a folder with a checkpoint (no config.json in it)")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if device == "auto":
+        options["device_map"] = "auto"
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model: cannot load {name}: {first_line(error)}") from error
+    if device != "auto":
+        model = model.to(device)
+    if getattr(processor, "chat_template", None) is None:
+        raise InputError(f"model: the processor of {name} has no chat template, so no prompt can be built")
+    processor.tokenizer.padding_side = "left"
+    return model.eval(), processor

@@ -1,0 +1,144 @@
+"""Selection: what a pruner answers, for the tokens of one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+
+# How the note on an image begins that a method cannot cut to its budget.
+KEPT_WHOLE = "kept whole: "
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Vectors of `members` flow into the token `into` with `weights` (which sum to 1 unless a method says else)."""
+
+    into: int
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens of one image that go on, and what flows into them.
+
+    kept: (K,) int64 indices into the N tokens that the pruner was shown, ascending and distinct.
+    vectors: (K, D) new vectors for the kept tokens, or None to leave them as they are.
+    merges: for each token with a new vector, where the vector came from.
+    note: what the report should say of this choice, "" for nothing.
+    bias: (K,) what every decoder layer adds to the attention logits of each kept token as a key, or None; scores: (N,)
+    what the layer of `Pruner.learns_from` is to teach. Both are for training, carry gradients, and lift the budget.
+    """
+
+    kept: Tensor
+    vectors: Tensor | None = None
+    merges: tuple[Merge, ...] = field(default=())
+    note: str = ""
+    bias: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether this is a choice that weights are trained by."""
+        return self.bias is not None or self.scores is not None
+
+    def check(self, tokens: int) -> None:
+        """Raises VTPruneError unless the indices are ascending, distinct and inside `tokens`."""
+        kept = self.kept
+        if kept.ndim != 1 or kept.numel() == 0:
+            raise VTPruneError(f"a selection keeps at least one token of {tokens}, got shape {tuple(kept.shape)}")
+        ascending = bool((kept[1:] > kept[:-1]).all())
+        if not ascending or int(kept[0]) < 0 or int(kept[-1]) >= tokens:
+            raise VTPruneError(f"kept indices must be ascending, distinct and below {tokens}, got {kept.tolist()}")
+        if self.vectors is not None and self.vectors.shape[0] != kept.numel():
+            raise VTPruneError(f"{self.vectors.shape[0]} merged vectors for {kept.numel()} kept tokens")
+        if self.bias is not None and self.bias.shape != kept.shape:
+            raise VTPruneError(f"a bias of shape {tuple(self.bias.shape)} for {kept.numel()} kept tokens")
+        if self.scores is not None and self.scores.shape != (tokens,):
+            raise VTPruneError(f"scores of shape {tuple(self.scores.shape)} for {tokens} tokens")
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which tokens of a batch a routed decoder layer computes, and what it makes of them.
+
+    kept: (B, n) bool, the others skip the layer. gate: (B, n) what the output of the layer's MLP is multiplied by, for
+    kept tokens; scale: (B, n) what a skipped token's hidden state is multiplied by; branch: (B, n) what all that the
+    layer adds to a kept token's hidden state is multiplied by. None leaves them as they are. loss: what the routing
+    adds to the loss in training, a scalar.
+    """
+
+    kept: Tensor
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+    branch: Tensor | None = None
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EncoderSelection:
+    """Which tokens of a batch of images go on after an encoder layer, and what flows into them.
+
+    keep: (B, N) bool. into: (B, N) int64, the column that each token's vector flows into: its own for a kept
+    token, that of a kept token for one that is merged, -1 for one that is dropped. weights: (B, N) the share of
+    each token in that vector. cls: (B,) int64, the kept column whose vector the CLS token's own vector replaces,
+    -1 for none.
+    """
+
+    keep: Tensor
+    into: Tensor
+    weights: Tensor
+    cls: Tensor | None = None
+
+    @classmethod
+    def drop(cls, keep: Tensor) -> EncoderSelection:
+        """Nothing flows: what (B, N) `keep` leaves out is dropped."""
+        column = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        return cls(keep, column.masked_fill(~keep, -1), torch.ones(keep.shape, device=keep.device))
+
+    @property
+    def merges(self) -> bool:
+        """Whether anything flows into another token, is rescaled, or takes a token's place."""
+        moved = (self.into >= 0) & ~self.keep
+        rescaled = self.keep & (self.weights != 1)
+        return bool((moved | rescaled).any()) or (self.cls is not None and bool((self.cls >= 0).any()))
+
+    def sparing(self, whole: Tensor, valid: Tensor) -> EncoderSelection:
+        """The same but for the rows of `whole` (B,), which keep every `valid` (B, N) token as it is."""
+        rows = whole[:, None]
+        column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+        return EncoderSelection(
+            torch.where(rows, valid, self.keep & valid),
+            torch.where(rows, column, self.into).masked_fill(~valid, -1),
+            torch.where(rows, 1.0, self.weights.float()),
+            None if self.cls is None else self.cls.masked_fill(whole, -1),
+        )
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What a layer's cache goes on with, of one row.
+
+    kept: (Hkv, m) int64, the entries that stay, ascending in each head; the heads may keep different ones. key, value:
+    (Hkv, m, d) what they are from now on; merged: (Hkv, m) how many evicted entries flowed into each. state: numbers
+    to remember until the next call.
+    """
+
+    kept: Tensor
+    key: Tensor
+    value: Tensor
+    merged: Tensor
+    state: dict[str, float] = field(default_factory=dict)
+
+    def check(self, entries: int) -> None:
+        """Raises VTPruneError unless the entries are ascending, distinct and inside `entries` in every head."""
+        kept, shapes = self.kept, {tuple(part.shape[:2]) for part in (self.kept, self.key, self.value, self.merged)}
+        if kept.ndim != 2 or kept.numel() == 0 or len(shapes) != 1:
+            raise VTPruneError(f"an eviction keeps equally many entries in every head, got shapes {sorted(shapes)}")
+        ascending = bool((kept[:, 1:] > kept[:, :-1]).all())
+        if not ascending or int(kept.min()) < 0 or int(kept.max()) >= entries:
+            raise VTPruneError(f"kept entries must be ascending, distinct and below {entries} in every head")

@@ -1,0 +1,82 @@
+"""What ships with vtprune, read from its source: `vtprune list` answers without the seconds that torch takes."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ENTRY_POINT_GROUP = "vtprune.pruners"
+METHODS, FAMILIES = "vtprune.pruners", "vtprune.adapters"
+
+
+@dataclass(frozen=True)
+class PrunerInfo:
+    """What `available()` says of a method.
+
+    stage: where it acts ("encoder", "before decoder", "decoder", or several); needs: what it reads;
+    licence: of the reference code; variants: the values that `variant` takes.
+    """
+
+    name: str
+    stage: str = "before decoder"
+    paper: str = ""
+    arxiv: str = ""
+    licence: str = ""
+    needs: str = "vision tokens"
+    variants: tuple[str, ...] = ("paper",)
+
+
+def methods() -> dict[str, PrunerInfo]:
+    """Every known method, as `vtprune.available()` says.
+
+    The registry is asked where it is loaded, or needed as another package brings methods; else the source is read.
+    """
+    if "vtprune.method.registry" in sys.modules or entry_points(group=ENTRY_POINT_GROUP):
+        from vtprune.method.registry import available
+
+        return available()
+    return own_methods()
+
+
+def own_methods() -> dict[str, PrunerInfo]:
+    """The methods that ship with vtprune, read from the source."""
+    return {info.name: info for node in _classes(METHODS) for info in _registered(node)}
+
+
+def families() -> list[tuple[str, tuple[str, ...], str]]:
+    """(name, model classes, notes) of every adapter, as `vtprune.adapters.adapters()` says."""
+    found = [_constants(node) for node in _classes(FAMILIES)]
+    return [(own["name"], own["models"], own["notes"]) for own in found if {"name", "models", "notes"} <= own.keys()]
+
+
+def _classes(package: str) -> Iterator[ast.ClassDef]:
+    """The classes that a package's modules define, in the order of the modules' names."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    for path in sorted(Path(spec.origin).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        yield from (node for node in tree.body if isinstance(node, ast.ClassDef))
+
+
+def _registered(node: ast.ClassDef) -> Iterator[PrunerInfo]:
+    """What the `@register(...)` of a class says; its arguments are literals in vtprune's own methods."""
+    for call in node.decorator_list:
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
+            given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None}
+            yield PrunerInfo(ast.literal_eval(call.args[0]), **given)
+
+
+def _constants(node: ast.ClassDef) -> dict[str, Any]:
+    """Values of the names that a class body sets to strings and tuples of strings."""
+    found = {}
+    for line in node.body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            found[line.targets[0].id] = line.value
+    return {name: ast.literal_eval(value) for name, value in found.items() if name in ("name", "models", "notes")}

@@ -1,0 +1,44 @@
+"""Choosing the best by scores: scores that can be trusted, ties to the lowest index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import ScoreError
+
+
+def best_of_each(scores: Tensor, image: Tensor, budgets: Tensor) -> Tensor:
+    """(B, n) which tokens are among the best `budgets` (B, I) of their image (B, n) (-1: none, never among them) by
+    their scores (B, n); ties go to the lowest index."""
+    count = budgets.shape[1]
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    owner = image.gather(1, order)
+    mine = owner[..., None] == torch.arange(count, device=image.device)
+    rank = torch.zeros_like(order).scatter(1, order, (mine.cumsum(dim=1) * mine).sum(dim=-1))
+    return (image >= 0) & (rank <= budgets.gather(1, image.clamp(min=0)))
+
+
+def check_scores(scores: Tensor, method: str) -> Tensor:
+    """The scores (any shape) in fp32; raises ScoreError if one of them is NaN or infinite."""
+    scores = scores.float()
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).sum())
+        raise ScoreError(
+            f"{method}: {bad} of {scores.numel()} token scores are NaN or infinite; the model's activations "
+            "overflow (load it in float32 or bfloat16) or the image holds invalid pixels"
+        )
+    return scores
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices (count,) of the highest of `scores` (N,), ascending; ties go to the lowest index."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def top_mask(scores: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+    """The `count` (B,) best valid tokens of each row of (B, N) scores: (B, N) bool; ties: the lowest."""
+    order = scores.masked_fill(~valid, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
+    return (rank < count[:, None]) & valid

@@ -1,0 +1,244 @@
+"""What a pruner sees: the vision tokens of one image, an encoder layer, a decoder layer, or a row of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from einops import reduce
+from torch import Tensor
+
+from vtprune.tensors.attention import attention_received, attention_rows
+
+
+@dataclass(frozen=True)
+class VisionStream:
+    """The vision tokens of one image on their way into the decoder.
+
+    features: (N, D) decoder-width vectors, in raster order.
+    grid: (t, h, w) of the whole image in vision tokens, t * h * w == total.
+    indices: (N,) the place of each token in the whole image (0 .. total - 1); all of them unless an
+        encoder stage dropped some.
+    total: vision tokens of the whole image, before anything was dropped.
+    budget: tokens to keep at the most, 1 <= budget.
+    signals: q, k and v of the encoder layer whose output the decoder reads, for these N tokens, or None if
+        the pruner does not ask for them (`Pruner.reads_encoder`).
+    pixels: the image as the encoder got it: (C, H, W), or (patches, C * t * p * p) on Qwen.
+    text: (T, D) decoder embeddings of the text tokens of this row, in order.
+    text_after: how many of them, the last ones, stand after the image.
+    text_ids: (T,) their ids, or None if the caller handed in embeddings.
+    last_signals: as `signals`, of the vision tower's last layer (`Pruner.reads_last_layer`).
+    picture: (t, 3, H, W) the image in [0, 1] as the encoder saw it (`Pruner.reads_picture`), else None.
+    memory: what the pruner's own `remember` answered, for these N tokens.
+    source: the folder or hub id that the model came from, "" if it is not known.
+    probe: the decoder layer that the method asks for (`Pruner.probe_layer`), else None.
+    module: what `Pruner.make_module` made, with its weights as they are now, else None; a method that has one is not
+        shown text that the forward's labels mark as an answer.
+    training: whether that module is being trained: it is in training mode, and gradients are recorded.
+    """
+
+    features: Tensor
+    grid: tuple[int, int, int]
+    indices: Tensor
+    total: int
+    budget: int
+    signals: LayerSignals | None
+    pixels: Tensor
+    text: Tensor
+    text_ids: Tensor | None = None
+    last_signals: LayerSignals | None = None
+    picture: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    text_after: int = 0
+    probe: DecoderLayer | None = None
+    module: Any = None
+    training: bool = False
+
+
+@dataclass(frozen=True)
+class EncoderLayer:
+    """One vision-encoder layer after it ran, for a batch of B images padded to the same length.
+
+    query, key, value: (B, H, P + N * group, d), layout as in `LayerSignals`.
+    valid: (B, N) bool, False where a row is padding (images in one batch may have fewer tokens left).
+    total: (B,) tokens of each whole image; budget: (B,) tokens to keep at the most.
+    index: 0-based layer index; depth: how many layers feed the features (layers 0 .. depth - 1 count: the
+        features are the output of layer depth - 1).
+    memory: a dict of this encoding, for scores that accumulate over layers; after a drop the core compacts
+        every (B, N) tensor in it along with the tokens.
+    sizes: (B, N) how many tokens each one stands for: 1 until something merges.
+    grids: (t, h, w) of each whole image in vision tokens.
+    hidden: (B, P + N * group, D) hidden states after the layer (before its MLP for a method that merges there),
+        laid out as query, key and value; None if no method asks (`Pruner.reads_hidden`).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor
+    total: Tensor
+    budget: Tensor
+    index: int
+    depth: int
+    scale: float
+    prefix: int
+    group: int
+    memory: dict[str, Tensor]
+    sizes: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer during prefill after it ran, for the vision tokens of one image in one row.
+
+    query: (H, n, d) and key, value: (H, n, d) of all n tokens of the row at that layer, rotary embedding
+        applied, key-value heads repeated to H. For a method that reads no other query or scores by the next layer
+        (`Pruner.reads_last_query`, `reads_next_layer`), query is that of the last prompt token alone, (H, 1, d), and
+        value is empty.
+    vision: (N,) places in 0 .. n - 1 of this image's tokens; last: place of the last prompt token.
+    scale: softmax scale.
+    total: tokens of the whole image; indices: (N,) the place of each in the whole image.
+    budget: tokens to keep at the most from here on.
+    index: 0-based index of the layer that ran; depth: number of decoder layers.
+    text: (T,) places in 0 .. n - 1 of the row's text tokens.
+    memory: what the pruner's own `remember` answered, for these N tokens.
+    entered: tokens of the image that entered the decoder; processed: the sum over layers 0 .. index of the tokens of
+        the image that they processed.
+    hidden: (n, D) hidden states after the layer, if the method asks for them (`Pruner.reads_decoder_hidden`).
+    rotary: cosines and sines (n, d) that the layer turned queries and keys by.
+    first: place of the row's first token; what stands before it is padding.
+
+    In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
+    `Pruner.reads_next_layer`, and n counts the tokens of this turn that are left.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    vision: Tensor
+    last: int
+    scale: float
+    total: int
+    indices: Tensor
+    budget: int
+    index: int
+    depth: int
+    text: Tensor
+    memory: dict[str, Any]
+    entered: int = 0
+    processed: int = 0
+    hidden: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    first: int = 0
+
+    @property
+    def last_query(self) -> Tensor:
+        """(H, 1, d) the query of the last prompt token."""
+        return self.query if self.query.shape[1] == 1 else self.query[:, self.last, None]
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The tokens of a batch before one decoder layer that a method routes.
+
+    hidden: (B, n, D) hidden states; norm: the layer's own input norm. real: (B, n) which columns hold a token. image:
+        (B, n) the number of the image that a token belongs to among those that its row brings, -1 for text.
+    totals: (B, I) tokens of each whole image, 0 where a row has fewer images; budgets: (B, I) those that the layer is
+        to compute at the most.
+    index: 0-based index of the layer; depth: number of decoder layers.
+    module: what `Pruner.make_module` made, with its weights as they are now; training: whether the decoder is in
+        training mode. continues: whether these tokens follow what is in the cache, without a new image.
+    """
+
+    hidden: Tensor
+    norm: Callable[[Tensor], Tensor]
+    real: Tensor
+    image: Tensor
+    totals: Tensor
+    budgets: Tensor
+    index: int
+    depth: int
+    module: Any
+    training: bool
+    continues: bool = False
+
+    @property
+    def vision(self) -> Tensor:
+        """(B, n) which columns hold a vision token."""
+        return self.image >= 0
+
+
+@dataclass(frozen=True)
+class CacheEntries:
+    """What one decoder layer's cache holds of one row, in the order of the sequence, without padding.
+
+    key, value: (Hkv, n, d), as the layer attends to them. scores: (Hkv, n) fp32, the attention that each entry has got
+    from every token since the prompt began, summed over the query heads that share the key-value head. images: (n,)
+    the number of the image that an entry belongs to, 0 for everything that is not to be cut as an image. index:
+    0-based decoder layer. state: what the method's last `Eviction` of this row and layer told it to remember.
+    """
+
+    key: Tensor
+    value: Tensor
+    scores: Tensor
+    images: Tensor
+    index: int
+    state: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CachedRow:
+    """One row's cache after a forward that brought no image, for the layers that a method may cut.
+
+    layers: the layers of `Pruner.evict_layers`, in order; densities: `Pruner.density` of each layer that was asked, by
+    its index; totals: tokens of each whole image that is to be cut, by its number; first: whether nothing of the row
+    was cut since its last prompt with an image.
+    """
+
+    layers: tuple[CacheEntries, ...]
+    densities: dict[int, float]
+    totals: dict[int, int]
+    first: bool
+
+
+@dataclass(frozen=True)
+class LayerSignals:
+    """Queries, keys and values of one vision-encoder layer, for the tokens of one image.
+
+    query, key, value: (H, P + N * group, d) with P = `prefix` leading tokens (1 with a CLS token, else 0),
+    then the patches; `group` consecutive patches (4 for Qwen's 2x2 merge) form one vision token. Patches
+    stand in raster order of the vision tokens. Queries and keys carry their rotary embedding, if any.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    prefix: int
+    group: int
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first token is a CLS token."""
+        return self.prefix > 0
+
+    def pool(self, patch_scores: Tensor) -> Tensor:
+        """Mean of (N * group,) patch scores over each vision token's patches: (N,)."""
+        return reduce(patch_scores, "(n g) -> n", "mean", g=self.group)
+
+    def cls_attention(self) -> Tensor:
+        """Mean over heads of the CLS row, softmaxed over all tokens, CLS column dropped: (N,)."""
+        rows = attention_rows(self.query[:, :1], self.key, self.scale)
+        return self.pool(rows[:, 0, self.prefix :].mean(dim=0))
+
+    def received_attention(self) -> Tensor:
+        """Mean over heads and patch queries of the attention that each vision token receives: (N,)."""
+        return self.pool(attention_received(self.query, self.key, self.scale, skip=self.prefix))
+
+    def saliency(self) -> Tensor:
+        """CLS attention where the encoder has a CLS token, received attention where it has none: (N,)."""
+        return self.cls_attention() if self.has_cls else self.received_attention()

@@ -1,0 +1,5 @@
+"""CDPruner: the method, and its parts."""
+
+from vtprune.pruners.cdpruner.cdpruner import CDPruner
+
+__all__ = ["CDPruner"]

@@ -1,0 +1,5 @@
+"""CoViPAL: the method, and its parts."""
+
+from vtprune.pruners.covipal.covipal import CoViPAL
+
+__all__ = ["CoViPAL"]

@@ -1,0 +1,5 @@
+"""MustDrop: the method, and its parts."""
+
+from vtprune.pruners.mustdrop.mustdrop import MustDrop
+
+__all__ = ["MustDrop"]

@@ -1,0 +1,53 @@
+"""What the tokens of an encoder layer's batch are worth and how alike they are, padding left out."""
+
+from __future__ import annotations
+
+import torch
+from einops import reduce, repeat
+from torch import Tensor
+
+from vtprune.method.views import EncoderLayer
+from vtprune.tensors.attention import CHUNK_BYTES
+
+
+def mean_keys(layer: EncoderLayer) -> Tensor:
+    """(B, N, d) unit vectors: the keys of each token averaged over heads and merged patches; 0 on padding."""
+    keys = layer.key[:, :, layer.prefix :].float()
+    mean = reduce(keys, "b h (n g) d -> b n d", "mean", g=layer.group).where(layer.valid[..., None], 0)
+    return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def saliency(layer: EncoderLayer, *, sized: bool = False) -> Tensor:
+    """(B, N) attention that each token gets, fp32, 0 on padding: mean over heads of the CLS row, or without a CLS
+    token mean over heads and patch queries; summed over a token's patches.
+
+    sized: whether keys weigh as many tokens as they stand for. Images of one length are taken together, without
+    their padding, and queries in chunks: no map of all patches is ever whole.
+    """
+    found = torch.zeros(layer.valid.shape, device=layer.key.device, dtype=torch.float32)
+    lengths = layer.valid.sum(dim=1)
+    for tokens in lengths.unique().tolist():
+        rows = (lengths == tokens).nonzero().flatten()
+        patches = layer.prefix + tokens * layer.group
+        query, key = (states[rows, :, :patches].float() for states in (layer.query, layer.key))
+        bias = None
+        if sized:
+            log = repeat(layer.sizes[rows, :tokens].clamp(min=1).log(), "b n -> b (n g)", g=layer.group)
+            bias = torch.nn.functional.pad(log, (layer.prefix, 0))
+        received = mean_attention(query[:, :, :1] if layer.prefix else query, key, layer.scale, bias)
+        found[rows, :tokens] = reduce(received[:, layer.prefix :], "b (n g) -> b n", "sum", g=layer.group)
+    return found
+
+
+def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """(B, n) mean over heads and queries of the attention that each key gets, accumulated in chunks of queries.
+
+    query: (B, H, q, d), key: (B, H, n, d), bias: (B, n) added to the logits of each key.
+    """
+    batch, heads, count, _ = key.shape
+    received = torch.zeros(batch, count, device=key.device, dtype=torch.float32)
+    for chunk in query.split(max(1, CHUNK_BYTES // (4 * batch * heads * count)), dim=2):
+        logits = torch.matmul(chunk * scale, key.transpose(-1, -2))
+        logits = logits if bias is None else logits + bias[:, None, None]
+        received += reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum")
+    return received / (heads * query.shape[2])

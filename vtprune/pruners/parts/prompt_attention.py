@@ -1,0 +1,38 @@
+"""Attention of the prompt's tokens to an image's in one decoder layer: a few rows of it, never the whole map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vtprune.method.views import DecoderLayer
+from vtprune.tensors.attention import CHUNK_BYTES
+
+
+def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attention of the tokens at the places `rows` (T,) to the image's, as the layer computes it (softmax over all
+    tokens up to their own place): a few rows at a time, their places (t,) and their (H, t, N) fp32 weights."""
+    query, key = layer.query, layer.key.float()
+    place = torch.arange(key.shape[1], device=key.device)
+    vision = layer.vision.to(key.device)
+    for some in rows.to(key.device).split(max(1, CHUNK_BYTES // (4 * key.shape[0] * key.shape[1]))):
+        hidden = (place > some[:, None]) | (place < layer.first)
+        logits = torch.matmul(query[:, some].float() * layer.scale, key.transpose(-1, -2))
+        yield some, logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)[..., vision]
+
+
+def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
+    """(T, N) fp32 attention of the tokens at the places `rows` (T,) to the image's, averaged over heads."""
+    return torch.cat([weights.mean(dim=0) for _, weights in attention_of_heads(layer, rows)])
+
+
+def last_attention(layer: DecoderLayer) -> Tensor:
+    """(N,) fp32 attention of the last prompt token to the image's tokens, softmaxed over all tokens of the row up to
+    it and averaged over heads."""
+    first, end = layer.first, layer.last + 1
+    key = layer.key[:, first:end].float()
+    logits = torch.matmul(layer.last_query.float() * layer.scale, key.transpose(-1, -2))
+    weights = logits.softmax(dim=-1)[:, 0].mean(dim=0)
+    return weights[layer.vision.to(weights.device) - first]

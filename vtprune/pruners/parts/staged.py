@@ -1,0 +1,230 @@
+"""What methods that drop tokens between decoder layers share: a budget over the layers, met by a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.method import schedules
+from vtprune.method.answers import Selection
+from vtprune.method.choosing import check_scores, top
+from vtprune.method.facts import ModelFacts
+from vtprune.method.pruner import Pruner, Tunable, budget_of
+from vtprune.method.views import DecoderLayer
+from vtprune.pruners.parts.checks import check_choice
+
+R = TypeVar("R")
+
+# Where a budget is too low for the published layers, they move towards the first ones in steps of this size, until
+# no stage leaves less than LEAST of what it sees.
+STEPS, LEAST = 16, 0.5
+
+
+@dataclass(frozen=True)
+class Staged(Pruner):
+    """A method that ranks the tokens of an image between decoder layers and drops the lowest.
+
+    layers: decoder layers (counted from 0) before which tokens drop; None is the published ones as fractions of the
+    depth. schedule: how the budget is spread over them (`method/schedules.py`); those that drop once or at every layer
+    start at the first of the published layers, or at the one given. `keep` counts the mean over decoder layers of the
+    tokens that the layer processes.
+    """
+
+    layers: tuple[int, ...] | None = None
+    schedule: str = "constant"
+
+    published_layers: ClassVar[tuple[int, ...]]
+    published_depth: ClassVar[int] = 32
+    # What `schedule` may be.
+    schedule_names: ClassVar[tuple[str, ...]] = schedules.NAMES
+    # Filled in by `for_model`.
+    _depth: ClassVar[int] = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "schedule", self.schedule, self.schedule_names)
+        if self.layers is not None:
+            if not isinstance(self.layers, tuple):
+                raise VTPruneError(f"{self.name}: layers are ints in a tuple, got {self.layers!r}")
+            deep_enough = max([1, *(layer for layer in self.layers if type(layer) is int)]) + 1
+            self._named(schedules.check_layers, self.layers, deep_enough)
+            if len(self.layers) > 1 and self.schedule in schedules.FROM_ONE_LAYER:
+                raise VTPruneError(
+                    f"{self.name}: schedule {self.schedule!r} takes one layer, at which it starts, got layers "
+                    f"{self.layers!r}; schedules that drop before each of them are 'steps' and {schedules.ENTROPY!r}"
+                )
+
+    def _named(self, function: Callable[..., R], *args: Any) -> R:
+        """What `function` answers; its VTPruneError gets the method's name."""
+        try:
+            return function(*args)
+        except VTPruneError as error:
+            raise VTPruneError(f"{self.name}: {error}") from error
+
+    def scores(self, layer: DecoderLayer) -> Tensor:
+        """(N,) how much each token of the image matters to the prompt."""
+        raise TypeError(f"{type(self).__name__} does not say how it scores tokens")
+
+    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
+        """The method's own schedule, where no `keep` is given."""
+        raise TypeError(f"{type(self).__name__} has no schedule of its own")
+
+    @property
+    def movable(self) -> bool:
+        """Whether `places` depends on the share to keep."""
+        return False
+
+    def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
+        """The layers before which tokens drop, so that a mean of `share` (None: the method's own) can be kept."""
+        return self.layers if self.layers is not None else scaled_layers(self.published_layers, depth)
+
+    def ratios(self, depth: int, share: float | None = None) -> schedules.Ratios:
+        """The share of the tokens that each layer processes, for a mean of `share` (None: the method's own)."""
+        layers = self.places(depth, share)
+        if share is None:
+            return self.own_ratios(depth, layers)
+        return schedules.fitted(self.schedule, depth, layers, share)
+
+    @property
+    def asked_keep(self) -> int | float:
+        """`keep`, or the mean of the method's own schedule."""
+        return schedules.mean(self.ratios(self._depth)) if self.keep is None else self.keep
+
+    @property
+    def adaptive(self) -> bool:
+        """True where the entropy decides how many stay (within the budget)."""
+        whole = isinstance(self.keep, float) and self.keep == 1
+        return self.schedule == schedules.ENTROPY and not whole
+
+    def for_model(self, facts: ModelFacts) -> Self:
+        """Knows the decoder's depth; raises VTPruneError for layers that it does not have, and for a share that its
+        layers cannot meet (behind another method, whose share of the tokens is not known yet, only when an image comes
+        that cannot be cut to its budget)."""
+        depth = facts.decoder_depth
+        share = self.keep if isinstance(self.keep, float) and facts.first else None
+        self._named(schedules.check_layers, self.places(depth, share), depth)
+        schedules.check_ratios(self._named(self.ratios, depth, share))
+        resolved = dataclasses.replace(self)
+        object.__setattr__(resolved, "_depth", depth)
+        return resolved
+
+    def achieved(self, counts: list[int]) -> float:
+        """The mean over decoder layers."""
+        return sum(counts) / len(counts)
+
+    def input_budget(self, tokens: int) -> int:
+        """All of them enter."""
+        return tokens
+
+    def counts(self, tokens: int, entered: int) -> tuple[int, ...]:
+        """Tokens of an image of `tokens`, of which `entered` entered the decoder, that each layer processes: all of
+        them where its budget cannot be met."""
+        if self.unmet(tokens, entered):
+            return (entered,) * self._depth
+        return self._named(_counts, self, self._depth, tokens, entered)
+
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Where the layers before the first drop, or one token in each of the others, exceed the budget."""
+        try:
+            self._named(_counts, self, self._depth, tokens, entered)
+        except VTPruneError as error:
+            return str(error)
+        return ""
+
+    def stages(self, tokens: int, entered: int) -> tuple[int, ...]:
+        """The layers before which tokens of such an image drop; none where its budget is met already, or cannot be."""
+        budget = self._budget(tokens, entered)
+        return () if budget >= entered or self.unmet(tokens, entered) else self.places(self._depth, budget / entered)
+
+    def _budget(self, tokens: int, entered: int) -> int:
+        # The method's own setting is a share of what enters.
+        return budget_of(self.asked_keep, entered if self.keep is None else tokens)
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        """The layers just before those before which tokens may drop."""
+        layers = self.places(depth)
+        if self.schedule == "constant":
+            layers = layers[:1]
+        elif self.schedule in schedules.FROM_ONE_LAYER:
+            layers = tuple(range(layers[0], depth))
+        if self.movable and self.keep is not None:
+            # The share of what enters, and with it the layers, depends on the image; these are the latest.
+            layers = tuple(range(1, layers[-1] + 1))
+        return tuple(layer - 1 for layer in layers)
+
+    def acts_after(self, tokens: int, layer: int, entered: int) -> bool:
+        """Where the entropy decides: after the layers just before those before which tokens drop."""
+        return layer + 1 in self.stages(tokens, entered)
+
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
+        """What the schedule says; everything where the entropy decides."""
+        return entered if self.adaptive else self.counts(tokens, entered)[layer + 1]
+
+    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
+        """Keeps the best; raises ScoreError for NaN."""
+        count = layer.budget
+        if count >= layer.vision.numel() and not self.adaptive:
+            return None
+        scores = check_scores(self.scores(layer), self.name)
+        if self.adaptive:
+            count = self.entropy_count(layer, scores)
+        return None if count >= scores.numel() else Selection(top(scores, count))
+
+    def entropy_count(self, layer: DecoderLayer, scores: Tensor) -> int:
+        """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget."""
+        alive, depth = layer.vision.numel(), self._depth
+        starts = [start for start in self.stages(layer.total, layer.entered) if start > layer.index]
+        if not starts:
+            return alive
+        left = self._budget(layer.total, layer.entered) * depth - layer.processed
+        lengths = [end - start for start, end in itertools.pairwise([*starts, depth])]
+        cap = schedules.even_count(alive, lengths, left)
+        most = (left - schedules.reserve(alive, cap, lengths)) // lengths[0]
+        return min(alive, max(1, most), schedules.entropy_count(scores.tolist(), cap))
+
+    def search_space(self) -> dict[str, Tunable]:
+        """How the budget is spread over the layers."""
+        if self.keep is None:
+            return {}
+        several = self.layers is not None and len(self.layers) > 1
+        names = (name for name in self.schedule_names if not several or name not in schedules.FROM_ONE_LAYER)
+        return {"schedule": Tunable(choices=tuple(names))}
+
+
+@functools.lru_cache(maxsize=4096)
+def _counts(pruner: Staged, depth: int, tokens: int, entered: int) -> tuple[int, ...]:
+    # The depth is no field of the pruner: pruners of two models are equal, their counts are not.
+    if pruner.keep is None:
+        return schedules.counts(pruner.ratios(depth), entered)
+    budget = budget_of(pruner.keep, tokens)
+    if budget >= entered:
+        return (entered,) * depth
+    return schedules.counts(pruner.ratios(depth, budget / entered), entered, budget)
+
+
+def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int = 32) -> tuple[int, ...]:
+    """The published layers as fractions of another depth: rounded (half up), distinct, from 1 to depth - 1."""
+    found: list[int] = []
+    for layer in published:
+        place = max(1, (2 * layer * depth + published_depth) // (2 * published_depth))
+        found.append(max(place, found[-1] + 1) if found else place)
+    return tuple(layer for layer in found if layer < depth)
+
+
+def moved_layers(published: tuple[int, ...], depth: int, share: float | None) -> tuple[int, ...]:
+    """The published layers at this depth, moved towards the first ones where a mean of `share` is too low for them."""
+    whole = scaled_layers(published, depth)
+    layers = whole
+    for step in range(STEPS):
+        moved = scaled_layers(published, depth, 32 * STEPS // (STEPS - step))
+        layers = tuple(min(pair) for pair in zip(whole, moved, strict=False))
+        if share is None or schedules.mean(schedules.factor_steps(depth, layers, LEAST)) <= share:
+            break
+    return layers

@@ -1,0 +1,102 @@
+"""Density-peak clustering, and the tokens that SparseVLM recycles with it."""
+
+from __future__ import annotations
+
+import bisect
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from vtprune.method.answers import Merge, Selection
+from vtprune.tensors.attention import at_least_single
+
+# The share of the dropped tokens that is recycled, and how many of these flow into one.
+RECYCLED, CLUSTER_SIZE = 0.3, 10
+# How far random noise moves a density in the released code.
+NOISE = 1e-6
+
+
+def pool_size(dropped: int) -> int:
+    """How many of `dropped` tokens are recycled."""
+    return int(RECYCLED * dropped) + 1 if dropped else 0
+
+
+def cluster_count(dropped: int) -> int:
+    """How many tokens the recycled ones of `dropped` tokens become."""
+    return pool_size(dropped) // CLUSTER_SIZE + 1 if dropped else 0
+
+
+def direct_count(alive: int, budget: int) -> int:
+    """How many of `alive` tokens may stay as they are so that with the clusters of the others at most `budget` are
+    left: as many as possible. Clusters get at most half of the budget."""
+    most = budget // 2
+    return bisect.bisect_right(
+        range(min(alive, budget) + 1), budget, key=lambda direct: direct + min(most, cluster_count(alive - direct))
+    ) - 1  # fmt: skip
+
+
+def density_peaks(points: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
+    """The cluster, 0 .. count - 1, of each of (M, D) points, count <= M: (M,) int64.
+
+    A point's density falls with the squared distances to its `count` nearest points (itself among them); the centres
+    are dense and far from all denser points; every other point joins the nearest centre. noise: (M,) in [0, 1), what
+    the released code draws at random to tell equal densities apart; without it the earlier point is the denser one.
+    """
+    points = points.detach().float()
+    # Exact distances, so that a point is at 0 from itself and the matrix is symmetric.
+    mode = "donot_use_mm_for_euclid_dist"
+    distance = torch.cdist(points, points, compute_mode=mode) / points.shape[1] ** 0.5
+    # In logarithms, since the density of a far-off point is 0 in fp32.
+    density = -distance.topk(count, largest=False).values.square().mean(dim=1)
+    if noise is not None:
+        density = (density.exp() + NOISE * noise).log()
+    denser = density[None, :] > density[:, None]
+    if noise is None:
+        place = torch.arange(points.shape[0], device=points.device)
+        denser |= (density[None, :] == density[:, None]) & (place[None, :] < place[:, None])
+    gap = distance.masked_fill(~denser, float(distance.max())).amin(dim=1)
+    centres = (density + gap.log()).sort(descending=True, stable=True).indices[:count]
+    return distance[centres].argmin(dim=0).index_copy(0, centres, torch.arange(count, device=points.device))
+
+
+def cluster_shares(cluster: Tensor, count: int) -> Tensor:
+    """(count, M) fp32 the share of each of M points in the mean of its cluster, from `cluster` (M,)."""
+    members = one_hot(cluster, count).T.float()
+    return members / members.sum(dim=1, keepdim=True)
+
+
+def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Selection:
+    """The `direct` best tokens as they are, and the best of the others as the means of their clusters.
+
+    features: (N, D); scores: (N,); limit: tokens in all, clusters are at most what it leaves. A cluster takes the
+    place of its first member.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    stay, rest = order[:direct], order[direct:]
+    count = min(cluster_count(rest.numel()), limit - direct)
+    if count < 1:
+        return Selection(stay.sort().values)
+    pool = rest[: pool_size(rest.numel())].to(features.device)
+    cluster = density_peaks(features[pool], count)
+    shares = cluster_shares(cluster, count)
+    members = at_least_single(features[pool])
+    vectors = torch.matmul(shares.to(members), members).to(features.dtype)
+    into = torch.full((count,), scores.numel(), device=pool.device).scatter_reduce(0, cluster, pool, "amin")
+    kept = torch.cat([stay.to(pool.device), into]).sort().values
+    merged = features[kept].index_copy(0, torch.searchsorted(kept, into), vectors)
+    return Selection(kept, merged, _merges(pool, cluster, shares, into))
+
+
+def _merges(pool: Tensor, cluster: Tensor, shares: Tensor, into: Tensor) -> tuple[Merge, ...]:
+    """What flowed where, of clusters of more than one token, in raster order."""
+    weights = shares.gather(0, cluster[None])[0]
+    members: dict[int, list[tuple[int, float]]] = {}
+    for token, own, weight in zip(pool.tolist(), cluster.tolist(), weights.tolist(), strict=True):
+        members.setdefault(own, []).append((token, weight))
+    places = into.tolist()
+    return tuple(
+        Merge(places[own], *zip(*sorted(members[own]), strict=True))
+        for own in sorted(members, key=lambda one: places[one])
+        if len(members[own]) > 1
+    )

@@ -1,0 +1,93 @@
+"""Recycling: tokens that would be dropped flow together, one for every cell of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vtprune.method.answers import Merge, Selection
+from vtprune.tensors.attention import at_least_single
+
+
+def cells_of(parts: Iterable[tuple[int, int]], size: float) -> Tensor:
+    """The cell of each token of a sequence of raster grids: (N,) int64.
+
+    parts: (rows, cols) of each grid; size: side of a cell in tokens, any positive number. Grids share no cell.
+    """
+    cells, first = [torch.empty(0, dtype=torch.long)], 0
+    for rows, cols in parts:
+        row, col = (torch.div(torch.arange(n, dtype=torch.float64), size).floor().long() for n in (rows, cols))
+        own = row[:, None] * (col[-1] + 1) + col
+        cells.append(first + own.flatten())
+        first += int(own[-1, -1]) + 1
+    return torch.cat(cells)
+
+
+def direct_count(importance: Tensor, cells: Tensor, budget: int) -> int:
+    """How many of the most important tokens may stay as they are, if each cell that holds others gets one token
+    more and all these are to be at most `budget`: as many as possible, 0 where the cells alone are too many.
+
+    importance, cells: (N,), budget < N.
+    """
+    tokens, device = importance.numel(), importance.device
+    weakest_first = importance.sort(descending=True, stable=True).indices.flip(0)
+    walked = cells[weakest_first]
+    opener = torch.full((int(cells.max()) + 1,), tokens, device=device)
+    opener.scatter_reduce_(0, walked, torch.arange(tokens, device=device), "amin")
+    opened = torch.zeros(tokens + 1, dtype=torch.long, device=device)
+    opened[opener] = 1
+    # The n weakest lie in made[n - 1] cells.
+    made = opened[:tokens].cumsum(dim=0)
+    entering = torch.arange(tokens, device=device) + made.flip(0)
+    return max(0, int((entering <= budget).sum()) - 1)
+
+
+def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, limit: int | None = None) -> Selection:
+    """The `direct` most important tokens as they are, and of the others one a cell, where all of it flow together.
+
+    features: (N, D); importance, cells: (N,); limit: tokens in all, the least important cells are dropped to
+    meet it. A cell's vector is the mean weighted by importance (negative ones weigh nothing, and all weigh the
+    same where none is positive) and takes the place of its most important token (ties: the lowest). Gradients flow
+    through the vectors of the cell, and through the importance that weighs them.
+    """
+    order = importance.sort(descending=True, stable=True).indices
+    stay, low = order[:direct], order[direct:].sort().values
+    names, group = torch.unique(cells[low], return_inverse=True)
+    worth, count, tokens = importance[low], names.numel(), importance.numel()
+    best = worth.new_full((count,), -torch.inf).scatter_reduce_(0, group, worth, "amax")
+    into = torch.full((count,), tokens, device=low.device)
+    into.scatter_reduce_(0, group, low.masked_fill(worth < best[group], tokens), "amin")
+    shares = _shares(worth, group, count)
+    whole = at_least_single(features[low])
+    parts = whole * shares[:, None].to(whole)
+    vectors = parts.new_zeros(count, features.shape[1]).index_add(0, group, parts)
+    chosen = best.argsort(descending=True, stable=True)[: count if limit is None else max(0, limit - direct)]
+    kept = torch.cat([stay, into[chosen]]).sort().values
+    places = torch.searchsorted(kept, into[chosen])
+    merged = features[kept].index_copy(0, places, vectors[chosen].to(features.dtype))
+    return Selection(kept, merged, _merges(low, group, shares, into, set(chosen.tolist())))
+
+
+def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(M,) the share of each token in its group's vector."""
+    positive = worth.clamp(min=0)
+    sums, sizes = worth.new_zeros(2, groups).unbind()
+    sums = sums.index_add(0, group, positive)[group]
+    sizes = sizes.index_add(0, group, torch.ones_like(worth))[group]
+    # No 0 / 0 where the other branch is taken: its gradient would be NaN.
+    return torch.where(sums > 0, positive / sums.where(sums > 0, torch.ones_like(sums)), 1 / sizes)
+
+
+def _merges(low: Tensor, group: Tensor, shares: Tensor, into: Tensor, chosen: set[int]) -> tuple[Merge, ...]:
+    """What flowed where, of groups of more than one token."""
+    members: dict[int, list[tuple[int, float]]] = {}
+    for token, cell, share in zip(low.tolist(), group.tolist(), shares.tolist(), strict=True):
+        members.setdefault(cell, []).append((token, share))
+    places = into.tolist()
+    return tuple(
+        Merge(places[cell], *zip(*found, strict=True))
+        for cell, found in sorted(members.items())
+        if cell in chosen and len(found) > 1
+    )

@@ -1,0 +1,267 @@
+"""VFlowOpt: an importance map of the image, recycling of what is dropped, and drops along the decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.method.answers import Selection
+from vtprune.method.choosing import top
+from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.pruner import Pruner, Tunable, budget_of
+from vtprune.method.registry import register
+from vtprune.method.views import DecoderLayer, VisionStream
+from vtprune.pruners.parts.checks import check_choice, check_factor, is_number
+from vtprune.pruners.vflowopt.budget import PUBLISHED_DEPTH, Schedule, stage_layers
+from vtprune.pruners.vflowopt.importance import importance_map, token_entropy
+from vtprune.pruners.vflowopt.recycling import cells_of, direct_count, recycle
+
+IMPORTANCE = "importance"
+
+
+@register(
+    "vflowopt",
+    stage="before decoder, decoder",
+    paper="VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization",
+    arxiv="2508.05211",
+    licence="CC BY-NC 4.0",
+    needs="attention among patches, of the encoder layer that feeds the decoder; the image's pixels",
+    variants=("paper", "released"),
+)
+@dataclass(frozen=True)
+class VFlowOpt(Pruner):
+    """VFlowOpt: Visual Information Flow-Guided Optimization (ICCV 2025, arXiv 2508.05211).
+
+    A token's importance is the attention that it gets from the global patches (those that receive more than
+    `threshold` times the mean) plus `alpha` times the softmax over the image of the entropy of its pixels. The
+    most important tokens enter the decoder; the others flow together, one token for every cell of `cell` x `cell`
+    (`recycle=False` drops them). Before some decoder `layers` (the authors' two, or any
+    number of them) tokens drop out by the same map.
+
+    keep: the mean over decoder layers of the tokens that a layer processes. first: the share that enters the decoder,
+    over that mean share; second: the share of what is there that goes on at each of `layers` but the last, one number
+    for all of them or a tuple with one each; the share at the last one follows from keep. None is what the authors'
+    search found at 0.5, 0.25 and 0.1, linear in keep between; at keeps where their `second` cannot reach it, second
+    rises. alpha: None is 1 (released: 0), since the paper's own value is not known to us. layers: None is 9 and 18 of
+    28, in proportion to the depth. `default_keep` 0.25.
+
+    Reference: sihany077/VFlowOpt (CC BY-NC 4.0, not copied). Departures from it, of both variants: attention stays
+    causal (the code runs one layer without a mask); without global patches the one that receives most is global
+    (the code gives NaN); negative importances, which alpha < 0 brings, weigh 0 in a cell (the code's weights then
+    have poles). The
+    default entropy is that of real grey levels, 0 log 0 being 0, and what enters the decoder is at most its share,
+    recycled tokens included: fewer stay as they are, and where the cells alone are more, the least important ones
+    are dropped. Every image of a prompt is recycled (the code: single ones alone). The softmax of entropies is over
+    the tokens left by earlier stages.
+
+    variant="released" is the authors' code: entropy of normalised pixels that wrapped around in a byte, their
+    rounding, and renumbered positions (at each stage; the code does so only before the decoder). Recycled tokens
+    then come on top, but for the int(N / cell ** 2) that the code sets aside, so more may be kept than was asked.
+
+    With CLS (the paper's SigLIP has none), CLS takes part in the softmax but is no query and gets no importance.
+    With merged patches (Qwen) importance is the mean over a token's patches, which share the token's entropy.
+    """
+
+    first: float | None = None
+    second: float | tuple[float, ...] | None = None
+    threshold: float | None = None
+    cell: float | None = None
+    alpha: float | None = None
+    layers: tuple[int, ...] | None = None
+    recycle: bool = True
+    variant: str = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "variant", self.variant, self.info.variants)
+        check_choice(self.name, "recycle", self.recycle, (True, False))
+        self._check_layers()
+        self._check_second()
+        for option in ("first", "cell"):
+            self._check_number(option, 0, math.inf, "a finite number above 0")
+        self._check_number("alpha", -math.inf, math.inf, "a finite number")
+        if self.threshold is not None:
+            check_factor(self.name, "threshold", self.threshold)
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        whole = isinstance(self.layers, tuple) and all(type(layer) is int for layer in self.layers)
+        if not whole or not self.layers or self.layers[0] < 1 or list(self.layers) != sorted(set(self.layers)):
+            raise VTPruneError(f"{self.name}: layers are rising ints of at least 1 in a tuple, got {self.layers!r}")
+
+    def _check_second(self) -> None:
+        stages = (2 if self.layers is None else len(self.layers)) - 1
+        if self.second is not None and (not stages or (isinstance(self.second, tuple) and len(self.second) != stages)):
+            raise VTPruneError(
+                f"{self.name}: second is the share at each of the {stages} layers before the last one of `layers`, "
+                f"whose own follows from keep, got {self.second!r}"
+            )
+        for share in self.second if isinstance(self.second, tuple) else (self.second,):
+            if share is not None and not (is_number(share) and 0 < share <= 1):
+                raise VTPruneError(f"{self.name}: second is a number above 0, at most 1, got {share!r}")
+
+    def _check_number(self, option: str, above: float, most: float, hint: str) -> None:
+        value: Any = getattr(self, option)
+        if value is not None and not (is_number(value) and above < value <= most):
+            raise VTPruneError(f"{self.name}: {option} is {hint}, got {value!r}")
+
+    @property
+    def reads_encoder(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def weighs_by_encoder(self) -> bool:
+        """True where tokens flow together, weighed by the attention that they get."""
+        return self.recycle
+
+    @property
+    def reads_picture(self) -> bool:
+        """Where the entropy of real colours counts."""
+        return self.variant == "paper" and self.entropy_weight != 0
+
+    @property
+    def compact_positions(self) -> bool:
+        """True for variant="released"."""
+        return self.variant == "released"
+
+    @property
+    def adaptive(self) -> bool:
+        """True for variant="released", whose recycled tokens come on top of its share."""
+        return self.variant == "released"
+
+    @property
+    def entropy_weight(self) -> float:
+        """`alpha`, or where it is None 1 by the paper and 0 as released."""
+        return self.alpha if self.alpha is not None else float(self.variant == "paper")
+
+    def schedule(self, depth: int | None = None) -> Schedule:
+        """How many tokens stay where, in a decoder of `depth` layers (None: the authors' 28)."""
+        depth = depth or PUBLISHED_DEPTH
+        layers, released = self.layers or stage_layers(depth), self.variant == "released"
+        own = (self.first, self.second, self.threshold, self.cell)
+        return Schedule(self.asked_keep, *own, layers, depth, released)
+
+    def search_space(self) -> dict[str, Tunable]:
+        """The authors' boxes."""
+        several = self.layers is None or len(self.layers) > 1
+        return {
+            "first": Tunable(1, 1.5),
+            **({"second": Tunable(0.2 / 0.375, 1)} if several else {}),
+            "threshold": Tunable(0, 50),
+            "cell": Tunable(3, 24),
+            "alpha": Tunable(-1, 1),
+        }
+
+    def effective(self, tokens: float) -> VFlowOpt:
+        """With the authors' settings at this keep in place of None."""
+        schedule = self.schedule()
+        target = schedule.keep if isinstance(schedule.keep, float) else min(1.0, schedule.keep / tokens)
+        known: dict[str, Any] = dataclasses.asdict(schedule.settings(target))
+        if len(schedule.layers) < 2 or isinstance(self.second, tuple):
+            known["second"] = self.second
+        return dataclasses.replace(self, alpha=self.entropy_weight, **known)
+
+    def for_model(self, facts: ModelFacts) -> VFlowOpt:
+        """With the decoder's depth; raises VTPruneError for layers beyond it and for shares that cannot meet keep."""
+        depth, schedule = facts.decoder_depth, self.schedule(facts.decoder_depth)
+        if schedule.layers[-1] >= depth:
+            places = " and ".join(map(str, schedule.layers))
+            raise VTPruneError(
+                f"{self.name} drops tokens before the decoder layers {places} (counted from 0), so it needs at "
+                f"least {schedule.layers[-1] + 1} decoder layers, got {depth}"
+            )
+        if isinstance(schedule.keep, float) and schedule.keep < 1:
+            schedule.last(schedule.keep)
+        options = {one.name: getattr(self, one.name) for one in dataclasses.fields(VFlowOpt)}
+        return _Fitted(**options, depth=depth)
+
+    def achieved(self, counts: list[int]) -> float:
+        """The mean over decoder layers."""
+        return sum(counts) / len(counts)
+
+    def input_budget(self, tokens: int) -> int:
+        """The share `first`, at most; released: without what is recycled."""
+        return self._counts(tokens)[0]
+
+    def _counts(self, tokens: int) -> tuple[int, ...]:
+        schedule = self.schedule()
+        return (tokens,) * (1 + len(schedule.layers)) if self.unmet(tokens, tokens) else schedule.counts(tokens)
+
+    def unmet(self, tokens: int, entered: int) -> str:
+        """Where `first` and `second` leave nothing for the last layers."""
+        schedule = self.schedule()
+        try:
+            if budget_of(schedule.keep, tokens) < tokens:
+                schedule.last(schedule.target(tokens))
+        except VTPruneError as error:
+            return str(error)
+        return ""
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        """The layers just before `layers`."""
+        return tuple(layer - 1 for layer in self.schedule(depth).layers)
+
+    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
+        """What the stage after decoder layer `layer` leaves."""
+        return self._counts(tokens)[1 + self.schedule().layers.index(layer + 1)]
+
+    @property
+    def reads_last_query(self) -> bool:
+        """True: not even that, the importance was remembered."""
+        return True
+
+    def remember(self, stream: VisionStream) -> dict[str, Tensor]:
+        """The importance of each token: (N,) fp32; raises ScoreError for NaN."""
+        assert stream.signals is not None
+        alpha, schedule = self.entropy_weight, self.schedule()
+        entropy = token_entropy(stream, released=schedule.released) if alpha else None
+        threshold = schedule.settings(schedule.target(stream.total)).threshold
+        return {IMPORTANCE: importance_map(stream.signals, entropy, threshold, alpha)}
+
+    def select(self, stream: VisionStream) -> Selection:
+        """Keeps the most important tokens and one for every cell of the others; raises ScoreError for NaN."""
+        features, schedule = stream.features, self.schedule()
+        importance = (stream.memory or self.remember(stream))[IMPORTANCE].to(features.device)
+        tokens, budget = importance.numel(), stream.budget
+        if not self.recycle or budget >= tokens:
+            return Selection(top(importance, budget))
+        size = schedule.settings(schedule.target(stream.total)).cell
+        frames, height, width = stream.grid
+        cells = cells_of([(height, width)] * frames, size)[stream.indices.cpu()].to(features.device)
+        if schedule.released:
+            return recycle(features, importance, cells, max(0, budget - int(tokens / size**2)))
+        return recycle(features, importance, cells, direct_count(importance, cells, budget), budget)
+
+    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
+        """Keeps the most important of the tokens that are left."""
+        schedule, alive, count = self.schedule(), layer.vision.numel(), layer.budget
+        if schedule.released and not self.unmet(layer.total, layer.entered):
+            count = schedule.left(alive, layer.total, schedule.layers.index(layer.index + 1))
+        return Selection(top(layer.memory[IMPORTANCE], count)) if count < alive else None
+
+    def scoring_flops(self, work: ScoringWork) -> int:
+        """The logits of one layer's map for the received attention, again for the rows of the global patches (fewer
+        than 1 / threshold of all can receive more than threshold times the mean), and what flows together."""
+        schedule = self.schedule()
+        threshold = max(1.0, schedule.settings(schedule.target(work.tokens)).threshold)
+        rows = work.patches + max(1, int(work.patches / threshold))
+        attention = 2 * rows * (work.patches + work.has_cls) * work.encoder_width
+        return attention + self.recycle * 2 * work.tokens * work.decoder_width
+
+
+@dataclass(frozen=True)
+class _Fitted(VFlowOpt):
+    """A VFlowOpt for a decoder of `depth` layers."""
+
+    depth: int = PUBLISHED_DEPTH
+
+    def schedule(self, depth: int | None = None) -> Schedule:
+        """In the model's own decoder."""
+        return super().schedule(depth or self.depth)

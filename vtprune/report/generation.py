@@ -1,0 +1,434 @@
+"""The record of one generation, from which its report is made when somebody asks."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vtprune.cache.waiting import VisionLog
+from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
+from vtprune.cost.sizes import model_cost
+from vtprune.decoder.prompt import ImageSpan
+from vtprune.decoder.run import DecoderRun
+from vtprune.method.answers import KEPT_WHOLE
+from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.pruner import Pruner
+from vtprune.report.heads import (
+    Heads,
+    eviction_notes,
+    mean_held,
+    tokens_per_head,
+)
+from vtprune.report.history import (
+    CacheNote,
+    Held,
+    image_steps,
+    origins,
+)
+from vtprune.report.report import (
+    ImageReport,
+    MergeReport,
+    Report,
+    SampleReport,
+    StageReport,
+    StepReport,
+)
+
+
+@dataclass
+class Generation:
+    """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked.
+
+    spans: every image in the cache; the first `earlier` of them came with earlier turns. texts: text tokens of
+    this turn's prompt in each row, by conversation; offset: places that the cache held before it.
+    """
+
+    config: Any
+    pruners: list[Pruner]
+    facts: Any
+    depth: int
+    dtype: torch.dtype
+    spans: list[ImageSpan]
+    texts: list[list[int]]
+    earlier: int = 0
+    offset: int = 0
+    steps: int = 0
+    # (B, C) text tokens of each conversation that a routed layer computed in the prefill, by layer.
+    routed_text: dict[int, Tensor] = field(default_factory=dict)
+    _notes: list[CacheNote] = field(default_factory=list)
+    _mask: Tensor | None = None
+    _cache: weakref.ReferenceType[Cache] | None = None
+    _log: VisionLog | None = None
+    _heads: list[Heads] = field(default_factory=list)
+    # What the cache held after each forward and holds now: known once a report is asked for.
+    _history: list[Held] = field(default_factory=list)
+    _now: Held = field(default_factory=Held)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.texts)
+
+    @property
+    def text(self) -> list[int]:
+        """Text tokens of this turn's prompt in each row."""
+        return [sum(row) for row in self.texts]
+
+    def note_cache(self, run: DecoderRun) -> None:
+        """Remembers what the cache holds after a forward; nothing is counted until a report is asked for."""
+        if run.cache is None or run.layers is None:
+            return
+        self._mask = run.prompt.mask
+        self._cache = weakref.ref(run.cache)
+        self._notes.append(CacheNote.of(run.layers, self._mask))
+        self._log, self._heads = run.layers[0].log, [Heads.of(layer) for layer in run.layers]
+
+    def live_spans(self, rows: list[int], length: int) -> list[ImageSpan]:
+        """The images that are still in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
+        return [
+            replace(span, row=row)
+            for span in self.spans
+            for row, origin in enumerate(rows)
+            if span.row == origin and (span.end <= length or not length)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def origins(self, rows: Tensor | None) -> list[int]:
+        """Which row of the prompt each row of the cache is: they are reordered, repeated and dropped."""
+        return list(range(self.rows)) if rows is None else rows[:, 0].tolist()
+
+    def build(self, cache: Cache | None = None) -> Report:
+        """The report as of now; `cache`: the one that this generation filled, or a copy of it."""
+        if cache is None and self._cache is not None:
+            cache = self._cache()
+        return self._as_of_now(cache)._build()
+
+    def _as_of_now(self, cache: Any) -> Generation:
+        """This generation with the rows, images and entries that the cache has now."""
+        layers = cache.layers if cache is not None else []
+        noted = [self.origins(note.rows) for note in self._notes]
+        rows = self.origins(origins(layers)) if layers else noted[-1] if noted else list(range(self.rows))
+        length = layers[0].length if layers else 0
+        earlier = replace(self, spans=self.spans[: self.earlier]).live_spans(rows, length)
+        # Of rows that were reordered since, the past is that of the row that each came from.
+        past = [[own.index(row) for row in rows] for own in noted]
+        history = [note.held(at) for note, at in zip(self._notes, past, strict=True)]
+        now = history[-1] if history else Held()
+        if layers:
+            note = CacheNote.of(layers, None if self._mask is None else self._mask[past[-1]])
+            now = note.held(range(len(rows)))
+        return replace(
+            self,
+            spans=self.live_spans(rows, length),
+            earlier=len(earlier),
+            texts=[self.texts[row] for row in rows],
+            routed_text={layer: counts[rows] for layer, counts in self.routed_text.items()},
+            _history=history,
+            _now=now,
+            _log=layers[0].log if layers else self._log,
+            _heads=[Heads.of(layer) for layer in layers] or self._heads,
+        )
+
+    def _build(self) -> Report:
+        tokens = self._tokens(self.spans)
+        breakdown, full = self._flops()
+        kv = self._now.entries
+        kept = [self._achieved_tokens(span) for span in self.spans]
+        achieved = [tokens / span.image.total for tokens, span in zip(kept, self.spans, strict=True)]
+        asked = [_asked(pruner) for pruner in self.pruners]
+        history = self._steps()
+        before = self._history[0] if self._history else Held()
+        return Report(
+            method="+".join(pruner.name for pruner in self.pruners),
+            samples=[self._sample(row) for row in range(self.rows)],
+            tokens_per_layer=tokens,
+            kv_tokens_per_layer=kv,
+            steps=self.steps,
+            asked_keep=asked[0] if len(asked) == 1 else asked,
+            achieved_keep=sum(achieved) / len(achieved) if achieved else 1.0,
+            kept_tokens=sum(kept) / len(kept) if kept else 0.0,
+            flops=breakdown.total,
+            flops_full=full.total,
+            flops_breakdown=breakdown,
+            kv_bytes_prefill=history[0].kv_bytes,
+            kv_bytes=self._bytes_of(kv),
+            kv_bytes_full=self._bytes_of(self._now.unpruned),
+            kv_bytes_allocated=self._now.allocated,
+            stages=[self._stage(index) for index in range(len(self.pruners))],
+            history=history,
+            aux_bytes=self._now.waiting,
+            kv_bytes_prefill_full=self._bytes_of(before.unpruned),
+        )
+
+    def _steps(self) -> list[StepReport]:
+        """The prefill and every forward after it, which vision tokens go through only where they return."""
+        prefill, none = self._tokens(self.spans[self.earlier :]), [[0] * self.rows for _ in range(self.depth)]
+        return [
+            StepReport(held.with_returned(none if step else prefill), held.entries, self._bytes_of(held.entries))
+            for step, held in enumerate(self._history or [Held()])
+        ]
+
+    def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
+        tokens = [[0] * self.rows for _ in range(self.depth)]
+        for span in spans:
+            for layer in range(self.depth):
+                tokens[layer][span.row] += int(span.kept_at(layer).numel())
+        return tokens
+
+    def _achieved_tokens(self, span: ImageSpan) -> float:
+        """An image's tokens that were kept, counted as the last pruner counts its `keep`."""
+        last = self.pruners[-1]
+        evicting = last.evict_layers(self.depth)
+        return mean_held(self._heads, span, evicting) if evicting else last.achieved(_counts(span, self.depth))
+
+    def _stage(self, index: int) -> StageReport:
+        pruner = self.pruners[index]
+        left: list[float] = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
+        if pruner.evict_layers(self.depth):
+            left = [self._achieved_tokens(span) for span in self.spans]
+        mean = sum(left) / len(left) if left else 0.0
+        asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
+        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), _asked(pruner), mean)
+
+    def _bytes_of(self, kv: list[list[int]]) -> int:
+        if not kv:
+            return 0
+        return sum(kv_bytes(self.config, [layer[row] for layer in kv], self.dtype) for row in range(self.rows))
+
+    def _sample(self, row: int) -> SampleReport:
+        images = [
+            ImageReport(
+                grid=span.image.grid,
+                tokens=span.image.total,
+                kept=span.kept_at(0).tolist(),
+                kept_per_layer=[span.kept_at(layer).tolist() for layer in range(self.depth)],
+                merged=_merged(span),
+                cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
+                cls=span.image.cls,
+                notes=self._notes_of(span),
+                published_tokens=self.pruners[-1].published_count(_counts(span, self.depth)),
+                steps=image_steps(self._log, span, self.depth),
+                cached_per_head=tokens_per_head(self._heads, span),
+                achieved_tokens=self._achieved_tokens(span),
+            )
+            for span in self.spans
+            if span.row == row
+        ]
+        return SampleReport(images, self.text[row])
+
+    def _notes_of(self, span: ImageSpan) -> list[str]:
+        last = self.pruners[-1]
+        evicted = eviction_notes(self._heads, span, last.name)
+        published = _published_notes(_counts(span, self.depth), last)
+        unmet = [pruner.unmet(span.image.total, int(span.kept_at(0).numel())) for pruner in self.pruners]
+        whole = [f"{KEPT_WHOLE}{reason}" for reason in unmet if reason]
+        return [*span.notes, *whole, *evicted, *published, *self._end_notes(span)]
+
+    def _end_notes(self, span: ImageSpan) -> list[str]:
+        """That an answer starts from a token before the prompt's end, where that end is an image whose last token was
+        dropped."""
+        left = span.history[-1][1] if span.history else span.kept
+        ends = not span.text_after and [one for one in self.spans if one.key == span.key][-1] is span
+        if not ends or not left.numel() or int(left[-1]) == span.image.total - 1:
+            return []
+        return [
+            "the prompt ends with this image, and its last token was dropped: the answer starts from token "
+            f"{int(left[-1])}, the last one kept"
+        ]
+
+    def _flops(self) -> tuple[FlopsBreakdown, FlopsBreakdown]:
+        """FLOPs of this turn's prefill, pruned and unpruned: the sum over conversations, each for itself."""
+        pruned, full = [], []
+        held = self._history[0] if self._history else Held()
+        encoded: set[int] = set()
+        for key in self._keys():
+            spans = self._new(key)
+            # Rows of one sample under beams share its images: the tower ran on each of them once.
+            fresh = [span for span in spans if id(span.image) not in encoded]
+            encoded.update(id(span.image) for span in spans)
+            grids = [span.image.grid for span in fresh]
+            text, whole = self._text_of(key), sum(span.image.total for span in spans)
+            words, own, past = self._text_per_layer(key), self._own(key, held), self._past(key, held)
+            alone = flops(
+                self.config,
+                own,
+                text_tokens=words,
+                images=grids,
+                encoder_tokens_per_layer=_segments(fresh),
+                encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
+                projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
+                scoring=sum(self._scoring(spans, place) for place in range(len(spans)))
+                + self._probes(key, past)
+                + sum(pruner.row_flops(own[0] + text, self.facts) for pruner in self.pruners),
+            )
+            unpruned = flops(self.config, whole, text_tokens=text, images=grids)
+            if any(past):
+                before = held.whole[key[0]] - whole - text
+                alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
+                unpruned = self._attend(unpruned, [whole + text] * self.depth, [before] * self.depth)
+            pruned.append(alone)
+            full.append(unpruned)
+        return _sum(pruned), _sum(full)
+
+    def _keys(self) -> list[tuple[int, int]]:
+        """Row and number of every conversation of this turn."""
+        return [(row, talk) for row, texts in enumerate(self.texts) for talk in range(len(texts))]
+
+    def _new(self, key: tuple[int, int]) -> list[ImageSpan]:
+        """The images that this turn brought to a conversation."""
+        return [span for span in self.spans[self.earlier :] if span.key == key]
+
+    def _text_of(self, key: tuple[int, int]) -> int:
+        return self.texts[key[0]][key[1]]
+
+    def _own(self, key: tuple[int, int], held: Held) -> list[int]:
+        """Vision tokens of a conversation that each layer computed in the prefill."""
+        row = key[0]
+        tokens = [sum(int(span.kept_at(layer).numel()) for span in self._new(key)) for layer in range(self.depth)]
+        return [tokens[layer] + (held.returned[layer][row] if held.returned else 0) for layer in range(self.depth)]
+
+    def _past(self, key: tuple[int, int], held: Held) -> list[int]:
+        """Entries that each layer's cache held of a row before this turn."""
+        if not held.entries or not self.offset:
+            return [0] * self.depth
+        own = zip(self._own(key, held), self._text_per_layer(key), strict=True)
+        return [layer[key[0]] - v - t for layer, (v, t) in zip(held.entries, own, strict=True)]
+
+    def _text_per_layer(self, key: tuple[int, int]) -> list[int]:
+        """Text tokens of a conversation that each layer computed in the prefill."""
+        whole, routed = self._text_of(key), self.routed_text
+        return [int(routed[layer][key]) if layer in routed else whole for layer in range(self.depth)]
+
+    def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
+        """Adds the attention of this turn's tokens to what the cache held before."""
+        text = self.config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        pairs = sum(q * p for q, p in zip(queries, past, strict=True))
+        return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
+
+    def _probed(self, index: int, key: tuple[int, int]) -> int:
+        """Tokens of a conversation that a pruner's probe saw, 0 if it made none."""
+        seen = [span.probed.get(index, 0) for span in self._new(key)]
+        return self._text_of(key) + sum(seen) if any(seen) else 0
+
+    def _probes(self, key: tuple[int, int], past: list[int]) -> int:
+        """FLOPs of the layers that were run to select by, beside those of the pass that counts."""
+        decoder, total = model_cost(self.config).decoder, 0
+        for index, pruner in enumerate(self.pruners):
+            layer, tokens = pruner.probe_layer(self.depth), self._probed(index, key)
+            if layer is not None and tokens:
+                total += 2 * decoder.probe_macs(layer, tokens, past)
+        return total
+
+    def _pairs(self, key: tuple[int, int]) -> tuple[int, ...]:
+        """Queries times keys of this turn's attention in each decoder layer, padding left out; () without a cache."""
+        if not self._history:
+            return ()
+        own = [tokens + self._text_of(key) for tokens in self._own(key, Held())]
+        keys = [layer[key[0]] for layer in self._history[0].entries] if self.offset else own
+        return tuple(n * k for n, k in zip(own, keys, strict=True))
+
+    def _scoring(self, spans: list[ImageSpan], place: int) -> int:
+        """What all methods add for one of the images of a conversation."""
+        span, key = spans[place], spans[place].key
+        words = self._text_of(key)
+        config, text = self.config.vision_config, self.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        blocks = model_cost(self.config).vision.blocks
+        patches = span.image.total * self.facts.group
+        alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
+        total = 0
+        for index, pruner in enumerate(self.pruners):
+            if not pruner.drops(span.image.total, self.depth):
+                continue
+            asked = span.asked.get(index, [])
+            known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
+            work = ScoringWork(
+                patches=patches,
+                tokens=span.image.total,
+                kept=int(span.kept_at(0).numel()),
+                encoder_width=blocks.width,
+                encoder_heads=heads,
+                decoder_width=text.hidden_size,
+                decoder_heads=text.num_attention_heads,
+                prompt=words + sum(one.image.total for one in self.spans if one.key == key),
+                text=words,
+                text_after=span.text_after,
+                decoder_kv_width=model_cost(self.config).decoder.kv_width,
+                decoder_pairs=self._pairs(key),
+                images=sum(pruner.drops(one.image.total, self.depth) for one in spans),
+                depth=self.depth,
+                encoder_patches=tuple(alive),
+                encoder_layers=span.image.scored,
+                decoder_layers=tuple(asked),
+                decoder_tokens=tuple(words + sum(one.kept_at(n).numel() for one in spans) for n in asked),
+                first_asked=tuple(layer not in known for layer in asked),
+                has_cls=self.facts.has_cls,
+                image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in asked),
+                memory=span.memories.get(index, {}),
+                probed=self._probed(index, key),
+            )
+            total += pruner.scoring_flops(work)
+        return total
+
+
+def _asked(pruner: Pruner) -> int | float | None:
+    """The share or count that was asked for, None where something else decides."""
+    return None if pruner.thresholds_decide else pruner.asked_keep
+
+
+def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:
+    names = [f.name for f in fields(FlopsBreakdown)]
+    return FlopsBreakdown(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+
+def _segments(spans: list[ImageSpan]) -> list[list[list[int]]] | None:
+    """Attention segments by image and encoder layer, or None where no pruner acts in the encoder."""
+    return [span.image.segments for span in spans] if any(span.image.segments for span in spans) else None
+
+
+def _mlp_tokens(spans: list[ImageSpan]) -> list[tuple[int, ...]] | None:
+    return [span.image.mlp for span in spans] if any(span.image.segments for span in spans) else None
+
+
+def _merged(span: ImageSpan) -> list[MergeReport]:
+    inside = [(span.image.merged_at, merge, "encoder") for merge in span.image.merges()]
+    later = [(layer, merge, "decoder") for layer, merge in span.merges]
+    return [
+        MergeReport(merge.into, list(merge.members), list(merge.weights), layer, stage)
+        for layer, merge, stage in inside + later
+    ]
+
+
+def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
+    """Where a pruner acts on this model, in words; asked: the decoder layers after which it was, if any."""
+    layers = asked or pruner.decoder_layers(facts.decoder_depth)
+    places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
+    probed, evicted = pruner.probe_layer(facts.decoder_depth), pruner.evict_layers(facts.decoder_depth)
+    if pruner.selects:
+        places.append("before decoder" if probed is None else f"before decoder, by decoder layer {probed}")
+    routed = pruner.routed_layers(facts.decoder_depth)
+    places += [f"in decoder layers {', '.join(map(str, routed))}, routed"] if routed else []
+    places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
+    places += [f"cache{'s' * (len(evicted) > 1)} of layers {', '.join(map(str, evicted))}"] if evicted else []
+    return "; ".join(places) or "nowhere"
+
+
+def _counts(span: ImageSpan, depth: int) -> list[int]:
+    """Tokens of an image that each decoder layer processes."""
+    return [int(span.kept_at(layer).numel()) for layer in range(depth)]
+
+
+def _published_notes(counts: list[int], last: Pruner) -> list[str]:
+    """Both counts of what an image kept, where the last pruner's paper counts otherwise."""
+    published, achieved = last.published_count(counts), last.achieved(counts)
+    if published is None or published == achieved:
+        return []
+    return [f"{last.name}: {published:.1f} tokens as its paper counts, {achieved:.1f} processed"]

@@ -1,0 +1,145 @@
+"""What the cache held after each forward, noted while a generation runs and counted when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.cache.layer import PrunedLayer
+from vtprune.cache.waiting import Step, VisionLog
+from vtprune.decoder.prompt import ImageSpan
+from vtprune.hooks.state import ROWS
+from vtprune.report.report import ImageStep
+
+
+def origins(layers: Sequence[PrunedLayer]) -> Tensor | None:
+    """(B, 1) the row of the prompt that each row of the cache was, None where they stand as they came in."""
+    return layers[0].aux.get(ROWS)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A `CacheNote`, counted.
+
+    entries[layer][row] in the cache; whole[row]: of any layer, had nothing been dropped; returned[layer][row]: the
+    vision tokens of earlier forwards that this one computed (none: empty); allocated, waiting: bytes.
+    """
+
+    entries: list[list[int]] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)
+    returned: list[list[int]] = field(default_factory=list)
+    allocated: int = 0
+    waiting: int = 0
+
+    @property
+    def unpruned(self) -> list[list[int]]:
+        """[layer][row] entries, had nothing been dropped."""
+        return [self.whole for _ in self.entries]
+
+    def with_returned(self, tokens: list[list[int]]) -> list[list[int]]:
+        """[layer][row] of tokens, those that returned included."""
+        if not self.returned:
+            return tokens
+        return [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(tokens, self.returned, strict=True)]
+
+
+@dataclass(frozen=True)
+class CacheNote:
+    """The cache after one forward.
+
+    rows: their `origins`; entries: of each layer, for every row (B,) or one int for all, padding left out; layers that
+    hold the same places share one tensor; whole: the same, had nothing been dropped. allocated: bytes of the cache's
+    tensors, padding included; waiting: of those beside it. step: which tokens returned, where any may.
+    """
+
+    rows: Tensor | None
+    entries: tuple[Tensor | int, ...]
+    whole: Tensor | int
+    allocated: int
+    waiting: int
+    step: Step | None
+
+    @classmethod
+    def of(cls, layers: Sequence[PrunedLayer], mask: Tensor | None) -> CacheNote:
+        """Notes what the layers hold; `mask`: (B, length) with 0 where a token is padding, or None. Waits for no
+        device."""
+        known: dict[tuple[int, int], Tensor | int] = {}
+        for layer in layers:
+            key = id(layer.slots), layer.length
+            if key not in known:
+                known[key] = _entries(layer, mask)
+        entries = tuple(known[id(layer.slots), layer.length] for layer in layers)
+        whole = layers[0].length if mask is None else mask[:, : layers[0].length].sum(dim=1)
+        steps = layers[0].log.steps if layers[0].log is not None else ()
+        waiting = sum(layer.waiting.bytes for layer in layers if layer.waiting is not None)
+        return cls(origins(layers), entries, whole, sum(map(_bytes, layers)), waiting, steps[-1] if steps else None)
+
+    def held(self, rows: Sequence[int]) -> Held:
+        """What these rows of the cache hold."""
+        known: dict[int, list[int]] = {}
+        for entries in (*self.entries, self.whole):
+            if id(entries) not in known:
+                known[id(entries)] = _counts(entries, rows)
+        returned = [] if self.step is None else _returned(self.step, rows, len(self.entries))
+        entries_now = [list(known[id(entries)]) for entries in self.entries]
+        return Held(entries_now, known[id(self.whole)], returned, self.allocated, self.waiting)
+
+
+def image_steps(log: VisionLog | None, span: ImageSpan, depth: int) -> list[ImageStep]:
+    """What the forwards after the one that brought an image made of its tokens, where these may return."""
+    if log is None:
+        return []
+    entered = span.kept_at(0)
+    own = (span.offset + span.places[entered]).to(log.places.device)
+    row, column = (log.places[span.row] == own[:, None]).nonzero(as_tuple=True)
+    tokens = entered.to(row.device)[row].tolist()
+    return [
+        _image_step(tokens, step.until[span.row, column].tolist(), step.first[span.row, column].tolist(), depth)
+        for step in log.steps
+        if step.since > span.offset and tokens
+    ]
+
+
+def _image_step(tokens: list[int], until: list[int], first: list[int], depth: int) -> ImageStep:
+    attended: list[list[int]] = []
+    computed: list[list[int]] = []
+    changes = {0, *until, *first}
+    for layer in range(depth):
+        if layer in changes:
+            still = [(token, since) for token, end, since in zip(tokens, until, first, strict=True) if layer < end]
+            alive, new = [token for token, _ in still], [token for token, since in still if since <= layer]
+        # Layers that do the same share a list.
+        attended.append(alive)
+        computed.append(new)
+    return ImageStep(attended, computed)
+
+
+def _counts(entries: Tensor | int, rows: Sequence[int]) -> list[int]:
+    if isinstance(entries, int):
+        return [entries for _ in rows]
+    counts = entries.tolist()
+    return [counts[row] for row in rows]
+
+
+def _returned(step: Step, rows: Sequence[int], depth: int) -> list[list[int]]:
+    """Tokens [layer][row] that a forward computed again."""
+    until, first = step.until[list(rows)], step.first[list(rows)]
+    layers = torch.arange(depth, device=until.device)[:, None, None]
+    return ((first <= layers) & (layers < until)).sum(dim=2).tolist()
+
+
+def _entries(layer: PrunedLayer, mask: Tensor | None) -> Tensor | int:
+    slots = layer.slots
+    if slots is None:
+        return layer.length if mask is None else mask[:, : layer.length].sum(dim=1)
+    if mask is None:
+        return (slots >= 0).sum(dim=1) if layer.ragged else slots.shape[1]
+    real = mask.to(slots.device).bool().gather(1, slots.clamp(0, mask.shape[1] - 1))
+    return (real & (slots >= 0)).sum(dim=1)
+
+
+def _bytes(layer: PrunedLayer) -> int:
+    return sum(part.numel() * part.element_size() for part in (layer.keys, layer.values) if part is not None)

@@ -1,0 +1,89 @@
+"""Attention rows from the queries and keys of one layer, never a materialised N x N map per head."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Switches autocast off: scores are fp32 products, whatever the model runs in."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def at_least_single(states: Tensor) -> Tensor:
+    """The states in fp32, or in fp64 if that is what they are: what is summed up and goes on keeps its precision."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
+    """Softmaxed attention of a few queries over all keys, in fp32.
+
+    query: (..., H, Q, d), key: (..., H, N, d), valid: (..., N) bool, False where a key is padding.
+    Returns (..., H, Q, N).
+    """
+    logits = torch.matmul(query.float() * scale, key.float().transpose(-1, -2))
+    if valid is not None:
+        logits = logits.masked_fill(~valid[..., None, None, :], float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True) -> Tensor:
+    """Mean over heads and queries of the attention that each key receives, accumulated in chunks of queries.
+
+    query, key: (H, N, d). `skip` leading tokens (CLS) are left out of queries and of the answer, but stay in
+    the softmax. Returns (N - skip,) in fp32.
+    """
+    return _accumulate(query, key, scale, skip, softmax)[0]
+
+
+def attention_received_and_given(
+    query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Both means of `attention_received` and of what each query gives, in one pass, each (N - skip,)."""
+    return _accumulate(query, key, scale, skip, softmax)
+
+
+def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:
+    heads, tokens, _ = key.shape
+    rows = max(1, CHUNK_BYTES // (4 * heads * tokens))
+    turned = key.float().transpose(-1, -2)
+    received = turned.new_zeros(tokens - skip)
+    given = []
+    for chunk in query[:, skip:].split(rows, dim=1):
+        weights = torch.matmul(chunk.float() * scale, turned)
+        weights = weights.softmax(dim=-1) if softmax else weights
+        weights = weights[..., skip:]
+        received += reduce(weights, "h q n -> n", "sum")
+        given.append(reduce(weights, "h q n -> q", "mean"))
+    return received / (heads * (tokens - skip)), torch.cat(given)
+
+
+def attention_sums(query: Tensor, key: Tensor, asked: Tensor, places: Tensor, scale: float) -> Tensor:
+    """The attention that each key gets from all queries up to which it is visible, in fp32, accumulated in chunks of
+    queries.
+
+    query: (H, Q, d), of the tokens at the places `asked` (Q,); key: (Hkv, N, d), at `places` (N,), each shared by
+    H / Hkv heads. Returns (H, N).
+    """
+    group = query.shape[0] // key.shape[0]
+    turned = key.float().transpose(-1, -2)
+    sums = torch.zeros(query.shape[0], key.shape[1], device=key.device)
+    rows = max(1, CHUNK_BYTES // (4 * query.shape[0] * key.shape[1]))
+    for some, when in zip(query.split(rows, dim=1), asked.split(rows), strict=True):
+        some = rearrange(some.float() * scale, "(k g) q d -> k (g q) d", g=group)
+        logits = rearrange(torch.matmul(some, turned), "k (g q) n -> (k g) q n", g=group)
+        sums += logits.masked_fill(places > when[:, None], float("-inf")).softmax(dim=-1).sum(dim=1)
+    return sums
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(..., N, H * d) to (..., H, N, d)."""
+    return rearrange(states, "... n (h d) -> ... h n d", h=heads)
