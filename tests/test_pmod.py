@@ -20,7 +20,7 @@ from tests.oracle import STEPS, TOLERANCE, compare, image_features, next_tokens,
 from vtprune.method import schedules
 from vtprune.method.choosing import best_of_each
 from vtprune.method.facts import ModelFacts
-from vtprune.routing import PMoD
+from vtprune.pruners import PMoD
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 SETTINGS = [PMoD(), PMoD(keep=0.7, norm="sigmoid", scale=1.0), PMoD(keep=9), PMoD(variant="paper")]

@@ -97,7 +97,7 @@ def test_modules_are_found_by_their_names_without_an_import_of_their_own() -> No
 def test_methods_are_registered_whatever_is_imported_first() -> None:
     mine = "vtprune.register('fastv')(type('Mine', (vtprune.Pruner,), {}))"
     for line in (
-        "from vtprune.routing import PMoD",
+        "from vtprune.pruners import PMoD",
         f"try:\n    {mine}\nexcept vtprune.VTPruneError as error:\n    assert 'vtprune.pruners.fastv' in str(error)",
     ):
         done = run(f"import vtprune\n{line}\nfrom vtprune.method.registry import available\nprint(*available())")

@@ -14,7 +14,7 @@ from tests.oracle import run_wrapped
 from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, label
 from tests.test_pmod import trained
 from vtprune.method.pruner import Pruner
-from vtprune.routing import PMoD
+from vtprune.pruners import PMoD
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 
