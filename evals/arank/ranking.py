@@ -36,7 +36,7 @@ from vtprune.loading.prompts import (
     question,
 )
 from vtprune.method.texts import show
-from vtprune.routing import GammaMoD
+from vtprune.pruners import GammaMoD
 
 FORMAT = "vtprune-arank"
 DEFAULT_QUESTION = "Describe the image."
