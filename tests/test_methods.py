@@ -124,6 +124,7 @@ def test_scoring_flops_are_whole_numbers(pruner, has_cls):
     work = Work(
         patches=576,
         tokens=576,
+        shown=576,
         kept=64,
         encoder_width=1024,
         encoder_heads=16,
@@ -149,7 +150,7 @@ def test_scoring_flops_are_whole_numbers(pruner, has_cls):
 def test_none_keeps_all():
     pruner = NoPruning(keep=3)
     assert pruner.budget(100) == 100
-    assert not pruner.selects
+    assert pruner.info.stage == "none"
     assert asked(pruner) == 3
     assert asked(NoPruning()) == 1.0
 

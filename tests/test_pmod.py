@@ -20,6 +20,7 @@ from tests.oracle import STEPS, TOLERANCE, compare, image_features, next_tokens,
 from tests.pruners import at_depth
 from vtprune.method import schedules
 from vtprune.method.choosing import best_of_each
+from vtprune.method.config import from_dict, to_dict
 from vtprune.method.facts import ModelFacts
 from vtprune.pruners import PMoD
 
@@ -358,5 +359,5 @@ def test_gates_that_are_not_numbers_are_refused(kind: str) -> None:
 
 def test_settings_survive_a_config() -> None:
     method = PMoD(norm="sigmoid", scale=1.0, decay="linear", variant="paper")
-    assert vtprune.config.from_dict(vtprune.config.to_dict(method)) == method
+    assert from_dict(to_dict(method)) == method
     assert dataclasses.replace(method, decay="cosine") != method

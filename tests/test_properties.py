@@ -15,7 +15,7 @@ from tests.models import MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, at_depth, label
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import BeforeDecoder, drop_layers, encoder_layers, evict_layers, routed_layers
+from vtprune.method.stages import BeforeDecoder, Trained, drop_layers, encoder_layers, evict_layers, routed_layers
 from vtprune.method.views import (
     CachedRow,
     DecoderLayer,
@@ -190,11 +190,11 @@ def test_a_saved_config_prunes_the_same(kind: str, pruner: Pruner, tmp_path: Pat
     vtprune.save_config(pruner, tmp_path)
     with vtprune.wrapped(model, pruner):
         vtprune.save_config(model, tmp_path / "of the model")
-        if pruner.brings_weights():
+        if isinstance(pruner, Trained):
             vtprune.save(model, tmp_path / "whole")
     assert vtprune.load_config(tmp_path / "of the model") == vtprune.load_config(tmp_path) == pruner
     folder = tmp_path
-    if pruner.brings_weights():
+    if isinstance(pruner, Trained):
         # A folder without the weights is refused; one that `save` wrote has both.
         with pytest.raises(vtprune.VTPruneError, match="no vtprune_weights"):
             vtprune.wrap(model, str(tmp_path))

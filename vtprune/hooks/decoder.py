@@ -314,7 +314,7 @@ class DecoderHooks:
             grid=image.grid,
             indices=span.kept,
             total=image.total,
-            budget=span.kept.numel() if budget is None else budget,
+            budget=pruner.budget(image.total) if budget is None else budget,
             signals=left_signals(image.signals, image, span),
             pixels=image.pixels,
             text=embeds[span.row, text],

@@ -107,7 +107,7 @@ class FoPru(BeforeDecoder):
         if self.strategy == "rank":
             return Selection(top(self.significance(stream), stream.budget))
         check_whole_grid("fopru with strategy 'row'", stream)
-        width, budget = stream.grid[-1], self.budget(stream.total)
+        width, budget = stream.grid[-1], stream.budget
         if budget < width:
             everything = torch.arange(stream.indices.numel(), device=stream.features.device)
             return Selection(everything, note=f"{KEPT_WHOLE}no row of {width} tokens fits a budget of {budget}")

@@ -210,7 +210,7 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         features, schedule = stream.features, self.schedule()
         importance = (stream.memory or self.remember(stream))[IMPORTANCE].to(features.device)
         tokens = importance.numel()
-        budget = min(tokens, self.counts(stream.total)[0])
+        budget = self.counts(stream.total)[0] if schedule.released else stream.budget
         if not self.recycle or budget >= tokens:
             return Selection(top(importance, budget))
         size = schedule.settings(schedule.target(stream.total)).cell
