@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+import vtprune
 from vtprune.errors import UnknownPrunerError, VTPruneError
 from vtprune.method import registry
 from vtprune.method.config import (
@@ -214,6 +215,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_fields_of_third_party_methods(tmp_path, monkeypatch):
+    vtprune.available()
     monkeypatch.setattr(registry, "_pruners", dict(registry._pruners))
 
     @registry.register("third_party", paper="")

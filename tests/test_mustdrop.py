@@ -266,7 +266,8 @@ def test_search_space_names_fields_and_fits_the_keep() -> None:
 @pytest.mark.parametrize(("has_cls", "group", "width"), [(True, 1, 1024), (False, 1, 1152), (False, 4, 1280)])
 def test_scoring_is_a_small_part_of_a_prefill(has_cls: bool, group: int, width: int) -> None:
     work = Work(
-        patches=576 * group, tokens=576, shown=576, kept=576, encoder_width=width, encoder_heads=16, decoder_width=4096,
+        patches=576 * group, tokens=576, shown=576, kept=576,
+        encoder_width=width, encoder_heads=16, decoder_width=4096,
         decoder_heads=32, prompt=640, text=64, encoder_patches=(576 * group + has_cls,) * 24, encoder_layers=(0,),
         decoder_layers=(2, 6, 10, 14), has_cls=has_cls, text_after=64,
     )  # fmt: skip

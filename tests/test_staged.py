@@ -283,7 +283,8 @@ def test_the_released_pyramid_renumbers_positions_in_every_layer() -> None:
 
 def test_only_the_layers_before_a_drop_are_scored() -> None:
     work = Work(
-        patches=576, tokens=576, shown=576, kept=576, encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
+        patches=576, tokens=576, shown=576, kept=576,
+        encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
         prompt=640, text=64, encoder_patches=(577,) * 24, encoder_layers=(), decoder_layers=(7, 15, 23),
         decoder_kv_width=1024, decoder_tokens=(640, 352, 208), first_asked=(True, True, False),
     )  # fmt: skip

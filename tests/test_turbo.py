@@ -222,7 +222,8 @@ def test_r_merges_as_many_in_each_layer(kind: str) -> None:
 
 def test_scoring_is_a_row_and_the_similarities_of_every_layer() -> None:
     work = Work(
-        patches=576, tokens=576, shown=576, kept=64, encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
+        patches=576, tokens=576, shown=576, kept=64,
+        encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
         prompt=600, text=24, encoder_patches=(577, 301), encoder_layers=(0, 1), decoder_layers=(), has_cls=True,
     )  # fmt: skip
     expected = sum(2 * n * 1024 + 2 * ((n - 1) // 2) ** 2 * 64 for n in (577, 301))

@@ -258,7 +258,8 @@ def test_the_search_space_is_the_authors_boxes_at_any_keep():
 @pytest.mark.parametrize("tokens", [576, 2880])
 def test_scoring_costs_under_two_percent_of_a_7b_prefill(tokens):
     work = Work(
-        patches=tokens, tokens=tokens, shown=tokens, kept=tokens // 4, prompt=tokens + 64, text=64, encoder_patches=(tokens,) * 24,
+        patches=tokens, tokens=tokens, shown=tokens, kept=tokens // 4,
+        prompt=tokens + 64, text=64, encoder_patches=(tokens,) * 24,
         encoder_layers=(), decoder_layers=(9, 20), has_cls=True, **SEVEN_B,
     )  # fmt: skip
     flops = VFlowOpt(threshold=0).flops(work)

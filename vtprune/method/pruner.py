@@ -148,8 +148,8 @@ class Pruner(ABC):
         for name, value in options.items():
             if not _is_plain(value):
                 raise VTPruneError(
-                    f"{self.name}: {name} cannot be written as JSON: a {type(value).__name__} in memory cannot be written "
-                    "to a config; pass the folder, name or number that stands for it"
+                    f"{self.name}: {name} cannot be written as JSON: a {type(value).__name__} in memory cannot be "
+                    "written to a config; pass the folder, name or number that stands for it"
                 )
         return {"method": self.name, **options}
 
