@@ -29,7 +29,7 @@ NEW_TOKENS = 6
 # The digits that answers.json has of numbers that are no integers.
 DIGITS = 6
 
-BENCH = ("--keep", "0.25", "--limit", "10", "--batch-size", "4", "--device", "cpu", "--output", "bench_run")
+BENCH = ("--keep", "0.25", "--limit", "4", "--batch-size", "1", "--device", "cpu", "--output", "bench_run")
 BENCH_FINISHED, BENCH_CUT = "grid", "visionzip:keep=64+fastv"
 TUNE = ("holov", "--keep", "15%", "--samples", "3", "--check-samples", "2", "--device", "cpu", "--output", "tune_run")
 TUNE_TRIALS = 3

@@ -57,9 +57,12 @@ SPREAD = 0.3
 # patches are then alike, so that no choice hangs on the last digit of a score.
 ROWS, NOISE = (3, 8), 12
 
-# `vtprune`, without the folder that it lies in here.
-COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'vtprune'; from runpy import run_module as run; "
-           "run('vtprune.cli', run_name='__main__')")  # fmt: skip
+# `python -m vtprune.cli` by the name of the installed command, which is what its files then say.
+COMMAND = (
+    sys.executable,
+    "-c",
+    "import sys, runpy; sys.argv[0] = 'vtprune'; runpy.run_module('vtprune.cli', run_name='__main__')",
+)
 
 
 def write_pictures() -> None:
@@ -126,8 +129,13 @@ def write_bench() -> None:
         while not any(path.stat().st_size for path in output.glob(".answers-*")) and running.poll() is None:
             time.sleep(0.001)
         running.send_signal(signal.SIGINT)
-        assert running.wait() == 130, "it ended before it could be interrupted; try again"
-        assert len(json.loads((output / "results.json").read_text())["settings"]) == 2
+        status = running.wait()
+        (journal,) = output.glob(".answers-*")
+        results = json.loads((output / "results.json").read_text())
+        answered = len(journal.read_text().splitlines())
+        assert status == 130, "it ended before it could be interrupted; try again"
+        assert answered < len(results["questions"]), "it was interrupted too late; try again"
+        assert len(results["settings"]) == 2
         keep(output, BENCH_RUN)
 
 
