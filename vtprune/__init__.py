@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UntrainedWarning,
         VTPruneError,
     )
+    from vtprune.loading.pictures import open_picture
     from vtprune.method.answers import EncoderSelection, Eviction, Merge, Routes, Selection
     from vtprune.method.catalogue import PrunerInfo
     from vtprune.method.config import load_config
@@ -148,6 +149,7 @@ __all__ = [
     "load_config",
     "load_weights",
     "mark_answers",
+    "open_picture",
     "register",
     "report",
     "save",
@@ -214,6 +216,7 @@ export(
             "Trained",
         ),
         "vtprune.report": ("Report",),
+        "vtprune.loading.pictures": ("open_picture",),
         "vtprune.method.answers": ("EncoderSelection", "Eviction", "Merge", "Routes", "Selection"),
         "vtprune.method.views": ("CachedRow", "DecoderLayer", "EncoderLayer", "RoutedTokens", "VisionStream"),
         "vtprune.version": ("__version__",),
