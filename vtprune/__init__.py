@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vtprune.method.pruner import Pruner
     from vtprune.method.registry import available, register
     from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
+    from vtprune.provenance import __version__
     from vtprune.pruners import (
         D2O,
         CDPruner,
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
         VisionZip,
     )
     from vtprune.report.report import Report
-    from vtprune.version import __version__
     from vtprune.wrap import (
         auxiliary_loss,
         load_weights,
@@ -168,10 +168,10 @@ export(
             "VisionZip",
         ),
         "vtprune.method.registry": ("available", "register"),
-        "vtprune.report": ("Report",),
+        "vtprune.report.report": ("Report",),
         "vtprune.method.answers": ("Merge", "Selection"),
         "vtprune.method.views": ("DecoderLayer", "EncoderLayer", "VisionStream"),
-        "vtprune.version": ("__version__",),
+        "vtprune.provenance": ("__version__",),
         "vtprune.wrap": (
             "auxiliary_loss",
             "load_weights",

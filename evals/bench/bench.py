@@ -10,34 +10,21 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.progress import Estimate, Steps
-from vtprune.evals.bench.results import (
-    FILE,
-    PLOT,
-    TABLE,
-    Results,
-    code_fingerprint,
-    machine,
-    model_fingerprint,
-    versions,
-)
-from vtprune.evals.bench.settings import Setting, build_settings
-from vtprune.evals.bench.suite import (
-    BUNDLED_TASK,
-    data_fingerprint,
-    open_suite,
-    prepare_environment,
-)
+from vtprune.console.progress import Estimate, Steps
+from vtprune.errors import InputError
+from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
+from vtprune.evals.bench.suite import BUNDLED_TASK, data_fingerprint, open_suite
 from vtprune.evals.bench.tables import main_scores, show_score
-from vtprune.evals.bench.untrained import quiet_untrained
+from vtprune.evals.settings import Setting, build_settings
+from vtprune.evals.untrained import quiet_untrained
 from vtprune.files import held, write_bytes, write_text
+from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local
 from vtprune.method.texts import show_keep
+from vtprune.provenance import code_fingerprint, machine, model_fingerprint, versions
 
 # Enough for a standard error of at most 2.3 points, whatever the accuracy.
 DEFAULT_LIMIT = 500
-CPU_BATCH = 16
 # What runs where neither methods nor everything are asked for: the baselines that show what dull pruning does, and one
 # or two methods of each place to prune in (before the decoder, in the encoder, in the decoder, in the cache).
 SHORT_METHODS = ("random", "grid", "divprune", "flowcut", "visionzip", "fastv", "pyramid_drop", "d2o")
@@ -129,7 +116,7 @@ def _run(
 ) -> None:
     from vtprune.evals.bench.sweep import Sweep, check_settings
     from vtprune.evals.lmms.model import VTPrune
-    from vtprune.loading.model import load_model
+    from vtprune.loading.model import default_batch, load_model
 
     model, processor = load_model(
         pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
@@ -176,11 +163,6 @@ def _name(setting: Setting) -> str:
 def _summary(record: dict[str, Any]) -> str:
     scores = ", ".join(f"{score['metric']} {show_score(score)}" for score in main_scores(record))
     return f"{scores}, {record['tokens']['kept']:.1f} of {record['tokens']['before']:.1f} tokens"
-
-
-def default_batch(model: Any) -> int:
-    """Rows together where answers do not depend on what else is in the batch (float32 on a CPU), else one."""
-    return CPU_BATCH if model.device.type == "cpu" and str(model.dtype) == "torch.float32" else 1
 
 
 def _write_outputs(config: BenchConfig, results: Results, console: Console) -> None:

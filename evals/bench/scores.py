@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from vtprune.evals.bench.failures import RunError
+from vtprune.errors import RunError
 
 
 @dataclass(frozen=True)

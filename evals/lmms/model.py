@@ -16,15 +16,15 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 
 import vtprune
-from vtprune.evals.bench.failures import InputError, SampleError, first_line
-from vtprune.evals.bench.journal import Journal, request_key
-from vtprune.evals.bench.settings import UNPRUNED, holds_method
-from vtprune.evals.bench.untrained import told_untrained
+from vtprune.errors import InputError, SampleError, first_line
 from vtprune.evals.lmms.efficiency import RowCost
 from vtprune.evals.lmms.gen_kwargs import read_generation
 from vtprune.evals.lmms.generation import Answer, answer_batch
 from vtprune.evals.lmms.instructions import Instructions, with_instruction
+from vtprune.evals.lmms.journal import Journal, request_key
 from vtprune.evals.lmms.model_args import parse_model_args
+from vtprune.evals.settings import UNPRUNED, holds_method
+from vtprune.evals.untrained import told_untrained
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture, open_pictures_in, whole_images
 from vtprune.loading.prompts import (

@@ -24,7 +24,7 @@ import vtprune
 from vtprune.console.output import one_line_errors
 from vtprune.cost.formulas import flops
 from vtprune.cost.sizes import model_cost
-from vtprune.evals.bench.settings import build_settings
+from vtprune.evals.settings import build_settings
 from vtprune.evals.speed.overhead import (
     SIZES,
     Pairs,

@@ -21,13 +21,12 @@ from vtprune.evals.tiny_models.vision import VisionTargets
 from vtprune.shapes.questions import (
     CATEGORIES,
     QA,
-    ask,
+    draw_questions,
     quadrant,
 )
 from vtprune.shapes.scene import Scene, make_scene, scene_rng
 
 TEXT_TOKENS = 136
-CATEGORY_SHARES = {"existence": 0.05, "counting": 0.2, "attribute": 0.08, "position": 0.42, "reading": 0.25}
 # Most rows show each question the image alone, as a single-turn prompt does. In the others the
 # questions follow one another as turns of a conversation.
 CONVERSATION_CHANCE = 0.15
@@ -71,17 +70,6 @@ class Encoder:
         if text not in self.cache:
             self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self.cache[text]
-
-
-def draw_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[QA]:
-    """Distinct questions about one scene, at most `count`."""
-    names, shares = list(CATEGORY_SHARES), list(CATEGORY_SHARES.values())
-    found: dict[str, QA] = {}
-    for pick in rng.choice(len(names), size=2 * count, p=shares):
-        qa = ask(scene, rng, names[pick])
-        if qa is not None:
-            found.setdefault(qa.question, qa)
-    return list(found.values())[:count]
 
 
 def draw_captions(scene: Scene, rng: np.random.Generator, count: int) -> list[QA]:

@@ -16,7 +16,6 @@ from transformers import LlavaProcessor
 from vtprune.errors import VTPruneError
 from vtprune.evals.tiny_models.architecture import IMAGE_TOKENS, build_model
 from vtprune.evals.tiny_models.language import (
-    CATEGORY_SHARES,
     Encoder,
     TextBatch,
     answer_logits,
@@ -43,6 +42,7 @@ from vtprune.evals.tiny_models.vision import (
     vision_targets,
 )
 from vtprune.files import write_folder
+from vtprune.shapes.questions import CATEGORY_SHARES
 from vtprune.shapes.scene import Scene
 
 VAL_SCENES, VAL_BATCH = 256, 32

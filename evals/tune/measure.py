@@ -12,10 +12,9 @@ from torch import Tensor
 
 import vtprune
 from vtprune.adapters import adapter_for
-from vtprune.errors import VTPruneError
-from vtprune.evals.bench.failures import InputError, first_line
+from vtprune.errors import InputError, VTPruneError, first_line
 from vtprune.evals.lmms.efficiency import row_costs
-from vtprune.evals.tune.data import Sample
+from vtprune.evals.samples import Sample
 from vtprune.loading.prompts import (
     check_text,
     encode,

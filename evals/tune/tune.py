@@ -15,27 +15,25 @@ from torch import Tensor
 
 from vtprune.adapters import adapter_for
 from vtprune.assets import TINY_LLAVA
-from vtprune.evals.bench.bench import default_batch
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.progress import Steps
-from vtprune.evals.bench.results import machine, model_fingerprint, versions
-from vtprune.evals.bench.suite import prepare_environment
+from vtprune.console.progress import Steps
+from vtprune.errors import InputError
+from vtprune.evals.samples import Calibration, Wanted, gather
 from vtprune.evals.tune.budget import FlopsBudget, TokenBudget
-from vtprune.evals.tune.data import Calibration, draw_shapes, read_folder
 from vtprune.evals.tune.measure import Meter
 from vtprune.evals.tune.output import write_outputs
 from vtprune.evals.tune.search import Tuner
 from vtprune.evals.tune.space import require_optuna, searched
 from vtprune.evals.tune.store import Search, search_fingerprint
 from vtprune.files import held
-from vtprune.loading.model import is_local, load_model, pick_device
+from vtprune.loading.environment import prepare_environment
+from vtprune.loading.model import default_batch, is_local, load_model, pick_device
 from vtprune.method.registry import available, create, read_options
 from vtprune.method.texts import parse_entry
+from vtprune.provenance import PACKAGES, machine, model_fingerprint, versions
 
 DEFAULT_SAMPLES = 30
 # Six times what is drawn at random; methods here have two to five hyper-parameters, and best-so-far is flat by then.
 DEFAULT_TRIALS = 60
-DEFAULT_QUESTION = "Describe the image."
 PROBES = 4
 
 
@@ -70,7 +68,12 @@ def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
     require_optuna()
     method, options = _method(config)
     pretrained = str(TINY_LLAVA) if config.model is None else config.model
-    calibration = _calibration(config, console)
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False)
+
+    wanted = Wanted(config.samples, config.check_samples, config.seed)
+    calibration = gather(wanted, data=config.data, question=config.question, model=config.model, tell=tell)
     with held(config.output):
         return _search(config, pretrained, calibration, method, options, console)
 
@@ -92,7 +95,7 @@ def _search(
         pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
     )
     adapter_for(model)
-    search.data.update(versions={**versions(), **_versions()}, machine=machine(model))
+    search.data.update(versions=versions((*PACKAGES, "optuna", "scipy")), machine=machine(model))
     batch = config.batch_size or default_batch(model)
     meters = {
         name: Meter(model, processor, samples, batch)
@@ -111,12 +114,6 @@ def _search(
         tuner.check()
     write_outputs(search, str(budget), console)
     return search.data
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("optuna", "scipy")}
 
 
 def _method(config: TuneConfig) -> tuple[str, dict[str, Any]]:
@@ -141,21 +138,6 @@ def _method(config: TuneConfig) -> tuple[str, dict[str, Any]]:
         fixed = " beside the options that are given" if pruner.search_space() else ""
         raise InputError(f"method: {method} has nothing to tune{fixed}; these have: {', '.join(others)}")
     return method, options
-
-
-def _calibration(config: TuneConfig, console: Console) -> Calibration:
-    if config.data is not None:
-
-        def tell(text: str) -> None:
-            console.print(text, highlight=False)
-
-        asked = DEFAULT_QUESTION if config.question is None else config.question
-        return read_folder(config.data, asked, config.samples, config.check_samples, config.seed, tell)
-    if config.question is not None:
-        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
-    if config.model is not None:
-        raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
-    return draw_shapes(config.samples, config.check_samples, config.seed)
 
 
 def _identity(config: TuneConfig, pretrained: str, calibration: Calibration) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def _split(text: str, name: str) -> list[str]:
 
 def _show_version(value: bool) -> None:
     if value:
-        from vtprune.version import __version__
+        from vtprune.provenance import __version__
 
         typer.echo(f"vtprune {__version__}")
         raise typer.Exit
@@ -148,7 +148,7 @@ def _what_to_run(
     tasks: str, methods: str | None, keep: str | None, everything: bool, limit: int | None, model: str | None
 ) -> dict[str, Any]:
     """The settings and questions that the options stand for, as fields of a BenchConfig."""
-    from vtprune.evals.bench import settings
+    from vtprune.evals import settings
     from vtprune.evals.bench.bench import DEFAULT_LIMIT, SHORT_KEEPS, SHORT_METHODS
     from vtprune.evals.bench.suite import BUNDLED_TASK
     from vtprune.method.texts import folder_text, parse_keep, split_entries
@@ -310,7 +310,7 @@ def tune(
     Then: vtprune bench --methods holov,my-tune --keep 15%, or vtprune.wrap(model, "my-tune").
     """
     with one_line_errors(traceback):
-        from vtprune.evals.bench.settings import parse_flops
+        from vtprune.evals.settings import parse_flops
         from vtprune.evals.tune.tune import TuneConfig, run_tune
         from vtprune.method.texts import parse_keep
 

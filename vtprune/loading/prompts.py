@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError
 
 Message = dict[str, Any]
 

@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 
 from vtprune.adapters import adapter_for, core_model
-from vtprune.errors import ScoreError, VTPruneError
-from vtprune.evals.bench.failures import RunError
+from vtprune.errors import RunError, ScoreError, VTPruneError
+from vtprune.files import refuse_changed
 from vtprune.hooks.weights import config_hash
 from vtprune.training import parameters
 from vtprune.training.config import TrainConfig
@@ -125,11 +125,15 @@ class Run:
         old = read_settings(self.config.output)
         if old is None:
             return False
-        check_same(old, self.settings, self.config)
+        self.check_same(old)
         self.progress = load_state(
             self.config.output, self.model, self.optimizer, self.device, self.accelerator.process_index
         )
         return True
+
+    def check_same(self, old: dict[str, Any]) -> None:
+        """Raises VTPruneError, naming what differs, where a run of other settings has left its own."""
+        refuse_changed(f"output: {self.config.output}", old, self.settings, hint="; give another folder")
 
     def run(self, display: Display) -> Progress:
         """Trains to the end."""
@@ -258,14 +262,3 @@ def _checkpoint_activations(model: Any) -> None:
     """Layers are computed again in the backward pass; transformers 5.24 has another name for it than 5.20."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def check_same(old: dict[str, Any], new: dict[str, Any], config: TrainConfig) -> None:
-    """Raises VTPruneError, naming what differs, where two runs have other settings."""
-    changed = [
-        f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if changed:
-        raise VTPruneError(f"output: {config.output} holds another run ({'; '.join(changed)}); give another folder")

@@ -14,10 +14,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from vtprune.adapters import core_model
-from vtprune.evals.bench.results import machine, versions
 from vtprune.files import write_bytes, write_folder, write_text
 from vtprune.hooks.weights import SUBMODULE
 from vtprune.json_files import read_json
+from vtprune.provenance import machine, versions
 from vtprune.training.config import TrainConfig
 from vtprune.training.plots import loss_png, routed_png
 from vtprune.training.state import FOLDER, Point, Progress

@@ -13,22 +13,21 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.errors import UntrainedWarning
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.results import model_fingerprint
-from vtprune.evals.bench.suite import prepare_environment
+from vtprune.errors import InputError, UntrainedWarning
 from vtprune.files import held, refuse_foreign
 from vtprune.hooks.weights import WEIGHTS_NAME
+from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
 from vtprune.loading.prompts import check_text
 from vtprune.method.config import CONFIG_NAME
 from vtprune.method.registry import read_options
 from vtprune.method.resolving import resolve
 from vtprune.method.texts import parse_entry, parse_options
+from vtprune.provenance import model_fingerprint
 from vtprune.training.config import TrainConfig
 from vtprune.training.data import TrainingData, hold_out, texts_of
 from vtprune.training.llava import LlavaData
-from vtprune.training.loop import Run, check_same
+from vtprune.training.loop import Run
 from vtprune.training.output import (
     ADAPTER,
     FINISHED,
@@ -118,7 +117,7 @@ def _train(
     run = Run(model, processor, data, config, validation, identity or {})
     with Display(console or Console(quiet=True), run.steps, shown=run.main) as display:
         if old is not None:
-            check_same(old["settings"], run.settings, config)
+            run.check_same(old["settings"])
             if old["state"] == FINISHED:
                 display.say(f"{config.output} holds this run, finished")
                 return Progress(old["steps"], old["samples"], old["answer_tokens"], old["seconds"], old["curve"])
