@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import TypedDict
 
+from vtprune.adapters import adapter_for
 from vtprune.assets import TINY_LLAVA
 from vtprune.console.figures import COLOURS, figure_png
 from vtprune.console.progress import Steps
@@ -102,7 +103,7 @@ def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Conso
     model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
     for sample in samples:
         check_text(processor, sample.question, f"data: {sample.name}")
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = len(list(adapter_for(model).decoder_layers))
     count = config.count
     if count is None and config.share is None:
         count = len(GammaMoD().routed_layers(depth))

@@ -107,7 +107,7 @@ def compare_answers(
         f"unpruned: {answers[0].text.strip()}\npruned: {answers[1].text.strip()}"
     )
     picture = compare(seen, report, title)
-    return Asked(answers[0], answers[1], report, times, picture)
+    return Asked(*answers, report=report, prefill=times, picture=picture)
 
 
 def table(asked: Asked, label: str) -> Table:
@@ -160,7 +160,13 @@ def run_ask(
     model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
     with quiet_untrained():
         asked = compare_answers(
-            model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens, label=_label(setting)
+            model,
+            processor,
+            image,
+            text,
+            pruner=setting.method_source,
+            max_new_tokens=max_new_tokens,
+            label=_label(setting),
         )
     console.print(table(asked, setting.label))
     if setting.untrained:

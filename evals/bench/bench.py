@@ -54,6 +54,11 @@ class BenchConfig:
     resume: bool = True
     lenient: bool = False
 
+    @property
+    def pretrained(self) -> str:
+        """The id or folder that the model is loaded from."""
+        return str(TINY_LLAVA) if self.model is None else self.model
+
 
 def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     """Runs the sweep, prints its tables, and returns the content of results.json.
@@ -65,18 +70,17 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit: at least one question, got {config.limit}")
     with held(config.output):
-        pretrained = str(TINY_LLAVA) if config.model is None else config.model
-        prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(pretrained))
+        prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(config.pretrained))
         _require_lmms_eval()
         from vtprune.evals.bench.suite import silence_loggers
 
         silence_loggers()
-        results = Results(config.output, _identity(config, pretrained), resume=config.resume)
+        results = Results(config.output, _identity(config), resume=config.resume)
         if results.moved is not None:
             why = "results of other code" if config.resume else "the earlier results"
             console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
         with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite, quiet_untrained():
-            _run(config, pretrained, suite, results, settings, console)
+            _run(config, suite, results, settings=settings, console=console)
         _write_outputs(config, results, console)
         return results.data
 
@@ -88,11 +92,11 @@ def _require_lmms_eval() -> None:
         raise InputError(f"lmms-eval cannot be imported ({error}); pip install 'vtprune[eval]'") from error
 
 
-def _identity(config: BenchConfig, pretrained: str) -> dict[str, Any]:
+def _identity(config: BenchConfig) -> dict[str, Any]:
     """What a number depends on beside its setting; a resumed run must agree in all of it."""
     return {
         "model": "bundled tiny-llava" if config.model is None else config.model,
-        "model_files": model_fingerprint(pretrained),
+        "model_files": model_fingerprint(config.pretrained),
         "tasks": list(config.tasks),
         "data": data_fingerprint(config.tasks),
         "limit": config.limit,
@@ -106,20 +110,13 @@ def _identity(config: BenchConfig, pretrained: str) -> dict[str, Any]:
     }
 
 
-def _run(
-    config: BenchConfig,
-    pretrained: str,
-    suite: Any,
-    results: Results,
-    settings: Sequence[Setting],
-    console: Console,
-) -> None:
+def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequence[Setting], console: Console) -> None:
     from vtprune.evals.bench.sweep import Sweep, check_settings
     from vtprune.evals.lmms.model import VTPrune
     from vtprune.loading.model import default_batch, load_model
 
     model, processor = load_model(
-        pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
+        config.pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
     )
     settings, left_out = check_settings(model, settings, lenient=config.lenient)
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
@@ -135,7 +132,7 @@ def _run(
     with Steps(console, "settings", len(settings), done, parts="answers") as steps:
         steps.say(_announcement(config, missing))
         estimate = Estimate(len(missing), steps.say)
-        sweep = Sweep(lm, suite, results, config.seed, steps.say)
+        sweep = Sweep(lm, suite, results, seed=config.seed, tell=steps.say)
 
         def answered(count: int) -> None:
             steps.part(count, len(lm.requests))

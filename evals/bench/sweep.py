@@ -63,7 +63,7 @@ class Sweep:
         shared = self.lm.model
         self.lm.model, _ = load_model(
             setting.own_model, device=str(shared.device), dtype=str(shared.dtype).removeprefix("torch."),
-            attn_implementation=shared.config.get_text_config()._attn_implementation,
+            attn_implementation=self.results.config["attn_implementation"],
         )  # fmt: skip
         try:
             yield

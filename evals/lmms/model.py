@@ -63,7 +63,7 @@ class VTPrune(lmms):
     """A vision-language model under one pruner.
 
     pretrained: a model id or folder (default: the bundled one; a folder with a method in it, as `vtprune train` leaves
-    it, runs under that method, and without it under method=none); method: what vtprune/texts.py reads, as
+    it, runs under that method, and without it under method=none); method: what vtprune/method/texts.py reads, as
     fastv:keep=0.5,layers=(2,5), or a folder with vtprune_config.json; keep and any further option: of that method;
     config: a folder, as `method`;
     positions: as `vtprune.wrap` takes them; batch_size: rows that are answered together; max_new_tokens: where a task
@@ -115,7 +115,7 @@ class VTPrune(lmms):
                 raise InputError(f"model: one that is handed in is as its owner made it; leave out {', '.join(idle)}")
             self.model, self.processor = model, processor
         else:
-            asked = _method(pretrained, method, config, keep, options)
+            asked = _method(pretrained, method, config=config, keep=keep, options=options)
             own = folder_of(asked)
             beside = own is not None and (own / "config.json").is_file()
             self.model, self.processor = load_model(
@@ -275,6 +275,7 @@ class VTPrune(lmms):
 def _method(
     pretrained: str | None,
     method: str | None,
+    *,
     config: str | None,
     keep: int | float | str | None,
     options: dict[str, Any],

@@ -248,7 +248,8 @@ def table(noise: Measurement, whole: Measurement, pruned: Measurement) -> Table:
     def add(name: str, pairs: Pairs) -> None:
         plain, wrapped = (f"{1e3 * statistics.median(values):.2f}" for values in (pairs.plain, pairs.wrapped))
         low, high = pairs.quartiles
-        shown.add_row(name, plain, wrapped, f"{pairs.ratio:.3f}", f"{low:.3f} to {high:.3f}")
+        ratios = f"{pairs.ratio:.3f}", f"{low:.3f} to {high:.3f}"
+        shown.add_row(name, plain, wrapped, *ratios)
 
     add("prefill, never wrapped", noise.prefill)
     add("prefill, keep=1.0", whole.prefill)

@@ -29,7 +29,9 @@ class Replay(Pruner):
     chosen: tuple[dict[int, Tensor], ...] = field(default=(), compare=False)
     after: tuple[int, ...] = ()
 
-    info: ClassVar[PrunerInfo] = PrunerInfo("replay", "decoder", "", "", "", "choices made beforehand")
+    info: ClassVar[PrunerInfo] = PrunerInfo(
+        "replay", "decoder", paper="", arxiv="", licence="", needs="choices made beforehand"
+    )
 
     def budget(self, tokens: int) -> int:
         """What the last drop leaves."""

@@ -149,8 +149,8 @@ def measure(
         for name, (run, _, _) in runs.items():
             taken[name].append(run())
     return [
-        Timing(name, _pairs(plain, taken[name], 0), _pairs(plain, taken[name], 1), prefill, decode)
-        for name, (_, prefill, decode) in runs.items()
+        Timing(name, *(_pairs(plain, taken[name], phase) for phase in (0, 1)), *promised)
+        for name, (_, *promised) in runs.items()
     ]
 
 
@@ -176,8 +176,8 @@ def table(timings: Sequence[Timing], tokens: int) -> Table:
     for phase in ("prefill", "decode"):
         for heading in (f"{phase} ms", "speed-up", "quartiles", "by FLOPs", "delivered"):
             shown.add_column(heading, justify="right", no_wrap=True)
-    unpruned = (f"{1e3 * statistics.median(pairs.plain):.1f}" for pairs, _ in timings[0].phases().values())
-    shown.add_row("unpruned", next(unpruned), "", "", "", "", next(unpruned), end_section=True)
+    prefill, decode = (f"{1e3 * statistics.median(pairs.plain):.1f}" for pairs, _ in timings[0].phases().values())
+    shown.add_row("unpruned", prefill, *[""] * 4, decode, end_section=True)
     for timing in timings:
         cells = []
         for pairs, promised in timing.phases().values():

@@ -52,8 +52,8 @@ class TextBatch:
 
     def to(self, device: torch.device) -> TextBatch:
         """The same on another device."""
-        ids, labels, turns = self.ids.to(device), self.labels.to(device), self.turns.to(device)
-        return TextBatch(ids, labels, turns, self.positions.to(device), self.mask.to(device), self.categories)
+        tensors = (self.ids, self.labels, self.turns, self.positions, self.mask)
+        return TextBatch(*(tensor.to(device) for tensor in tensors), categories=self.categories)
 
 
 class Encoder:
@@ -123,12 +123,10 @@ def _mask(turns: Tensor, conversation: Tensor) -> Tensor:
     return (seen & causal)[:, None]
 
 
-def text_batch(
-    encoder: Encoder, split: str, seed: int, indices: range, scenes: list[Scene], captions: int = 0
-) -> TextBatch:
-    """Questions for a batch of scenes, after so many captions of each."""
+def text_batch(encoder: Encoder, split: str, seed: int, scenes: dict[int, Scene], captions: int = 0) -> TextBatch:
+    """Questions for a batch of scenes by their indices, after so many captions of each."""
     rows, categories, conversation = [], [], []
-    for index, scene in zip(indices, scenes, strict=True):
+    for index, scene in scenes.items():
         rng = scene_rng(split, seed, index, stream=1)
         talk = split == "train" and rng.random() < CONVERSATION_CHANCE
         texts = draw_captions(scene, rng, captions) + draw_questions(scene, rng, 18)
@@ -139,13 +137,19 @@ def text_batch(
     ids, labels, turns, positions = torch.from_numpy(np.stack(rows, axis=1))
     turns = torch.where(turns < 0, TEXT_TOKENS, turns)  # padding: a block behind all questions
     prefix = torch.arange(PREFIX).expand(len(rows), PREFIX)
-    mask = _mask(turns, torch.tensor(conversation))
-    return TextBatch(ids, labels, turns, torch.cat([prefix, positions], 1), mask, categories)
+    return TextBatch(
+        ids=ids,
+        labels=labels,
+        turns=turns,
+        positions=torch.cat([prefix, positions], 1),
+        mask=_mask(turns, torch.tensor(conversation)),
+        categories=categories,
+    )
 
 
-def scenes_for(split: str, seed: int, indices: range) -> list[Scene]:
+def scenes_for(split: str, seed: int, indices: range) -> dict[int, Scene]:
     """The scenes with these indices."""
-    return [make_scene(split, seed, index) for index in indices]
+    return {index: make_scene(split, seed, index) for index in indices}
 
 
 def main_patches(targets: VisionTargets, count: int, seed: int) -> Tensor:

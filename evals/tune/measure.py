@@ -93,10 +93,10 @@ class Meter:
         cosines = torch.cosine_similarity(torch.cat(states), unpruned, dim=-1)
         return Measured(
             cosines.tolist(),
-            statistics.fmean(cost.kept_tokens for cost in costs),
-            statistics.fmean(cost.visual_tokens for cost in costs),
-            flops,
-            full,
+            kept=statistics.fmean(cost.kept_tokens for cost in costs),
+            tokens=statistics.fmean(cost.visual_tokens for cost in costs),
+            flops=flops,
+            flops_full=full,
         )
 
     def largest_image(self) -> int:

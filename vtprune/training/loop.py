@@ -82,6 +82,7 @@ class Run:
         processor: Any,
         data: TrainingData,
         config: TrainConfig,
+        *,
         validation: TrainingData | None,
         identity: dict[str, Any],
     ) -> None:
@@ -126,9 +127,8 @@ class Run:
         if old is None:
             return False
         self.check_same(old)
-        self.progress = load_state(
-            self.config.output, self.model, self.optimizer, self.device, self.accelerator.process_index
-        )
+        process = self.accelerator.process_index
+        self.progress = load_state(self.config.output, self.model, self.optimizer, device=self.device, process=process)
         return True
 
     def check_same(self, old: dict[str, Any]) -> None:
@@ -253,8 +253,15 @@ class Run:
         """Writes the checkpoint, and the curve so far."""
         random = self.accelerator.gather(random_state(self.device)[None].to(self.device))
         if self.main:
-            save_state(self.config.output, self.model, self.optimizer, self.progress, self.settings, random)
-            write_log(self.config.output, self.settings, self.progress, self.model, [], finished=False)
+            save_state(
+                self.config.output,
+                self.model,
+                self.optimizer,
+                progress=self.progress,
+                settings=self.settings,
+                random=random,
+            )
+            write_log(self.config.output, self.settings, self.progress, self.model)
         self.accelerator.wait_for_everyone()
 
 

@@ -97,6 +97,7 @@ def save_state(
     folder: Path,
     model: Any,
     optimizer: torch.optim.Optimizer,
+    *,
     progress: Progress,
     settings: dict[str, Any],
     random: Tensor,
@@ -129,7 +130,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def load_state(
-    folder: Path, model: Any, optimizer: torch.optim.Optimizer, device: torch.device, process: int
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, *, device: torch.device, process: int
 ) -> Progress:
     """Puts a checkpoint's weights, moments and random state back; raises VTPruneError where it does not fit."""
     tensors, rest = _open(folder)
@@ -167,5 +168,5 @@ def _open(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_tensors(path, WHAT, AGAIN)
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise VTPruneError(f"{path} is not a checkpoint that this version of vtprune reads")
-    rest: dict[str, Any] = parse(REST, metadata.get("state", ""), path, WHAT, AGAIN)
+    rest: dict[str, Any] = parse(REST, metadata.get("state", ""), path, WHAT, hint=AGAIN)
     return tensors, rest
