@@ -107,7 +107,8 @@ def compare_answers(
         f"unpruned: {answers[0].text.strip()}\npruned: {answers[1].text.strip()}"
     )
     picture = compare(seen, report, title)
-    return Asked(*answers, report=report, prefill=times, picture=picture)
+    unpruned, pruned = answers
+    return Asked(unpruned, pruned, report=report, prefill=times, picture=picture)
 
 
 def table(asked: Asked, label: str) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,8 +52,8 @@ class TextBatch:
 
     def to(self, device: torch.device) -> TextBatch:
         """The same on another device."""
-        tensors = (self.ids, self.labels, self.turns, self.positions, self.mask)
-        return TextBatch(*(tensor.to(device) for tensor in tensors), categories=self.categories)
+        tensors = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
+        return replace(self, **tensors)
 
 
 class Encoder:
