@@ -23,7 +23,6 @@ from vtprune import adapters
 from vtprune.cli import app as cli
 from vtprune.cli.app import app
 from vtprune.evals import settings
-from vtprune.evals.bench import results
 from vtprune.evals.bench.bench import SHORT_METHODS, BenchConfig, run_bench
 from vtprune.evals.bench.plots import method_styles, pareto_png
 from vtprune.evals.bench.scores import main_metric, standard_error, task_scores
@@ -218,7 +217,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     result = bench(output, *METHODS)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr

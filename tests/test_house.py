@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,28 @@ def calls(module: Module) -> Iterator[tuple[ast.Call, str]]:
     for node in module.walk():
         if isinstance(node, ast.Call):
             yield node, f"{module.place}:{node.lineno}"
+
+
+def test_every_kind_of_import_counts(tmp_path: Path) -> None:
+    source = (
+        '"""A docstring names vtprune.wrap."""\n'
+        "import vtprune.errors\n"
+        "from vtprune import files\n"
+        "from .answers import Selection\n"
+        "if TYPE_CHECKING:\n    from vtprune.cache.layer import PrunedLayer\n"
+        "def inside():\n    from vtprune.hooks import taps\n"
+        "LATER = 'vtprune.report.report'\n"
+    )
+    path = tmp_path / "views.py"
+    path.write_text(source)
+    assert Module(path, "vtprune.method.views").imports == {
+        "vtprune.errors": 2,
+        "vtprune.files": 3,
+        "vtprune.method.answers": 4,
+        "vtprune.cache.layer": 6,
+        "vtprune.hooks.taps": 8,
+        "vtprune.report.report": 9,
+    }
 
 
 def test_every_room_has_its_floor() -> None:
@@ -202,7 +225,8 @@ def cache_keys(node: ast.AST) -> list[ast.expr]:
         return []
     if named(node.func) in ("getattr", "setattr", "hasattr"):
         return [node.args[1]] if named(node.args[0]) == "cache" else []
-    owner = named(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+    on = node.func.value if isinstance(node.func, ast.Attribute) else node.func
+    owner = named(on.value if isinstance(on, ast.Subscript) else on)
     reaches = named(node.func) in ("at_end", "values_of") or (
         named(node.func) in ("get", "pop", "extend", "add") and owner in ("aux", "entries", "layer", "layers")
     )

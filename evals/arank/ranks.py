@@ -16,6 +16,7 @@ from vtprune.errors import VTPruneError
 from vtprune.hooks.layers import after_layers
 from vtprune.hooks.taps import Taps
 from vtprune.tensors.attention import full_precision
+from vtprune.wrap import ATTRIBUTE
 
 
 def head_ranks(attention: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def rank_layers(
     afterwards; it prints the rank of a batch's first row and leaves the mean to the reader). `on_sample` hears of rows
     that are done. Raises VTPruneError for a wrapped model, and where there is no row.
     """
-    if hasattr(core_model(model), "_vtprune"):
+    if hasattr(core_model(model), ATTRIBUTE):
         raise VTPruneError("ranks are those of the model itself; call vtprune.unwrap(model) first")
     ranker = _Ranker(model)
     try:

@@ -31,7 +31,7 @@ from vtprune.loading.prompts import (
     Message,
     check_chat,
     check_text,
-    encode,
+    encode_named,
     images_of,
     media_marks,
 )
@@ -220,21 +220,14 @@ class VTPrune(lmms):
     def inputs_of(self, requests: Sequence[Instance]) -> Any:
         """The padded batch of model inputs of some requests, on the CPU; raises SampleError."""
         chats = [self._chat(request) for request in requests]
-        try:
-            return encode(self.processor, chats)
-        except Exception as error:
-            for request, chat in zip(requests, chats, strict=True):
-                self._try_alone(request, chat)
-            raise SampleError(f"a batch cannot be encoded: {first_line(error)}") from error
 
-    def _try_alone(self, request: Instance, chat: list[Message]) -> None:
-        try:
-            encode(self.processor, [chat])
-        except Exception as error:
-            sizes = ", ".join(f"{image.width}x{image.height}" for image in images_of(chat))
-            raise SampleError(
-                f"{self._name(request)}: the processor refuses it (images {sizes}): {first_line(error)}"
-            ) from error
+        def refused(place: int | None, reason: str) -> SampleError:
+            if place is None:
+                return SampleError(f"a batch cannot be encoded: {reason}")
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in images_of(chats[place]))
+            return SampleError(f"{self._name(requests[place])}: the processor refuses it (images {sizes}): {reason}")
+
+        return encode_named(self.processor, chats, refused)
 
     def _answer(self, requests: list[Instance]) -> list[Answer]:
         generation = read_generation(requests[0].args[2], self.max_new_tokens)
