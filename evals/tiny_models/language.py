@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class TextBatch:
 
     def to(self, device: torch.device) -> TextBatch:
         """The same on another device."""
-        tensors = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
+        tensors: dict[str, Any] = {name: one.to(device) for name, one in vars(self).items() if name != "categories"}
         return replace(self, **tensors)
 
 
