@@ -25,12 +25,25 @@ if TYPE_CHECKING:
         UntrainedWarning,
         VTPruneError,
     )
-    from vtprune.method.answers import Merge, Selection
+    from vtprune.method.answers import EncoderSelection, Eviction, Merge, Routes, Selection
     from vtprune.method.catalogue import PrunerInfo
     from vtprune.method.config import load_config
-    from vtprune.method.pruner import Pruner
+    from vtprune.method.facts import ModelFacts, Work
+    from vtprune.method.pruner import Counted, Pruner, Tunable
     from vtprune.method.registry import available, register
-    from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
+    from vtprune.method.scorer import scorer
+    from vtprune.method.stages import (
+        BeforeDecoder,
+        BetweenLayers,
+        Guided,
+        InCache,
+        InEncoder,
+        InLayers,
+        Query,
+        Read,
+        Trained,
+    )
+    from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
     from vtprune.provenance import __version__
     from vtprune.pruners import (
         D2O,
@@ -71,11 +84,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "D2O",
+    "BeforeDecoder",
+    "BetweenLayers",
     "CDPruner",
+    "CachedRow",
     "CoViPAL",
+    "Counted",
     "DecoderLayer",
     "DivPrune",
     "EncoderLayer",
+    "EncoderSelection",
+    "Eviction",
     "FastV",
     "FlopsBreakdown",
     "FlowCut",
@@ -83,10 +102,15 @@ __all__ = [
     "GammaMoD",
     "GemFilter",
     "Grid",
+    "Guided",
     "HoloV",
+    "InCache",
+    "InEncoder",
+    "InLayers",
     "KeptWholeWarning",
     "LazyLLM",
     "Merge",
+    "ModelFacts",
     "MustDrop",
     "NoPruning",
     "PMoD",
@@ -94,11 +118,17 @@ __all__ = [
     "Pruner",
     "PrunerInfo",
     "PyramidDrop",
+    "Query",
     "Random",
+    "Read",
     "Report",
+    "RoutedTokens",
+    "Routes",
     "ScoreError",
     "Selection",
     "SparseVLM",
+    "Trained",
+    "Tunable",
     "Turbo",
     "UncheckedBaseWarning",
     "UnknownPrunerError",
@@ -109,6 +139,7 @@ __all__ = [
     "VTPruneError",
     "VisionStream",
     "VisionZip",
+    "Work",
     "__version__",
     "auxiliary_loss",
     "available",
@@ -121,6 +152,7 @@ __all__ = [
     "report",
     "save",
     "save_config",
+    "scorer",
     "unwrap",
     "wrap",
     "wrapped",
@@ -142,7 +174,8 @@ export(
             "UntrainedWarning",
             "VTPruneError",
         ),
-        "vtprune.method.pruner": ("Pruner",),
+        "vtprune.method.facts": ("ModelFacts", "Work"),
+        "vtprune.method.pruner": ("Counted", "Pruner", "Tunable"),
         "vtprune.pruners": (
             "D2O",
             "CDPruner",
@@ -168,9 +201,21 @@ export(
             "VisionZip",
         ),
         "vtprune.method.registry": ("available", "register"),
+        "vtprune.method.scorer": ("scorer",),
+        "vtprune.method.stages": (
+            "BeforeDecoder",
+            "BetweenLayers",
+            "Guided",
+            "InCache",
+            "InEncoder",
+            "InLayers",
+            "Query",
+            "Read",
+            "Trained",
+        ),
         "vtprune.report.report": ("Report",),
-        "vtprune.method.answers": ("Merge", "Selection"),
-        "vtprune.method.views": ("DecoderLayer", "EncoderLayer", "VisionStream"),
+        "vtprune.method.answers": ("EncoderSelection", "Eviction", "Merge", "Routes", "Selection"),
+        "vtprune.method.views": ("CachedRow", "DecoderLayer", "EncoderLayer", "RoutedTokens", "VisionStream"),
         "vtprune.provenance": ("__version__",),
         "vtprune.wrap": (
             "auxiliary_loss",

@@ -106,7 +106,7 @@ def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Conso
     depth = len(list(adapter_for(model).decoder_layers))
     count = config.count
     if count is None and config.share is None:
-        count = len(GammaMoD().routed_layers(depth))
+        count = len(GammaMoD().bind(adapter_for(model).facts()).routed_layers())
     # A number of layers that the model does not have is refused before anything is computed.
     choose([0.0] * depth, count=count, share=config.share)
     with Steps(console, "attention maps", len(samples)) as steps:
