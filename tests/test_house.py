@@ -258,11 +258,10 @@ def test_few_files_lie_beside_the_folders() -> None:
 
 
 def members(kind: type) -> list[str]:
-    """The public members of a class's own that may be overridden."""
+    """The public members of a class's own that may be overridden, fields and class variables among them."""
+    own = {**dict.fromkeys(inspect.get_annotations(kind)), **vars(kind)}
     return [
-        name
-        for name, value in vars(kind).items()
-        if not name.startswith("_") and not getattr(_function(value), "__final__", False)
+        name for name, value in own.items() if name[0] != "_" and not getattr(_function(value), "__final__", False)
     ]
 
 
