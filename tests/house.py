@@ -38,6 +38,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.arank", "evals.tune"),
     ("cli",),
 )
+# What the floors below find by name, as they find what other packages bring, without a word of what is in it.
+BY_NAME = {
+    ("method", "pruners"): "the registry imports the folder once, so that what is in it registers itself",
+    ("method", "adapters"): "the catalogue reads the sources for `vtprune list`",
+    ("provenance", "adapters"): "the fingerprint of the code reads the sources",
+}
 # Files that are rooms of their own inside a folder.
 ALONE = {"vtprune.cost.sizes"}
 FRONT_DOOR = "front door"
@@ -178,9 +184,16 @@ def show() -> str:
         lines.append(f"floor {height}")
         for room in FLOORS[height]:
             below = sorted({other for one, other in ways if one == room}, key=lambda name: (-floor_of(name), name))
-            marked = [name if floor_of(name) < height else f"{name} (upwards!)" for name in below]
+            marked = [name + _mark(room, name) for name in below]
             lines.append(f"  {room} -> {', '.join(marked) or '-'}")
-    return "\n".join([*lines, f"{len(ways)} arrows", *(f"circle: {', '.join(circle)}" for circle in circles())])
+    rings = [f"circle: {', '.join(circle)}" for circle in circles(without=set(BY_NAME))]
+    return "\n".join([*lines, f"{len(ways)} arrows", *rings])
+
+
+def _mark(room: str, other: str) -> str:
+    if (room, other) in BY_NAME:
+        return " (by name)"
+    return "" if floor_of(other) < floor_of(room) else " (upwards!)"
 
 
 if __name__ == "__main__":

@@ -17,12 +17,6 @@ from vtprune.method import catalogue
 from vtprune.method.pruner import Pruner
 from vtprune.method.registry import pruner_class
 
-# What the floors below find by name, as they find what other packages bring, without a word of what is in it.
-BY_NAME = {
-    ("method", "pruners"): "the registry imports the folder once, so that what is in it registers itself",
-    ("method", "adapters"): "the catalogue reads the sources for `vtprune list`",
-    ("provenance", "adapters"): "the fingerprint of the code reads the sources",
-}
 # What may be measured or trained on models of one's own making: not of any family.
 OWN_MODELS = ("evals.speed", "evals.tiny_models")
 # Methods whose names are words of every day, in other senses too.
@@ -89,19 +83,19 @@ def test_imports_run_down() -> None:
     upward = [
         line
         for (one, other), lines in house.arrows().items()
-        if house.floor_of(other) >= house.floor_of(one) and (one, other) not in BY_NAME
+        if house.floor_of(other) >= house.floor_of(one) and (one, other) not in house.BY_NAME
         for line in lines
     ]
     assert not broken(upward), broken(upward)
 
 
 def test_rooms_do_not_import_each_other_in_a_circle() -> None:
-    found = [" and ".join(circle) for circle in house.circles(without=set(BY_NAME))]
+    found = [" and ".join(circle) for circle in house.circles(without=set(house.BY_NAME))]
     assert not broken(found), broken(found)
 
 
 def test_what_is_found_by_name_is() -> None:
-    assert set(BY_NAME) <= set(house.arrows())
+    assert set(house.BY_NAME) <= set(house.arrows())
 
 
 def test_training_and_evals_never_meet() -> None:
