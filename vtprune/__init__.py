@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         Trained,
     )
     from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
+    from vtprune.provenance import __version__
     from vtprune.pruners import (
         D2O,
         CDPruner,
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
         VisionZip,
     )
     from vtprune.report.report import Report
-    from vtprune.version import __version__
     from vtprune.wrap import (
         auxiliary_loss,
         load_weights,
@@ -215,11 +215,11 @@ export(
             "Read",
             "Trained",
         ),
-        "vtprune.report": ("Report",),
         "vtprune.loading.pictures": ("open_picture",),
+        "vtprune.report.report": ("Report",),
         "vtprune.method.answers": ("EncoderSelection", "Eviction", "Merge", "Routes", "Selection"),
         "vtprune.method.views": ("CachedRow", "DecoderLayer", "EncoderLayer", "RoutedTokens", "VisionStream"),
-        "vtprune.version": ("__version__",),
+        "vtprune.provenance": ("__version__",),
         "vtprune.wrap": (
             "auxiliary_loss",
             "load_weights",

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import vtprune
 from vtprune.adapters import adapter_for
-from vtprune.errors import ScoreError, VTPruneError
-from vtprune.evals.bench.failures import InputError, first_line
-from vtprune.evals.bench.progress import Steps
+from vtprune.console.progress import Steps
+from vtprune.errors import InputError, ScoreError, VTPruneError, first_line
 from vtprune.evals.tune.budget import FlopsBudget, OverBudgetError, TokenBudget
 from vtprune.evals.tune.measure import Measured, Meter
 from vtprune.evals.tune.space import (
