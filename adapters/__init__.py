@@ -8,10 +8,10 @@ from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
-from vtprune.adapters.qwen_vl import QwenVLAdapter
+from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen25VLAdapter
 from vtprune.errors import UnsupportedModelError
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, QwenVLAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, Qwen2VLAdapter, Qwen25VLAdapter)
 
 
 def adapters() -> list[tuple[str, tuple[str, ...], str]]:

@@ -1,4 +1,8 @@
-"""Qwen2.5-VL: dynamic resolution, window attention, a 2x2 merger, M-RoPE positions."""
+"""Qwen2-VL and Qwen2.5-VL: dynamic resolution, a packed tower, a 2x2 merger, M-RoPE positions.
+
+One file, as they are one family: they differ in the tower's blocks alone (Qwen2.5-VL's attend within windows but for a
+few), of which vtprune sees the order of the packed sequence and the sizes.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +27,15 @@ if TYPE_CHECKING:
 ROPE_DELTA = "rope_delta"
 
 
-class QwenVLAdapter(Adapter):
-    """`Qwen2_5_VLForConditionalGeneration`; images only, several a prompt and of any size."""
+class Qwen2VLAdapter(Adapter):
+    """`Qwen2VLForConditionalGeneration`; images only, several a prompt and of any size."""
 
-    name = "qwen2_5_vl"
-    models = ("Qwen2_5_VLForConditionalGeneration",)
+    name = "qwen2_vl"
+    models = ("Qwen2VLForConditionalGeneration",)
     notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
 
     def check(self) -> None:
-        blocks = self.model.config.vision_config.fullatt_block_indexes
-        if self.model.config.vision_config.depth - 1 not in blocks:
-            raise UnsupportedModelError(
-                "the last block of the vision tower attends within windows only, so no attention of it ranks the "
-                f"tokens of a whole image; full-attention blocks are {blocks}"
-            )
+        return
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -76,15 +75,8 @@ class QwenVLAdapter(Adapter):
         return layer.norm2, layer.mlp
 
     def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
-        from transformers.vision_utils import get_vision_window_index
-
-        vision = self.model.config.vision_config
-        grid_thw = arguments["image_grid_thw"]
-        merge = self._merge
+        vision, merge, grid_thw = self.model.config.vision_config, self._merge, arguments["image_grid_thw"]
         grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grid_thw.tolist()]
-        order, _ = get_vision_window_index(
-            grid_thw, spatial_merge_size=merge, window_size=vision.window_size, patch_size=vision.patch_size
-        )
         device = arguments["pixel_values"].device
         return PackedEncoding(
             grids,
@@ -94,8 +86,12 @@ class QwenVLAdapter(Adapter):
             depth=vision.depth,
             last=vision.depth - 1,
             device=device,
-            order=order.to(device),
+            order=self._order(grid_thw).to(device),
         )
+
+    def _order(self, grid_thw: Tensor) -> Tensor:
+        """(S,) the raster index of the merge group at each place of the tower's sequence: raster order."""
+        return torch.arange(int(grid_thw.prod(dim=-1).sum()) // self._merge**2)
 
     def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
         counts = arguments["image_grid_thw"].prod(dim=-1).tolist()
@@ -206,6 +202,31 @@ class QwenVLAdapter(Adapter):
         place = torch.arange(prompt.length, device=prompt.device).expand_as(text)
         held = place.masked_fill(~prompt.real(), 0).cummax(dim=1).values
         layers[0].extend(ROPE_DELTA, (spatial - text).gather(1, held), prompt.offset)
+
+
+class Qwen25VLAdapter(Qwen2VLAdapter):
+    """`Qwen2_5_VLForConditionalGeneration`: most blocks of its tower attend within windows, in whose order it packs."""
+
+    name = "qwen2_5_vl"
+    models = ("Qwen2_5_VLForConditionalGeneration",)
+    notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+
+    def check(self) -> None:
+        blocks = self.model.config.vision_config.fullatt_block_indexes
+        if self.model.config.vision_config.depth - 1 not in blocks:
+            raise UnsupportedModelError(
+                "the last block of the vision tower attends within windows only, so no attention of it ranks the "
+                f"tokens of a whole image; full-attention blocks are {blocks}"
+            )
+
+    def _order(self, grid_thw: Tensor) -> Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = self.model.config.vision_config
+        order: Tensor = get_vision_window_index(
+            grid_thw, spatial_merge_size=self._merge, window_size=vision.window_size, patch_size=vision.patch_size
+        )[0]
+        return order
 
 
 def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
