@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.offloading import loaded
+from vtprune.cost.sizes import ModelCost
 from vtprune.decoder.prompt import PromptInfo
 from vtprune.encoder.encoding import Encoding
 from vtprune.method.beside import image_statistics
@@ -41,12 +42,14 @@ class Adapter(ABC):
     """One wrapped model, seen through the seams that its family shares.
 
     Subclasses live in one file a family and know no pruner. `name` is what `vtprune list` shows, `models` the
-    model classes that it takes, `notes` what is particular about them.
+    model classes that it takes, `notes` what is particular about them, `model_types` what their configs call
+    themselves.
     """
 
     name: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
     notes: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -56,6 +59,17 @@ class Adapter(ABC):
     def takes(cls, model: object) -> bool:
         """Whether this adapter knows the model's class."""
         return any(base.__name__ in cls.models for base in type(model).__mro__)
+
+    @classmethod
+    @abstractmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        """The sizes that the cost of a model with this config (of one of `model_types`) depends on; raises
+        UnsupportedModelError for a tower or a decoder that is not known."""
+
+    @property
+    def cost(self) -> ModelCost:
+        """The sizes of this model."""
+        return self.sizes(self.model.config)
 
     @property
     @abstractmethod

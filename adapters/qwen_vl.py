@@ -7,6 +7,7 @@ few), of which vtprune sees the order of the packed sequence and the sizes.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, Projections
+from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
+from vtprune.cost.sizes import ModelCost, PackedVisionCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
 from vtprune.encoder.encoding import Encoding
-from vtprune.encoder.packed import PackedEncoding, sized_attention
+from vtprune.encoder.packed import SIZE_BIAS, PackedEncoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.facts import ModelFacts
+from vtprune.tensors.rotary import rotate
 
 if TYPE_CHECKING:
     from vtprune.cache.layer import PrunedLayer
@@ -33,6 +37,15 @@ class Qwen2VLAdapter(Adapter):
     name = "qwen2_vl"
     models = ("Qwen2VLForConditionalGeneration",)
     notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+
+    model_types = ("qwen2_vl",)
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        tower = config.vision_config
+        width = tower.embed_dim
+        blocks = tower_sizes(width, tower.num_heads, int(width * tower.mlp_ratio), gated=False, layers=tower.depth)
+        return _sizes(config, blocks, tower.hidden_size)
 
     def check(self) -> None:
         return
@@ -110,7 +123,7 @@ class Qwen2VLAdapter(Adapter):
 
     def sized_attentions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         attentions = [block.attn for block in self.inner.visual.blocks]
-        return [(one, "forward", sized_attention(one, one.forward)) for one in attentions]
+        return [(one, "forward", _sized_attention(one, one.forward)) for one in attentions]
 
     def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         return [
@@ -205,11 +218,22 @@ class Qwen2VLAdapter(Adapter):
 
 
 class Qwen25VLAdapter(Qwen2VLAdapter):
-    """`Qwen2_5_VLForConditionalGeneration`: most blocks of its tower attend within windows, in whose order it packs."""
+    """`Qwen2_5_VLForConditionalGeneration`: most blocks of its tower attend within windows, and it packs in their order."""
 
     name = "qwen2_5_vl"
     models = ("Qwen2_5_VLForConditionalGeneration",)
     notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+
+    model_types = ("qwen2_5_vl",)
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        tower = config.vision_config
+        blocks = tower_sizes(
+            tower.hidden_size, tower.num_heads, tower.intermediate_size, gated=True, layers=tower.depth
+        )
+        window = tower.window_size // tower.spatial_merge_size // pair(tower.patch_size)[0]
+        return _sizes(config, blocks, tower.out_hidden_size, window, tower.fullatt_block_indexes)
 
     def check(self) -> None:
         blocks = self.model.config.vision_config.fullatt_block_indexes
@@ -229,6 +253,21 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         return order
 
 
+def _sizes(
+    config: Any, blocks: TransformerCost, out_width: int, window: int | None = None, full: Iterable[int] = ()
+) -> ModelCost:
+    """The sizes of a model of the family; window: as in `PackedVisionCost`; full: layers without windows."""
+    tower = config.vision_config
+    patch_h, patch_w = pair(tower.patch_size)
+    frames = tower.temporal_patch_size
+    volume = (frames if isinstance(frames, int) else frames[0]) * patch_h * patch_w
+    merge, merged = tower.spatial_merge_size, blocks.width * tower.spatial_merge_size**2
+    vision = PackedVisionCost(
+        blocks, tower.in_channels * volume * blocks.width, merge=merge, window=window, full_layers=frozenset(full)
+    )
+    return model_sizes(config, vision, merged * merged + merged * out_width)
+
+
 def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
     """The cache among a forward's arguments, and the M-RoPE delta (B, 1) that a wrapped model left with it."""
     from vtprune.cache.adopting import cache_in, is_adopted
@@ -246,3 +285,28 @@ def _text_positions(mask: Tensor | None, batch: int, past: int, length: int, dev
         return torch.arange(past, past + length, device=device).expand(batch, -1)
     positions = (mask.long().cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)
     return positions[:, -length:].to(device)
+
+
+def _sized_attention(attention: Any, original: Any) -> Any:
+    """The forward of one of the tower's attention modules that adds to the logits of each key what SIZE_BIAS (S,)
+    says; without it, `original`."""
+
+    def forward(hidden_states: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        bias = kwargs.pop(SIZE_BIAS, None)
+        if bias is None:
+            return original(hidden_states, cu_seqlens, *args, **kwargs)
+        split = rearrange(attention.qkv(hidden_states), "s (three h d) -> three h s d", three=3, h=attention.num_heads)
+        cos, sin = (part.float() for part in kwargs["position_embeddings"])
+        query, key = (rotate(states.float(), cos, sin).to(split.dtype) for states in split[:2])
+        bias, outputs = bias.to(query), []
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            piece = slice(start, end)
+            outputs.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    query[None, :, piece], key[None, :, piece], split[2][None, :, piece],
+                    attn_mask=bias[piece][None, None, None], scale=attention.scaling,
+                )[0]
+            )  # fmt: skip
+        return attention.proj(rearrange(torch.cat(outputs, dim=1), "h s d -> s (h d)"))
+
+    return forward

@@ -14,7 +14,7 @@ if find_spec("vtprune.adapters") is None:
     )
 
 if TYPE_CHECKING:
-    from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
+    from vtprune.cost.formulas import FlopsBreakdown
     from vtprune.errors import (
         KeptWholeWarning,
         ScoreError,
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         VFlowOpt,
         VisionZip,
     )
+    from vtprune.report.costs import flops, kv_bytes
     from vtprune.report.report import Report
     from vtprune.version import __version__
     from vtprune.wrap import (
@@ -131,7 +132,7 @@ export(
     {
         "vtprune.method.catalogue": ("PrunerInfo",),
         "vtprune.method.config": ("load_config",),
-        "vtprune.cost.formulas": ("FlopsBreakdown", "flops", "kv_bytes"),
+        "vtprune.cost.formulas": ("FlopsBreakdown",),
         "vtprune.errors": (
             "KeptWholeWarning",
             "ScoreError",
@@ -168,7 +169,8 @@ export(
             "VisionZip",
         ),
         "vtprune.method.registry": ("available", "register"),
-        "vtprune.report": ("Report",),
+        "vtprune.report.costs": ("flops", "kv_bytes"),
+        "vtprune.report.report": ("Report",),
         "vtprune.method.answers": ("Merge", "Selection"),
         "vtprune.method.views": ("DecoderLayer", "EncoderLayer", "VisionStream"),
         "vtprune.version": ("__version__",),

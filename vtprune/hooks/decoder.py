@@ -352,7 +352,7 @@ class DecoderHooks:
             earlier = known.live_spans(known.origins(origins(run.layers)), prompt.offset)
             run.layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         generation = Generation(
-            self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
+            self.adapter.cost, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
             texts, len(earlier), prompt.offset,
         )  # fmt: skip
         if cache is not None:
