@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter, Projections
+from vtprune.adapters.base import Adapter, Projections, Source, uses_flash
 from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
 from vtprune.cost.sizes import FixedVisionCost, ModelCost
 from vtprune.encoder.encoding import Encoding
@@ -84,8 +84,8 @@ class LlavaAdapter(Adapter):
         return self._encoder.layers
 
     @property
-    def projector(self) -> nn.Module:
-        return self.inner.multi_modal_projector
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return (self.inner.multi_modal_projector,)
 
     @property
     def encoder_scale(self) -> float:
@@ -111,7 +111,7 @@ class LlavaAdapter(Adapter):
     def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         return layer.layer_norm2, layer.mlp
 
-    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
+    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
         config = self.model.config
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given = arguments.get(name)
@@ -120,7 +120,7 @@ class LlavaAdapter(Adapter):
                     f"{name}={given!r} differs from the model's config ({getattr(config, name)!r}); set it on the "
                     "config before wrapping"
                 )
-        pixel_values = arguments["pixel_values"]
+        pixel_values = arguments[source.pixels]
         patch = config.vision_config.patch_size
         height, width = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
         count = pixel_values.shape[0]
@@ -132,11 +132,11 @@ class LlavaAdapter(Adapter):
             depth=self.depth,
             last=config.vision_config.num_hidden_layers - 1,
             device=pixel_values.device,
-            attn_implementation=config.vision_config._attn_implementation or "",
+            flash=uses_flash(config.vision_config),
         )
 
-    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(arguments["pixel_values"])
+    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
+        return list(arguments[source.pixels])
 
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
         return self.real_colours(pixels[None])

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter, Projections
+from vtprune.adapters.base import Adapter, Projections, Source
 from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
 from vtprune.cost.sizes import ModelCost, PackedVisionCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
@@ -59,8 +59,8 @@ class Qwen2VLAdapter(Adapter):
         return self.inner.visual.blocks
 
     @property
-    def projector(self) -> nn.Module:
-        return self.inner.visual.merger
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return (self.inner.visual.merger,)
 
     @property
     def encoder_scale(self) -> float:
@@ -87,10 +87,10 @@ class Qwen2VLAdapter(Adapter):
     def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         return layer.norm2, layer.mlp
 
-    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
-        vision, merge, grid_thw = self.model.config.vision_config, self._merge, arguments["image_grid_thw"]
+    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
+        vision, merge, grid_thw = self.model.config.vision_config, self._merge, arguments[_grids(source)]
         grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grid_thw.tolist()]
-        device = arguments["pixel_values"].device
+        device = arguments[source.pixels].device
         return PackedEncoding(
             grids,
             group=merge**2,
@@ -106,9 +106,9 @@ class Qwen2VLAdapter(Adapter):
         """(S,) the raster index of the merge group at each place of the tower's sequence: raster order."""
         return torch.arange(int(grid_thw.prod(dim=-1).sum()) // self._merge**2)
 
-    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
-        counts = arguments["image_grid_thw"].prod(dim=-1).tolist()
-        return list(arguments["pixel_values"].split(counts))
+    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
+        counts = arguments[_grids(source)].prod(dim=-1).tolist()
+        return list(arguments[source.pixels].split(counts))
 
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
         vision, merge = self.model.config.vision_config, self._merge
@@ -218,7 +218,7 @@ class Qwen2VLAdapter(Adapter):
 
 
 class Qwen25VLAdapter(Qwen2VLAdapter):
-    """`Qwen2_5_VLForConditionalGeneration`: most blocks of its tower attend within windows, and it packs in their order."""
+    """`Qwen2_5_VLForConditionalGeneration`: its tower packs by windows, within which most of its blocks attend."""
 
     name = "qwen2_5_vl"
     models = ("Qwen2_5_VLForConditionalGeneration",)
@@ -251,6 +251,11 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
             grid_thw, spatial_merge_size=self._merge, window_size=vision.window_size, patch_size=vision.patch_size
         )[0]
         return order
+
+
+def _grids(source: Source) -> str:
+    """The argument that holds the (t, h, w) in patches of what `source` encodes."""
+    return f"{source.kind}_grid_thw"
 
 
 def _sizes(

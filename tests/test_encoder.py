@@ -87,12 +87,13 @@ def test_dropping_inside_the_encoder_equals_masking(kind: str, attention: str) -
 
 
 def _qwen_dropped(model: Any, grid_thw: Tensor) -> Any:
-    """Dropped patches of a layer in the tower's window order."""
+    """Dropped patches of a layer in the tower's own order: that of its windows, where it has some."""
     from transformers.vision_utils import get_vision_window_index
 
-    vision = model.config.vision_config
-    order, _ = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)
-    totals = (grid_thw.prod(dim=-1) // 4).tolist()
+    vision, totals = model.config.vision_config, (grid_thw.prod(dim=-1) // 4).tolist()
+    order = torch.arange(sum(totals))
+    if model.config.model_type == "qwen2_5_vl":
+        order, _ = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)
 
     def gone(layer: int) -> Tensor:
         return torch.cat([_dropped_at(layer, total) for total in totals])[order].repeat_interleave(4)

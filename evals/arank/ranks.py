@@ -71,7 +71,7 @@ class _Ranker:
         self._states: dict[str, Tensor] = {}
         self._real: list[Tensor] = []
         self._taps = Taps(lambda: self._states)
-        self._taps.follow([self._adapter.decoder_projections(layer).modules for layer in layers])
+        self._taps.follow([self._adapter.decoder_taps(layer).modules for layer in layers])
         self._handles = [
             layer.register_forward_hook(self._after(index), with_kwargs=True) for index, layer in enumerate(layers)
         ]
