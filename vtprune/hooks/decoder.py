@@ -233,9 +233,9 @@ class DecoderHooks:
             talk = prompt.conversations.of(row, places[first])
             span = ImageSpan(row, places[first:last], image, alive, prompt.offset, talk)
             if image.slots is not None:
-                vision = torch.zeros(image.length, dtype=torch.bool, device=places.device)
-                vision[image.slots.to(places.device)] = True
-                span.places, span.structural = span.places[vision], span.places[~vision]
+                slots, rest = image.slots.to(places.device), torch.ones(image.length, dtype=torch.bool)
+                rest[image.slots] = False
+                span.places, span.structural = span.places[slots], span.places[rest.to(places.device)]
             yield span
             first = last
 
