@@ -169,6 +169,17 @@ def _assemble(
     return inputs
 
 
+def tower_order(model: Any, grid_thw: Tensor) -> Tensor:
+    """The merge group (in raster order) at each place of a Qwen tower's sequence, which may be in window order."""
+    from transformers.vision_utils import get_vision_window_index
+
+    vision = model.config.vision_config
+    if model.config.model_type == "qwen2_vl":
+        return torch.arange(int(grid_thw.prod(dim=-1).sum()) // 4)
+    order: Tensor = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)[0]
+    return order
+
+
 def text_positions(inputs: dict[str, Tensor], extra: int = 0) -> Tensor:
     """1-D position ids of the prompt and `extra` tokens after it, padding left out: (B, L + extra)."""
     ids = inputs["input_ids"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.models import MODELS, ROWS, make, prompt
+from tests.models import MODELS, ROWS, make, prompt, tower_order
 from vtprune.errors import VTPruneError
 from vtprune.hooks.state import RECORD
 from vtprune.method.answers import EncoderSelection
@@ -196,11 +196,8 @@ def run_llava(model: Any, images: list[Image], *, before_mlp: bool) -> None:
 
 
 def run_qwen(model: Any, images: list[Image], grid_thw: Tensor, *, before_mlp: bool) -> None:
-    """The same in window order, patches attending within their window or image."""
-    from transformers.vision_utils import get_vision_window_index
-
-    vision = model.config.vision_config
-    order, _ = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)
+    """The same in the tower's own order, patches attending within their window or image."""
+    order = tower_order(model, grid_thw)
 
     def forward_of(index: int, block: Any) -> Callable[..., Tensor]:
         attention = block.attn
