@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import vtprune
 from vtprune.method.answers import Merge, Selection
+from vtprune.method.facts import PUBLISHED
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import NOTHING, BeforeDecoder, BetweenLayers, InEncoder, Read
 from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
 
 PRUNERS: list[Pruner] = [
@@ -88,6 +91,14 @@ RELEASED: list[Pruner] = [
 ]
 
 
+P = TypeVar("P", bound=Pruner)
+
+
+def at_depth(pruner: P, depth: int) -> P:
+    """The pruner for a decoder of `depth` layers."""
+    return pruner.bind(replace(PUBLISHED, decoder_depth=depth))
+
+
 def label(pruner: Pruner) -> str:
     """A test id."""
     return "-".join(str(value) for value in pruner.to_dict().values() if value is not None)
@@ -100,9 +111,9 @@ def kept_tokens(indices: Tensor, total: int, count: int, seed: int) -> Tensor:
     return rank.argsort()[:count].sort().values.to(indices.device)
 
 
-@vtprune.register("test_drops", stage="anywhere", paper="a test")
+@vtprune.register("test_drops", paper="a test")
 @dataclass(frozen=True)
-class Drops(Pruner):
+class Drops(InEncoder, BeforeDecoder, BetweenLayers):
     """Keeps a fixed choice: half before the decoder (`first`), half again after each of the decoder `layers`,
     three quarters after each of the `encoder` layers. The caches of the layers `cut` are cut in the end; with `merge`
     each token dropped between decoder layers flows into the next kept one."""
@@ -114,10 +125,10 @@ class Drops(Pruner):
     merge: bool = False
 
     @property
-    def reads_decoder_hidden(self) -> bool:
-        return self.merge
+    def layer_reads(self) -> frozenset[Read]:
+        return frozenset({Read.HIDDEN}) if self.merge else NOTHING
 
-    def cache_layers(self, depth: int) -> tuple[int, ...]:
+    def cut_caches(self) -> tuple[int, ...]:
         return self.cut
 
     def budget(self, tokens: int) -> int:
@@ -129,10 +140,10 @@ class Drops(Pruner):
     def input_budget(self, tokens: int) -> int:
         return max(1, self.encoder_budget(tokens) // 2) if self.first else self.encoder_budget(tokens)
 
-    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
+    def drop_budget(self, tokens: int, layer: int, entered: int) -> int:
         return max(1, self.input_budget(tokens) >> self.layers.index(layer) + 1)
 
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+    def encoder_layers(self) -> tuple[int, ...]:
         return self.encoder
 
     def prune_encoder(self, layer: EncoderLayer) -> Tensor | None:
@@ -146,7 +157,7 @@ class Drops(Pruner):
     def select(self, stream: VisionStream) -> Selection | None:
         return Selection(kept_tokens(stream.indices, stream.total, stream.budget, 99)) if self.first else None
 
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+    def drop_layers(self) -> tuple[int, ...]:
         return self.layers
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt
+from tests.pruners import at_depth
 from tests.test_properties import _traces
 from tests.test_tune_parts import pictures
 from tests.tuning import private_environment  # noqa: F401 (a fixture of every test here)
@@ -124,7 +125,7 @@ def test_the_command_takes_a_folder_and_routes_as_many_layers_as_the_method(tmp_
     data = json.loads((tmp_path / "ranks.json").read_text())
     assert data["samples"] == 2
     assert f"{folder} holds 2 of the 3 samples" in result.output.replace("\n", "")
-    assert tuple(data["layers"]) == vtprune.GammaMoD().routed_layers(len(data["arank"]))
+    assert tuple(data["layers"]) == at_depth(vtprune.GammaMoD(), len(data["arank"])).routed_layers()
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_a_method_that_the_model_cannot_take(tmp_path: Path, monkeypatch: pytest
     def refuse(self: Any, facts: Any) -> Any:
         raise vtprune.VTPruneError("needs what this model has not")
 
-    monkeypatch.setattr(vtprune.FlowCut, "for_model", refuse)
+    monkeypatch.setattr(vtprune.FlowCut, "resolve", refuse)
     result = bench(tmp_path, *METHODS)
     assert result.exit_code == 2
     assert "flowcut: needs what this model has not" in result.stderr

@@ -13,6 +13,7 @@ from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, difference_from_masked
 from vtprune.method.answers import Selection
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
 
 
@@ -73,20 +74,14 @@ def test_impossible_orders_are_refused_with_the_reason(stages: list[Pruner], rea
     assert not hasattr(model, "_vtprune")
 
 
-@vtprune.register("test_signals", stage="before decoder", paper="a test")
+@vtprune.register("test_signals", paper="a test")
 @dataclass(frozen=True)
-class Signals(Pruner):
+class Signals(BeforeDecoder):
     """Keeps the first tokens and remembers the streams that it saw."""
 
     seen: ClassVar[list[VisionStream]] = []
 
-    @property
-    def reads_encoder(self) -> bool:
-        return True
-
-    @property
-    def reads_last_layer(self) -> bool:
-        return True
+    input_reads = frozenset({Read.ENCODER, Read.LAST_LAYER})
 
     def select(self, stream: VisionStream) -> Selection:
         self.seen.append(stream)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+import vtprune
 from vtprune.errors import UnknownPrunerError, VTPruneError
 from vtprune.method import registry
 from vtprune.method.config import (
@@ -22,7 +23,7 @@ from vtprune.method.config import (
     save_config,
     to_dict,
 )
-from vtprune.method.pruner import Pruner
+from vtprune.method.pruner import Pruner, asked
 from vtprune.pruners import (
     FlowCut,
     FoPru,
@@ -89,7 +90,7 @@ def test_one_is_not_one_point_zero(tmp_path):
     for keep in (1, 1.0):
         save_config(Random(keep=keep), tmp_path)
         loaded = load_config(tmp_path)
-        assert type(loaded.asked_keep) is type(keep)
+        assert type(asked(loaded)) is type(keep)
     assert Random(keep=1).budget(100) == 1
     assert Random(keep=1.0).budget(100) == 100
 
@@ -214,9 +215,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_fields_of_third_party_methods(tmp_path, monkeypatch):
+    vtprune.available()
     monkeypatch.setattr(registry, "_pruners", dict(registry._pruners))
 
-    @registry.register("third_party", stage="decoder", paper="")
+    @registry.register("third_party", paper="")
     @dataclass(frozen=True)
     class ThirdParty(Pruner):
         layers: tuple[int, ...] = (2, 4)

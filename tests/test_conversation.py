@@ -13,10 +13,12 @@ from transformers import LlamaForCausalLM
 import vtprune
 from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE
-from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, label
+from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, at_depth, label
+from vtprune.cache.adopting import cache_in
 from vtprune.decoder.prompt import PromptInfo, real_tokens, sight
 from vtprune.errors import VTPruneError
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import Trained, routed_layers
 
 EVERY = PRUNERS + CACHE + GATED
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -226,7 +228,7 @@ def test_answers_that_labels_mark_have_no_say(kind: str, pruner: Pruner) -> None
         # Labels on every token of the text leave no question: then all of it is one.
         model(**longer, use_cache=False)
         unlabelled = _kept(vtprune.report(model))
-        if not pruner.brings_weights():
+        if not isinstance(pruner, Trained):
             model(
                 **longer, labels=longer["input_ids"].masked_fill(longer["input_ids"] == IMAGE, -100), use_cache=False
             )
@@ -252,10 +254,10 @@ def test_padding_is_packed_away_with_what_is_dropped(kind: str, padding: str, pr
     text = [sample.text_tokens for sample in report.samples]
     assert text == [int((row != IMAGE).sum()) for row in map(torch.cat, _without_padding(inputs))]
     for index, (vision, kv) in enumerate(zip(report.tokens_per_layer, report.kv_tokens_per_layer, strict=True)):
-        if pruner.routed_layers(report.tokens_per_layer.__len__()) or vision[0] == inputs["input_ids"].shape[1]:
+        if routed_layers(at_depth(pruner, len(report.tokens_per_layer))) or vision[0] == inputs["input_ids"].shape[1]:
             continue
         assert widths[index] == max(v + t for v, t in zip(vision, text, strict=True))
-        keys = vtprune.cache.cache_in(out).layers[index].keys
+        keys = cache_in(out).layers[index].keys
         assert keys.shape[2] == max(kv)
 
 

@@ -9,6 +9,7 @@ import torch
 
 import vtprune
 from tests.models import DECODER_LAYERS, make
+from tests.pruners import at_depth
 from vtprune import CoViPAL
 from vtprune.method.facts import ModelFacts
 from vtprune.pruners.covipal.module import log_soft_top, new_module, scores_of
@@ -107,10 +108,12 @@ def test_a_guide_beyond_the_decoder_is_refused(stage: str) -> None:
     vtprune.unwrap(vtprune.wrap(make("llava-clip"), CoViPAL(guide=4, stage=stage)))
     one = ModelFacts(True, 23, 1, 1)
     with pytest.raises(vtprune.VTPruneError, match="guide"):
-        CoViPAL(stage="guide").for_model(one)
-    assert CoViPAL().for_model(one) == CoViPAL()
+        CoViPAL(stage="guide").bind(one)
+    assert CoViPAL().bind(one).to_dict() == CoViPAL().to_dict()
 
 
 def test_the_default_guide_is_a_fraction_of_the_depth() -> None:
-    assert [CoViPAL(stage="guide").learns_from(depth) for depth in (32, 40, 6, 2)] == [18, 23, 3, 1]
+    assert [
+        at_depth(CoViPAL(stage="guide"), depth).learns_from() if depth > 1 else None for depth in (32, 40, 6, 2)
+    ] == [18, 23, 3, 1]
     assert CoViPAL().learns_from(32) is None

@@ -271,8 +271,8 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
 def test_a_decoder_without_layers_to_cut_is_refused() -> None:
     facts = ModelFacts(has_cls=True, encoder_depth=5, decoder_depth=3, group=1)
     with pytest.raises(vtprune.VTPruneError, match="at least 4 layers, got 3"):
-        vtprune.D2O().for_model(facts)
-    assert vtprune.D2O().evict_layers(32) == tuple(range(2, 31))
+        vtprune.D2O().bind(facts)
+    assert vtprune.D2O().evict_layers() == tuple(range(2, 31))
 
 
 @every_model

@@ -227,14 +227,14 @@ def test_negate_turns_relevance_round():
 
 @pytest.mark.parametrize("pruner", [DivPrune(), CDPruner()], ids=repr)
 def test_released_code_renumbers(pruner):
-    assert not pruner.compact_positions
-    assert replace(pruner, variant="released").compact_positions
+    assert not pruner.renumbers
+    assert replace(pruner, variant="released").renumbers
     assert torch.equal(replace(pruner, variant="released").select(stream()).kept, pruner.select(stream()).kept)
 
 
 def test_what_can_be_tuned():
-    assert DivPrune().search_space() == CDPruner(variant="released").search_space() == {}
-    assert CDPruner().search_space() == {"theta": Tunable(0.05, 0.95)}
+    assert DivPrune().search_space(576) == CDPruner(variant="released").search_space(576) == {}
+    assert CDPruner().search_space(576) == {"theta": Tunable(0.05, 0.95)}
 
 
 def test_budgets_of_the_papers():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.pruners import at_depth
 from tests.streams import few, stream
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners import MustDrop
@@ -118,9 +119,9 @@ def test_key_set_is_the_salient_share_rounded_up() -> None:
     [(3, (1,)), (5, (1, 2)), (16, (1, 3, 5, 7)), (28, (2, 5, 9, 12)), (32, (2, 6, 10, 14)), (40, (3, 8, 13, 18))],
 )
 def test_filter_layers_are_fractions_of_the_depth(depth: int, layers: tuple[int, ...]) -> None:
-    assert MustDrop().decoder_layers(depth) == layers
-    assert MustDrop().cache_layers(depth) == tuple(range(layers[0], layers[-1] + 1))
-    assert MustDrop(cut_cache=False).cache_layers(depth) == ()
+    assert at_depth(MustDrop(), depth).drop_layers() == layers
+    assert at_depth(MustDrop(), depth).cut_caches() == tuple(range(layers[0], layers[-1] + 1))
+    assert at_depth(MustDrop(cut_cache=False), depth).cut_caches() == ()
     assert sum(dual.stage_lengths(layers, depth)) == depth
 
 

@@ -18,7 +18,7 @@ from tests.models import MODELS, ROWS, make, prompt, tower_order
 from vtprune.errors import VTPruneError
 from vtprune.hooks.state import RECORD
 from vtprune.method.answers import EncoderSelection
-from vtprune.method.pruner import Pruner
+from vtprune.method.stages import InEncoder
 from vtprune.method.views import EncoderLayer
 
 TOLERANCE = 2e-5
@@ -62,9 +62,9 @@ def step(image: int, layer: int, sizes: list[int], *, mean: bool, cls: bool) -> 
     return Step(weighted, min(sources) if cls and sources else None)
 
 
-@vtprune.register("test_merges", stage="encoder", paper="a test")
+@vtprune.register("test_merges", paper="a test")
 @dataclass(frozen=True)
-class Merges(Pruner):
+class Merges(InEncoder):
     """The steps above, after each of `layers` or before its MLP; CLS takes a place after the last of them."""
 
     layers: tuple[int, ...] = ()
@@ -77,19 +77,13 @@ class Merges(Pruner):
     def places_cls(self, layer: int) -> bool:
         return self.cls and layer == self.layers[-1]
 
-    @property
-    def merges_in_encoder(self) -> bool:
-        return True
+    merges = True
 
     @property
-    def acts_before_mlp(self) -> bool:
+    def weighs_keys(self) -> bool:
         return self.before_mlp
 
-    @property
-    def proportional_attention(self) -> bool:
-        return self.before_mlp
-
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+    def encoder_layers(self) -> tuple[int, ...]:
         return self.layers
 
     def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:

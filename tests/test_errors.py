@@ -17,7 +17,7 @@ import vtprune
 from tests.models import MODELS, ROWS, Row, make, prompt
 from vtprune.method import registry
 from vtprune.method.answers import Selection
-from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -119,7 +119,7 @@ def test_videos_are_refused_by_name() -> None:
 
 
 @dataclass(frozen=True)
-class Greedy(Pruner):
+class Greedy(BeforeDecoder):
     """Answers with the given indices, whatever the budget."""
 
     kept: tuple[int, ...] = ()
@@ -134,7 +134,7 @@ class Greedy(Pruner):
      (tuple(range(10)), "budget of 9")],
 )  # fmt: skip
 def test_a_selection_that_breaks_the_contract_is_refused(kept: tuple[int, ...], message: str) -> None:
-    vtprune.register("test_greedy", stage="before decoder", paper="a test")(Greedy)
+    vtprune.register("test_greedy", paper="a test")(Greedy)
     model = vtprune.wrap(make("llava-clip"), Greedy(keep=9, kept=kept))
     with pytest.raises(vtprune.VTPruneError, match=message):
         model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
@@ -153,9 +153,9 @@ def test_methods_of_other_packages_come_through_entry_points(monkeypatch: pytest
 
 def test_a_registered_name_cannot_be_taken_again() -> None:
     with pytest.raises(vtprune.VTPruneError, match="'random' is taken"):
-        vtprune.register("random", stage="", paper="")(Greedy)
+        vtprune.register("random", paper="")(Greedy)
     with pytest.raises(vtprune.VTPruneError, match="decorates a subclass"):
-        vtprune.register("test_other", stage="", paper="")(object)
+        vtprune.register("test_other", paper="")(object)
 
 
 @pytest.mark.parametrize(

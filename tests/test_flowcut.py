@@ -120,8 +120,8 @@ def test_released_flowcut_shares_the_prune_count():
     shared = FlowCut(variant="released")
     layer_counts = {len(kept) for kept in encode(shared, images, [4, 4, 4], **options)}
     assert layer_counts == {4}
-    assert shared.compact_positions
-    assert not FlowCut().compact_positions
+    assert shared.renumbers
+    assert not FlowCut().renumbers
 
 
 def test_flowcut_prunes_at_every_second_layer_and_last_to_the_budget():
@@ -161,23 +161,23 @@ def test_flowcut_nan_raises_but_nan_padding_does_not():
 
 def test_flowcut_stages_follow_the_model():
     facts = ModelFacts(has_cls=True, encoder_depth=23, decoder_depth=32, group=1)
-    one = FlowCut(keep=64).for_model(facts)
-    two = FlowCut(keep=64).for_model(replace(facts, has_cls=False))
+    one = FlowCut(keep=64).bind(facts)
+    two = FlowCut(keep=64).bind(replace(facts, has_cls=False))
     assert (one.stages, two.stages) == (1, 2)
-    assert (one.encoder_budget(576), one.input_budget(576), one.budget(576)) == (64, 64, 64)
-    assert (two.encoder_budget(576), two.input_budget(576), two.budget(576)) == (128, 128, 64)
+    assert (one.encoder_budget(576), one.budget(576)) == (64, 64)
+    assert (two.encoder_budget(576), two.budget(576)) == (128, 64)
     assert two.encoder_budget(100) == 100
-    assert (one.decoder_layers(32), two.decoder_layers(32)) == ((), (1,))
-    assert FlowCut(stages=1).for_model(replace(facts, has_cls=False)).stages == 1
+    assert (one.drop_layers(), two.drop_layers()) == ((), (1,))
+    assert FlowCut(stages=1).bind(replace(facts, has_cls=False)).stages == 1
 
 
 def test_flowcut_says_where_a_model_is_too_shallow():
     facts = ModelFacts(has_cls=False, encoder_depth=4, decoder_depth=2, group=1)
     with pytest.raises(VTPruneError, match="at least 3 decoder layers, got 2; stages=1 works"):
-        FlowCut().for_model(facts)
-    assert FlowCut(stages=1).for_model(facts).stages == 1
+        FlowCut().bind(facts)
+    assert FlowCut(stages=1).bind(facts).stages == 1
     with pytest.raises(VTPruneError, match="at least 2 encoder layers"):
-        FlowCut().for_model(replace(facts, has_cls=True, encoder_depth=1))
+        FlowCut().bind(replace(facts, has_cls=True, encoder_depth=1))
 
 
 def decoder_layer(budget: int) -> DecoderLayer:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vtprune
 from tests.models import ROWS, make, prompt
+from tests.pruners import at_depth
 from vtprune.method.facts import ModelFacts
 from vtprune.method.views import RoutedTokens
 from vtprune.pruners.gamma_mod import GammaMoD
@@ -102,7 +103,7 @@ def test_not_a_number_is_refused_by_name_but_not_in_padding() -> None:
     ("depth", "routed"), [(32, range(3, 31)), (40, range(4, 39)), (6, range(1, 5)), (5, range(1, 4)), (3, range(1, 2))]
 )
 def test_the_published_layers_at_other_depths(depth: int, routed: range) -> None:
-    assert GammaMoD().routed_layers(depth) == tuple(routed)
+    assert at_depth(GammaMoD(), depth).routed_layers() == tuple(routed)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_settings_that_a_model_cannot_meet_are_refused() -> None:
     facts = ModelFacts(True, 5, 5, 1, decoder_width=32)
     with pytest.raises(vtprune.VTPruneError, match="layer 5"):
-        GammaMoD(layers=(2, 5)).for_model(facts)
+        GammaMoD(layers=(2, 5)).bind(facts)
     with pytest.raises(vtprune.VTPruneError, match=r"cannot keep 0\.4 of the tokens on average: the 2 of 5 layers"):
-        GammaMoD(keep=0.4).for_model(facts)
+        GammaMoD(keep=0.4).bind(facts)
     with pytest.raises(vtprune.VTPruneError, match="at least 3"):
-        GammaMoD().for_model(ModelFacts(True, 5, 2, 1))
+        GammaMoD().bind(ModelFacts(True, 5, 2, 1))
     # A count of tokens is another share of every image: one that it cannot be met for is kept whole.
     model = vtprune.wrap(make("llava-clip"), GammaMoD(keep=9))
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 import vtprune
 from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
+from tests.pruners import at_depth
 from tests.streams import stream
 from vtprune.method.facts import ModelFacts
 from vtprune.method.views import DecoderLayer, VisionStream
@@ -113,8 +114,8 @@ def test_nan_scores_are_refused(pooling: str) -> None:
 
 @pytest.mark.parametrize(("depth", "layer"), [(32, 13), (40, 16), (28, 11), (5, 2), (2, 1), (1, 0)])
 def test_the_published_layer_is_a_fraction_of_the_depth(depth: int, layer: int) -> None:
-    assert vtprune.GemFilter().probe_layer(depth) == layer
-    assert vtprune.GemFilter(layer=0).probe_layer(depth) == 0
+    assert at_depth(vtprune.GemFilter(), depth).probe_layer() == layer
+    assert at_depth(vtprune.GemFilter(layer=0), depth).probe_layer() == 0
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
 
 def test_a_layer_that_the_decoder_does_not_have_is_refused() -> None:
     facts = ModelFacts(True, 5, 5, 1)
-    assert vtprune.GemFilter(layer=4).for_model(facts) == vtprune.GemFilter(layer=4)
+    assert vtprune.GemFilter(layer=4).bind(facts).probe_layer() == 4
     with pytest.raises(vtprune.VTPruneError, match="the decoder's layers are 0 to 4, got layer=5"):
         vtprune.wrap(make("llava-clip"), vtprune.GemFilter(layer=5))
 

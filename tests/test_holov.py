@@ -92,7 +92,7 @@ def test_released_holov_drops_the_padding():
     attention = torch.tensor([0.9, 0.9, 0.01, 0.01, 0.01, 0.01])
     positions = select_strips(torch.eye(6), attention, 3, 5).positions
     assert int((positions < 0).sum()) > 0
-    assert HoloV(variant="released").compact_positions
+    assert HoloV(variant="released").renumbers
     assert [HoloV().strips(576, budget) for budget in (64, 128, 192)] == [16, 8, 5]
 
 

@@ -289,9 +289,9 @@ def test_an_image_of_one_token_stays() -> None:
 
 def test_the_layers_are_those_of_the_paper_and_move_for_a_low_budget() -> None:
     pruner = vtprune.LazyLLM()
-    assert pruner.places(32) == (9, 19, 28)
-    ratios = pruner.ratios(32)
+    assert pruner.places() == (9, 19, 28)
+    ratios = pruner.ratios()
     assert [ratios[layer] for layer in (8, 9, 19, 28)] == pytest.approx([1, 0.7, 0.49, 0.343])
-    assert vtprune.LazyLLM(ratio=0.5).ratios(32)[-1] == pytest.approx(0.125)
-    assert pruner.places(32, 0.2)[0] < 9
-    assert vtprune.LazyLLM(layers=(4, 8)).places(32, 0.3) == (4, 8)
+    assert vtprune.LazyLLM(ratio=0.5).ratios()[-1] == pytest.approx(0.125)
+    assert pruner.places(0.2)[0] < 9
+    assert vtprune.LazyLLM(layers=(4, 8)).places(0.3) == (4, 8)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.streams import SELECTING, few, grids, stream, with_nan
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.method.facts import ScoringWork
+from vtprune.method.facts import Work
+from vtprune.method.pruner import asked
 from vtprune.pruners import (
     FlowCut,
     FoPru,
@@ -120,9 +121,10 @@ def test_bad_options_raise(make, message):
 @pytest.mark.parametrize("pruner", [*SELECTING, FlowCut(stages=2), NoPruning()], ids=repr)
 @pytest.mark.parametrize("has_cls", [True, False])
 def test_scoring_flops_are_whole_numbers(pruner, has_cls):
-    work = ScoringWork(
+    work = Work(
         patches=576,
         tokens=576,
+        shown=576,
         kept=64,
         encoder_width=1024,
         encoder_heads=16,
@@ -135,7 +137,7 @@ def test_scoring_flops_are_whole_numbers(pruner, has_cls):
         decoder_layers=(1,) if isinstance(pruner, FlowCut) else (),
         has_cls=has_cls,
     )
-    flops = pruner.scoring_flops(work)
+    flops = pruner.flops(work)
     assert isinstance(flops, int)
     assert flops == 0 if isinstance(pruner, NoPruning | Random | Grid | Pool) else 10**6 < flops < 10**10
     if pruner == FoPru():
@@ -148,9 +150,9 @@ def test_scoring_flops_are_whole_numbers(pruner, has_cls):
 def test_none_keeps_all():
     pruner = NoPruning(keep=3)
     assert pruner.budget(100) == 100
-    assert not pruner.selects
-    assert pruner.asked_keep == 3
-    assert NoPruning().asked_keep == 1.0
+    assert pruner.info.stage == "none"
+    assert asked(pruner) == 3
+    assert asked(NoPruning()) == 1.0
 
 
 def test_random_depends_on_the_pixels_and_the_seed_alone():

@@ -23,7 +23,7 @@ from tests.test_cost import LLAVA_7B
 from tests.test_dual_attention import decoder_layer
 from vtprune.encoder.merging import flow_together
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.facts import ModelFacts, Work
 from vtprune.method.views import EncoderLayer, VisionStream
 from vtprune.pruners import MustDrop
 from vtprune.pruners.mustdrop.windows import (
@@ -239,12 +239,12 @@ def test_bad_options_are_refused(options: dict, says: str) -> None:
 
 def test_layers_that_the_decoder_does_not_have_are_refused() -> None:
     facts = ModelFacts(has_cls=True, encoder_depth=5, decoder_depth=5, group=1)
-    assert MustDrop().for_model(facts).layers == (1, 2)
-    assert MustDrop(layers=(0, 3)).for_model(facts).layers == (0, 3)
+    assert MustDrop().bind(facts).layers == (1, 2)
+    assert MustDrop(layers=(0, 3)).bind(facts).layers == (0, 3)
     with pytest.raises(VTPruneError, match="layers 0 to L - 2 of L, got 2, 4 of 5"):
-        MustDrop(layers=(2, 4)).for_model(facts)
+        MustDrop(layers=(2, 4)).bind(facts)
     with pytest.raises(VTPruneError, match="a decoder of 2 has none"):
-        MustDrop().for_model(replace(facts, decoder_depth=2))
+        MustDrop().bind(replace(facts, decoder_depth=2))
 
 
 def test_windows_need_the_whole_grid() -> None:
@@ -254,24 +254,25 @@ def test_windows_need_the_whole_grid() -> None:
 
 
 def test_search_space_names_fields_and_fits_the_keep() -> None:
-    assert set(MustDrop(keep=0.2).search_space()) == {"merge_threshold", "key_share"}
-    assert set(MustDrop(keep=0.2, merge=False).search_space()) == {"key_share"}
-    space = MustDrop().search_space()
+    assert set(MustDrop(keep=0.2).search_space(576)) == {"merge_threshold", "key_share"}
+    assert set(MustDrop(keep=0.2, merge=False).search_space(576)) == {"key_share"}
+    space = MustDrop().search_space(576)
     assert set(space) == {"merge_threshold", "key_share", "global_threshold", "individual_threshold"}
-    assert MustDrop(**{name: one.high for name, one in space.items()}).adaptive
-    assert not MustDrop(keep=1.0).adaptive
-    assert MustDrop(keep=1).adaptive
+    assert MustDrop(**{name: one.high for name, one in space.items()}).input_budget(576) is None
+    assert MustDrop(keep=1.0).input_budget(576) == 576
+    assert MustDrop(keep=1).input_budget(576) is None
 
 
 @pytest.mark.parametrize(("has_cls", "group", "width"), [(True, 1, 1024), (False, 1, 1152), (False, 4, 1280)])
 def test_scoring_is_a_small_part_of_a_prefill(has_cls: bool, group: int, width: int) -> None:
-    work = ScoringWork(
-        patches=576 * group, tokens=576, kept=576, encoder_width=width, encoder_heads=16, decoder_width=4096,
+    work = Work(
+        patches=576 * group, tokens=576, shown=576, kept=576,
+        encoder_width=width, encoder_heads=16, decoder_width=4096,
         decoder_heads=32, prompt=640, text=64, encoder_patches=(576 * group + has_cls,) * 24, encoder_layers=(0,),
         decoder_layers=(2, 6, 10, 14), has_cls=has_cls, text_after=64,
     )  # fmt: skip
     prefill = flops(LLAVA_7B, 576, text_tokens=64, images=1).total
-    assert 0 < MustDrop().scoring_flops(work) < 0.005 * prefill
+    assert 0 < MustDrop().flops(work) < 0.005 * prefill
 
 
 @pytest.mark.parametrize(

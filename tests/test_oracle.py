@@ -39,7 +39,7 @@ def test_renumbered_positions_have_no_gaps_at_any_layer(kind: str, pruner: Prune
     rows, padding = BATCHES[batch]
     inputs = prompt(kind, [ROWS[kind][row] for row in rows], padding)
     model = make(kind)
-    options = {} if pruner.compact_positions else {"positions": "compact"}
+    options = {} if pruner.renumbers else {"positions": "compact"}
     vtprune.wrap(model, pruner, **options)
     logits, report, _ = run_wrapped(kind, model, inputs)
     features = image_features(model, inputs)

@@ -17,8 +17,10 @@ import vtprune
 from tests.flop_helper import measured_flops
 from tests.models import DECODER_LAYERS, IMAGE, MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import STEPS, TOLERANCE, compare, image_features, next_tokens, run_masked, run_wrapped
+from tests.pruners import at_depth
 from vtprune.method import schedules
 from vtprune.method.choosing import best_of_each
+from vtprune.method.config import from_dict, to_dict
 from vtprune.method.facts import ModelFacts
 from vtprune.pruners import PMoD
 
@@ -175,9 +177,9 @@ def test_a_token_that_skipped_a_layer_is_computed_by_a_later_one(kind: str) -> N
 
 
 def test_the_published_ratios_have_the_published_mean() -> None:
-    method = PMoD().for_model(ModelFacts(True, 23, 32, 1))
-    assert method.asked_keep == pytest.approx(0.5375, abs=5e-5)
-    assert method.routed_layers(32) == tuple(range(8, 32))
+    method = PMoD().bind(ModelFacts(True, 23, 32, 1))
+    assert method.default_keep == pytest.approx(0.5375, abs=5e-5)
+    assert method.routed_layers() == tuple(range(8, 32))
     counts = method.counts(576, 576)
     assert [count + 64 for count in counts[:10]] == [640] * 8 + [550, 528]
     assert counts[-1] == 86
@@ -197,7 +199,7 @@ def test_routers_at_zero_leave_the_base_as_it_is_at_ratio_one(kind: str, method:
 @every_model
 def test_at_ratio_one_every_token_goes_through_the_trained_gates(kind: str) -> None:
     inputs, model = prompt(kind, ROWS[kind]), trained(kind, PMoD(keep=1.0))
-    assert sorted(routers_of(model)) == list(PMoD().routed_layers(DECODER_LAYERS))
+    assert sorted(routers_of(model)) == list(at_depth(PMoD(), DECODER_LAYERS).routed_layers())
     logits, report, _ = run_wrapped(kind, model, inputs)
     features, routers = image_features(model, inputs), routers_of(model)
     assert report.achieved_keep == 1
@@ -277,7 +279,7 @@ def test_gradients_reach_routers_and_base_and_flow_through_checkpoints(kind: str
         loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
     routers = [name for name in gradients[0] if name.startswith("vtprune_weights")]
-    assert len(routers) == 2 * len(PMoD().routed_layers(DECODER_LAYERS))
+    assert len(routers) == 2 * len(at_depth(PMoD(), DECODER_LAYERS).routed_layers())
     assert all(float(gradients[0][name].abs().sum()) > 0 for name in routers)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -357,5 +359,5 @@ def test_gates_that_are_not_numbers_are_refused(kind: str) -> None:
 
 def test_settings_survive_a_config() -> None:
     method = PMoD(norm="sigmoid", scale=1.0, decay="linear", variant="paper")
-    assert vtprune.config.from_dict(vtprune.config.to_dict(method)) == method
+    assert from_dict(to_dict(method)) == method
     assert dataclasses.replace(method, decay="cosine") != method

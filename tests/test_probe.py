@@ -23,6 +23,7 @@ from tests.oracle import TOLERANCE, compare, run_masked, run_wrapped
 from vtprune.decoder.run import DecoderRun
 from vtprune.method.answers import Selection
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -31,12 +32,12 @@ SEEN: list[VisionStream] = []
 
 @vtprune.register("test_probes", paper="a test")
 @dataclass(frozen=True)
-class Probes(Pruner):
+class Probes(BeforeDecoder):
     """Keeps the first tokens, and remembers what it saw of a decoder layer."""
 
     layer: int = 2
 
-    def probe_layer(self, depth: int) -> int:
+    def probe_layer(self) -> int:
         return self.layer
 
     def select(self, stream: VisionStream) -> Selection:

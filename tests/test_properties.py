@@ -13,8 +13,9 @@ import torch
 import vtprune
 from tests.models import MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
-from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
+from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, at_depth, label
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BeforeDecoder, Trained, drop_layers, encoder_layers, evict_layers, routed_layers
 from vtprune.method.views import (
     CachedRow,
     DecoderLayer,
@@ -189,11 +190,11 @@ def test_a_saved_config_prunes_the_same(kind: str, pruner: Pruner, tmp_path: Pat
     vtprune.save_config(pruner, tmp_path)
     with vtprune.wrapped(model, pruner):
         vtprune.save_config(model, tmp_path / "of the model")
-        if pruner.brings_weights():
+        if isinstance(pruner, Trained):
             vtprune.save(model, tmp_path / "whole")
     assert vtprune.load_config(tmp_path / "of the model") == vtprune.load_config(tmp_path) == pruner
     folder = tmp_path
-    if pruner.brings_weights():
+    if isinstance(pruner, Trained):
         # A folder without the weights is refused; one that `save` wrote has both.
         with pytest.raises(vtprune.VTPruneError, match="no vtprune_weights"):
             vtprune.wrap(model, str(tmp_path))
@@ -216,7 +217,7 @@ def test_stages_compose_each_within_its_own_budget(kind: str) -> None:
     for kept in _kept(report):
         assert len(kept[0]) <= 8
         assert set(kept[-1]) < set(kept[0])
-    assert report.asked_keep == [11, 8, Drops.default_keep]
+    assert report.asked_keep == [11, 8, Drops().default_keep]
     assert report.method == "flowcut+random+test_drops"
     assert logits.isfinite().all()
 
@@ -292,8 +293,9 @@ def _watched_run(kind: str, pruner: Pruner, dtype: torch.dtype, autocast: bool, 
         model.train()(**inputs, labels=labels)
         assert torch.is_autocast_enabled("cpu") == autocast
     assert all(calls == {False} for calls in seen.values()), seen
-    named = {"evict": pruner.evict_layers(5), "route": pruner.routed_layers(5), "select": pruner.selects}
-    named |= {"prune_decoder": pruner.decoder_layers(5), "prune_encoder": pruner.encoder_layers(5)}
+    bound = at_depth(pruner, 5)
+    named = {"evict": evict_layers(bound), "route": routed_layers(bound), "select": isinstance(pruner, BeforeDecoder)}
+    named |= {"prune_decoder": drop_layers(bound), "prune_encoder": encoder_layers(bound)}
     assert {name for name, acts in named.items() if acts} <= set(seen) | {"select"}
 
 

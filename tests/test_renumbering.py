@@ -31,7 +31,7 @@ LLAVA = ["llava-clip", pytest.param("llava-siglip", marks=pytest.mark.slow)]
 
 
 def _wrap(kind: str, pruner: Pruner) -> Any:
-    return vtprune.wrap(make(kind), pruner, positions="original" if pruner.compact_positions else "compact")
+    return vtprune.wrap(make(kind), pruner, positions="original" if pruner.renumbers else "compact")
 
 
 @pytest.mark.parametrize("rows", [[2], [0, 1, 2]], ids=["two images", "batch"])

@@ -198,16 +198,16 @@ def test_both_counts_of_the_published_settings(
         shares = stage_shares(PUBLISHED_STAGES[version][setting], recycles=version == 1)
         stages = [576, *(round(share * 576) for share in shares)]
         counts = [n for n, layers in zip(stages, (3, 4, 9, 16), strict=True) for _ in range(layers)]
-        assert method.achieved(counts) == pytest.approx(processed[setting], abs=0.06)
-        assert method.published_count(counts) == pytest.approx(published[setting], abs=0.005)
+        assert method.counted.of(counts) == pytest.approx(processed[setting], abs=0.06)
+        assert method.published.of(counts) == pytest.approx(published[setting], abs=0.005)
         # Asked for that mean, these are the counts.
-        fitted = SparseVLM(keep=sum(counts) / 32 / 576, version=version).for_model(PUBLISHED)
+        fitted = SparseVLM(keep=sum(counts) / 32 / 576, version=version).bind(PUBLISHED)
         assert sum(abs(a - b) for a, b in zip(fitted.counts(576, 576), counts, strict=True)) <= 32
-    own = SparseVLM(version=version).for_model(PUBLISHED)
+    own = SparseVLM(version=version).bind(PUBLISHED)
     assert own.counts(576, 576)[2::5] == (
         (576, 204, 204, 113, 113, 113) if version == 1 else (576, 200, 200, *3 * (118,))
     )
-    assert own.asked_keep * 576 == pytest.approx(processed[0], abs=0.06)
+    assert own.default_keep * 576 == pytest.approx(processed[0], abs=0.06)
 
 
 @few
@@ -215,7 +215,7 @@ def test_both_counts_of_the_published_settings(
     tokens=st.integers(40, 700), depth=st.integers(4, 40), keep=st.floats(0.35, 0.99), version=st.sampled_from([1, 2])
 )
 def test_a_budget_is_met_and_spent_at_any_size_and_depth(tokens: int, depth: int, keep: float, version: int) -> None:
-    method = SparseVLM(keep=keep, version=version).for_model(ModelFacts(True, 5, depth, 1))
+    method = SparseVLM(keep=keep, version=version).bind(ModelFacts(True, 5, depth, 1))
     counts, budget = method.counts(tokens, tokens), max(1, round(keep * tokens))
     assert budget - 1.01 <= sum(counts) / depth <= budget
     assert list(counts) == sorted(counts, reverse=True)
@@ -224,7 +224,7 @@ def test_a_budget_is_met_and_spent_at_any_size_and_depth(tokens: int, depth: int
 
 def test_a_budget_that_the_first_layers_exceed_is_refused() -> None:
     with pytest.raises(VTPruneError, match=r"sparsevlm: .*the 3 of 32 layers before the first drop alone make 0\.09"):
-        SparseVLM(keep=0.05).for_model(PUBLISHED)
+        SparseVLM(keep=0.05).bind(PUBLISHED)
     # Of a count of tokens that depends on the image, which is kept whole where it is too low.
     report = run_forward("qwen2.5-vl", SparseVLM(keep=1), [Row([2, 3], [(2, 2)])])
     image = report.samples[0].images[0]
@@ -261,8 +261,8 @@ def test_the_benchmark_shows_both_counts() -> None:
 def test_other_schedules_spread_the_same_budget(schedule: str) -> None:
     report = run_forward("llava-clip", SparseVLM(keep=0.5, schedule=schedule), ROWS["llava-clip"])
     assert 0.4 < report.achieved_keep <= 0.5
-    own = SparseVLM(schedule=schedule).for_model(PUBLISHED)
-    assert own.asked_keep == pytest.approx(SparseVLM().for_model(PUBLISHED).asked_keep, abs=1e-6)
+    own = SparseVLM(schedule=schedule).bind(PUBLISHED)
+    assert own.default_keep == pytest.approx(SparseVLM().bind(PUBLISHED).default_keep, abs=1e-6)
 
 
 # The rank.
@@ -324,9 +324,9 @@ def test_a_second_turns_image_is_rated_by_its_own_text(kind: str) -> None:
 
 
 def test_released_renumbers_positions_in_version_1_alone() -> None:
-    assert SparseVLM(variant="released").compact_positions
-    assert not SparseVLM(variant="released", version=2).compact_positions
-    assert not SparseVLM().compact_positions
+    assert SparseVLM(variant="released").renumbers
+    assert not SparseVLM(variant="released", version=2).renumbers
+    assert not SparseVLM().renumbers
 
 
 @pytest.mark.parametrize(
@@ -353,11 +353,11 @@ def test_bad_options_are_refused(options: dict[str, Any], reason: str) -> None:
 
 def test_the_search_space_holds_options_that_it_takes() -> None:
     for method in (SparseVLM(keep=0.5), SparseVLM(keep=0.5, adaptive_rank=True), SparseVLM(version=2)):
-        for name, tunable in method.search_space().items():
+        for name, tunable in method.search_space(576).items():
             for value in tunable.choices or (tunable.low, tunable.high):
                 replace(method, **{name: value})
-    assert set(SparseVLM().search_space()) == {"recycle"}
-    assert "published" in SparseVLM(keep=0.5).search_space()["schedule"].choices
+    assert set(SparseVLM().search_space(576)) == {"recycle"}
+    assert "published" in SparseVLM(keep=0.5).search_space(576)["schedule"].choices
 
 
 # The authors' cases.

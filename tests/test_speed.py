@@ -25,6 +25,7 @@ from vtprune.evals.speed.overhead import (
 from vtprune.evals.speed.replay import record
 from vtprune.evals.speed.research import ResearchModel, rank
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import Query
 
 CPU = torch.device("cpu")
 METHODS = [vtprune.FastV(keep=0.6), vtprune.FastV(keep=0.7, schedule="linear"), vtprune.PyramidDrop(keep=0.6)]
@@ -60,7 +61,7 @@ def test_all_ways_to_run_a_method_keep_the_same_tokens(model: Any, pruner: Prune
     assert kept[0] == kept[1]
     assert replayed.flops_breakdown.scoring == 0 < report.flops_breakdown.scoring
     assert recorded.promised < recorded.promised_unscored
-    plain = ResearchModel(model, recorded.plan, ahead=pruner.reads_next_layer)
+    plain = ResearchModel(model, recorded.plan, ahead=pruner.query is Query.NEXT_LAYER)
     with torch.inference_mode():
         found = [plain.prefill(**inputs)[0], *(plain.step(torch.tensor([[token]]))[0] for token in tokens)]
     assert float((torch.cat(found) - expected).abs().max()) < 2e-5
@@ -75,7 +76,7 @@ def test_the_research_way_ranks_the_same_tokens_first(
     ranked: list[tuple[torch.Tensor, torch.Tensor]] = []
     monkeypatch.setattr("vtprune.evals.speed.research.rank", lambda attention, kept: ranked.append((attention, kept)))
     with torch.inference_mode():
-        ResearchModel(model, recorded.plan, ahead=pruner.reads_next_layer).prefill(**inputs)
+        ResearchModel(model, recorded.plan, ahead=pruner.query is Query.NEXT_LAYER).prefill(**inputs)
     assert len(ranked) == len(recorded.plan) > 0
     text = TINY.text_tokens
     for attention, kept in ranked:

@@ -23,8 +23,8 @@ from tests.streams import few
 from tests.test_cost import LLAVA_7B
 from tests.test_dual_attention import decoder_layer
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner
+from vtprune.method.facts import ModelFacts, Work
+from vtprune.method.pruner import Pruner, asked
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners import FastV, PyramidDrop, VisionZip
 from vtprune.pruners.parts.staged import scaled_layers
@@ -143,16 +143,16 @@ def test_ties_go_to_the_first_tokens_and_scores_that_are_no_numbers_are_refused(
 
 
 def test_published_settings_keep_the_published_counts() -> None:
-    assert FastV().for_model(FACTS).counts(576, 576) == (576,) * 2 + (288,) * 30
+    assert FastV().bind(FACTS).counts(576, 576) == (576,) * 2 + (288,) * 30
     for ratio, count in ((0.5, 288), (0.75, 144), (0.875, 72), (0.9, 57)):
-        counts = FastV(ratio=ratio, layers=(3,)).for_model(FACTS).counts(576, 576)
+        counts = FastV(ratio=ratio, layers=(3,)).bind(FACTS).counts(576, 576)
         assert counts == (576,) * 3 + (count,) * 29
-    pyramid = PyramidDrop().for_model(FACTS)
+    pyramid = PyramidDrop().bind(FACTS)
     assert pyramid.counts(576, 576) == (576,) * 8 + (288,) * 8 + (144,) * 8 + (72,) * 8
-    assert pyramid.asked_keep * 576 == pyramid.achieved(list(pyramid.counts(576, 576))) == 270
+    assert pyramid.default_keep * 576 == pyramid.counted.of(list(pyramid.counts(576, 576))) == 270
     # Every count rounds down, as in both references.
-    assert PyramidDrop().for_model(FACTS).counts(35, 35)[::8] == (35, 17, 8, 4)
-    assert FastV(ratio=0.9).for_model(FACTS).counts(30, 30)[-1] == 3
+    assert PyramidDrop().bind(FACTS).counts(35, 35)[::8] == (35, 17, 8, 4)
+    assert FastV(ratio=0.9).bind(FACTS).counts(30, 30)[-1] == 3
 
 
 def test_published_layers_scale_with_the_depth() -> None:
@@ -163,15 +163,15 @@ def test_published_layers_scale_with_the_depth() -> None:
 
 
 def test_a_low_budget_moves_pyramid_drops_stages_forward_and_explicit_ones_stay() -> None:
-    assert PyramidDrop().places(32, 0.47) == (8, 16, 24)
-    early = PyramidDrop().places(32, 64 / 576)
+    assert PyramidDrop().places(0.47) == (8, 16, 24)
+    early = PyramidDrop().places(64 / 576)
     assert early[0] < early[1] < early[2]
     assert early < (4, 8, 12)
-    assert PyramidDrop(layers=(8, 16)).places(32, 0.2) == (8, 16)
-    counts = PyramidDrop(keep=64).for_model(FACTS).counts(576, 576)
+    assert PyramidDrop(layers=(8, 16)).places(0.2) == (8, 16)
+    counts = PyramidDrop(keep=64).bind(FACTS).counts(576, 576)
     assert 63 < sum(counts) / 32 <= 64
     with pytest.raises(VTPruneError, match=r"pyramid_drop: .* cannot keep 0\.2 of .* the 8 of 32 layers"):
-        PyramidDrop(keep=0.2, layers=(8, 16, 24)).for_model(FACTS)
+        PyramidDrop(keep=0.2, layers=(8, 16, 24)).bind(FACTS)
 
 
 @few
@@ -186,22 +186,23 @@ def test_a_low_budget_moves_pyramid_drops_stages_forward_and_explicit_ones_stay(
 def test_the_mean_over_layers_is_at_most_what_was_asked(method, schedule, depth, tokens, share, data) -> None:
     keep = data.draw(st.sampled_from([share, max(1, round(share * tokens))]))
     pruner = method(keep=keep, schedule=schedule)
-    budget, start = pruner.budget(tokens), pruner.places(depth, 0.0)[0]
+    budget, start = pruner.budget(tokens), pruner.places(0.0)[0]
     # What the layers before the first drop take, and one token in each of the others.
     assume(budget == tokens or (budget * depth >= start * tokens + depth - start))
-    pruner = pruner.for_model(replace(FACTS, decoder_depth=depth, first=False))
+    pruner = pruner.bind(replace(FACTS, decoder_depth=depth, first=False))
     counts = pruner.counts(tokens, tokens)
     assert list(counts) == sorted(counts, reverse=True)
     assert sum(counts) <= pruner.budget(tokens) * depth
     # A layer after which a count falls is one that the method is asked after.
     falls = {layer for layer in range(depth - 1) if counts[layer + 1] < counts[layer]}
-    assert falls <= set(pruner.decoder_layers(depth))
-    assert all(pruner.decoder_budget(tokens, layer, tokens) == counts[layer + 1] for layer in falls)
+    assert falls <= set(pruner.drop_layers())
+    assert all(pruner.drop_budget(tokens, layer, tokens) == counts[layer + 1] for layer in falls)
 
 
 def test_equal_methods_of_two_models_count_for_their_own_decoder() -> None:
-    deep, flat = (FastV(keep=0.5).for_model(replace(FACTS, decoder_depth=depth)) for depth in (32, 5))
-    assert deep == flat
+    deep, flat = (FastV(keep=0.5).bind(replace(FACTS, decoder_depth=depth)) for depth in (32, 5))
+    assert deep != flat
+    assert deep.to_dict() == flat.to_dict()
     assert [len(one.counts(36, 36)) for one in (deep, flat, deep)] == [32, 5, 32]
 
 
@@ -261,8 +262,8 @@ def test_stages_compose_exactly_where_fewer_tokens_enter(kind: str, stages: list
         for image in sample.images:
             mean = sum(map(len, image.kept_per_layer)) / len(image.kept_per_layer)
             entered, last = len(image.kept), stages[-1]
-            asked = last.asked_keep
-            assert mean <= (asked if isinstance(asked, int) else max(1, round(asked * image.tokens)))
+            wanted = asked(last)
+            assert mean <= (wanted if isinstance(wanted, int) else max(1, round(wanted * image.tokens)))
             assert len(image.kept_per_layer[-1]) < entered
 
 
@@ -281,16 +282,17 @@ def test_the_released_pyramid_renumbers_positions_in_every_layer() -> None:
 
 
 def test_only_the_layers_before_a_drop_are_scored() -> None:
-    work = ScoringWork(
-        patches=576, tokens=576, kept=576, encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
+    work = Work(
+        patches=576, tokens=576, shown=576, kept=576,
+        encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
         prompt=640, text=64, encoder_patches=(577,) * 24, encoder_layers=(), decoder_layers=(7, 15, 23),
         decoder_kv_width=1024, decoder_tokens=(640, 352, 208), first_asked=(True, True, False),
     )  # fmt: skip
     row = [2 * tokens * 4096 for tokens in work.decoder_tokens]
     keys = [2 * tokens * 4096 * 1024 for tokens in work.decoder_tokens]
-    assert FastV().scoring_flops(work) == sum(row)
-    assert PyramidDrop().scoring_flops(work) == sum(row) + sum(keys[:2]) + 2 * 2 * 4096**2
-    assert PyramidDrop().scoring_flops(work) < 0.01 * flops(LLAVA_7B, 576, text_tokens=64, images=1).total
+    assert FastV().flops(work) == sum(row)
+    assert PyramidDrop().flops(work) == sum(row) + sum(keys[:2]) + 2 * 2 * 4096**2
+    assert PyramidDrop().flops(work) < 0.01 * flops(LLAVA_7B, 576, text_tokens=64, images=1).total
     model = vtprune.wrap(make(LLAVA), PyramidDrop(keep=12))
     kept_per_layer(model, prompt(LLAVA, [LONG]))
     assert vtprune.report(model).stages[0].stage == "after decoder layers 0, 1, 2"
@@ -332,16 +334,16 @@ def test_shares_lie_between_0_and_1_and_contradict_a_keep(method, option: str, v
 def test_decoders_that_are_too_flat_are_refused() -> None:
     for method in (FastV, PyramidDrop):
         with pytest.raises(VTPruneError, match=f"{method().name}: .*at least 2 of them, got 1"):
-            method().for_model(replace(FACTS, decoder_depth=1))
+            method().bind(replace(FACTS, decoder_depth=1))
         with pytest.raises(VTPruneError, match=r"drop before decoder layer 5 .* at least 6 decoder layers, got 5"):
-            method(layers=(5,)).for_model(replace(FACTS, decoder_depth=5))
-        assert method().for_model(replace(FACTS, decoder_depth=2)).decoder_layers(2) == (0,)
+            method(layers=(5,)).bind(replace(FACTS, decoder_depth=5))
+        assert method().bind(replace(FACTS, decoder_depth=2)).drop_layers() == (0,)
 
 
 def test_search_space_names_the_schedules_that_the_layers_allow() -> None:
-    assert FastV().search_space() == {}
-    assert FastV(keep=0.5).search_space()["schedule"].choices == vtprune.method.schedules.NAMES
-    several = PyramidDrop(keep=0.5, layers=(1, 2)).search_space()["schedule"].choices
+    assert FastV().search_space(576) == {}
+    assert FastV(keep=0.5).search_space(576)["schedule"].choices == vtprune.method.schedules.NAMES
+    several = PyramidDrop(keep=0.5, layers=(1, 2)).search_space(576)["schedule"].choices
     assert several == ("steps", "entropy")
     for schedule in several:
         PyramidDrop(keep=0.5, layers=(1, 2), schedule=schedule)

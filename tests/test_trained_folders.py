@@ -18,10 +18,11 @@ from vtprune.evals.bench.settings import build_settings
 from vtprune.hooks.base_sample import sample_base
 from vtprune.hooks.weights import SUBMODULE, write_tensors
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import Trained
 from vtprune.pruners import PMoD
 
 every_model = pytest.mark.parametrize("kind", MODELS)
-BRING = [pruner for pruner in [*PRUNERS, *GATED] if pruner.brings_weights()]
+BRING = [pruner for pruner in [*PRUNERS, *GATED] if isinstance(pruner, Trained)]
 
 
 @every_model

@@ -266,7 +266,7 @@ def test_settings_that_the_model_refuses_are_infeasible(tmp_path: Path, monkeypa
             raise VTPruneError("cannot be met")
         return self
 
-    monkeypatch.setattr(vtprune.HoloV, "for_model", refuse)
+    monkeypatch.setattr(vtprune.HoloV, "resolve", refuse)
     result = tune(tmp_path / "out", *KEEP, "--trials", "2")
     assert result.exit_code == 0, result.output
     assert [trial["state"] for trial in read(tmp_path / "out")["trials"]] == ["infeasible", "measured"]

@@ -48,7 +48,7 @@ def test_staged_settings_meet_the_budgets_equation(tmp_path: Path, budget: tuple
     assert trials[0]["params"].keys() == {"first", "second", "threshold", "cell", "alpha"}
     for trial in trials:
         pruner = from_dict(trial["pruner"])
-        fitted = pruner.for_model(vtprune.pruner.ModelFacts(True, 5, 6, 1))
+        fitted = pruner.bind(vtprune.method.facts.ModelFacts(True, 5, 6, 1))
         entering, middle, last = fitted.schedule().counts(144)
         start, end = stage_layers(6)
         assert trial["kept"] == pytest.approx((start * entering + (end - start) * middle + (6 - end) * last) / 6)

@@ -17,7 +17,7 @@ from tests.layers import batch_layer, image_states, naive_metric, naive_saliency
 from tests.models import MODELS, ROWS, make, prompt
 from tests.streams import few
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.facts import ModelFacts, Work
 from vtprune.pruners import Turbo
 from vtprune.pruners.turbo import after, count_now, least
 
@@ -117,8 +117,8 @@ def test_without_merging_the_sources_are_dropped() -> None:
     merged, plain = (Turbo(merge=merge).prune_encoder(layer) for merge in (True, False))
     assert torch.equal(merged.keep, plain.keep)
     assert not plain.merges
-    assert Turbo().proportional_attention
-    assert not Turbo(merge=False).proportional_attention
+    assert Turbo().weighs_keys
+    assert not Turbo(merge=False).weighs_keys
 
 
 def test_tokens_that_matter_do_not_flow() -> None:
@@ -160,12 +160,12 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
 
 
 def test_an_encoder_that_is_too_shallow_is_refused_by_name() -> None:
-    assert Turbo(keep=0.1).for_model(FACTS).layers == 23
-    assert Turbo(keep=0.1, layers=4).for_model(FACTS).layers == 4
+    assert Turbo(keep=0.1).bind(FACTS).layers == 23
+    assert Turbo(keep=0.1, layers=4).bind(FACTS).layers == 4
     with pytest.raises(VTPruneError, match=r"3 encoder layers .* keep=0.1; the smallest that works is 0.125"):
-        Turbo(keep=0.1).for_model(replace(FACTS, encoder_depth=3))
+        Turbo(keep=0.1).bind(replace(FACTS, encoder_depth=3))
     with pytest.raises(VTPruneError, match="layers=24, but only 23"):
-        Turbo(layers=24).for_model(FACTS)
+        Turbo(layers=24).bind(FACTS)
     with pytest.raises(VTPruneError, match="wrap a model, or set layers"):
         Turbo(r=3).budget(36)
 
@@ -221,9 +221,10 @@ def test_r_merges_as_many_in_each_layer(kind: str) -> None:
 
 
 def test_scoring_is_a_row_and_the_similarities_of_every_layer() -> None:
-    work = ScoringWork(
-        patches=576, tokens=576, kept=64, encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
+    work = Work(
+        patches=576, tokens=576, shown=576, kept=64,
+        encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
         prompt=600, text=24, encoder_patches=(577, 301), encoder_layers=(0, 1), decoder_layers=(), has_cls=True,
     )  # fmt: skip
     expected = sum(2 * n * 1024 + 2 * ((n - 1) // 2) ** 2 * 64 for n in (577, 301))
-    assert Turbo().scoring_flops(work) == expected
+    assert Turbo().flops(work) == expected

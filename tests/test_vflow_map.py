@@ -10,6 +10,7 @@ import torch
 
 from tests.streams import picture_stream
 from vtprune.errors import ScoreError
+from vtprune.method.stages import Read
 from vtprune.method.views import LayerSignals
 from vtprune.pruners import VFlowOpt
 from vtprune.pruners.vflowopt.importance import (
@@ -107,9 +108,9 @@ def test_without_a_global_patch_the_one_that_receives_most_decides():
 
 
 def test_without_alpha_no_pixels_are_read():
-    assert VFlowOpt().reads_picture
+    assert Read.PICTURE in VFlowOpt().input_reads
     for pruner in (VFlowOpt(alpha=0.0), VFlowOpt(variant="released"), VFlowOpt(variant="released", alpha=1.0)):
-        assert not pruner.reads_picture
+        assert Read.PICTURE not in pruner.input_reads
 
 
 def test_the_entropy_of_tokens_that_an_encoder_stage_dropped_does_not_count():

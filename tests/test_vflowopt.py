@@ -17,7 +17,7 @@ from tests.models import DECODER_LAYERS, MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, difference_from_masked
 from tests.streams import few, picture_stream
 from vtprune.errors import VTPruneError
-from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.facts import ModelFacts, Work
 from vtprune.method.pruner import Tunable, budget_of
 from vtprune.pruners import FlowCut, VFlowOpt
 from vtprune.pruners.vflowopt.budget import (
@@ -151,7 +151,7 @@ def test_layers_are_depth_fractions():
     for depth in range(3, 100):
         first, second = stage_layers(depth)
         assert 1 <= first < second < depth
-        assert VFlowOpt().for_model(facts(depth)).decoder_layers(depth) == (first - 1, second - 1)
+        assert VFlowOpt().bind(facts(depth)).drop_layers() == (first - 1, second - 1)
 
 
 @few
@@ -177,7 +177,7 @@ def test_the_mean_over_layers_is_at_most_the_budget_and_close_to_it(tokens, keep
 @pytest.mark.parametrize("keep", [0.03, 0.1, 0.25, 0.5, 0.8, 0.9, 0.97])
 @pytest.mark.parametrize("depth", [5, 24, 28, 32])
 def test_the_default_uses_up_its_budget_at_any_keep(keep, depth):
-    counts = VFlowOpt(keep=keep).for_model(facts(depth)).schedule().counts(576)
+    counts = VFlowOpt(keep=keep).bind(facts(depth)).schedule().counts(576)
     start, end = stage_layers(depth)
     mean = (start * counts[0] + (end - start) * counts[1] + (depth - end) * counts[2]) / depth
     assert budget_of(keep, 576) - 1 <= mean <= budget_of(keep, 576)
@@ -190,11 +190,11 @@ def test_settings_that_cannot_meet_the_budget_raise():
         VFlowOpt(keep=0.25, layers=(20, 27)),
     ):
         with pytest.raises(VTPruneError, match=r"vflowopt: first=.* use up a mean of"):
-            pruner.for_model(facts(28))
+            pruner.bind(facts(28))
     with pytest.raises(VTPruneError, match="use up a mean of"):
         vtprune.wrap(make("llava-clip"), "vflowopt", keep=0.2, first=4.5)
     # A count of tokens is another share of every image, and all of a small one.
-    fitted = VFlowOpt(keep=64, first=2.2).for_model(facts(28)).schedule()
+    fitted = VFlowOpt(keep=64, first=2.2).bind(facts(28)).schedule()
     assert fitted.counts(64) == (64, 64, 64)
     with pytest.raises(VTPruneError, match="use up a mean of"):
         fitted.counts(576)
@@ -210,7 +210,7 @@ def test_shares_below_keep_drop_nothing_at_the_last_stage():
 )
 def test_layers_beyond_the_decoder_raise(layers, depth):
     with pytest.raises(VTPruneError, match="vflowopt drops tokens before the decoder layers"):
-        VFlowOpt(layers=layers).for_model(facts(depth))
+        VFlowOpt(layers=layers).bind(facts(depth))
 
 
 @pytest.mark.parametrize(
@@ -243,24 +243,28 @@ def test_bad_options_raise(options, message):
 
 
 def test_the_search_space_is_the_authors_boxes_at_any_keep():
-    space = VFlowOpt(keep=0.25).search_space()
+    space, count, own = (
+        {name: dataclasses.replace(one, start=None) for name, one in pruner.search_space(576).items()}
+        for pruner in (VFlowOpt(keep=0.25), VFlowOpt(keep=64), VFlowOpt())
+    )
     assert space["first"] == Tunable(1, 1.5)
     assert space["second"] == Tunable(0.2 / 0.375, 1)
     assert space["alpha"] == Tunable(-1, 1)
-    assert VFlowOpt(keep=64).search_space() == VFlowOpt().search_space() == space
+    assert count == own == space
     names = {field.name for field in dataclasses.fields(VFlowOpt)}
     assert set(space) <= names
 
 
 @pytest.mark.parametrize("tokens", [576, 2880])
 def test_scoring_costs_under_two_percent_of_a_7b_prefill(tokens):
-    work = ScoringWork(
-        patches=tokens, tokens=tokens, kept=tokens // 4, prompt=tokens + 64, text=64, encoder_patches=(tokens,) * 24,
+    work = Work(
+        patches=tokens, tokens=tokens, shown=tokens, kept=tokens // 4,
+        prompt=tokens + 64, text=64, encoder_patches=(tokens,) * 24,
         encoder_layers=(), decoder_layers=(9, 20), has_cls=True, **SEVEN_B,
     )  # fmt: skip
-    flops = VFlowOpt(threshold=0).scoring_flops(work)
+    flops = VFlowOpt(threshold=0).flops(work)
     assert flops == 4 * tokens * (tokens + 1) * 1024 + 2 * tokens * 4096
-    assert VFlowOpt().scoring_flops(work) < 0.6 * flops
+    assert VFlowOpt().flops(work) < 0.6 * flops
     pruned_prefill = 2 * 6.6e9 * (0.25 * tokens + 64)
     assert flops < 0.02 * pruned_prefill
 
@@ -380,13 +384,16 @@ def test_any_number_of_stages_meets_the_mean(tokens, depth, keep, stages, varian
     layers = tuple(sorted(data.draw(st.sets(st.integers(1, depth - 1), min_size=stages, max_size=stages))))
     one_each = tuple(data.draw(st.lists(st.floats(0.8, 1.0), min_size=stages - 1, max_size=stages - 1)))
     second = data.draw(st.sampled_from([None, one_each])) if one_each else None
-    pruner = VFlowOpt(keep=keep, first=1.0, layers=layers, second=second, variant=variant).for_model(facts(depth))
+    pruner = VFlowOpt(keep=keep, first=1.0, layers=layers, second=second, variant=variant).bind(facts(depth))
     counts = pruner.schedule().counts(tokens)
     assert len(counts) == stages + 1
     assert list(counts) == sorted(counts, reverse=True)
     assert counts[-1] >= 1
-    assert pruner.decoder_layers(depth) == tuple(layer - 1 for layer in layers)
-    assert [pruner.decoder_budget(tokens, layer - 1, counts[0]) for layer in layers] == list(counts[1:])
+    assert pruner.drop_layers() == tuple(layer - 1 for layer in layers)
+    # Released counts are those of the tokens that are there, recycled ones among them.
+    decided = variant == "released" and counts[-1] < tokens
+    budgets = [pruner.drop_budget(tokens, layer - 1, counts[0]) for layer in layers]
+    assert budgets == ([None] * stages if decided else list(counts[1:]))
     lengths = [end - start for start, end in itertools.pairwise([0, *layers, depth])]
     mean = sum(count * length for count, length in zip(counts, lengths, strict=True)) / depth
     if variant == "paper":

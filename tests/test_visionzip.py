@@ -17,7 +17,7 @@ from tests.models import ROWS, make, prompt
 from tests.streams import few
 from vtprune.encoder.merging import flow_together
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.method.facts import ScoringWork
+from vtprune.method.facts import Work
 from vtprune.pruners import VisionZip
 from vtprune.pruners.visionzip import zip_tokens
 
@@ -220,8 +220,9 @@ def test_crops_of_a_large_image_are_joined_as_released() -> None:
 
 
 def test_scoring_is_one_row_and_the_similarities() -> None:
-    work = ScoringWork(
-        patches=576, tokens=576, kept=64, encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
+    work = Work(
+        patches=576, tokens=576, shown=576, kept=64,
+        encoder_width=1024, encoder_heads=16, decoder_width=4096, decoder_heads=32,
         prompt=600, text=24, encoder_patches=(577,) * 24, encoder_layers=(22,), decoder_layers=(), has_cls=True,
     )  # fmt: skip
-    assert VisionZip(keep=64).scoring_flops(work) == 2 * 577 * 1024 + 2 * 576 * 10 * 64
+    assert VisionZip(keep=64).flops(work) == 2 * 577 * 1024 + 2 * 576 * 10 * 64

@@ -25,12 +25,25 @@ if TYPE_CHECKING:
         UntrainedWarning,
         VTPruneError,
     )
-    from vtprune.method.answers import Merge, Selection
+    from vtprune.method.answers import EncoderSelection, Eviction, Merge, Routes, Selection
     from vtprune.method.catalogue import PrunerInfo
     from vtprune.method.config import load_config
-    from vtprune.method.pruner import Pruner
+    from vtprune.method.facts import ModelFacts, Work
+    from vtprune.method.pruner import Counted, Pruner, Tunable
     from vtprune.method.registry import available, register
-    from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
+    from vtprune.method.scorer import scorer
+    from vtprune.method.stages import (
+        BeforeDecoder,
+        BetweenLayers,
+        Guided,
+        InCache,
+        InEncoder,
+        InLayers,
+        Query,
+        Read,
+        Trained,
+    )
+    from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
     from vtprune.pruners import (
         D2O,
         CDPruner,
@@ -72,11 +85,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "D2O",
+    "BeforeDecoder",
+    "BetweenLayers",
     "CDPruner",
+    "CachedRow",
     "CoViPAL",
+    "Counted",
     "DecoderLayer",
     "DivPrune",
     "EncoderLayer",
+    "EncoderSelection",
+    "Eviction",
     "FastV",
     "FlopsBreakdown",
     "FlowCut",
@@ -84,10 +103,15 @@ __all__ = [
     "GammaMoD",
     "GemFilter",
     "Grid",
+    "Guided",
     "HoloV",
+    "InCache",
+    "InEncoder",
+    "InLayers",
     "KeptWholeWarning",
     "LazyLLM",
     "Merge",
+    "ModelFacts",
     "MustDrop",
     "NoPruning",
     "PMoD",
@@ -95,11 +119,17 @@ __all__ = [
     "Pruner",
     "PrunerInfo",
     "PyramidDrop",
+    "Query",
     "Random",
+    "Read",
     "Report",
+    "RoutedTokens",
+    "Routes",
     "ScoreError",
     "Selection",
     "SparseVLM",
+    "Trained",
+    "Tunable",
     "Turbo",
     "UncheckedBaseWarning",
     "UnknownPrunerError",
@@ -110,6 +140,7 @@ __all__ = [
     "VTPruneError",
     "VisionStream",
     "VisionZip",
+    "Work",
     "__version__",
     "auxiliary_loss",
     "available",
@@ -122,6 +153,7 @@ __all__ = [
     "report",
     "save",
     "save_config",
+    "scorer",
     "unwrap",
     "wrap",
     "wrapped",
@@ -143,7 +175,8 @@ export(
             "UntrainedWarning",
             "VTPruneError",
         ),
-        "vtprune.method.pruner": ("Pruner",),
+        "vtprune.method.facts": ("ModelFacts", "Work"),
+        "vtprune.method.pruner": ("Counted", "Pruner", "Tunable"),
         "vtprune.pruners": (
             "D2O",
             "CDPruner",
@@ -170,9 +203,21 @@ export(
         ),
         "vtprune.method.registry": ("available", "register"),
         "vtprune.report.costs": ("flops", "kv_bytes"),
+        "vtprune.method.scorer": ("scorer",),
+        "vtprune.method.stages": (
+            "BeforeDecoder",
+            "BetweenLayers",
+            "Guided",
+            "InCache",
+            "InEncoder",
+            "InLayers",
+            "Query",
+            "Read",
+            "Trained",
+        ),
         "vtprune.report.report": ("Report",),
-        "vtprune.method.answers": ("Merge", "Selection"),
-        "vtprune.method.views": ("DecoderLayer", "EncoderLayer", "VisionStream"),
+        "vtprune.method.answers": ("EncoderSelection", "Eviction", "Merge", "Routes", "Selection"),
+        "vtprune.method.views": ("CachedRow", "DecoderLayer", "EncoderLayer", "RoutedTokens", "VisionStream"),
         "vtprune.version": ("__version__",),
         "vtprune.wrap": (
             "auxiliary_loss",

@@ -30,6 +30,7 @@ from vtprune.method import config
 from vtprune.method.order import check_order
 from vtprune.method.pruner import Pruner
 from vtprune.method.resolving import folder_of, resolve
+from vtprune.method.stages import acts, encoder_layers, revives
 from vtprune.report.generation import Generation
 from vtprune.report.report import Report
 
@@ -68,19 +69,19 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, lev
     # What cannot be accounted for is refused now, not when a report is asked for.
     adapter.sizes(core.config)
     # Stages that do nothing come before no method.
-    acting = [index for index, one in enumerate(given) if one.name != "none"]
-    pruners = [one.for_model(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(given)]
-    check_order(pruners, facts)
-    adapter.check_stages(encoder=any(one.encoder_layers(facts.encoder_depth) for one in pruners))
+    acting = [index for index, one in enumerate(given) if acts(one)]
+    pruners = [one.bind(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(given)]
+    check_order(pruners)
+    adapter.check_stages(encoder=any(encoder_layers(one) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
         raise VTPruneError(
             f"positions='compact' is defined for 1-D positions only; {adapter.name} has M-RoPE positions, use "
             "'original'"
         )
     # The released code of a method may renumber; on M-RoPE models the authors' own ports keep or garble positions.
-    renumbering = next((one.name for one in pruners if one.compact_positions and adapter.renumbers), None)
+    renumbering = next((one.name for one in pruners if one.renumbers and adapter.renumbers), None)
     compact = positions == "compact" or renumbering is not None
-    returning = next((one.name for one in pruners if one.revives), None)
+    returning = next((one.name for one in pruners if revives(one)), None)
     if compact and returning:
         asked, instead = "positions='compact'", "use 'original'"
         if positions != "compact":
@@ -89,7 +90,7 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, lev
             f"{asked} numbers the tokens that are left, and with {returning} those that were left out return; "
             f"{instead}"
         )
-    modules = make_modules(pruners, facts, adapter)
+    modules = make_modules(pruners, adapter)
     folder = folder_of(pruner)
     if modules and folder is not None:
         read_weights(modules, folder, core)

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from vtprune.adapters import adapter_for
 from vtprune.assets import TINY_LLAVA
 from vtprune.errors import FileError
 from vtprune.evals.arank.ranks import choose, rank_layers
@@ -94,7 +95,7 @@ def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: st
     depth = model.config.get_text_config().num_hidden_layers
     count = config.count
     if count is None and config.share is None:
-        count = len(GammaMoD().routed_layers(depth))
+        count = len(GammaMoD().bind(adapter_for(model).facts()).routed_layers())
     # A number of layers that the model does not have is refused before anything is computed.
     choose([0.0] * depth, count=count, share=config.share)
     with Steps(console, "attention maps", len(samples)) as steps:

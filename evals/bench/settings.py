@@ -24,6 +24,7 @@ from vtprune.method.registry import (
     read_options,
 )
 from vtprune.method.resolving import resolve
+from vtprune.method.stages import Trained
 from vtprune.method.texts import Stage, parse_entry
 from vtprune.pruners.parts.staged import Staged
 
@@ -113,7 +114,7 @@ def folder_setting(folder: str) -> Setting:
     methods = "+".join(pruner.name for pruner in pruners)
     path = Path(folder).resolve()
     trained = str(path) if (path / WEIGHTS_NAME).is_file() else ""
-    if not trained and any(pruner.brings_weights() for pruner in pruners):
+    if not trained and any(isinstance(pruner, Trained) for pruner in pruners):
         raise InputError(f"{folder}: {methods} needs the weights that `vtprune train` writes, {WEIGHTS_NAME}")
     return Setting(methods, pruners[-1].keep, config=content, title=path.name, folder=trained, stamp=_stamp(path))
 
@@ -134,7 +135,7 @@ def holds_method(folder: str) -> bool:
 
 def all_methods() -> list[str]:
     """Every method that is known, third-party ones included, but for those that have to be trained."""
-    return [name for name in available() if name != UNPRUNED and not pruner_class(name).brings_weights()]
+    return [name for name in available() if name != UNPRUNED and not issubclass(pruner_class(name), Trained)]
 
 
 def trained_folders() -> list[str]:

@@ -14,12 +14,13 @@ from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.catalogue import PrunerInfo
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BetweenLayers, Query
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.report.report import Report
 
 
 @dataclass(frozen=True)
-class Replay(Pruner):
+class Replay(BetweenLayers):
     """Drops what another method dropped between decoder layers, without scoring anything.
 
     chosen: for each image, the decoder layer after which tokens drop to the indices (K,) that stay of those left;
@@ -29,30 +30,23 @@ class Replay(Pruner):
     chosen: tuple[dict[int, Tensor], ...] = field(default=(), compare=False)
     after: tuple[int, ...] = ()
 
+    # Not even that.
+    query = Query.LAST
     info: ClassVar[PrunerInfo] = PrunerInfo("replay", "decoder", "", "", "", "choices made beforehand")
 
     def budget(self, tokens: int) -> int:
         """What the last drop leaves."""
         return min(kept.numel() for image in self.chosen for kept in image.values())
 
-    def input_budget(self, tokens: int) -> int:
-        """All of them enter."""
-        return tokens
-
-    @property
-    def reads_last_query(self) -> bool:
-        """True: not even that."""
-        return True
-
     def remember(self, stream: VisionStream) -> dict[str, Any]:
         """Which image this is."""
         return {"image": self.after.index(stream.text_after)}
 
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+    def drop_layers(self) -> tuple[int, ...]:
         """Those after which tokens dropped."""
         return tuple(sorted({layer for image in self.chosen for layer in image}))
 
-    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
+    def drop_budget(self, tokens: int, layer: int, entered: int) -> int:
         """What is left of the image that keeps the most."""
         return max(image[layer].numel() for image in self.chosen if layer in image)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture
 from vtprune.loading.prompts import encode, place, question
 from vtprune.method import schedules
+from vtprune.method.facts import PUBLISHED
 from vtprune.pruners import FastV, PyramidDrop
 from vtprune.pruners.parts.staged import scaled_layers
 from vtprune.shapes.dataset import read_eval_rows
@@ -47,7 +49,7 @@ def budget_lines(name: str) -> list[Line]:
     for mean, colour in zip(MEANS, COLOURS, strict=False):
         layers: tuple[int, ...] = scaled_layers(FastV.published_layers, DEPTH)
         if name == "steps":
-            layers = PyramidDrop().places(DEPTH, mean)
+            layers = PyramidDrop().places(mean)
         ratios = schedules.fitted(name, DEPTH, layers, mean)
         lines.append((f"mean {percent(mean)}", ratios, {"color": colour}))
     return lines
@@ -73,7 +75,9 @@ def entropy_lines(images: int) -> tuple[list[Line], int]:
         counts.append([len(kept) for kept in image.kept_per_layer])
         totals.append(image.tokens)
     depth = len(counts[0])
-    even = schedules.fitted("steps", depth, method.places(depth, ENTROPY_KEEP), ENTROPY_KEEP)
+    even = schedules.fitted(
+        "steps", depth, method.bind(replace(PUBLISHED, decoder_depth=depth)).places(ENTROPY_KEEP), ENTROPY_KEEP
+    )
     lines: list[Line] = []
     for index, (own, total) in enumerate(zip(counts, totals, strict=True)):
         shares = [count / total for count in own]

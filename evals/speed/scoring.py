@@ -22,9 +22,11 @@ from transformers import LlamaConfig, LlamaModel
 from vtprune.cost.sizes import TransformerCost
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection
-from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.facts import ModelFacts, Work
+from vtprune.method.plan import Plan
 from vtprune.method.pruner import Pruner
 from vtprune.method.resolving import resolve
+from vtprune.method.stages import BeforeDecoder, BetweenLayers, InEncoder, drop_layers, encoder_layers
 from vtprune.method.texts import parse_method
 from vtprune.method.views import EncoderLayer, LayerSignals, VisionStream
 
@@ -123,7 +125,7 @@ def shortened(layer: EncoderLayer, tokens: int) -> EncoderLayer:
 
 def check_stage(pruner: Pruner) -> None:
     """Raises VTPruneError for a method that does nothing before the decoder."""
-    if not pruner.encoder_layers(ENCODER_DEPTH) and not pruner.selects:
+    if not isinstance(pruner, InEncoder | BeforeDecoder):
         raise VTPruneError(f"{pruner.name} does not act before the decoder; only methods that do are timed")
 
 
@@ -131,39 +133,47 @@ def pruner_of(text: str, keep: int) -> Pruner:
     """The method of "name" or "name:option=value"."""
     parse_method(text)
     facts = ModelFacts(True, ENCODER_DEPTH, DECODER.layers, 1)
-    return resolve(text, keep=keep)[0].for_model(facts)
+    return resolve(text, keep=keep)[0].bind(facts)
+
+
+def entering(plan: Plan) -> int:
+    """Tokens that enter the decoder, all of them where the method decides."""
+    found = plan.entering(0)
+    return plan.in_encoder(0) if found is None else min(found, plan.in_encoder(0))
 
 
 def scoring_run(pruner: Pruner, tokens: int) -> Callable[[], None]:
     """Runs all that `pruner` does to an image of `tokens` before the decoder; an encoder layer is shown as many tokens
     as the method left before it. Raises VTPruneError for a method that does nothing there."""
     check_stage(pruner)
-    layers = pruner.encoder_layers(ENCODER_DEPTH)
-    stream = random_stream(tokens, min(pruner.input_budget(tokens), tokens))
+    plan = Plan((pruner,), tokens)
+    stream = random_stream(tokens, entering(plan))
     memory: dict[str, Tensor] = {}
-    encoder = [random_layer(stream, index, pruner.encoder_budget(tokens), memory) for index in layers]
+    encoder = [random_layer(stream, index, plan.in_encoder(0), memory) for index in encoder_layers(pruner)]
 
     def run() -> None:
         memory.clear()
         alive = tokens
         for layer in encoder:
+            assert isinstance(pruner, InEncoder)
             answer = pruner.prune_encoder(shortened(layer, alive))
             keep = answer.keep if isinstance(answer, EncoderSelection) else answer
             alive = alive if keep is None else int(keep.sum())
             memory.update({name: values[:, :alive] for name, values in memory.items() if values.ndim > 1})
-        if pruner.selects:
-            pruner.select(replace(stream, memory=pruner.remember(stream)))
+        if isinstance(pruner, BeforeDecoder):
+            memory_of = pruner.remember(stream) if isinstance(pruner, BetweenLayers) else {}
+            pruner.select(replace(stream, memory=memory_of))
 
     return run
 
 
-def scoring_work(pruner: Pruner, tokens: int) -> ScoringWork:
+def scoring_work(pruner: Pruner, tokens: int) -> Work:
     """The sizes of the same image, for the count."""
-    return ScoringWork(
-        patches=tokens, tokens=tokens, kept=min(pruner.input_budget(tokens), tokens),
+    return Work(
+        patches=tokens, tokens=tokens, shown=tokens, kept=entering(Plan((pruner,), tokens)),
         encoder_width=ENCODER_WIDTH, encoder_heads=ENCODER_HEADS, decoder_width=DECODER.width,
         decoder_heads=DECODER.heads, prompt=tokens + TEXT, text=TEXT, encoder_patches=(tokens,) * ENCODER_DEPTH,
-        encoder_layers=pruner.encoder_layers(ENCODER_DEPTH), decoder_layers=pruner.decoder_layers(DECODER.layers),
+        encoder_layers=encoder_layers(pruner), decoder_layers=drop_layers(pruner),
         text_after=TEXT, decoder_kv_width=DECODER.kv_width,
     )  # fmt: skip
 
@@ -205,7 +215,7 @@ def measure(pruner: Pruner, tokens: int, layer_seconds: float, repeats: int = 3)
     return Cost(
         tokens=tokens,
         kept=work.kept,
-        flops=pruner.scoring_flops(work),
+        flops=pruner.flops(work),
         prefill_flops=2 * DECODER.layers * DECODER.layer_macs((work.prompt,)),
         seconds=seconds(run, repeats),
         layer_seconds=layer_seconds,

@@ -39,6 +39,7 @@ from vtprune.evals.speed.replay import Recorded, record
 from vtprune.evals.speed.research import ResearchModel
 from vtprune.files import check_new_file, write_json
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BetweenLayers, Query
 from vtprune.method.texts import parse_keep, split_entries
 from vtprune.report.costs import flops
 from vtprune.report.report import Report
@@ -97,7 +98,11 @@ def promised_decode(model: Any, report: Report, steps: int) -> float:
 
 
 def _research(model: Any, inputs: dict[str, Tensor], recorded: Recorded, steps: int) -> Run:
-    plain = ResearchModel(model, recorded.plan, ahead=recorded.pruner.reads_next_layer)
+    plain = ResearchModel(
+        model,
+        recorded.plan,
+        ahead=isinstance(recorded.pruner, BetweenLayers) and recorded.pruner.query is Query.NEXT_LAYER,
+    )
     device = inputs["input_ids"].device
 
     def run() -> tuple[float, float]:

@@ -144,16 +144,13 @@ class Tuner:
 
     def _resolved(self, pruner: Pruner, tokens: float) -> Params:
         """The defaults as a point of the search space, {} where they are none (a default that is no number)."""
-        space = searched(pruner, self.budget.options)
+        space = searched(pruner, self.budget.options, tokens)
         try:
-            resolved = pruner.for_model(adapter_for(self.model).facts())
+            resolved = pruner.bind(adapter_for(self.model).facts())
         except VTPruneError:
             return {}
-        effective = pruner.effective(tokens)
-        params = {
-            name: next((v for one in (pruner, effective, resolved) if (v := getattr(one, name)) is not None), None)
-            for name in space
-        }
+        known = {name: (getattr(pruner, name), one.start, getattr(resolved, name)) for name, one in space.items()}
+        params = {name: next((value for value in values if value is not None), None) for name, values in known.items()}
         return params if all(holds(space[name], params[name]) for name in space) else {}
 
     def _nothing_found(self) -> InputError:

@@ -21,9 +21,9 @@ LISTED = 10_000
 DIGITS = 4
 
 
-def searched(pruner: Pruner, options: Mapping[str, Any]) -> dict[str, Tunable]:
-    """The search space of a method without the options that are fixed."""
-    return {name: tunable for name, tunable in pruner.search_space().items() if name not in options}
+def searched(pruner: Pruner, options: Mapping[str, Any], tokens: float = 576) -> dict[str, Tunable]:
+    """The search space of a method without the options that are fixed; tokens: of the images searched on."""
+    return {name: tunable for name, tunable in pruner.search_space(tokens).items() if name not in options}
 
 
 def holds(tunable: Tunable, value: Any) -> bool:

@@ -137,8 +137,8 @@ def _method(config: TuneConfig) -> tuple[str, dict[str, Any]]:
         raise InputError(f"method: the budget is --keep or --flops, not an option of {method}")
     pruner = create(method, **options, keep=config.keep)
     if not searched(pruner, options):
-        others = [name for name in available() if create(name).search_space()]
-        fixed = " beside the options that are given" if pruner.search_space() else ""
+        others = [name for name in available() if create(name).search_space(576)]
+        fixed = " beside the options that are given" if pruner.search_space(576) else ""
         raise InputError(f"method: {method} has nothing to tune{fixed}; these have: {', '.join(others)}")
     return method, options
 

@@ -40,7 +40,7 @@ class Case:
     @property
     def renumbers(self) -> bool:
         """Whether kept tokens get new positions: by request, or as released code does, but never on three axes."""
-        released = any(pruner.compact_positions for pruner in self.pruners)
+        released = any(pruner.renumbers for pruner in self.pruners)
         return not self.shape.is_qwen and (self.compact or released)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import vtprune
+from tests.pruners import at_depth
 from vtprune.method.pruner import Pruner
 
 
@@ -57,7 +58,9 @@ def gates_of(model: Any, pruners: tuple[Pruner, ...], depth: int) -> Gates | Non
     """Those of a wrapped model's last method, None if it has no gates. Weights are copied, so it may be unwrapped."""
     pruner, place = pruners[-1], str(len(pruners) - 1)
     if isinstance(pruner, vtprune.GammaMoD):
-        return GammaGates(model.vtprune_weights[place].weight.detach().clone(), pruner.routed_layers(depth))
+        return GammaGates(
+            model.vtprune_weights[place].weight.detach().clone(), at_depth(pruner, depth).routed_layers()
+        )
     if isinstance(pruner, vtprune.PMoD):
         routers = {
             layer: (router.weight.detach().clone(), router.bias.detach().clone())

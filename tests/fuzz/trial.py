@@ -16,6 +16,7 @@ from tests.fuzz.gates import gates_of, scatter
 from tests.fuzz.prompts import build
 from tests.fuzz.reference import positions_of
 from tests.fuzz.running import image_features, run
+from vtprune.method.stages import encoder_layers
 
 
 @dataclass
@@ -59,7 +60,7 @@ def _complaints(case: Case, outcome: Outcome) -> Iterator[str]:
     scatter(model, case.routers, case.seed)
     ours = run(shape, model, prompt, wrapped=True)
     # Features are the model's own where nothing acts in its encoder.
-    encoder = any(pruner.encoder_layers(shape.tower_depth) for pruner in case.pruners)
+    encoder = any(encoder_layers(pruner) for pruner in case.pruners)
     features = image_features(model, prompt) if encoder else None
     gates = gates_of(model, case.pruners, shape.depth)
     yield from judges.counted(case, prompt, ours)

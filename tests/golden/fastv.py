@@ -22,9 +22,9 @@ def run(case: Case) -> None:
     # The reference rounds down.
     count = int(tokens * float(case["ratio_keep"]))
     depth = len(model.layers)
-    pruner = FastV(layers=(place,)).for_model(ModelFacts(True, 1, depth, 1))
+    pruner = FastV(layers=(place,)).bind(ModelFacts(True, 1, depth, 1))
     prefill = Prefill(model, pruner, hidden, (start, tokens))
-    states = prefill.run(dict.fromkeys(pruner.decoder_layers(depth), count))
+    states = prefill.run(dict.fromkeys(pruner.drop_layers(), count))
     if "score" in case:
         expect_close("score", pruner.scores(prefill.seen[place - 1]), case["score"].flatten(), atol=1e-6, rtol=1e-4)
     if "keep_img_index" in case:

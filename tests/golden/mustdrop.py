@@ -100,7 +100,7 @@ def check_prefill(case: Case) -> None:
         hidden = towers.run_decoder_layer(model, index, hidden, torch.arange(hidden.shape[1])[None])
         query, key, value = (states[0] for states in towers.RECORDER.take())
         caches.append(Cached(alive, key, value))
-        if index in method.decoder_layers(depth):
+        if index in method.drop_layers():
             span = ((alive >= start) & (alive < start + tokens)).nonzero().flatten()
             image = alive[span] - start
             layer = DecoderLayer(
@@ -116,7 +116,7 @@ def check_prefill(case: Case) -> None:
             left[span[selection.kept]] = True
             hidden, alive = hidden[:, left], alive[left]
     expect_close("last_hidden", model.norm(hidden), case["last_hidden"], **HIDDEN)
-    for index in method.cache_layers(depth):
+    for index in method.cut_caches():
         held = caches[index]
         left = torch.isin(held.places, alive)
         caches[index] = Cached(held.places[left], held.key[:, left], held.value[:, left])

@@ -134,14 +134,14 @@ def check_model(case: Case) -> None:
     """A prefill through 32 layers, what each of them computes and caches, and decode steps."""
     hidden, target, ratios = case["x"], case["target_mask"].bool(), case["layer_ratio"].tolist()
     given = {"hidden": hidden.shape[-1], **recorded_config(case, len(ratios))}
-    method = PMoD().for_model(ModelFacts(True, 1, len(ratios), 1))
-    expect_close("layer_ratio", torch.tensor(method.ratios(len(ratios)), dtype=torch.float64), case["layer_ratio"],
+    method = PMoD().bind(ModelFacts(True, 1, len(ratios), 1))
+    expect_close("layer_ratio", torch.tensor(method.ratios(), dtype=torch.float64), case["layer_ratio"],
                  atol=0, rtol=0)  # fmt: skip
     decoder = Decoder(case, given, len(ratios), "", method)
     tokens, real = int(target.sum()), torch.ones_like(target)
     for index, count in enumerate(method.counts(tokens, tokens)):
         routes = Routes(real)
-        if index in method.routed_layers(len(ratios)):
+        if index in method.routed_layers():
             routes = decoder.routes(index, hidden, target, real, torch.tensor([[count]]))
         hidden = decoder.layer(index, hidden, routes, real)
         if "kept_mask" in case:

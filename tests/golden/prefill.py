@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.golden import towers
 from tests.golden.case import Case
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import Query
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.rotary import rotate
 
@@ -69,7 +70,7 @@ class Prefill:
             query, key, value = (states[0] for states in towers.RECORDER.take())
             self.caches.append(Cached(self.places, key, value))
             if index in budgets:
-                if self.pruner.reads_next_layer:
+                if self.pruner.query is Query.NEXT_LAYER:
                     query, key = self.ahead(index + 1, numbers)
                 self.drop(self.layer(index, budgets[index], query, key))
         return self.model.norm(self.hidden)

@@ -25,13 +25,13 @@ def run(case: Case) -> None:
     if len(layers) != len(ratios):
         raise UnknownCase(f"{len(ratios)} ratios for drops before {len(layers)} layers")
     depth = len(model.layers)
-    pruner = PyramidDrop(layers=tuple(layers), variant="released").for_model(ModelFacts(True, 1, depth, 1))
-    asked = pruner.decoder_layers(depth)
+    pruner = PyramidDrop(layers=tuple(layers), variant="released").bind(ModelFacts(True, 1, depth, 1))
+    asked = pruner.drop_layers()
     if asked != tuple(layer - 1 for layer in layers):
         raise Mismatch(f"acts after layers {asked}, recorded before {tuple(layers)}")
     # The reference rounds down.
     budgets = {layer: int(tokens * ratio) for layer, ratio in zip(asked, ratios, strict=True)}
-    prefill = Prefill(model, pruner, hidden, (start, tokens), compact=pruner.compact_positions)
+    prefill = Prefill(model, pruner, hidden, (start, tokens), compact=pruner.renumbers)
     states = prefill.run(budgets)
     expect_close("last_hidden", states, case["last_hidden"], **HIDDEN)
     if "cache_lens" in case:

@@ -74,7 +74,7 @@ def check_prefill(case: Case) -> None:
     places, length = torch.arange(hidden.shape[1]), hidden.shape[1]
     caches: list[Cached] = []
     for index in range(len(model.layers)):
-        if method.compact_positions:
+        if method.renumbers:
             places = torch.arange(hidden.shape[1])
         hidden = towers.run_decoder_layer(model, index, hidden, places[None])
         layer = decoder_layer(model, hidden, places, start, images, index, memory)
@@ -88,7 +88,7 @@ def check_prefill(case: Case) -> None:
     if "cache_lens" in case:
         expect_equal("cache_lens", torch.tensor(lengths), case["cache_lens"])
     if "decode_in" in case:
-        positions = lengths if method.compact_positions else [length] * len(caches)
+        positions = lengths if method.renumbers else [length] * len(caches)
         expect_close("decode_out", decode(model, case["decode_in"], caches, positions), case["decode_out"], **HIDDEN)
 
 

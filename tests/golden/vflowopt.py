@@ -153,8 +153,8 @@ def check_decoder(case: Case) -> None:
     start, count, length = int(case["start"]), int(case["n_vis"]), hidden.shape[1]
     stages = dict(zip((case["prune_layers"] - 1).tolist(), case["ratios"].tolist(), strict=True))
     pruner = VFlowOpt(layers=tuple(case["prune_layers"].tolist()))
-    if tuple(stages) != pruner.decoder_layers(len(model.layers)):
-        raise Mismatch(f"acts after layers {pruner.decoder_layers(len(model.layers))}, recorded {tuple(stages)}")
+    if tuple(stages) != pruner.drop_layers():
+        raise Mismatch(f"acts after layers {pruner.drop_layers()}, recorded {tuple(stages)}")
     places, alive, cache = torch.arange(length), torch.arange(count), DynamicCache()
     memory = {IMPORTANCE: case["importance"].float()}
     for index in range(len(model.layers)):

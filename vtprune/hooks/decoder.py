@@ -52,7 +52,19 @@ from vtprune.hooks.state import (
 )
 from vtprune.method.answers import KEPT_WHOLE, Selection
 from vtprune.method.facts import ModelFacts
+from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import (
+    BeforeDecoder,
+    BetweenLayers,
+    Read,
+    acts,
+    cut_caches,
+    drop_layers,
+    probe_layer,
+    reads,
+    revives,
+)
 from vtprune.method.views import VisionStream
 from vtprune.report.generation import Generation
 from vtprune.report.history import origins
@@ -74,18 +86,19 @@ class DecoderHooks:
         modules: dict[int, nn.Module],
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
-        self._evictor = Evictor(adapter, pruners, facts.decoder_depth)
-        self.tapped = {index for pruner in pruners for index in pruner.decoder_layers(facts.decoder_depth)}
+        self._evictor = Evictor(adapter, pruners)
+        self.plans = Plans(pruners)
+        self.tapped = {index for pruner in pruners for index in drop_layers(pruner)}
         self.tapped |= self._evictor.watched
-        self._teacher = Teacher(pruners, facts.decoder_depth)
+        self._teacher = Teacher(pruners)
         self.tapped |= self._teacher.layers
         self.modules = modules
-        self.routed = RoutedLayers(adapter, pruners, modules, facts.decoder_depth)
+        self.routed = RoutedLayers(adapter, pruners, modules, self.plans)
         self.entered = self.tapped | self.routed.layers
         self.checkpoints = Checkpoints(adapter.decoder_layers, state)
-        self._cut = frozenset(index for pruner in pruners for index in pruner.cache_layers(facts.decoder_depth))
+        self._cut = frozenset(index for pruner in pruners for index in cut_caches(pruner))
         self._maker = maker
-        self.revives = next((pruner for pruner in pruners if pruner.revives), None)
+        self.revives = next((pruner for pruner in pruners if revives(pruner)), None)
         # Which method decides by every token that it reads, so that none may be taken back.
         self.reads_all = self.revives or self._evictor.pruner
         self.last: Generation | None = None
@@ -93,7 +106,7 @@ class DecoderHooks:
         self._told: set[str] = set()
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
-        self._scoring = DecoderScoring(adapter, pruners, self._depth)
+        self._scoring = DecoderScoring(adapter, pruners, self._depth, self.plans)
 
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
@@ -114,7 +127,7 @@ class DecoderHooks:
         known = [image for image in records if image is not None and image.maker is self._maker]
         if len(known) == len(records):
             return known
-        if all(pruner.name == "none" for pruner in self.pruners):
+        if not any(acts(pruner) for pruner in self.pruners):
             return []
         raise VTPruneError(
             "these image features were not made by this wrapped model's get_image_features (or were cut by "
@@ -245,9 +258,8 @@ class DecoderHooks:
         reason = unsupported_reason(cache)
         if reason is None:
             return adopt_cache(cache, self._depth)
-        totals = [(span.image.total, pruner) for span in spans for pruner in self.pruners]
         skips_text = self.routed.pruner is not None and self.routed.pruner.skips_text
-        if skips_text or any(pruner.adaptive or pruner.drops(total, self._depth) for total, pruner in totals):
+        if skips_text or any(self.plans.of(span.image.total).drops for span in spans):
             raise unsupported_cache(reason)
         return None
 
@@ -262,40 +274,41 @@ class DecoderHooks:
         for index, pruner in enumerate(self.pruners):
             probe = self._probe(prober, index)
             for span in run.spans:
-                self._tell_whole(pruner, span)
-                if not (pruner.adaptive or pruner.drops(span.image.total, self._depth)):
+                self._tell_whole(index, span)
+                if not self.plans.of(span.image.total).acts(index):
                     continue
                 words = (unlabelled if index in self.modules else text)[span.key]
                 stream = self._stream(run, index, span, embeds, words, input_ids, pictures)
                 if probe is not None:
                     stream = replace(stream, probe=probe.of(span, text[span.key], stream.budget))
-                with full_precision(embeds.device):
-                    memory = pruner.remember(stream)
+                memory: dict[str, Any] = {}
+                if isinstance(pruner, BetweenLayers):
+                    with full_precision(embeds.device):
+                        memory = pruner.remember(stream)
                 # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
                 span.memories[index] = {name: _constant(value) for name, value in memory.items()}
-                if pruner.selects and self._selecting(pruner, span):
+                if isinstance(pruner, BeforeDecoder) and self._selecting(index, span):
                     with full_precision(embeds.device):
                         selection = pruner.select(replace(stream, memory=memory))
-                    self._apply(run, span, index, selection, stream.budget, 0)
+                    self._apply(run, span, index, selection, self.plans.of(span.image.total).entering(index), 0)
 
-    def _tell_whole(self, pruner: Pruner, span: ImageSpan) -> None:
+    def _tell_whole(self, index: int, span: ImageSpan) -> None:
         """Warns, once for each reason, of an image that a method cannot cut to its budget."""
-        reason = pruner.unmet(span.image.total, span.kept.numel())
+        reason = self.plans.of(span.image.total).whole(index, span.kept.numel())
         if reason and reason not in self._told:
             self._told.add(reason)
             text = f"an image of {span.image.total} tokens is {KEPT_WHOLE}{reason}"
             warnings.warn(text, KeptWholeWarning, stacklevel=2)
 
-    @staticmethod
-    def _selecting(pruner: Pruner, span: ImageSpan) -> bool:
+    def _selecting(self, index: int, span: ImageSpan) -> bool:
         """Whether a method has to say which tokens of an image enter the decoder."""
-        return pruner.adaptive or pruner.input_budget(span.image.total) < span.kept.numel()
+        return self.plans.of(span.image.total).selects(index, span.kept.numel())
 
     def _probe(self, prober: Prober, index: int) -> Probe | None:
         """The decoder layer that a method selects by, of the prompt as it stands, if there is anything to select."""
         pruner, spans = self.pruners[index], prober.run.spans
-        layer = pruner.probe_layer(self._depth)
-        rows = {span.row for span in spans if self._selecting(pruner, span)}
+        layer = probe_layer(pruner)
+        rows = {span.row for span in spans if self._selecting(index, span)}
         if layer is None or not rows:
             return None
         for span in spans:
@@ -315,8 +328,8 @@ class DecoderHooks:
     ) -> VisionStream:
         image, pruner, module = span.image, self.pruners[index], self.modules.get(index)
         assert image.pixels is not None
-        picture = None
-        if pruner.reads_picture:
+        picture, budget = None, self.plans.of(image.total).entering(index)
+        if Read.PICTURE in reads(pruner):
             if id(image) not in pictures:
                 pictures[id(image)] = self.adapter.picture(image.pixels, image.grid)
             picture = pictures[id(image)]
@@ -325,7 +338,7 @@ class DecoderHooks:
             grid=image.grid,
             indices=span.kept,
             total=image.total,
-            budget=pruner.input_budget(image.total),
+            budget=pruner.budget(image.total) if budget is None else budget,
             signals=left_signals(image.signals, image, span),
             pixels=image.pixels,
             text=embeds[span.row, text],
@@ -339,13 +352,13 @@ class DecoderHooks:
         )
 
     def _apply(
-        self, run: DecoderRun, span: ImageSpan, index: int, selection: Selection | None, budget: int, layer: int
+        self, run: DecoderRun, span: ImageSpan, index: int, selection: Selection | None, budget: int | None, layer: int
     ) -> None:
         pruner = self.pruners[index]
         if selection is None:
             return
         selection.check(span.kept.numel())
-        if selection.kept.numel() > budget and not pruner.adaptive and not selection.learns:
+        if budget is not None and selection.kept.numel() > budget and not selection.learns:
             raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
         run.drop(span, selection, layer)
         self._teacher.enrol(run, span, index, selection)
@@ -418,9 +431,12 @@ class DecoderHooks:
             hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
             run.taps = {name: states[:, front:] for name, states in run.taps.items()}
         for span, order, layer in self._scoring.views(run, index, embeddings, hidden):
+            pruner = self.pruners[order]
+            assert isinstance(pruner, BetweenLayers)
             with full_precision(hidden.device):
-                selection = self.pruners[order].prune_decoder(layer)
-            self._apply(run, span, order, selection, layer.budget, index + 1)
+                selection = pruner.prune_decoder(layer)
+            budget = self.plans.of(span.image.total).left(order, index, layer.entered)
+            self._apply(run, span, order, selection, budget, index + 1)
         wanted = self._teacher.wanted(run, index)
         if wanted:
             words = self._unlabelled(run)

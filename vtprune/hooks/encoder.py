@@ -24,7 +24,9 @@ from vtprune.hooks.state import (
 from vtprune.hooks.taps import Taps
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.facts import ModelFacts
+from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import InEncoder, Read, reads
 from vtprune.tensors.attention import full_precision
 
 
@@ -38,18 +40,24 @@ class EncoderHooks:
         self.token = object()
         depth, last = facts.encoder_depth, len(list(adapter.encoder_layers)) - 1
         # Layers at which each pruner scores, inside (0: before the MLP) or at the end (1).
-        self.scored = [(index, pruner) for pruner in pruners for index in pruner.encoder_layers(depth)]
-        self.reads = any(pruner.reads_encoder for pruner in pruners)
-        self.reads_last = any(pruner.reads_last_layer for pruner in pruners)
-        self.reads_hidden = any(pruner.reads_hidden for pruner in pruners)
+        self.scored = [
+            (index, order, pruner)
+            for order, pruner in enumerate(pruners)
+            if isinstance(pruner, InEncoder)
+            for index in pruner.encoder_layers()
+        ]
+        self._plans = Plans(pruners)
+        read = frozenset[Read]().union(*(reads(pruner) for pruner in pruners))
+        self.reads = bool(read & {Read.ENCODER, Read.ENCODER_FLOWS})
+        self.reads_last = Read.LAST_LAYER in read
         # Layers whose inputs are cut: all of them or none; layers whose q, k and v are read.
         self.prunes = bool(self.scored)
-        read = ({depth - 1} if self.reads else set()) | ({last} if self.reads_last else set())
-        self.tapped = {index for index, _ in self.scored} | read
-        self.opened = {index for index, pruner in self.scored if pruner.acts_before_mlp}
-        self.sized = any(pruner.proportional_attention for pruner in pruners)
+        self.tapped = {index for index, _, _ in self.scored}
+        self.tapped |= ({depth - 1} if self.reads else set()) | ({last} if self.reads_last else set())
+        self.opened = {index for index, _, pruner in self.scored if pruner.before_mlp}
+        self.sized = any(pruner.weighs_keys for _, _, pruner in self.scored)
         # Whether what methods read of the features' layer is more than a choice: gradients then reach q, k and v.
-        self.weighs = self.reads and any(pruner.weighs_by_encoder for pruner in pruners)
+        self.weighs = Read.ENCODER_FLOWS in read
         self.checkpoints = Checkpoints(
             adapter.encoder_layers, state, frozenset({depth - 1} if self.weighs else set[int]())
         )
@@ -156,23 +164,25 @@ class EncoderHooks:
 
     def _chosen(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> EncoderSelection | None:
         chosen: EncoderSelection | None = None
-        for layer, pruner in self.scored:
-            if layer != index or pruner.acts_before_mlp != before_mlp:
+        for layer, order, pruner in self.scored:
+            if layer != index or pruner.before_mlp != before_mlp:
                 continue
-            one = self._ask(encoding, index, pruner, hidden)
+            one = self._ask(encoding, index, order, pruner, hidden)
             if one is not None:
                 # Methods that merge have their layers to themselves (see `check_order`); drops add up.
                 chosen = one if chosen is None else EncoderSelection.drop(chosen.keep & one.keep)
         return chosen
 
-    def _ask(self, encoding: Encoding, index: int, pruner: Pruner, hidden: Tensor) -> EncoderSelection | None:
+    def _ask(
+        self, encoding: Encoding, index: int, order: int, pruner: InEncoder, hidden: Tensor
+    ) -> EncoderSelection | None:
         totals = encoding.total
-        budget = torch.tensor([pruner.encoder_budget(n) for n in totals.tolist()], device=totals.device)
+        budget = torch.tensor([self._plans.of(n).in_encoder(order) for n in totals.tolist()], device=totals.device)
         whole = encoding.valid.sum(dim=1) <= budget
         if bool(whole.all()):
             return None
         encoding.scored[index] = encoding.scored.get(index, whole.new_zeros(())) | ~whole
-        shown = hidden if pruner.reads_hidden else None
+        shown = hidden if Read.HIDDEN in pruner.encoder_reads else None
         layer = encoding.layer(index, encoding.arguments, self.adapter.encoder_scale, budget, shown)
         with full_precision(hidden.device):
             answer = pruner.prune_encoder(layer)

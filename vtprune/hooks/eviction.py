@@ -23,6 +23,7 @@ from vtprune.errors import UnsupportedModelError
 from vtprune.method.answers import Eviction
 from vtprune.method.choosing import check_scores
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import InCache
 from vtprune.method.views import CachedRow, CacheEntries
 from vtprune.tensors.attention import attention_sums, full_precision
 
@@ -52,11 +53,11 @@ class Watch:
 class Evictor:
     """The hooks' work for the one method of a list that cuts caches, if there is one."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner], depth: int) -> None:
-        found = [pruner for pruner in pruners if pruner.evict_layers(depth)]
+    def __init__(self, adapter: Adapter, pruners: list[Pruner]) -> None:
+        found = [pruner for pruner in pruners if isinstance(pruner, InCache) and pruner.evict_layers()]
         self.pruner = found[0] if found else None
-        self.cut: tuple[int, ...] = self.pruner.evict_layers(depth) if self.pruner else ()
-        self._dense = frozenset(self.pruner.density_layers(depth)) if self.pruner else frozenset()
+        self.cut: tuple[int, ...] = self.pruner.evict_layers() if self.pruner else ()
+        self._dense = frozenset(self.pruner.density_layers()) if self.pruner else frozenset()
         self.watched = self._dense | frozenset(self.cut)
         self._adapter = adapter
         if self.pruner is not None and adapter.windows:

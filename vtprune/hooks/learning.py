@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtprune.method.answers import Selection
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import Guided
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.attention import full_precision
 
@@ -37,9 +38,9 @@ class Teacher:
     checkpointing computes twice.
     """
 
-    def __init__(self, pruners: list[Pruner], depth: int) -> None:
-        self.pruners = pruners
-        found = {order: pruner.learns_from(depth) for order, pruner in enumerate(pruners)}
+    def __init__(self, pruners: list[Pruner]) -> None:
+        self._guided = {order: pruner for order, pruner in enumerate(pruners) if isinstance(pruner, Guided)}
+        found = {order: pruner.learns_from() for order, pruner in self._guided.items()}
         self._layer_of = {order: layer for order, layer in found.items() if layer is not None}
         self.layers = set(self._layer_of.values())
 
@@ -67,7 +68,7 @@ class Teacher:
             # A later method of the list may have dropped some tokens since.
             left = torch.isin(one.indices, one.layer.indices.to(one.indices.device)).to(one.scores.device)
             with full_precision(run.prompt.device):
-                losses.setdefault(one.order, []).append(self.pruners[one.order].lesson(one.scores[left], one.layer))
+                losses.setdefault(one.order, []).append(self._guided[one.order].lesson(one.scores[left], one.layer))
         for order, found in losses.items():
             # Routed layers count from 0.
             run.losses[-1 - order] = torch.stack(found).mean()

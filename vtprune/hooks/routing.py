@@ -12,7 +12,9 @@ from vtprune.decoder.conversation import Conversations
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun
 from vtprune.method.answers import Routes
+from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import InLayers
 from vtprune.method.views import RoutedTokens
 from vtprune.tensors.attention import full_precision
 from vtprune.tensors.compaction import fill_index
@@ -21,13 +23,18 @@ from vtprune.tensors.compaction import fill_index
 class RoutedLayers:
     """The hooks' work for the one method of a list that routes, if there is one."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner], modules: dict[int, nn.Module], depth: int) -> None:
-        found = [(order, pruner) for order, pruner in enumerate(pruners) if pruner.routed_layers(depth)]
-        self.pruner: Pruner | None = found[0][1] if found else None
-        self.layers = frozenset(self.pruner.routed_layers(depth)) if self.pruner else frozenset()
+    def __init__(self, adapter: Adapter, pruners: list[Pruner], modules: dict[int, nn.Module], plans: Plans) -> None:
+        found = [
+            (order, pruner)
+            for order, pruner in enumerate(pruners)
+            if isinstance(pruner, InLayers) and pruner.routed_layers()
+        ]
+        self.pruner: InLayers | None = found[0][1] if found else None
+        self._order = found[0][0] if found else -1
+        self.layers = frozenset(self.pruner.routed_layers()) if self.pruner else frozenset()
         self._module = modules.get(found[0][0]) if found else None
         self._modules: list[Any] = list(adapter.decoder_layers)
-        self._adapter, self._depth = adapter, depth
+        self._adapter, self._plans = adapter, plans
 
     @property
     def routes_text(self) -> bool:
@@ -52,11 +59,12 @@ class RoutedLayers:
         totals, budgets = ([[0] * width for _ in range(run.prompt.batch)] for _ in range(2))
         for span, number in zip(run.spans, numbers, strict=True):
             total, entered = span.image.total, span.kept_at(0).numel()
-            totals[span.row][number], budgets[span.row][number] = total, pruner.routed_budget(total, index, entered)
+            totals[span.row][number] = total
+            budgets[span.row][number] = self._plans.of(total).routed(self._order, index, entered)
         tokens = RoutedTokens(
             states, self._adapter.decoder_norm(self._modules[index]), real, image,
             torch.tensor(totals, device=states.device), torch.tensor(budgets, device=states.device),
-            index, self._depth, self._module, bool(self._adapter.language_model.training),
+            index, pruner.model.decoder_depth, self._module, bool(self._adapter.language_model.training),
             continues=run.prompt.offset > 0 and not run.spans,
         )  # fmt: skip
         with full_precision(states.device):

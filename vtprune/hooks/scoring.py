@@ -10,7 +10,9 @@ from torch import Tensor
 from vtprune.adapters.base import Adapter
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun, Texts
+from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import NOTHING, BetweenLayers, Query, Read, drop_layers
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.compaction import fill_index
 
@@ -20,8 +22,8 @@ States = tuple[Tensor, Tensor, Tensor]
 class DecoderScoring:
     """Shows the layers of one model's decoder to the methods that score them."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner], depth: int) -> None:
-        self.adapter, self.pruners, self.depth = adapter, pruners, depth
+    def __init__(self, adapter: Adapter, pruners: list[Pruner], depth: int, plans: Plans) -> None:
+        self.adapter, self.pruners, self.depth, self._plans = adapter, pruners, depth, plans
         self._layers = list(adapter.decoder_layers)
 
     def views(
@@ -32,14 +34,10 @@ class DecoderScoring:
         embeddings: of that layer; hidden: (B, n, D) after it. What a method answers is to be carried out before
         the next view is asked for.
         """
-        scoring = {
-            order: pruner for order, pruner in enumerate(self.pruners) if index in pruner.decoder_layers(self.depth)
-        }
-        if not any(asked(pruner, span, index) for pruner in scoring.values() for span in run.spans):
+        scoring = [order for order, pruner in enumerate(self.pruners) if index in drop_layers(pruner)]
+        if not any(self._asked(span, order, index) for order in scoring for span in run.spans):
             return
-        wanted = (
-            (span, order) for span in run.spans for order, pruner in scoring.items() if asked(pruner, span, index)
-        )
+        wanted = ((span, order) for span in run.spans for order in scoring if self._asked(span, order, index))
         for span, order, layer in self.shown(run, index, embeddings, hidden, run.texts, wanted):
             span.asked.setdefault(order, []).append(index)
             yield span, order, layer
@@ -62,7 +60,10 @@ class DecoderScoring:
         states: dict[tuple[bool, bool], States] = {}
         for span, order in wanted:
             row, pruner = span.row, self.pruners[order]
-            kind = pruner.reads_next_layer, pruner.reads_last_query
+            asks, looks = Query.ALL, NOTHING
+            if isinstance(pruner, BetweenLayers):
+                asks, looks = pruner.query, pruner.layer_reads
+            kind = asks is Query.NEXT_LAYER, asks is Query.LAST
             if kind not in states:
                 states[kind] = self._states(run, index, embeddings, hidden, last, *kind)
             query, key, value = (part[row] for part in states[kind])
@@ -72,6 +73,7 @@ class DecoderScoring:
             if where is not None:
                 vision, words = where[row, vision], where[row, words]
             entered = span.kept_at(0).numel()
+            budget = self._plans.of(span.image.total).left(order, index, entered)
             layer = DecoderLayer(
                 query=query,
                 key=key,
@@ -81,14 +83,14 @@ class DecoderScoring:
                 scale=self.adapter.decoder_scale,
                 total=span.image.total,
                 indices=span.kept,
-                budget=pruner.decoder_budget(span.image.total, index, entered),
+                budget=span.kept.numel() if budget is None else budget,
                 index=index,
                 depth=self.depth,
                 text=words,
                 memory=span.memories.get(order, {}),
                 entered=entered,
                 processed=sum(span.kept_at(one).numel() for one in range(index + 1)),
-                hidden=hidden[row] if pruner.reads_decoder_hidden else None,
+                hidden=hidden[row] if Read.HIDDEN in looks else None,
                 rotary=(cos[row], sin[row]),
                 first=int(first[span.key]),
             )
@@ -112,10 +114,7 @@ class DecoderScoring:
         query, key = self.adapter.query_and_keys(self._layers[index + 1], hidden, embeddings, last)
         return query, key, key[:, :, :0]
 
-
-def asked(pruner: Pruner, span: ImageSpan, index: int) -> bool:
-    """Whether a method has to say which tokens of an image go on after a decoder layer."""
-    entered = span.kept_at(0).numel()
-    if pruner.adaptive:
-        return pruner.acts_after(span.image.total, index, entered)
-    return pruner.decoder_budget(span.image.total, index, entered) < span.kept.numel()
+    def _asked(self, span: ImageSpan, order: int, index: int) -> bool:
+        """Whether a method has to say which tokens of an image go on after a decoder layer."""
+        plan = self._plans.of(span.image.total)
+        return plan.asks(order, index, span.kept_at(0).numel(), alive=span.kept.numel())

@@ -19,8 +19,8 @@ from vtprune.adapters.offloading import held_weights, working_device
 from vtprune.errors import UncheckedBaseWarning, VTPruneError
 from vtprune.files import write_with
 from vtprune.hooks.base_sample import BaseSample, sample_base
-from vtprune.method.facts import ModelFacts
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import Trained
 
 WEIGHTS_NAME = "vtprune_weights.safetensors"
 # The submodule of a wrapped model that holds them.
@@ -30,14 +30,13 @@ FORMAT, VERSION = "vtprune-weights", "1"
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
-def make_modules(pruners: Sequence[Pruner], facts: ModelFacts, adapter: Adapter) -> dict[int, nn.Module]:
+def make_modules(pruners: Sequence[Pruner], adapter: Adapter) -> dict[int, nn.Module]:
     """The modules that the pruners bring, by their place in the list, of the decoder's type and on its device."""
     found: dict[int, nn.Module] = {}
     weight = next(parameter for parameter in adapter.language_model.parameters() if parameter.is_floating_point())
     for order, pruner in enumerate(pruners):
-        module = pruner.make_module(facts)
-        if module is not None:
-            found[order] = module.to(device=working_device(adapter.language_model), dtype=weight.dtype)
+        if isinstance(pruner, Trained):
+            found[order] = pruner.make_module().to(device=working_device(adapter.language_model), dtype=weight.dtype)
     return found
 
 
@@ -68,7 +67,7 @@ def _lasting(value: Any) -> Any:
 
 def untrained(pruners: Sequence[Pruner]) -> str:
     """What a message says of the methods that bring weights, where nothing has trained them; "" where none does."""
-    found = {pruner.name: pruner.untrained for pruner in pruners if pruner.brings_weights()}
+    found = {pruner.name: pruner.untrained for pruner in pruners if isinstance(pruner, Trained)}
     return "; ".join(f"{name} is untrained{': ' if what else ''}{what}" for name, what in found.items())
 
 

@@ -38,7 +38,7 @@ class Wrapping:
         given: list[Pruner],
         modules: dict[int, nn.Module],
     ) -> None:
-        self.given, self.modules = given, modules
+        self.given, self.pruners, self.modules = given, pruners, modules
         self.name = "+".join(pruner.name for pruner in pruners)
         self._handles: list[RemovableHandle] = []
         self._overridden: list[tuple[Any, str, Any, Override]] = []

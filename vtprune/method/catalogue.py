@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -15,16 +15,32 @@ ENTRY_POINT_GROUP = "vtprune.pruners"
 METHODS, FAMILIES = "vtprune.pruners", "vtprune.adapters"
 
 
+# Where a method acts, by the stage classes that it derives from.
+STAGES = {
+    "InEncoder": "encoder",
+    "BeforeDecoder": "before decoder",
+    "BetweenLayers": "decoder",
+    "InLayers": "decoder, routed",
+    "InCache": "cache",
+}
+
+
+def stages_of(bases: Iterable[str]) -> str:
+    """Where a class acts that has these names among its bases, in words."""
+    names = set(bases)
+    return ", ".join(text for stage, text in STAGES.items() if stage in names) or "none"
+
+
 @dataclass(frozen=True)
 class PrunerInfo:
     """What `available()` says of a method.
 
-    stage: where it acts ("encoder", "before decoder", "decoder", or several); needs: what it reads;
+    stage: where it acts, by the stages that its class derives from; needs: what it reads;
     licence: of the reference code; variants: the values that `variant` takes.
     """
 
     name: str
-    stage: str = "before decoder"
+    stage: str = "none"
     paper: str = ""
     arxiv: str = ""
     licence: str = ""
@@ -46,7 +62,11 @@ def methods() -> dict[str, PrunerInfo]:
 
 def own_methods() -> dict[str, PrunerInfo]:
     """The methods that ship with vtprune, read from the source."""
-    return {info.name: info for node in _classes(METHODS) for info in _registered(node)}
+    classes = list(_classes(METHODS))
+    parents = {node.name: [base.id for base in node.bases if isinstance(base, ast.Name)] for node in classes}
+    return {
+        info.name: info for node in classes for info in _registered(node, stages_of(_ancestors(node.name, parents)))
+    }
 
 
 def families() -> list[tuple[str, tuple[str, ...], str]]:
@@ -65,12 +85,19 @@ def _classes(package: str) -> Iterator[ast.ClassDef]:
         yield from (node for node in tree.body if isinstance(node, ast.ClassDef))
 
 
-def _registered(node: ast.ClassDef) -> Iterator[PrunerInfo]:
+def _ancestors(name: str, parents: dict[str, list[str]]) -> Iterator[str]:
+    """The names of all bases of a class, as far as their classes are known."""
+    for parent in parents.get(name, ()):
+        yield parent
+        yield from _ancestors(parent, parents)
+
+
+def _registered(node: ast.ClassDef, stage: str) -> Iterator[PrunerInfo]:
     """What the `@register(...)` of a class says; its arguments are literals in vtprune's own methods."""
     for call in node.decorator_list:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
             given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None}
-            yield PrunerInfo(ast.literal_eval(call.args[0]), **given)
+            yield PrunerInfo(ast.literal_eval(call.args[0]), stage, **given)
 
 
 def _constants(node: ast.ClassDef) -> dict[str, Any]:

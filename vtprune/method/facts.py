@@ -25,12 +25,16 @@ class ModelFacts:
     decoder_width: int = 0
 
 
+# What a method answers for before it meets a model: LLaVA-1.5-7B, on which most papers report.
+PUBLISHED = ModelFacts(has_cls=True, encoder_depth=23, decoder_depth=32, group=1, decoder_width=4096)
+
+
 @dataclass(frozen=True)
-class ScoringWork:
+class Work:
     """The sizes that a method's own arithmetic depends on, for one image.
 
-    patches: encoder patches of the whole image (N * group); tokens: N vision tokens of the whole image;
-    kept: tokens that enter the decoder; encoder_width, encoder_heads: of the vision tower;
+    patches: encoder patches of the whole image (N * group); tokens: N vision tokens of the whole image; shown: tokens
+    that the encoder left; kept: tokens that enter the decoder; encoder_width, encoder_heads: of the vision tower;
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after
     which the method scored; text: text tokens of the row, text_after: those after the image; has_cls: whether the
@@ -38,12 +42,12 @@ class ScoringWork:
     `decoder_layers`, image_tokens: of the image alone; first_asked: for each of them, whether no earlier image of the
     row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
     tokens left in the end; probed: tokens of the row that the method's probe saw; decoder_pairs: queries times keys of
-    the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on; depth:
-    decoder layers.
+    the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on.
     """
 
     patches: int
     tokens: int
+    shown: int
     kept: int
     encoder_width: int
     encoder_heads: int
@@ -64,4 +68,3 @@ class ScoringWork:
     probed: int = 0
     decoder_pairs: tuple[int, ...] = ()
     images: int = 1
-    depth: int = 0

@@ -1,38 +1,26 @@
-"""The base class of every method: a frozen dataclass of hyper-parameters with up to three stages."""
+"""The base class of every method: a frozen dataclass of hyper-parameters. What it does, and when, say its stages."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from abc import ABC
+from dataclasses import dataclass, field
+from enum import Enum
 from numbers import Integral
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
+from typing import Any, ClassVar, Self, final
 
 from vtprune.errors import VTPruneError
-from vtprune.method.answers import (
-    EncoderSelection,
-    Eviction,
-    Routes,
-    Selection,
-)
 from vtprune.method.catalogue import PrunerInfo
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.views import (
-    CachedRow,
-    DecoderLayer,
-    EncoderLayer,
-    RoutedTokens,
-    VisionStream,
-)
+from vtprune.method.facts import PUBLISHED, ModelFacts, Work
 
 
 @dataclass(frozen=True)
 class Tunable:
     """The values that a search may give to a hyper-parameter: numbers from `low` to `high`, or `choices`.
 
-    whole: only ints; log: equal ratios count as equal steps.
+    whole: only ints; log: equal ratios count as equal steps; start: what stands for the hyper-parameter where it is
+    None, if that is known.
     """
 
     low: float = 0.0
@@ -40,6 +28,26 @@ class Tunable:
     whole: bool = False
     log: bool = False
     choices: tuple[str | int | float | bool | None, ...] = ()
+    start: float | None = None
+
+
+class Counted(Enum):
+    """Which tokens of an image `keep` counts."""
+
+    ENTERING = "those that enter the decoder"
+    MEAN_OF_LAYERS = "the mean over decoder layers of those that a layer processes"
+    AHEAD_OF_DROPS = "the same mean, where a layer after which tokens drop counts as if they had dropped already"
+    LEFT = "those that the last layer processes"
+    CACHED = "the mean over heads of those in the caches that are cut"
+
+    def of(self, counts: list[int]) -> float:
+        """The number of them, from the tokens that each decoder layer processed. What heads hold, layers cannot say:
+        CACHED then counts as ENTERING."""
+        if self is Counted.MEAN_OF_LAYERS:
+            return sum(counts) / len(counts)
+        if self is Counted.AHEAD_OF_DROPS:
+            return sum([*counts[1:], counts[-1]]) / len(counts)
+        return float(counts[-1] if self is Counted.LEFT else counts[0])
 
 
 def check_keep(keep: object) -> None:
@@ -63,24 +71,30 @@ def budget_of(keep: int | float, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Pruner:
-    """A method and its hyper-parameters; subclasses override the stages they act in.
+class Pruner(ABC):
+    """A method and its hyper-parameters; subclasses derive from the stages that they act in (`method/stages.py`).
 
     keep: vision tokens to keep per image, a count (int) or a fraction of the image's tokens (float in
     (0, 1]); None is the paper's own setting (`default_keep`).
     """
 
     keep: int | float | None = None
+    # What `bind` met; part of what makes two pruners equal, and of no config.
+    model: ModelFacts = field(default=PUBLISHED, init=False, repr=False)
 
     info: ClassVar[PrunerInfo]
-    default_keep: ClassVar[int | float] = 0.25
-    # What a method with weights of its own does before they are trained, as a message tells it.
-    untrained: ClassVar[str] = ""
+    # Which tokens `keep` counts, and which ones the paper does where it counts others.
+    counted: ClassVar[Counted] = Counted.ENTERING
+    published: ClassVar[Counted | None] = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if isinstance(self.keep, Integral):
             object.__setattr__(self, "keep", int(self.keep))
+        variant = getattr(self, "variant", None)
+        if variant is not None and variant not in self.info.variants:
+            choices = ", ".join(map(repr, self.info.variants))
+            raise VTPruneError(f"{self.name}: variant is one of {choices}, got {variant!r}")
 
     @property
     def name(self) -> str:
@@ -88,274 +102,66 @@ class Pruner:
         return self.info.name
 
     @property
-    def asked_keep(self) -> int | float:
-        """`keep`, or the paper's own setting where it is None."""
-        return self.default_keep if self.keep is None else self.keep
+    def default_keep(self) -> int | float | None:
+        """What a `keep` of None stands for; None where something else (a threshold, say) decides what stays."""
+        return 0.25
 
     @property
-    def thresholds_decide(self) -> bool:
-        """Whether no share was asked for, but something else decides how many tokens stay: reports then say None."""
+    def renumbers(self) -> bool:
+        """Whether positions are numbered anew without the dropped tokens, as some released code does."""
         return False
 
-    @property
-    def compact_positions(self) -> bool:
-        """Whether the released code renumbers positions after dropping (only for variant="released")."""
-        return False
-
-    @property
-    def reads_encoder(self) -> bool:
-        """Whether `select` needs q, k and v of the encoder layer that feeds the decoder."""
-        return False
-
-    @property
-    def weighs_by_encoder(self) -> bool:
-        """Whether vectors that `select` answers are weighed by what it reads of the encoder: gradients then flow
-        through these q, k and v. Anything else that a method reads of attention is a constant to them."""
-        return False
-
-    @property
-    def reads_last_layer(self) -> bool:
-        """Whether `remember` or `select` needs q, k and v of the vision tower's last layer, which may lie past
-        the one that feeds the decoder."""
-        return False
-
-    @property
-    def reads_picture(self) -> bool:
-        """Whether `remember` or `select` needs the image's real colours."""
-        return False
-
-    @property
-    def needs_whole_grid(self) -> bool:
-        """Whether `select` cannot follow a stage that leaves tokens out in the encoder."""
-        return False
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether thresholds decide how many tokens stay: decoder stages are then always asked, and their answer
-        is not held against a budget."""
-        return False
-
-    def search_space(self) -> dict[str, Tunable]:
-        """The hyper-parameters that a search may set, by field name, at this `keep`; none by default."""
+    def resolve(self) -> dict[str, Any]:
+        """Values for the fields whose meaning depends on `self.model`, by name, where they are None; raises
+        VTPruneError for a setting that the model cannot meet (a layer beyond the decoder, say)."""
         return {}
 
-    def effective(self, tokens: float) -> Pruner:
-        """This pruner with what its hyper-parameters stand for on images of `tokens`, where they are None and that is
-        known; a search starts from there."""
-        return self
+    @final
+    def bind(self, model: ModelFacts) -> Self:
+        """This pruner for one model: the only way in which a method meets one. Raises what `resolve` raises."""
+        return self._of(model, self._of(model, {}).resolve())
 
-    def for_model(self, facts: ModelFacts) -> Pruner:
-        """This pruner with what depends on the model filled in; raises VTPruneError for a setting that the
-        model cannot meet (a layer beyond the decoder, say). Called once, by `wrap`."""
-        return self
+    def _of(self, model: ModelFacts, fields: dict[str, Any]) -> Self:
+        bound = dataclasses.replace(self, **fields)
+        object.__setattr__(bound, "model", model)
+        return bound
 
     def budget(self, tokens: int) -> int:
         """Vision tokens of an image of `tokens` that are left in the end."""
-        return budget_of(self.asked_keep, tokens)
+        keep = asked(self)
+        return tokens if keep is None else budget_of(keep, tokens)
 
-    def drops(self, tokens: int, depth: int) -> bool:
-        """Whether anything of an image of `tokens` is to go anywhere, by the budgets of a decoder of `depth` layers;
-        the budget of a whole staged method is a mean, which may round to all of them."""
-        budgets = [self.budget(tokens), self.input_budget(tokens)]
-        budgets += [self.decoder_budget(tokens, layer, tokens) for layer in self.decoder_layers(depth)]
-        budgets += [self.routed_budget(tokens, layer, tokens) for layer in self.routed_layers(depth)]
-        return min(budgets) < tokens
-
-    def unmet(self, tokens: int, entered: int) -> str:
-        """Why an image of `tokens`, `entered` of which reach the method, cannot be cut to its budget, "" where it can:
-        such an image is kept as it is, whatever others of the batch are cut to, and its report says so."""
-        return ""
-
-    def achieved(self, counts: list[int]) -> float:
-        """What counts as kept, from the vision tokens that each decoder layer processed: those that enter the
-        decoder, for a method that acts once."""
-        return float(counts[0])
-
-    def published_count(self, counts: list[int]) -> float | None:
-        """What the method's paper would say that it keeps, from the vision tokens that each decoder layer processed;
-        None where that is what `achieved` says."""
-        return None
-
-    def encoder_budget(self, tokens: int) -> int:
-        """Vision tokens that the encoder stage leaves."""
-        return self.budget(tokens)
-
-    def input_budget(self, tokens: int) -> int:
-        """Vision tokens that enter the decoder."""
-        return self.budget(tokens)
-
-    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
-        """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that go on after decoder
-        layer `layer`."""
-        return self.budget(tokens)
-
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
-        """Encoder layers (of 0 .. depth - 1) after which `prune_encoder` is called; depth counts the layers
-        that feed the features."""
-        return ()
-
-    def prune_encoder(self, layer: EncoderLayer) -> Tensor | EncoderSelection | None:
-        """Which tokens go on to the next encoder layer: (B, N) bool, or None for all, or an EncoderSelection that
-        also says what flows into them."""
-        return None
-
-    @property
-    def reads_hidden(self) -> bool:
-        """Whether `prune_encoder` needs the hidden states."""
-        return False
-
-    @property
-    def merges_in_encoder(self) -> bool:
-        """Whether `prune_encoder` may answer an EncoderSelection."""
-        return False
-
-    @property
-    def acts_before_mlp(self) -> bool:
-        """Whether `prune_encoder` is called, and carried out, between attention and MLP of an encoder layer."""
-        return False
-
-    @property
-    def proportional_attention(self) -> bool:
-        """Whether encoder attention weighs merged tokens by the number of tokens that they stand for."""
-        return False
-
-    def remember(self, stream: VisionStream) -> dict[str, Any]:
-        """Values of the tokens, tensors of (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
-        `layer.memory`, cut to the tokens that are left; what is no tensor stays as it is. Called once for every
-        image."""
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
+        """The hyper-parameters that a search may set, by field name, at this `keep` and for images of `tokens`; none
+        by default."""
         return {}
 
-    @property
-    def selects(self) -> bool:
-        """Whether the method acts between encoder and decoder."""
-        return type(self).select is not Pruner.select
-
-    def probe_layer(self, depth: int) -> int | None:
-        """The decoder layer (of 0 .. depth - 1) whose last query and keys `remember` and `select` find in
-        `stream.probe`, or None; the layers before it run on the prompt once more, which the report counts."""
-        return None
-
-    def select(self, stream: VisionStream) -> Selection | None:
-        """Which tokens enter the decoder, or None for all; called only where the budget is below N."""
-        return None
-
-    def learns_from(self, depth: int) -> int | None:
-        """The decoder layer (of 0 .. depth - 1) that teaches `Selection.scores` in training, or None."""
-        return None
-
-    def lesson(self, scores: Tensor, layer: DecoderLayer) -> Tensor:
-        """The loss, a scalar, of the scores (N,) of one image by that layer; the mean over images is added."""
-        raise TypeError(f"{type(self).__name__} does not say what it learns from a layer")
-
-    @property
-    def reads_decoder_hidden(self) -> bool:
-        """Whether `prune_decoder` needs the hidden states."""
-        return False
-
-    @property
-    def reads_last_query(self) -> bool:
-        """Whether `prune_decoder` needs, of all queries and values, no more than the query of the last prompt
-        token."""
-        return False
-
-    @property
-    def reads_next_layer(self) -> bool:
-        """Whether `prune_decoder` scores by the query of the last prompt token and the keys that the *next* decoder
-        layer would compute, instead of those of the layer that ran."""
-        return False
-
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers (of 0 .. depth - 2) after which `prune_decoder` is called during prefill."""
-        return ()
-
-    def acts_after(self, tokens: int, layer: int, entered: int) -> bool:
-        """Whether a method without a budget (`adaptive`) is asked about an image of `tokens`, `entered` of which
-        entered the decoder, after this one of its `decoder_layers`."""
-        return True
-
-    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
-        """Which tokens of one image go on to the next decoder layer, or None for all."""
-        return None
-
-    @property
-    def revives(self) -> bool:
-        """Whether what `prune_decoder` left out may return: later forwards on the cache then choose anew after each
-        layer, as many of an image's tokens as the prefill kept there, by the attention of their last token."""
-        return False
-
-    def cache_layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""
-        return ()
-
-    def evict_layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers whose cache `evict` may cut, head by head, in forwards that bring no new image."""
-        return ()
-
-    def density_layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers of which `evict` needs the density."""
-        return self.evict_layers(depth)
-
-    @property
-    def evicts_again(self) -> bool:
-        """Whether `evict` is called after every forward that brings no image, not just after the first one that
-        follows a prompt with images."""
-        return False
-
-    def density(self, sums: Tensor) -> float:
-        """A number for the attention of one row in one layer, which `evict` finds in `CachedRow.densities`.
-
-        sums: (Hkv, G, n) what each token of the prompt got from all of its tokens, by query head, G of which share a
-        key-value head.
-        """
-        return 0.0
-
-    def evict(self, row: CachedRow) -> list[Eviction | None]:
-        """What the cache of each of `row.layers` goes on with, None for all of it."""
-        return [None] * len(row.layers)
-
-    def routed_layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers (of 1 .. depth - 1) that `route` is asked about: they compute some tokens, the others skip
-        them."""
-        return ()
-
-    def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
-        """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that a routed layer computes
-        at the most."""
-        return entered
-
-    @property
-    def routes_text(self) -> bool:
-        """Whether `route` is asked in forwards that bring no image, too."""
-        return False
-
-    @property
-    def skips_text(self) -> bool:
-        """Whether `route` may leave text out, as only released code does."""
-        return False
-
-    @classmethod
-    def brings_weights(cls) -> bool:
-        """Whether the method has weights of its own, which are to be trained."""
-        return cls.make_module is not Pruner.make_module
-
-    def make_module(self, facts: ModelFacts) -> nn.Module | None:
-        """The weights that the method brings to a model, as they are before training, or None; `wrap` puts them on the
-        model, where `route` and the optimizer find them."""
-        return None
-
-    def route(self, tokens: RoutedTokens) -> Routes:
-        """Which tokens a routed layer computes."""
-        raise TypeError(f"{type(self).__name__} does not say how it routes tokens")
-
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """FLOPs (2 a multiply-accumulate) of the matrix products that the method adds for one image."""
         return 0
 
-    def row_flops(self, tokens: int, facts: ModelFacts) -> int:
-        """FLOPs of those that the method adds for each row whose forward brings `tokens` to the decoder, with images
-        or without."""
-        return 0
-
+    @final
     def to_dict(self) -> dict[str, Any]:
-        """The hyper-parameters as plain JSON types, with the method's name first."""
-        return {"method": self.name, **dataclasses.asdict(self)}
+        """The hyper-parameters as plain JSON types, with the method's name first; raises VTPruneError for a value that
+        is none, such as a model in memory."""
+        options = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.init}
+        for name, value in options.items():
+            if not _is_plain(value):
+                raise VTPruneError(
+                    f"{self.name}: {name} cannot be written as JSON: a {type(value).__name__} in memory cannot be "
+                    "written to a config; pass the folder, name or number that stands for it"
+                )
+        return {"method": self.name, **options}
+
+
+def asked(pruner: Pruner) -> int | float | None:
+    """The share or count that a pruner was asked for, None where something else decides."""
+    return pruner.default_keep if pruner.keep is None else pruner.keep
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, str | int | float | bool)

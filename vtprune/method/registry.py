@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from vtprune.errors import UnknownPrunerError, VTPruneError
-from vtprune.method.catalogue import ENTRY_POINT_GROUP, METHODS, PrunerInfo
+from vtprune.method.catalogue import ENTRY_POINT_GROUP, METHODS, PrunerInfo, stages_of
 from vtprune.method.options import (
     converted,
     fits,
@@ -29,7 +29,6 @@ P = TypeVar("P", bound=type[Pruner])
 def register(
     name: str,
     *,
-    stage: str = "before decoder",
     paper: str = "",
     arxiv: str = "",
     licence: str = "",
@@ -46,7 +45,15 @@ def register(
         taken = _pruners.get(name)
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             raise VTPruneError(f"the pruner name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
-        cls.info = PrunerInfo(name, stage, paper, arxiv, licence, needs, variants)
+        cls.info = PrunerInfo(
+            name=name,
+            stage=stages_of(base.__name__ for base in cls.__mro__),
+            paper=paper,
+            arxiv=arxiv,
+            licence=licence,
+            needs=needs,
+            variants=variants,
+        )
         _pruners[name] = cls
         return cls
 
@@ -122,7 +129,7 @@ def _check_types(cls: type[Pruner], options: dict[str, Any]) -> None:
 
 
 def _refuse_unknown(cls: type[Pruner], options: Iterable[str]) -> None:
-    fields = sorted(field.name for field in dataclasses.fields(cls))
+    fields = sorted(field.name for field in dataclasses.fields(cls) if field.init)
     unknown = sorted(set(options) - set(fields))
     if unknown:
         near = difflib.get_close_matches(unknown[0], fields, n=1)

@@ -21,7 +21,7 @@ class VisionStream:
     indices: (N,) the place of each token in the whole image (0 .. total - 1); all of them unless an
         encoder stage dropped some.
     total: vision tokens of the whole image, before anything was dropped.
-    budget: tokens to keep at the most, 1 <= budget.
+    budget: tokens to keep at the most, 1 <= budget; where the method decides, those that it was asked for.
     signals: q, k and v of the encoder layer whose output the decoder reads, for these N tokens, or None if
         the pruner does not ask for them (`Pruner.reads_encoder`).
     pixels: the image as the encoder got it: (C, H, W), or (patches, C * t * p * p) on Qwen.
@@ -102,7 +102,7 @@ class DecoderLayer:
     vision: (N,) places in 0 .. n - 1 of this image's tokens; last: place of the last prompt token.
     scale: softmax scale.
     total: tokens of the whole image; indices: (N,) the place of each in the whole image.
-    budget: tokens to keep at the most from here on.
+    budget: tokens to keep at the most from here on; N where the method decides.
     index: 0-based index of the layer that ran; depth: number of decoder layers.
     text: (T,) places in 0 .. n - 1 of the row's text tokens.
     memory: what the pruner's own `remember` answered, for these N tokens.

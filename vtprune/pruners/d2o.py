@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Eviction
 from vtprune.method.choosing import check_scores
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, budget_of
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Counted
 from vtprune.method.registry import register
+from vtprune.method.stages import InCache
 from vtprune.method.views import CachedRow, CacheEntries
-from vtprune.pruners import d2o as merging
 from vtprune.pruners.parts.checks import check_choice
 from vtprune.pruners.parts.cosines import unit_vectors
 from vtprune.tensors.attention import at_least_single
@@ -134,7 +134,6 @@ LEAST = 0.01
 
 @register(
     "d2o",
-    stage="cache",
     paper="D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models",
     arxiv="2406.13035",
     licence="Apache-2.0",
@@ -142,7 +141,7 @@ LEAST = 0.01
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class D2O(Pruner):
+class D2O(InCache):
     """D2O: Dynamic Discriminative Operations (ICLR 2025, arXiv 2406.13035).
 
     The prefill is dense. The first forward afterwards that brings no new image (a decode step, or a turn of text)
@@ -176,45 +175,41 @@ class D2O(Pruner):
     text: bool = False
     variant: str = "paper"
 
-    default_keep: ClassVar[int | float] = 0.2
+    default_keep = 0.2
+    counted = Counted.CACHED
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("merge", "text"):
             check_choice(self.name, option, getattr(self, option), (True, False))
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         if self.text and isinstance(self.keep, int):
             raise VTPruneError(
                 f"{self.name}: text=True counts all entries of a prompt, so keep is a fraction (a float in (0, 1]), "
                 f"got {self.keep!r}"
             )
 
-    def for_model(self, facts: ModelFacts) -> Self:
+    def resolve(self) -> dict[str, Any]:
         """Raises VTPruneError for a decoder that has no layer to cut."""
-        if facts.decoder_depth < 4:
+        if self.model.decoder_depth < 4:
             raise VTPruneError(
                 f"{self.name} cuts the caches of decoder layers 2 .. L - 2 and needs at least 4 layers, got "
-                f"{facts.decoder_depth}"
+                f"{self.model.decoder_depth}"
             )
-        return self
+        return {}
 
     @property
     def released(self) -> bool:
         """Whether the released code's rules hold."""
         return self.variant == "released"
 
-    def input_budget(self, tokens: int) -> int:
-        """All of them enter."""
-        return tokens
-
-    def evict_layers(self, depth: int) -> tuple[int, ...]:
+    def evict_layers(self) -> tuple[int, ...]:
         """All but the first two and the last, where any entry is to go."""
-        return () if isinstance(self.keep, float) and self.keep == 1 else tuple(range(2, depth - 1))
+        return () if isinstance(self.keep, float) and self.keep == 1 else tuple(range(2, self.model.decoder_depth - 1))
 
-    def density_layers(self, depth: int) -> tuple[int, ...]:
+    def density_layers(self) -> tuple[int, ...]:
         """Those that may be cut; all for variant="released"."""
-        cut = self.evict_layers(depth)
-        return tuple(range(depth)) if self.released and cut else cut
+        cut = self.evict_layers()
+        return tuple(range(self.model.decoder_depth)) if self.released and cut else cut
 
     @property
     def evicts_again(self) -> bool:
@@ -223,15 +218,15 @@ class D2O(Pruner):
 
     def density(self, sums: Tensor) -> float:
         """How concentrated attention is in a layer, from 0 to 1."""
-        return merging.skew_of_heads(sums) if self.released else merging.spread_of_columns(sums)
+        return skew_of_heads(sums) if self.released else spread_of_columns(sums)
 
     def _sizes(self, row: CachedRow, held: list[int], tokens: int) -> list[int]:
         """Entries that each layer keeps of the `held` ones, which were `tokens` at first."""
-        weights = dict(zip(row.densities, merging.flatness(list(row.densities.values())), strict=True))
+        weights = dict(zip(row.densities, flatness(list(row.densities.values())), strict=True))
         layers = [layer.index for layer in row.layers]
-        budget = budget_of(self.asked_keep, tokens)
+        budget = self.budget(tokens)
         if not self.released:
-            return merging.shares_out([weights[index] for index in layers], held, budget * len(layers))
+            return shares_out([weights[index] for index in layers], held, budget * len(layers))
         ratios = [min(1.0, max(LEAST, weights[index] * len(weights) * budget / tokens)) for index in layers]
         return [min(n, max(1, int(ratio * tokens))) for ratio, n in zip(ratios, held, strict=True)]
 
@@ -253,7 +248,7 @@ class D2O(Pruner):
         cut = _Cut(layer, self)
         for number, count in counts.items():
             own = (layer.images == number).nonzero().flatten()
-            kept, evicted = merging.best_of(scores[:, own], count)
+            kept, evicted = best_of(scores[:, own], count)
             cut.evict(own[kept], own[evicted], None)
         return cut.result({})
 
@@ -269,19 +264,18 @@ class D2O(Pruner):
         recent = size // 2
         candidates = scores.shape[1] - recent
         scores[:, :SINKS] = math.inf
-        kept, evicted = merging.best_of(scores[:, :candidates], size - recent)
+        kept, evicted = best_of(scores[:, :candidates], size - recent)
         window = torch.arange(candidates, scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
         cut = _Cut(layer, self)
         tau = cut.evict(torch.cat([kept, window], dim=1), evicted, layer.state.get("threshold"))
         state = {"size": float(size)} if tau is None else {"size": float(size), "threshold": tau}
         return cut.result(state, always=True)
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The products of queries and keys in the watched layers, shared among the images of the row."""
         if not work.decoder_pairs:
             return 0
-        depth = len(work.decoder_pairs)
-        watched = {*self.evict_layers(depth), *self.density_layers(depth)}
+        watched = {*self.evict_layers(), *self.density_layers()}
         return 2 * work.decoder_width * sum(work.decoder_pairs[layer] for layer in watched) // work.images
 
 
@@ -300,7 +294,7 @@ class _Cut:
         self._stays.scatter_(1, evicted, False)
         if not self._method.merge:
             return threshold
-        self._key, self._value, merged, threshold = merging.merge_evicted(
+        self._key, self._value, merged, threshold = merge_evicted(
             self._key, self._value, kept, evicted, threshold, by_order=self._method.released, method=self._method.name
         )
         self._merged += merged

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vtprune.method.answers import Selection
-from vtprune.method.facts import ScoringWork
-from vtprune.method.pruner import Pruner
+from vtprune.method.facts import Work
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
-from vtprune.pruners.parts.checks import check_choice
 from vtprune.pruners.parts.cosines import (
     cosine_matrix,
     cosine_row,
@@ -48,7 +46,6 @@ def max_min_diverse(features: Tensor, count: int) -> Tensor:
 
 @register(
     "divprune",
-    stage="before decoder",
     paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
     arxiv="2503.02175",
     licence="CC BY-NC 4.0",
@@ -56,7 +53,7 @@ def max_min_diverse(features: Tensor, count: int) -> Tensor:
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class DivPrune(Pruner):
+class DivPrune(BeforeDecoder):
     """DivPrune: Diversity-based Visual Token Pruning (CVPR 2025, arXiv 2503.02175).
 
     Greedy max-min diversity over the vectors that enter the decoder, by cosine distance; neither attention nor
@@ -73,14 +70,13 @@ class DivPrune(Pruner):
 
     variant: str = "paper"
 
-    default_keep: ClassVar[int | float] = 0.098
+    default_keep = 0.098
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.name, "variant", self.variant, self.info.variants)
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
@@ -88,7 +84,7 @@ class DivPrune(Pruner):
         """Keeps the budget; raises ScoreError for NaN."""
         return Selection(max_min_diverse(stream.features, stream.budget).sort().values)
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """All cosines once; beyond D tokens, where they are not kept, also those of each chosen token."""
         flops = matrix_flops(work.tokens, work.decoder_width)
         if not fits(work.tokens, work.decoder_width):

@@ -8,8 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtprune.method import schedules
-from vtprune.method.facts import ScoringWork
+from vtprune.method.facts import Work
 from vtprune.method.registry import register
+from vtprune.method.stages import Query
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners.parts.checks import check_share
 from vtprune.pruners.parts.prompt_attention import last_attention
@@ -18,7 +19,6 @@ from vtprune.pruners.parts.staged import Staged
 
 @register(
     "fastv",
-    stage="decoder",
     paper="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language "
     "Models",
     arxiv="2403.06764",
@@ -43,19 +43,15 @@ class FastV(Staged):
     ratio: float | None = None
 
     published_layers: ClassVar[tuple[int, ...]] = (2,)
+    query = Query.LAST
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.name, "ratio", self.ratio, self.keep)
 
-    @property
-    def reads_last_query(self) -> bool:
-        """True."""
-        return True
-
-    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
+    def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
         """All before K, 1 - R from K on."""
-        left = 0.5 if self.ratio is None else 1 - self.ratio
+        depth, left = self.model.decoder_depth, 0.5 if self.ratio is None else 1 - self.ratio
         if self.schedule == "constant":
             return schedules.factor_steps(depth, layers[:1], left)
         mean = schedules.mean(schedules.factor_steps(depth, layers[:1], left))
@@ -65,6 +61,6 @@ class FastV(Staged):
         """The attention of the last prompt token: (N,)."""
         return last_attention(layer)
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """One row of attention a layer."""
         return sum(2 * tokens * work.decoder_width for tokens in work.decoder_tokens)

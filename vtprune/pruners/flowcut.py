@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from einops import reduce, repeat
@@ -13,9 +12,10 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.choosing import check_scores, top, top_mask
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import BetweenLayers, InEncoder
 from vtprune.method.views import DecoderLayer, EncoderLayer
 from vtprune.pruners.parts.checks import check_choice
 from vtprune.tensors.attention import attention_rows
@@ -84,7 +84,6 @@ MEMORY = "flowcut.score"
 
 @register(
     "flowcut",
-    stage="encoder, decoder",
     paper="FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
     arxiv="2505.19536",
     licence="Apache-2.0",
@@ -92,7 +91,7 @@ MEMORY = "flowcut.score"
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class FlowCut(Pruner):
+class FlowCut(InEncoder, BetweenLayers):
     """FlowCut: Rethinking Redundancy via Information Flow (NeurIPS 2025, arXiv 2505.19536).
 
     stages: 1 drops tokens in the vision encoder only, 2 leaves twice the budget there and the budget after
@@ -115,45 +114,41 @@ class FlowCut(Pruner):
     stages: int | None = None
     variant: str = "paper"
 
-    default_keep: ClassVar[int | float] = 64 / 576
+    default_keep = 64 / 576
+    counted = Counted.LEFT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.name, "stages", self.stages, (None, 1, 2))
-        check_choice(self.name, "variant", self.variant, self.info.variants)
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """The number of stages; two cost a little more than one at the same keep."""
         return {"stages": Tunable(choices=(1, 2))}
 
-    def for_model(self, facts: ModelFacts) -> FlowCut:
+    def resolve(self) -> dict[str, Any]:
         """`stages` resolved; raises VTPruneError where the encoder or the decoder is too shallow."""
-        stages = self.stages or (1 if facts.has_cls else 2)
-        if facts.has_cls and facts.encoder_depth < 2:
-            raise VTPruneError(f"flowcut needs at least 2 encoder layers with CLS, got {facts.encoder_depth}")
-        if stages == 2 and facts.decoder_depth < DECODER_LAYER + 2:
+        stages = self.stages or (1 if self.model.has_cls else 2)
+        if self.model.has_cls and self.model.encoder_depth < 2:
+            raise VTPruneError(f"flowcut needs at least 2 encoder layers with CLS, got {self.model.encoder_depth}")
+        if stages == 2 and self.model.decoder_depth < DECODER_LAYER + 2:
             raise VTPruneError(
                 f"flowcut's second stage drops tokens after decoder layer {DECODER_LAYER}, so it needs at "
-                f"least {DECODER_LAYER + 2} decoder layers, got {facts.decoder_depth}; stages=1 works"
+                f"least {DECODER_LAYER + 2} decoder layers, got {self.model.decoder_depth}; stages=1 works"
             )
-        return dataclasses.replace(self, stages=stages)
+        return {"stages": stages}
 
     def encoder_budget(self, tokens: int) -> int:
         """The budget, twice that where a second stage follows."""
         return min(tokens, self.budget(tokens) * (self.stages or 1))
 
-    def input_budget(self, tokens: int) -> int:
-        """What the encoder stage leaves."""
-        return self.encoder_budget(tokens)
-
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+    def encoder_layers(self) -> tuple[int, ...]:
         """All of them (with CLS the last one leaves everything as it is)."""
-        return tuple(range(depth))
+        return tuple(range(self.model.encoder_depth))
 
     def prune_encoder(self, layer: EncoderLayer) -> Tensor | None:
         """Accumulates the score; every second layer says which tokens go on. Raises ScoreError for NaN."""
@@ -174,13 +169,9 @@ class FlowCut(Pruner):
             count = count.max()
         return top_mask(score, (alive - count).maximum(layer.budget), layer.valid)
 
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+    def drop_layers(self) -> tuple[int, ...]:
         """Decoder layer 1 where there is a second stage."""
         return (DECODER_LAYER,) if self.stages == 2 else ()
-
-    def achieved(self, counts: list[int]) -> float:
-        """The tokens that are left in the end, whatever entered the decoder."""
-        return float(counts[-1])
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the budget's best by the last prompt token; raises ScoreError for NaN."""
@@ -188,7 +179,7 @@ class FlowCut(Pruner):
             return None
         return Selection(top(check_scores(decoder_score(layer), self.name), layer.budget))
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """A row of attention a layer and, with CLS and in the decoder, a row of value products."""
         rows = 2 if work.has_cls else 1
         encoder = sum(work.encoder_patches[i] for i in work.encoder_layers) * rows * 2 * work.encoder_width

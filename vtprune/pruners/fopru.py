@@ -10,9 +10,10 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import KEPT_WHOLE, Selection
 from vtprune.method.choosing import check_scores, top
-from vtprune.method.facts import ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
 from vtprune.pruners.parts.checks import check_choice, check_whole_grid
 from vtprune.tensors.attention import attention_received_and_given
@@ -43,14 +44,13 @@ def top_rows(significance: Tensor, width: int, budget: int) -> Tensor:
 
 @register(
     "fopru",
-    stage="before decoder",
     paper="FoPru: Focal Pruning for Efficient Large Vision-Language Models",
     arxiv="2411.14164",
     licence="Apache-2.0 (third-party implementation; the authors released none)",
     needs="attention among patches, of the encoder layer that feeds the decoder",
 )
 @dataclass(frozen=True)
-class FoPru(Pruner):
+class FoPru(BeforeDecoder):
     """FoPru: Focal Pruning for Efficient Large Vision-Language Models (arXiv 2411.14164).
 
     strategy: "rank" keeps the most significant tokens, "row" whole rows of the grid, as many as fit the
@@ -79,18 +79,18 @@ class FoPru(Pruner):
         check_choice(self.name, "softmax", self.softmax, (True, False))
 
     @property
-    def reads_encoder(self) -> bool:
-        """True."""
-        return True
+    def input_reads(self) -> frozenset[Read]:
+        """The attention of the features' layer; for strategy="row" every token of the grid, too."""
+        return frozenset({Read.ENCODER, Read.WHOLE_GRID} if self.strategy == "row" else {Read.ENCODER})
 
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """The strategy, and whether scores are taken after the softmax."""
         return {"strategy": Tunable(choices=STRATEGIES), "softmax": Tunable(choices=(True, False))}
 
-    @property
-    def adaptive(self) -> bool:
-        """True for strategy="row": an image none of whose rows fits the budget is kept whole."""
-        return self.strategy == "row" and not (isinstance(self.keep, float) and self.keep == 1)
+    def input_budget(self, tokens: int) -> int | None:
+        """None for strategy="row": an image none of whose rows fits the budget is kept whole."""
+        whole = isinstance(self.keep, float) and self.keep == 1
+        return None if self.strategy == "row" and not whole else self.budget(tokens)
 
     def significance(self, stream: VisionStream) -> Tensor:
         """The score of each token: (N,) fp32; raises ScoreError for NaN."""
@@ -102,22 +102,17 @@ class FoPru(Pruner):
         received, given = (check_scores(signals.pool(mean), self.name) for mean in means)
         return focal_significance(received, given)
 
-    @property
-    def needs_whole_grid(self) -> bool:
-        """True for strategy="row"."""
-        return self.strategy == "row"
-
     def select(self, stream: VisionStream) -> Selection:
         """Keeps the `stream.budget` most significant tokens, or the rows that fit it."""
         if self.strategy == "rank":
             return Selection(top(self.significance(stream), stream.budget))
         check_whole_grid("fopru with strategy 'row'", stream)
-        width = stream.grid[-1]
-        if stream.budget < width:
+        width, budget = stream.grid[-1], stream.budget
+        if budget < width:
             everything = torch.arange(stream.indices.numel(), device=stream.features.device)
-            return Selection(everything, note=f"{KEPT_WHOLE}no row of {width} tokens fits a budget of {stream.budget}")
-        return Selection(top_rows(self.significance(stream), stream.grid[-1], stream.budget))
+            return Selection(everything, note=f"{KEPT_WHOLE}no row of {width} tokens fits a budget of {budget}")
+        return Selection(top_rows(self.significance(stream), width, budget))
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The logits of one layer's full map."""
         return 2 * work.patches * (work.patches + work.has_cls) * work.encoder_width

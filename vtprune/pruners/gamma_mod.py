@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import Routes
 from vtprune.method.choosing import best_of_each, check_scores
-from vtprune.method.facts import ModelFacts
 from vtprune.method.modules import FullLinear, own_randomness
-from vtprune.method.pruner import Pruner, budget_of
+from vtprune.method.pruner import Counted, budget_of
 from vtprune.method.registry import register
 from vtprune.method.schedules import ROUNDING
+from vtprune.method.stages import InLayers, Trained
 from vtprune.method.views import RoutedTokens
-from vtprune.pruners.parts.checks import check_choice, check_factor, check_share
+from vtprune.pruners.parts.checks import check_factor, check_share
 from vtprune.pruners.parts.staged import scaled_layers
 
 # The first layer that the authors route, of 32; the last one is not.
@@ -31,7 +30,6 @@ PROMPT_THRESHOLD, STEP_THRESHOLD = 0.005, 0.5
 
 @register(
     "gamma_mod",
-    stage="decoder, routed",
     paper="gamma-MoD: Exploring Mixture-of-Depth Adaptation for Multimodal Large Language Models",
     arxiv="2410.13859",
     licence="none found in its repository",
@@ -39,7 +37,7 @@ PROMPT_THRESHOLD, STEP_THRESHOLD = 0.005, 0.5
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class GammaMoD(Pruner):
+class GammaMoD(InLayers, Trained):
     """gamma-MoD: Mixture-of-Depth adaptation by the rank of attention maps (arXiv 2410.13859).
 
     One linear router reads the input norm of each routed layer: p = softmax(logits)[1]. A token that is computed gets
@@ -73,12 +71,11 @@ class GammaMoD(Pruner):
         "its router is random and weighs all that the routed layers add, so answers are of no use"
     )
 
-    # Filled in by `for_model`.
-    _depth: ClassVar[int] = 32
+    counted = Counted.MEAN_OF_LAYERS
+    routes_text = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         check_share(self.name, "skip", self.skip, self.keep)
         check_share(self.name, "threshold", self.threshold, self.keep)
         check_factor(self.name, "loss_weight", self.loss_weight)
@@ -98,24 +95,14 @@ class GammaMoD(Pruner):
         return self.variant == "released"
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """The released code numbers the tokens of each layer anew."""
         return self.released
 
     @property
-    def adaptive(self) -> bool:
-        """True where a threshold decides how many stay."""
-        return self.released and self.keep is None
-
-    @property
     def thresholds_decide(self) -> bool:
-        """True where a threshold decides."""
-        return self.adaptive
-
-    @property
-    def routes_text(self) -> bool:
-        """Text is multiplied by p, too."""
-        return True
+        """Whether a threshold decides how many stay."""
+        return self.released and self.keep is None
 
     @property
     def skips_text(self) -> bool:
@@ -128,17 +115,16 @@ class GammaMoD(Pruner):
         return 0.5 if self.skip is None else self.skip
 
     @property
-    def asked_keep(self) -> int | float:
-        """`keep`, or the mean over layers of which the routed ones skip a share."""
-        if self.keep is not None:
-            return self.keep
-        return 1 - self.skipped_share * len(self.routed_layers(self._depth)) / self._depth
+    def default_keep(self) -> float | None:
+        """The mean over layers of which the routed ones skip a share; None where a threshold decides."""
+        depth = self.model.decoder_depth
+        return None if self.thresholds_decide else 1 - self.skipped_share * len(self.routed_layers()) / depth
 
-    def for_model(self, facts: ModelFacts) -> Self:
-        """Knows the decoder's depth; raises VTPruneError for layers that it does not have, and for a share that
-        skipping in the routed layers cannot meet."""
-        depth = facts.decoder_depth
-        routed = self.routed_layers(depth)
+    def resolve(self) -> dict[str, Any]:
+        """Nothing; raises VTPruneError for layers that the decoder does not have, and for a share that skipping in
+        the routed layers cannot meet."""
+        depth = self.model.decoder_depth
+        routed = self._layers(depth)
         if not routed:
             raise VTPruneError(
                 f"{self.name}: the first and the last decoder layer compute everything, so it needs at least 3 of "
@@ -147,65 +133,45 @@ class GammaMoD(Pruner):
         if routed[-1] >= depth:
             raise VTPruneError(f"{self.name}: layer {routed[-1]} (counted from 0) of a decoder of {depth} layers")
         dense = (depth - len(routed)) / depth
-        if isinstance(self.keep, float) and facts.first and self.keep <= dense:
+        if isinstance(self.keep, float) and self.model.first and self.keep <= dense:
             raise VTPruneError(self._out_of_reach(f"{self.keep:.4g} of the tokens", f"{dense:.4g}", depth))
-        resolved = dataclasses.replace(self)
-        object.__setattr__(resolved, "_depth", depth)
-        return resolved
+        return {}
 
     def _out_of_reach(self, asked: str, least: str, depth: int) -> str:
-        dense = depth - len(self.routed_layers(depth))
+        dense = depth - len(self._layers(depth))
         return (
             f"{self.name} cannot keep {asked} on average: the {dense} of {depth} layers that compute everything, and "
             f"one token in each other, make {least}; raise keep, or route more layers (layers), or combine with a "
             "method that prunes before the decoder"
         )
 
-    def budget(self, tokens: int) -> int:
-        """The mean over layers."""
-        return budget_of(self.asked_keep, tokens)
-
-    def input_budget(self, tokens: int) -> int:
-        """All of them enter."""
-        return tokens
-
-    def achieved(self, counts: list[int]) -> float:
-        """The mean over decoder layers."""
-        return sum(counts) / len(counts)
-
-    def routed_layers(self, depth: int) -> tuple[int, ...]:
+    def routed_layers(self) -> tuple[int, ...]:
         """`layers`, or all but the first ones and the last."""
+        return self._layers(self.model.decoder_depth)
+
+    def _layers(self, depth: int) -> tuple[int, ...]:
         if self.layers is not None:
             return self.layers
         first = scaled_layers((FIRST,), depth)
         return tuple(range(first[0], depth - 1)) if first else ()
 
     def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
-        """The same in every routed layer; all of them where `keep` cannot be met."""
+        """The same in every routed layer; raises CannotCut where the layers that compute everything, and one token in
+        each other, exceed the budget."""
         if self.keep is None:
             return max(1, math.floor((1 - self.skipped_share) * entered + ROUNDING))
-        if self.unmet(tokens, entered):
-            return entered
-        return min(entered, self._left(tokens, entered) // len(self.routed_layers(self._depth)))
-
-    def _left(self, tokens: int, entered: int) -> int:
-        """Tokens x layers that the budget leaves to the routed layers."""
-        assert self.keep is not None
-        dense = self._depth - len(self.routed_layers(self._depth))
-        return budget_of(self.keep, tokens) * self._depth - dense * entered
-
-    def unmet(self, tokens: int, entered: int) -> str:
-        """Where the layers that compute everything, and one token in each other, exceed the budget."""
-        depth, routed = self._depth, len(self.routed_layers(self._depth))
-        if self.keep is None or self._left(tokens, entered) >= routed:
-            return ""
+        depth, routed = self.model.decoder_depth, len(self.routed_layers())
+        left = budget_of(self.keep, tokens) * depth - (depth - routed) * entered
+        if left >= routed:
+            return min(entered, left // routed)
         least = ((depth - routed) * entered + routed) / depth
-        return self._out_of_reach(f"{budget_of(self.keep, tokens)} of {tokens} tokens", f"{least:.4g}", depth)
+        asked = f"{budget_of(self.keep, tokens)} of {tokens} tokens"
+        raise CannotCut(self._out_of_reach(asked, f"{least:.4g}", depth))
 
-    def make_module(self, facts: ModelFacts) -> nn.Module:
+    def make_module(self) -> nn.Module:
         """One linear layer for all routed layers, as PyTorch initialises it, from a seed of its own."""
         with own_randomness():
-            return FullLinear(facts.decoder_width, 2, bias=False)
+            return FullLinear(self.model.decoder_width, 2, bias=False)
 
     def logits(self, tokens: RoutedTokens) -> Tensor:
         """(B, n, 2) of skipping a layer and of computing it, in fp32."""
@@ -226,7 +192,7 @@ class GammaMoD(Pruner):
             return released_training(self, scores, tokens)
         if self.released and tokens.continues:
             return scores >= STEP_THRESHOLD
-        if self.adaptive:
+        if self.thresholds_decide:
             return scores > (PROMPT_THRESHOLD if self.threshold is None else self.threshold)
         return best_of_each(scores, tokens.image, tokens.budgets) | ~tokens.vision
 
@@ -237,9 +203,9 @@ class GammaMoD(Pruner):
             return None
         return self.loss_weight * cross_entropy(logits[routable], kept[routable].long())
 
-    def row_flops(self, tokens: int, facts: ModelFacts) -> int:
+    def row_flops(self, tokens: int) -> int:
         """Two products with the router a token and routed layer."""
-        return len(self.routed_layers(facts.decoder_depth)) * 4 * tokens * facts.decoder_width
+        return len(self.routed_layers()) * 4 * tokens * self.model.decoder_width
 
 
 def released_training(pruner: GammaMoD, scores: Tensor, tokens: RoutedTokens) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch.nn.functional import avg_pool1d, avg_pool2d
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.choosing import check_scores, top
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.checks import check_choice
 from vtprune.pruners.parts.staged import scaled_layers
@@ -35,7 +36,7 @@ def pool_sequence(scores: Tensor) -> Tensor:
 
 
 def pool_grid(scores: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """(N,) mean over those of the 3 x 3 neighbours in the same frame that are there.
+    """(N,) mean over those of the 3 x 3 neighbours in the same frame that are self.
 
     scores: (N,) of the tokens at `indices` (N,) of the raster grid (t, h, w).
     """
@@ -49,7 +50,6 @@ def pool_grid(scores: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Te
 
 @register(
     "gemfilter",
-    stage="before decoder",
     paper="Discovering the Gems in Early Layers: Accelerating Long-Context LLMs with 1000x Input Token Reduction",
     arxiv="2409.17422",
     licence="Apache-2.0",
@@ -57,7 +57,7 @@ def pool_grid(scores: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Te
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class GemFilter(Pruner):
+class GemFilter(BeforeDecoder):
     """GemFilter: Discovering the Gems in Early Layers (arXiv 2409.17422).
 
     The decoder layers before `layer` (counted from 0; by default 13 of 32 as a fraction of the depth, the published
@@ -86,30 +86,29 @@ class GemFilter(Pruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.name, "pooling", self.pooling, POOLINGS)
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         if self.layer is not None and (type(self.layer) is not int or self.layer < 0):
             raise VTPruneError(f"{self.name}: layer is an int of at least 0, got {self.layer!r}")
 
-    def for_model(self, facts: ModelFacts) -> GemFilter:
-        """Itself; raises VTPruneError for a layer that the decoder does not have."""
-        if self.layer is not None and self.layer >= facts.decoder_depth:
+    def resolve(self) -> dict[str, Any]:
+        """Nothing; raises VTPruneError for a layer that the decoder does not have."""
+        if self.layer is not None and self.layer >= self.model.decoder_depth:
             raise VTPruneError(
-                f"{self.name}: the decoder's layers are 0 to {facts.decoder_depth - 1}, got layer={self.layer}"
+                f"{self.name}: the decoder's layers are 0 to {self.model.decoder_depth - 1}, got layer={self.layer}"
             )
-        return self
+        return {}
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Over which neighbours scores are averaged."""
         return {"pooling": Tunable(choices=POOLINGS)}
 
-    def probe_layer(self, depth: int) -> int:
+    def probe_layer(self) -> int:
         """`layer`, or the published one as a fraction of the depth."""
-        scaled = scaled_layers((self.published_layer,), depth) or (0,)
+        scaled = scaled_layers((self.published_layer,), self.model.decoder_depth) or (0,)
         return scaled[0] if self.layer is None else self.layer
 
     def scores(self, stream: VisionStream) -> Tensor:
@@ -126,6 +125,6 @@ class GemFilter(Pruner):
         """Keeps the tokens with the highest scores."""
         return Selection(top(self.scores(stream), stream.budget))
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """One row of logits; what the probe itself computes is counted with its layers."""
         return 2 * work.probed * work.decoder_width

@@ -7,26 +7,23 @@ from dataclasses import dataclass
 import torch
 
 from vtprune.method.answers import Selection
-from vtprune.method.pruner import Pruner
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
 from vtprune.pruners.parts.cells import cell_grid, cut
 from vtprune.pruners.parts.checks import check_whole_grid
 
 
-@register("grid", stage="before decoder", paper="", licence="Apache-2.0", needs="nothing")
+@register("grid", paper="", licence="Apache-2.0", needs="nothing")
 @dataclass(frozen=True)
-class Grid(Pruner):
+class Grid(BeforeDecoder):
     """The token nearest the centre of each cell of a smaller grid.
 
     The cells are those that `pool` averages: the h' x w' within the budget whose aspect is closest to the
     image's grid, so fewer tokens than asked may stay (60 of a 24 x 24 grid keeps 8 x 7). `default_keep` 0.25.
     """
 
-    @property
-    def needs_whole_grid(self) -> bool:
-        """True: its steps are steps of the whole grid."""
-        return True
+    input_reads = frozenset({Read.WHOLE_GRID})
 
     def select(self, stream: VisionStream) -> Selection:
         """Keeps one token a cell; raises VTPruneError if an earlier stage already dropped tokens."""

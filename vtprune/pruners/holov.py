@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.choosing import check_scores, top
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
 from vtprune.pruners.parts.cells import Grid3
-from vtprune.pruners.parts.checks import check_choice, check_count, check_factor
+from vtprune.pruners.parts.checks import check_count, check_factor
 
 EPS = 1e-6
 
@@ -147,7 +148,6 @@ def select_strips(
 
 @register(
     "holov",
-    stage="before decoder",
     paper='Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention',
     arxiv="2510.02912",
     licence="Apache-2.0 (badge in its README; no licence file)",
@@ -155,7 +155,7 @@ def select_strips(
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class HoloV(Pruner):
+class HoloV(BeforeDecoder):
     """HoloV: Revisiting Visual Holistic Context Retention (NeurIPS 2025, arXiv 2510.02912).
 
     crops: crops a side of the image, 4 by default; for variant="released" the number of strips, by default
@@ -183,11 +183,11 @@ class HoloV(Pruner):
     tau: float = 1.0
     variant: str = "paper"
 
-    default_keep: ClassVar[int | float] = 64 / 576
+    default_keep = 64 / 576
+    input_reads = frozenset({Read.ENCODER})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         if self.crops is not None:
             check_count(self.name, "crops", self.crops)
         if self.alpha is not None:
@@ -197,16 +197,11 @@ class HoloV(Pruner):
             raise VTPruneError(f"holov: variant='released' has no tau, got {self.tau!r}")
 
     @property
-    def reads_encoder(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Crops, the weight of diversity and the sharpness; strips and diversity alone as released."""
         if self.variant == "released":
             return {"crops": Tunable(1, 64, whole=True, log=True), "alpha": Tunable(0.0, 1.0)}
@@ -216,11 +211,11 @@ class HoloV(Pruner):
             "tau": Tunable(0.125, 4.0, log=True),
         }
 
-    def for_model(self, facts: ModelFacts) -> HoloV:
+    def resolve(self) -> dict[str, Any]:
         """`alpha`, and the paper's `crops`, filled in."""
         if self.variant == "released":
-            return replace(self, alpha=RELEASED_ALPHA if self.alpha is None else self.alpha)
-        return replace(self, crops=self.crops or CROPS, alpha=1.0 if self.alpha is None else self.alpha)
+            return {"alpha": RELEASED_ALPHA if self.alpha is None else self.alpha}
+        return {"crops": self.crops or CROPS, "alpha": 1.0 if self.alpha is None else self.alpha}
 
     def strips(self, tokens: int, budget: int) -> int:
         """How many strips variant="released" cuts `tokens` into."""
@@ -239,7 +234,7 @@ class HoloV(Pruner):
         alpha = 1.0 if self.alpha is None else self.alpha
         return Selection(select_crops(features, attention, crops, stream.budget, alpha, self.tau))
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities inside the crops."""
         rows = 1 if work.has_cls else work.patches
         attention = 2 * rows * (work.patches + work.has_cls) * work.encoder_width

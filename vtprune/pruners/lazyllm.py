@@ -5,28 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from vtprune.method import schedules
-from vtprune.method.facts import ScoringWork
+from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
-from vtprune.method.views import DecoderLayer
 from vtprune.pruners.parts.checks import check_share
-from vtprune.pruners.parts.prompt_attention import last_attention
-from vtprune.pruners.parts.staged import Staged, moved_layers
+from vtprune.pruners.parts.staged import Stepped
 
 
 @register(
     "lazyllm",
-    stage="decoder",
     paper="LazyLLM: Dynamic Token Pruning for Efficient Long Context LLM Inference",
     arxiv="2407.14057",
     licence="no code released",
     needs="the newest token's attention in the decoder layers before which tokens drop, at every step",
 )
 @dataclass(frozen=True)
-class LazyLLM(Staged):
+class LazyLLM(Stepped):
     """LazyLLM: Dynamic Token Pruning for Efficient Long Context LLM Inference (arXiv 2407.14057).
 
     In the prefill, `ratio` (0.3) of the vision tokens alive drop before each of `layers` (after 9, 19 and 28 of 32
@@ -38,9 +33,9 @@ class LazyLLM(Staged):
 
     Each later forward on the cache begins with all tokens and chooses anew after the same layers: of the tokens that
     take part so far, as many of each image as in the prefill, by the attention of the last new token to everything
-    that it attended to there. The new tokens attend to text and to the chosen ones. A chosen token without keys and
+    that it attended to self. The new tokens attend to text and to the chosen ones. A chosen token without keys and
     values in the layers that follow comes out of the auxiliary cache, passes through them beside the new tokens, and
-    its keys and values are appended; where it is cut again it waits there. Every layer computes a token once at the
+    its keys and values are appended; where it is cut again it waits self. Every layer computes a token once at the
     most. Positions are the original ones throughout.
 
     The paper is for text and has no released code. Own decisions: only vision tokens drop, ranked within their image;
@@ -51,7 +46,6 @@ class LazyLLM(Staged):
     should each choose, is refused); the images of a later turn are ranked by attention within that turn.
     """
 
-    schedule: str = "steps"
     ratio: float | None = None
 
     published_layers: ClassVar[tuple[int, ...]] = (9, 19, 28)
@@ -66,29 +60,14 @@ class LazyLLM(Staged):
         return not (isinstance(self.keep, float) and self.keep == 1)
 
     @property
-    def movable(self) -> bool:
-        """Where `layers` are not given."""
-        return self.layers is None
+    def step(self) -> float:
+        """What `ratio` leaves: 0.7."""
+        return 1 - (0.3 if self.ratio is None else self.ratio)
 
-    def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
-        """`layers`, or the published ones, moved towards the first ones where `share` is too low for them."""
-        return self.layers if self.layers is not None else moved_layers(self.published_layers, depth, share)
-
-    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
-        """1, 0.7, 0.49, 0.34."""
-        own = schedules.factor_steps(depth, layers, 1 - (0.3 if self.ratio is None else self.ratio))
-        if self.schedule == "steps":
-            return own
-        return schedules.fitted(self.schedule, depth, layers, schedules.mean(own))
-
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """How the budget is spread over the layers."""
         return {"schedule": Tunable(choices=schedules.NAMES)} if self.keep is not None else {}
 
-    def scores(self, layer: DecoderLayer) -> Tensor:
-        """The attention of the last prompt token: (N,)."""
-        return last_attention(layer)
-
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """One row of attention a layer, in the prefill."""
         return len(work.decoder_layers) * 2 * work.prompt * work.decoder_width

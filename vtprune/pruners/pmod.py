@@ -13,13 +13,14 @@ from vtprune.errors import VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Routes
 from vtprune.method.choosing import best_of_each, check_scores
-from vtprune.method.facts import ModelFacts, ScoringWork
+from vtprune.method.facts import Work
 from vtprune.method.modules import FullLinear, own_randomness
-from vtprune.method.pruner import Tunable, budget_of
+from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import InLayers, Trained
 from vtprune.method.views import RoutedTokens
 from vtprune.pruners.parts.checks import check_choice
-from vtprune.pruners.parts.staged import Staged
+from vtprune.pruners.parts.staged import Scheduled
 
 NORMS = ("tanh", "sigmoid", "softmax", "none")
 DECAYS = {"cosine": schedules.cosine_ratios, "linear": schedules.line_ratios}
@@ -27,7 +28,6 @@ DECAYS = {"cosine": schedules.cosine_ratios, "linear": schedules.line_ratios}
 
 @register(
     "pmod",
-    stage="decoder, routed",
     paper="p-MoD: Building Mixture-of-Depths MLLMs via Progressive Ratio Decay",
     arxiv="2412.04449",
     licence="Apache-2.0",
@@ -35,7 +35,7 @@ DECAYS = {"cosine": schedules.cosine_ratios, "linear": schedules.line_ratios}
     variants=("released", "paper"),
 )
 @dataclass(frozen=True)
-class PMoD(Staged):
+class PMoD(Scheduled, InLayers, Trained):
     """p-MoD: Mixture-of-Depths by Progressive Ratio Decay (ICCV 2025, arXiv 2412.04449).
 
     Layer l of L processes the share 0.5 cos(pi l / (L - 1)) + `beta` of an image's tokens, at least 0.15; where it is
@@ -75,7 +75,6 @@ class PMoD(Staged):
         super().__post_init__()
         check_choice(self.name, "norm", self.norm, NORMS)
         check_choice(self.name, "decay", self.decay, tuple(DECAYS))
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         for option in ("scale", "bias", "beta"):
             value = getattr(self, option)
             number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
@@ -84,39 +83,31 @@ class PMoD(Staged):
         if self.beta is not None and (isinstance(self.keep, int) or self.keep not in (None, 1.0)):
             raise VTPruneError(f"{self.name}: beta shifts the published decay, and keep fits one; give one of them")
 
-    def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
+    def places(self, share: float | None = None) -> tuple[int, ...]:
         """The first layer that may be routed: layer 1, or the one given."""
         return (1,) if self.layers is None else self.layers
 
-    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
+    def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
         """The published decay."""
-        ratios = DECAYS[self.decay](depth, 0.5 if self.beta is None else self.beta)
+        ratios = DECAYS[self.decay](self.model.decoder_depth, 0.5 if self.beta is None else self.beta)
         return (1.0,) * layers[0] + ratios[layers[0] :]
 
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
-        """None: nothing is dropped."""
-        return ()
-
-    def routed_layers(self, depth: int) -> tuple[int, ...]:
+    def routed_layers(self) -> tuple[int, ...]:
         """The layers with a router."""
         if isinstance(self.keep, int):
-            return tuple(range(self.places(depth)[0], depth))
-        ratios = self.ratios(depth, None if self.keep == 1 else self.keep)
+            return tuple(range(self.places()[0], self.model.decoder_depth))
+        ratios = self.ratios(None if self.keep == 1 else self.keep)
         return tuple(layer for layer, ratio in enumerate(ratios) if ratio < 1)
 
     def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
         """What the schedule says."""
         return self.counts(tokens, entered)[layer]
 
-    def budget(self, tokens: int) -> int:
-        """The mean over layers."""
-        return budget_of(self.asked_keep, tokens)
-
-    def make_module(self, facts: ModelFacts) -> nn.Module:
+    def make_module(self) -> nn.Module:
         """A linear router a layer, at zero; torch's random state is left alone."""
-        layers = self.routed_layers(facts.decoder_depth)
+        layers = self.routed_layers()
         with own_randomness():
-            routers = {str(layer): FullLinear(facts.decoder_width, 1) for layer in layers}
+            routers = {str(layer): FullLinear(self.model.decoder_width, 1) for layer in layers}
         for router in routers.values():
             nn.init.zeros_(router.weight)
             nn.init.zeros_(router.bias)
@@ -143,10 +134,10 @@ class PMoD(Staged):
             return Routes(kept, scale=gates, branch=gates)
         return Routes(kept, gate=gates, scale=gates)
 
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Nothing: other settings need other weights."""
         return {}
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """One product with the router a token of the row and routed layer, shared among the row's images."""
-        return len(self.routed_layers(work.depth)) * 2 * work.prompt * work.decoder_width // work.images
+        return len(self.routed_layers()) * 2 * work.prompt * work.decoder_width // work.images

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
 from vtprune.method.answers import Merge, Selection
-from vtprune.method.pruner import Pruner
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
 from vtprune.pruners.parts.cells import Grid3, cell_grid, cut
 from vtprune.pruners.parts.checks import check_whole_grid
@@ -26,9 +26,9 @@ def pool_features(features: Tensor, grid: Grid3, cells: Grid3) -> Tensor:
     return pooled.to(features.dtype)
 
 
-@register("pool", stage="before decoder", paper="", licence="Apache-2.0", needs="vision tokens")
+@register("pool", paper="", licence="Apache-2.0", needs="vision tokens")
 @dataclass(frozen=True)
-class Pool(Pruner):
+class Pool(BeforeDecoder):
     """Averages the tokens (after the projector or the merger) over the cells of a smaller grid.
 
     The cells are the largest h' x w' within the budget whose aspect is closest to the image's grid, per
@@ -37,10 +37,7 @@ class Pool(Pruner):
     `default_keep` 0.25.
     """
 
-    @property
-    def needs_whole_grid(self) -> bool:
-        """True: its cells are cut from the whole grid."""
-        return True
+    input_reads = frozenset({Read.WHOLE_GRID})
 
     def select(self, stream: VisionStream) -> Selection:
         """Merges every cell into one token; raises VTPruneError if an earlier stage dropped tokens."""

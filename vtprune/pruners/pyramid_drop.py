@@ -5,20 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vtprune.method import schedules
-from vtprune.method.facts import ScoringWork
+from vtprune.method.facts import Work
 from vtprune.method.registry import register
-from vtprune.method.views import DecoderLayer
-from vtprune.pruners.parts.checks import check_choice, check_share
-from vtprune.pruners.parts.prompt_attention import last_attention
-from vtprune.pruners.parts.staged import Staged, moved_layers
+from vtprune.method.stages import Query
+from vtprune.pruners.parts.checks import check_share
+from vtprune.pruners.parts.staged import Stepped
 
 
 @register(
     "pyramid_drop",
-    stage="decoder",
     paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
     arxiv="2410.17247",
     licence="Apache-2.0",
@@ -26,7 +21,7 @@ from vtprune.pruners.parts.staged import Staged, moved_layers
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class PyramidDrop(Staged):
+class PyramidDrop(Stepped):
     """PyramidDrop: Pyramid Visual Redundancy Reduction (CVPR 2025, arXiv 2410.17247).
 
     Before each of `layers` (8, 16 and 24 of 32 as fractions of the depth) the share `factor` (lambda, 0.5) of the
@@ -41,50 +36,27 @@ class PyramidDrop(Staged):
     of the prompt scores, not the tokens before each answer.
     """
 
-    schedule: str = "steps"
     factor: float | None = None
     variant: str = "paper"
 
     published_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
+    query = Query.NEXT_LAYER
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         check_share(self.name, "factor", self.factor, self.keep)
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
     @property
-    def reads_next_layer(self) -> bool:
-        """True."""
-        return True
+    def step(self) -> float:
+        """Lambda."""
+        return 0.5 if self.factor is None else self.factor
 
-    @property
-    def movable(self) -> bool:
-        """Where `layers` are not given."""
-        return self.layers is None
-
-    def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
-        """`layers`, or the published ones, moved towards the first ones where `share` is too low for them."""
-        if self.layers is not None:
-            return self.layers
-        return moved_layers(self.published_layers, depth, share)
-
-    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
-        """1, lambda, lambda^2, lambda^3."""
-        own = schedules.factor_steps(depth, layers, 0.5 if self.factor is None else self.factor)
-        if self.schedule == "steps":
-            return own
-        return schedules.fitted(self.schedule, depth, layers, schedules.mean(own))
-
-    def scores(self, layer: DecoderLayer) -> Tensor:
-        """The attention of the last prompt token: (N,)."""
-        return last_attention(layer)
-
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The last token's query and all keys once for a row's images, and one row of attention for each, a stage."""
         width, total = work.decoder_width, 0
         for tokens, first in zip(work.decoder_tokens, work.first_asked, strict=True):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
-from vtprune.method.pruner import Pruner
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
 
 
@@ -34,9 +34,9 @@ def random_tokens(tokens: int, count: int, seed: int) -> Tensor:
     return torch.randperm(tokens, generator=generator)[:count].sort().values
 
 
-@register("random", stage="before decoder", paper="", licence="Apache-2.0", needs="pixels")
+@register("random", paper="", licence="Apache-2.0", needs="pixels")
 @dataclass(frozen=True)
-class Random(Pruner):
+class Random(BeforeDecoder):
     """Uniformly random tokens, seeded from (seed, the image's pixels: which ones are above 0).
 
     The same image keeps the same tokens in any batch, row and dtype; another `seed` draws others, and a smaller

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.choosing import check_scores, top_mask
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Tunable, asked
 from vtprune.method.registry import register
+from vtprune.method.stages import InEncoder
 from vtprune.method.views import EncoderLayer
 from vtprune.pruners.parts.checks import check_choice, check_count, check_factor
 from vtprune.pruners.parts.patches import mean_keys, saliency
@@ -71,14 +71,13 @@ SCALE = 30
 
 @register(
     "turbo",
-    stage="encoder",
     paper="Turbo: Informativity-Driven Acceleration Plug-In for Vision-Language Large Models",
     arxiv="2407.11717",
     licence="none (no licence file; parts from BLIP, BSD-3, and ToMe, CC BY-NC 4.0)",
     needs="q and k of every encoder layer; attention that takes a bias for each key (not FlashAttention)",
 )
 @dataclass(frozen=True)
-class Turbo(Pruner):
+class Turbo(InEncoder):
     """Turbo: Informativity-Driven Acceleration Plug-In for Vision-Language Large Models (ECCV 2024, arXiv 2407.11717,
     first as 2312.07408).
 
@@ -112,7 +111,13 @@ class Turbo(Pruner):
     layers: int | None = None
     merge: bool = True
 
-    default_keep: ClassVar[int | float] = 216 / 576
+    before_mlp = True
+    merges = True
+
+    @property
+    def default_keep(self) -> float | None:
+        """What the authors' runs at r=30 leave; None where `r` decides."""
+        return None if self.r is not None else 216 / 576
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,21 +132,22 @@ class Turbo(Pruner):
                 f"turbo: r={self.r} decides how many tokens are left, so keep={self.keep} contradicts it"
             )
 
-    def for_model(self, facts: ModelFacts) -> Turbo:
+    def resolve(self) -> dict[str, Any]:
         """`layers` resolved; raises VTPruneError where the encoder has fewer, or cannot get to a share that low."""
-        layers = facts.encoder_depth if self.layers is None else self.layers
-        if layers > facts.encoder_depth:
+        layers = self.model.encoder_depth if self.layers is None else self.layers
+        if layers > self.model.encoder_depth:
             raise VTPruneError(
-                f"turbo: layers={layers}, but only {facts.encoder_depth} encoder layers feed the decoder"
+                f"turbo: layers={layers}, but only {self.model.encoder_depth} encoder layers feed the decoder"
             )
-        if self.r is None and isinstance(self.asked_keep, float) and self.asked_keep * 2**layers < 1:
+        keep = asked(self)
+        if isinstance(keep, float) and keep * 2**layers < 1:
             raise VTPruneError(
                 f"turbo: {layers} encoder layers that halve the tokens at most cannot get to keep="
-                f"{self.asked_keep:.3g}; the smallest that works is {0.5**layers:.3g}"
+                f"{keep:.3g}; the smallest that works is {0.5**layers:.3g}"
             )
         for index in range(layers):
             self._coefficient(index)
-        return dataclasses.replace(self, layers=layers)
+        return {"layers": layers}
 
     def budget(self, tokens: int) -> int:
         """`keep`, or what `r` leaves (known once the model is)."""
@@ -152,49 +158,27 @@ class Turbo(Pruner):
         return after(tokens, self.r, self.layers)
 
     def encoder_budget(self, tokens: int) -> int:
-        """`budget`, or all of them where halving does not get there."""
-        return tokens if self.unmet(tokens, tokens) else self.budget(tokens)
-
-    def input_budget(self, tokens: int) -> int:
-        """The same."""
-        return self.encoder_budget(tokens)
-
-    def unmet(self, tokens: int, entered: int) -> str:
-        """Where the layers, each of which halves the tokens at most, leave more than the budget."""
-        if self.r is not None or self.layers is None or least(tokens, self.layers) <= self.budget(tokens):
-            return ""
-        return (
-            f"turbo: {self.layers} encoder layers that halve the tokens at most cannot leave {self.budget(tokens)} of "
-            f"{tokens}; the smallest keep that works for this image is {least(tokens, self.layers)}"
-        )
+        """`budget`; raises CannotCut where the layers, each of which halves the tokens at most, leave more."""
+        budget = self.budget(tokens)
+        if self.r is None and self.layers is not None and least(tokens, self.layers) > budget:
+            raise CannotCut(
+                f"turbo: {self.layers} encoder layers that halve the tokens at most cannot leave {budget} of "
+                f"{tokens}; the smallest keep that works for this image is {least(tokens, self.layers)}"
+            )
+        return budget
 
     @property
-    def thresholds_decide(self) -> bool:
-        """True where `r` decides."""
-        return self.r is not None
-
-    @property
-    def merges_in_encoder(self) -> bool:
+    def weighs_keys(self) -> bool:
         """Whether it merges."""
         return self.merge
 
-    @property
-    def acts_before_mlp(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def proportional_attention(self) -> bool:
-        """Whether it merges."""
-        return self.merge
-
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """How much semantic value weighs, and how fast that fades with depth."""
         return {"alpha": Tunable(0.0, 10.0), "beta": Tunable(0.5, 1.0)}
 
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+    def encoder_layers(self) -> tuple[int, ...]:
         """All of them, or the first `layers`."""
-        return tuple(range(depth if self.layers is None else self.layers))
+        return tuple(range(self.model.encoder_depth if self.layers is None else self.layers))
 
     def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:
         """What merges in this layer; raises ScoreError for NaN, VTPruneError for a budget out of reach."""
@@ -236,7 +220,7 @@ class Turbo(Pruner):
             )
         return count
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """In every layer the attention row (all rows without CLS) and the similarities between the two halves."""
         total = 0
         for layer in work.encoder_layers:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +10,10 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.choosing import check_scores, top_mask
-from vtprune.method.facts import ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import InEncoder
 from vtprune.method.views import EncoderLayer
 from vtprune.pruners.parts.checks import check_choice, is_number
 from vtprune.pruners.parts.patches import mean_keys, saliency
@@ -80,7 +79,6 @@ SHARE = 10 / 64
 
 @register(
     "visionzip",
-    stage="encoder",
     paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models",
     arxiv="2412.04467",
     licence="Apache-2.0",
@@ -88,7 +86,7 @@ SHARE = 10 / 64
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class VisionZip(Pruner):
+class VisionZip(InEncoder):
     """VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025, arXiv 2412.04467).
 
     contextual: how many of the kept tokens are contextual, a share (float in [0, 1)) or a count (int); None is
@@ -118,13 +116,13 @@ class VisionZip(Pruner):
     merge: bool = True
     variant: str = "paper"
 
-    default_keep: ClassVar[int | float] = 64 / 576
+    default_keep = 64 / 576
+    merges = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.name, "cls", self.cls, (True, False))
         check_choice(self.name, "merge", self.merge, (True, False))
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         given = self.contextual
         if given is None:
             return
@@ -140,22 +138,13 @@ class VisionZip(Pruner):
             )
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
-    @property
-    def merges_in_encoder(self) -> bool:
-        """True: contextual tokens take in others, and CLS a place."""
-        return True
-
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """The share of contextual tokens."""
-        return {"contextual": Tunable(0.02, 0.5)}
-
-    def effective(self, tokens: float) -> VisionZip:
-        """With the released share of contextual tokens in place of None."""
-        return dataclasses.replace(self, contextual=SHARE if self.contextual is None else self.contextual)
+        return {"contextual": Tunable(0.02, 0.5, start=SHARE)}
 
     def contextual_count(self, budget: int) -> int:
         """How many of `budget` tokens are contextual."""
@@ -164,9 +153,9 @@ class VisionZip(Pruner):
             return min(share, budget - 1)
         return min(max(int(share * budget), int(share > 0 and budget >= 3)), budget - 1)
 
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+    def encoder_layers(self) -> tuple[int, ...]:
         """The one that feeds the decoder."""
-        return (depth - 1,)
+        return (self.model.encoder_depth - 1,)
 
     def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:
         """Dominant and contextual tokens, and what flows into these; raises ScoreError for NaN."""
@@ -178,7 +167,7 @@ class VisionZip(Pruner):
         metric = check_scores(mean_keys(layer), self.name)
         return zip_tokens(scores, metric, layer.valid, patches, contextual).selection(merge=self.merge, cls=cls)
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities to the targets."""
         if not work.encoder_layers:
             return 0

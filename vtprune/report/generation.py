@@ -16,8 +16,18 @@ from vtprune.cost.sizes import ModelCost
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun
 from vtprune.method.answers import KEPT_WHOLE
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner
+from vtprune.method.facts import Work
+from vtprune.method.plan import Plan
+from vtprune.method.pruner import Pruner, asked
+from vtprune.method.stages import (
+    BeforeDecoder,
+    InLayers,
+    drop_layers,
+    encoder_layers,
+    evict_layers,
+    probe_layer,
+    routed_layers,
+)
 from vtprune.report.heads import (
     Heads,
     eviction_notes,
@@ -142,7 +152,7 @@ class Generation:
         kv = self._now.entries
         kept = [self._achieved_tokens(span) for span in self.spans]
         achieved = [tokens / span.image.total for tokens, span in zip(kept, self.spans, strict=True)]
-        asked = [_asked(pruner) for pruner in self.pruners]
+        requested = [asked(pruner) for pruner in self.pruners]
         history = self._steps()
         before = self._history[0] if self._history else Held()
         return Report(
@@ -151,7 +161,7 @@ class Generation:
             tokens_per_layer=tokens,
             kv_tokens_per_layer=kv,
             steps=self.steps,
-            asked_keep=asked[0] if len(asked) == 1 else asked,
+            asked_keep=requested[0] if len(requested) == 1 else requested,
             achieved_keep=sum(achieved) / len(achieved) if achieved else 1.0,
             kept_tokens=sum(kept) / len(kept) if kept else 0.0,
             flops=breakdown.total,
@@ -185,17 +195,17 @@ class Generation:
     def _achieved_tokens(self, span: ImageSpan) -> float:
         """An image's tokens that were kept, counted as the last pruner counts its `keep`."""
         last = self.pruners[-1]
-        evicting = last.evict_layers(self.depth)
-        return mean_held(self._heads, span, evicting) if evicting else last.achieved(_counts(span, self.depth))
+        evicting = evict_layers(last)
+        return mean_held(self._heads, span, evicting) if evicting else last.counted.of(_counts(span, self.depth))
 
     def _stage(self, index: int) -> StageReport:
         pruner = self.pruners[index]
         left: list[float] = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
-        if pruner.evict_layers(self.depth):
+        if evict_layers(pruner):
             left = [self._achieved_tokens(span) for span in self.spans]
         mean = sum(left) / len(left) if left else 0.0
-        asked = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
-        return StageReport(pruner.name, acts_at(pruner, self.facts, asked), _asked(pruner), mean)
+        layers = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
+        return StageReport(pruner.name, acts_at(pruner, layers), asked(pruner), mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -215,7 +225,7 @@ class Generation:
                 cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
                 cls=span.image.cls,
                 notes=self._notes_of(span),
-                published_tokens=self.pruners[-1].published_count(_counts(span, self.depth)),
+                published_tokens=_published(self.pruners[-1], _counts(span, self.depth)),
                 steps=image_steps(self._log, span, self.depth),
                 cached_per_head=tokens_per_head(self._heads, span),
                 achieved_tokens=self._achieved_tokens(span),
@@ -229,7 +239,8 @@ class Generation:
         last = self.pruners[-1]
         evicted = eviction_notes(self._heads, span, last.name)
         published = _published_notes(_counts(span, self.depth), last)
-        unmet = [pruner.unmet(span.image.total, int(span.kept_at(0).numel())) for pruner in self.pruners]
+        plan = Plan(tuple(self.pruners), span.image.total)
+        unmet = [plan.whole(order, int(span.kept_at(0).numel())) for order in range(len(self.pruners))]
         whole = [f"{KEPT_WHOLE}{reason}" for reason in unmet if reason]
         return [*span.notes, *whole, *evicted, *published, *self._end_notes(span)]
 
@@ -268,7 +279,7 @@ class Generation:
                 projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
                 scoring=sum(self._scoring(spans, place) for place in range(len(spans)))
                 + self._probes(key, past)
-                + sum(pruner.row_flops(own[0] + text, self.facts) for pruner in self.pruners),
+                + sum(pruner.row_flops(own[0] + text) for pruner in self.pruners if isinstance(pruner, InLayers)),
             )
             unpruned = prefill_flops(self.cost, whole, text_tokens=text, images=grids)
             if any(past):
@@ -322,7 +333,7 @@ class Generation:
         """FLOPs of the layers that were run to select by, beside those of the pass that counts."""
         decoder, total = self.cost.decoder, 0
         for index, pruner in enumerate(self.pruners):
-            layer, tokens = pruner.probe_layer(self.depth), self._probed(index, key)
+            layer, tokens = probe_layer(pruner), self._probed(index, key)
             if layer is not None and tokens:
                 total += 2 * decoder.probe_macs(layer, tokens, past)
         return total
@@ -344,13 +355,14 @@ class Generation:
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
         for index, pruner in enumerate(self.pruners):
-            if not pruner.drops(span.image.total, self.depth):
+            if not Plan(tuple(self.pruners), span.image.total).acts(index):
                 continue
             asked = span.asked.get(index, [])
             known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
-            work = ScoringWork(
+            work = Work(
                 patches=patches,
                 tokens=span.image.total,
+                shown=int(span.image.alive.numel()),
                 kept=int(span.kept_at(0).numel()),
                 encoder_width=blocks.width,
                 encoder_heads=blocks.heads,
@@ -361,8 +373,7 @@ class Generation:
                 text_after=span.text_after,
                 decoder_kv_width=decoder.kv_width,
                 decoder_pairs=self._pairs(key),
-                images=sum(pruner.drops(one.image.total, self.depth) for one in spans),
-                depth=self.depth,
+                images=sum(Plan(tuple(self.pruners), one.image.total).acts(index) for one in spans),
                 encoder_patches=tuple(alive),
                 encoder_layers=span.image.scored,
                 decoder_layers=tuple(asked),
@@ -373,13 +384,8 @@ class Generation:
                 memory=span.memories.get(index, {}),
                 probed=self._probed(index, key),
             )
-            total += pruner.scoring_flops(work)
+            total += pruner.flops(work)
         return total
-
-
-def _asked(pruner: Pruner) -> int | float | None:
-    """The share or count that was asked for, None where something else decides."""
-    return None if pruner.thresholds_decide else pruner.asked_keep
 
 
 def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:
@@ -405,14 +411,13 @@ def _merged(span: ImageSpan) -> list[MergeReport]:
     ]
 
 
-def acts_at(pruner: Pruner, facts: ModelFacts, asked: list[int]) -> str:
-    """Where a pruner acts on this model, in words; asked: the decoder layers after which it was, if any."""
-    layers = asked or pruner.decoder_layers(facts.decoder_depth)
-    places = ["encoder"] if pruner.encoder_layers(facts.encoder_depth) else []
-    probed, evicted = pruner.probe_layer(facts.decoder_depth), pruner.evict_layers(facts.decoder_depth)
-    if pruner.selects:
+def acts_at(pruner: Pruner, asked: list[int]) -> str:
+    """Where a pruner acts on its model, in words; asked: the decoder layers after which it was, if any."""
+    layers = asked or drop_layers(pruner)
+    places = ["encoder"] if encoder_layers(pruner) else []
+    probed, evicted, routed = probe_layer(pruner), evict_layers(pruner), routed_layers(pruner)
+    if isinstance(pruner, BeforeDecoder):
         places.append("before decoder" if probed is None else f"before decoder, by decoder layer {probed}")
-    routed = pruner.routed_layers(facts.decoder_depth)
     places += [f"in decoder layers {', '.join(map(str, routed))}, routed"] if routed else []
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
     places += [f"cache{'s' * (len(evicted) > 1)} of layers {', '.join(map(str, evicted))}"] if evicted else []
@@ -426,7 +431,12 @@ def _counts(span: ImageSpan, depth: int) -> list[int]:
 
 def _published_notes(counts: list[int], last: Pruner) -> list[str]:
     """Both counts of what an image kept, where the last pruner's paper counts otherwise."""
-    published, achieved = last.published_count(counts), last.achieved(counts)
+    published, achieved = _published(last, counts), last.counted.of(counts)
     if published is None or published == achieved:
         return []
     return [f"{last.name}: {published:.1f} tokens as its paper counts, {achieved:.1f} processed"]
+
+
+def _published(pruner: Pruner, counts: list[int]) -> float | None:
+    """What an image kept as the pruner's paper counts it, None where it counts as `keep` does."""
+    return None if pruner.published is None else pruner.published.of(counts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.beside import tokenizer_of
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import NOTHING, BeforeDecoder, Read
 from vtprune.method.views import VisionStream
 from vtprune.pruners.cdpruner.clip_loading import find_clip
 from vtprune.pruners.cdpruner.dpp import (
@@ -31,7 +32,6 @@ from vtprune.pruners.parts.cosines import matrix_flops
 
 @register(
     "cdpruner",
-    stage="before decoder",
     paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
     arxiv="2506.10967",
     licence="Apache-2.0",
@@ -39,7 +39,7 @@ from vtprune.pruners.parts.cosines import matrix_flops
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class CDPruner(Pruner):
+class CDPruner(BeforeDecoder):
     """CDPruner: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025, arXiv 2506.10967).
 
     clip: where the relevance comes from: the folder or hub id of a CLIP (transformers or open_clip, on this
@@ -66,11 +66,10 @@ class CDPruner(Pruner):
     theta: float | None = None
     variant: str = "paper"
 
-    default_keep: ClassVar[int | float] = 64 / 576
+    default_keep = 64 / 576
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         check_choice(self.name, "negate", self.negate, (None, True, False))
         if self.clip is not None and not (isinstance(self.clip, str | nn.Module) and self.clip != ""):
             raise VTPruneError(f"cdpruner: clip is a folder, a hub id or a model, got {self.clip!r}")
@@ -79,31 +78,25 @@ class CDPruner(Pruner):
             raise VTPruneError(f"cdpruner: theta is a number of at least 0 and below 1, got {self.theta!r}")
 
     @property
-    def reads_picture(self) -> bool:
-        """True with a CLIP."""
-        return self.clip is not None
+    def input_reads(self) -> frozenset[Read]:
+        """The picture, with a CLIP."""
+        return NOTHING if self.clip is None else frozenset({Read.PICTURE})
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """theta, but for the released code, which has it switched off."""
         return {} if self.variant == "released" else {"theta": Tunable(0.05, 0.95)}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The hyper-parameters as JSON; raises VTPruneError for a CLIP in memory, which has no name."""
-        if isinstance(self.clip, nn.Module):
-            raise VTPruneError("cdpruner: a CLIP in memory cannot be written to a config; pass its folder or hub id")
-        return super().to_dict()
-
-    def for_model(self, facts: ModelFacts) -> Pruner:
-        """This pruner; raises VTPruneError at once if there is no such CLIP, or no tokenizer to read questions."""
+    def resolve(self) -> dict[str, Any]:
+        """Nothing; raises VTPruneError at once if there is no such CLIP, or no tokenizer to read questions."""
         if self.clip is not None:
             find_clip(self.clip)
-            check_tokenizer(facts.source)
-        return self
+            check_tokenizer(self.model.source)
+        return {}
 
     def select(self, stream: VisionStream) -> Selection:
         """Keeps the budget; raises ScoreError for NaN."""
@@ -142,7 +135,7 @@ class CDPruner(Pruner):
             stream.indices
         ], f"relevance from CLIP, {question.note} in {segments}"
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The cosines, a row of the Cholesky factor for each kept token, and the relevance."""
         tokens, width = work.tokens, work.decoder_width
         cosines = 2 * work.kept * tokens * width

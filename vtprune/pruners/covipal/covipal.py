@@ -12,9 +12,9 @@ from torch.nn.functional import kl_div
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.choosing import check_scores, top
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner
+from vtprune.method.facts import Work
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder, Guided
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.covipal.module import (
     log_soft_top,
@@ -43,14 +43,13 @@ def guide_attention(layer: DecoderLayer, queries: str) -> Tensor:
 
 @register(
     "covipal",
-    stage="before decoder",
     paper="CoViPAL: Layer-wise Contextualized Visual Token Pruning for Large Vision-Language Models",
     arxiv="2508.17243",
     licence="unknown (no code was at hand)",
     needs="a pruning module, trained with the model frozen; the text's embeddings",
 )
 @dataclass(frozen=True)
-class CoViPAL(Pruner):
+class CoViPAL(BeforeDecoder, Guided):
     """CoViPAL: Layer-wise Contextualized Visual Token Pruning (EMNLP 2025 Findings, arXiv 2508.17243).
 
     A plug-and-play module scores an image's tokens by their decoder-width vectors and the text's embeddings; those
@@ -112,31 +111,27 @@ class CoViPAL(Pruner):
                 f"{self.guide!r}"
             )
 
-    def for_model(self, facts: ModelFacts) -> CoViPAL:
-        """Itself; raises VTPruneError for a guide that the decoder does not have."""
-        depth = facts.decoder_depth
+    def resolve(self) -> dict[str, Any]:
+        """Nothing; raises VTPruneError for a guide that the decoder does not have."""
+        depth = self.model.decoder_depth
         guide = self.guide_layer(depth)
         if (guide is None and self.stage == "guide") or (guide is not None and guide >= depth):
             raise VTPruneError(
                 f"{self.name}: guide is one of the decoder's layers 1 to {depth - 1}, got {self.guide!r}"
             )
-        return self
+        return {}
 
     def guide_layer(self, depth: int) -> int | None:
         """`guide`, or the default as a fraction of the depth; None where no layer is deep enough."""
         return next(iter(scaled_layers((self.published_guide,), depth)), None) if self.guide is None else self.guide
 
-    def learns_from(self, depth: int) -> int | None:
+    def learns_from(self) -> int | None:
         """The guide layer, in its stage."""
-        return self.guide_layer(depth) if self.stage == "guide" else None
+        return self.guide_layer(self.model.decoder_depth) if self.stage == "guide" else None
 
-    def make_module(self, facts: ModelFacts) -> nn.Module:
+    def make_module(self) -> nn.Module:
         """The pruning module, untrained."""
-        return new_module(facts.decoder_width, self.width, self.heads, self.blocks)
-
-    def remember(self, stream: VisionStream) -> dict[str, Any]:
-        """How many tokens the module is shown, for the count of its FLOPs."""
-        return {"shown": stream.features.shape[0]}
+        return new_module(self.model.decoder_width, self.width, self.heads, self.blocks)
 
     def scores(self, stream: VisionStream) -> Tensor:
         """(N,) fp32, of the module; raises ScoreError for NaN."""
@@ -161,7 +156,6 @@ class CoViPAL(Pruner):
         target = guide_attention(layer, self.queries).to(scores.device).detach()
         return kl_div((scores / self.temperature).log_softmax(dim=0), target, reduction="sum")
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """All products of the module."""
-        tokens = work.memory.get("shown", work.tokens)
-        return module_flops(tokens, work.text, work.decoder_width, self.width, self.blocks)
+        return module_flops(work.shown, work.text, work.decoder_width, self.width, self.blocks)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection, Selection
 from vtprune.method.choosing import check_scores, top
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder, BetweenLayers, InEncoder, Read
 from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
 from vtprune.pruners.mustdrop import filters as dual
 from vtprune.pruners.mustdrop.windows import merge_alike
@@ -24,7 +24,6 @@ from vtprune.pruners.parts.prompt_attention import attention_to_image
 
 @register(
     "mustdrop",
-    stage="encoder, decoder",
     paper="Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model",
     arxiv="2411.10803",
     licence="Apache-2.0 (says its README; no licence file)",
@@ -33,7 +32,7 @@ from vtprune.pruners.parts.prompt_attention import attention_to_image
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class MustDrop(Pruner):
+class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
     """MustDrop: Multi-Stage Vision Token Dropping (arXiv 2411.10803).
 
     Encoder (`merge`): after layer 0, 3x3 windows whose mean pairwise cosine is at least `merge_threshold` become
@@ -71,15 +70,17 @@ class MustDrop(Pruner):
     cut_cache: bool = True
     variant: str = "paper"
 
-    default_keep: ClassVar[int | float] = 128 / 576
-    # Filled in by `for_model`.
-    _depth: ClassVar[int] = dual.PUBLISHED_DEPTH
+    # Thresholds decide.
+    default_keep = None
+    counted = Counted.MEAN_OF_LAYERS
+    merges = True
+    encoder_reads = frozenset({Read.HIDDEN})
+    input_reads = frozenset({Read.LAST_LAYER})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("merge", "cut_cache"):
             check_choice(self.name, option, getattr(self, option), (True, False))
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         for option, value in (("merge_threshold", self.merge_threshold), ("key_share", self.key_share)):
             check_factor(self.name, option, value)
         if self.key_share > 1:
@@ -88,36 +89,16 @@ class MustDrop(Pruner):
         dual.check_layers(self.name, self.layers)
 
     @property
-    def adaptive(self) -> bool:
-        """True unless everything is kept: thresholds, or how many windows were alike, decide."""
-        return not (isinstance(self.keep, float) and self.keep == 1)
+    def _whole(self) -> bool:
+        """Whether nothing is to go."""
+        return isinstance(self.keep, float) and self.keep == 1
 
     @property
-    def thresholds_decide(self) -> bool:
-        """True without `keep`."""
-        return self.keep is None
-
-    @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
 
-    @property
-    def reads_last_layer(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def reads_hidden(self) -> bool:
-        """True where windows merge."""
-        return self.merge
-
-    @property
-    def merges_in_encoder(self) -> bool:
-        """True where windows merge."""
-        return self.merge
-
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Without `keep` the filters' thresholds too."""
         space = {"merge_threshold": Tunable(0.5, 1.0)} if self.merge else {}
         space["key_share"] = Tunable(0.0, 0.3)
@@ -125,30 +106,23 @@ class MustDrop(Pruner):
             space["global_threshold"] = space["individual_threshold"] = Tunable(1e-4, 1e-1, log=True)
         return space
 
-    def for_model(self, facts: ModelFacts) -> MustDrop:
-        """The filter layers filled in; raises VTPruneError where the decoder has no place for them."""
-        layers = dual.layers_of(self.name, self.layers, facts.decoder_depth)
-        resolved = dataclasses.replace(self, layers=layers)
-        object.__setattr__(resolved, "_depth", facts.decoder_depth)
-        return resolved
-
-    def achieved(self, counts: list[int]) -> float:
-        """The mean over decoder layers."""
-        return sum(counts) / len(counts)
+    def resolve(self) -> dict[str, Any]:
+        """The filter layers; raises VTPruneError where the decoder has no place for them."""
+        return {"layers": dual.layers_of(self.name, self.layers, self.model.decoder_depth)}
 
     def encoder_budget(self, tokens: int) -> int:
         """The fewest that merging may leave: what `keep` asks for; without it, one."""
         return 1 if self.keep is None else self.budget(tokens)
 
-    def input_budget(self, tokens: int) -> int:
-        """All of them may enter."""
-        return tokens
+    def input_budget(self, tokens: int) -> int | None:
+        """None: how many windows were alike decides, or thresholds."""
+        return tokens if self._whole else None
 
-    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
-        """All of them may pass a filter: what was kept is counted over all layers."""
-        return tokens
+    def drop_budget(self, tokens: int, layer: int, entered: int) -> int | None:
+        """None: what was kept is counted over all layers."""
+        return entered if self._whole else None
 
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+    def encoder_layers(self) -> tuple[int, ...]:
         """Layer 0 where windows merge."""
         return (0,) if self.merge else ()
 
@@ -163,7 +137,7 @@ class MustDrop(Pruner):
         tokens = score.numel()
         entering = tokens
         if self.keep is not None:
-            entering = dual.most_entering(tokens, self.budget(stream.total), self._lengths(self._depth))
+            entering = dual.most_entering(tokens, self.budget(stream.total), self._lengths())
         entered = torch.full_like(score, entering, dtype=torch.long)
         return {"saliency": score, "key": dual.key_set(score, self.key_share), "entering": entered}
 
@@ -173,20 +147,20 @@ class MustDrop(Pruner):
         score = stream.memory["saliency"]
         return None if entering >= score.numel() else Selection(top(score, entering))
 
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+    def drop_layers(self) -> tuple[int, ...]:
         """`layers`, or the published ones as fractions of the depth."""
-        return dual.filter_layers(depth) if self.layers is None else self.layers
+        return dual.filter_layers(self.model.decoder_depth) if self.layers is None else self.layers
 
-    def _lengths(self, depth: int) -> list[int]:
-        return dual.stage_lengths(self.decoder_layers(depth), depth)
+    def _lengths(self) -> list[int]:
+        return dual.stage_lengths(self.drop_layers(), self.model.decoder_depth)
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """The key set and what the text looks at; None if the schedule lets all pass. Raises ScoreError for NaN."""
         key, tokens, count = layer.memory["key"].to(layer.key.device), layer.vision.numel(), 0
         if self.keep is not None:
-            stage = self.decoder_layers(layer.depth).index(layer.index) + 1
+            stage = self.drop_layers().index(layer.index) + 1
             entered = int(layer.memory["entering"][0])
-            count = dual.schedule(entered, self.budget(layer.total), self._lengths(layer.depth))[stage]
+            count = dual.schedule(entered, self.budget(layer.total), self._lengths())[stage]
             if count >= tokens:
                 return None
         rows = dual.rows_after(layer, text_only=self.variant == "paper")
@@ -197,12 +171,12 @@ class MustDrop(Pruner):
         keep = key | dual.passes(attention, *thresholds)
         return Selection(keep.nonzero().flatten() if bool(keep.any()) else top(attention.sum(dim=0), 1))
 
-    def cache_layers(self, depth: int) -> tuple[int, ...]:
+    def cut_caches(self) -> tuple[int, ...]:
         """From the first filter layer to the last, if `cut_cache`."""
-        layers = self.decoder_layers(depth)
+        layers = self.drop_layers()
         return tuple(range(layers[0], layers[-1] + 1)) if self.cut_cache and layers else ()
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The windows' cosines, the last layer's CLS row or map, and the text's rows at the filter layers."""
         patches = work.encoder_patches[-1]
         cosines = 2 * work.tokens * work.encoder_width if self.merge else 0

@@ -21,7 +21,7 @@ def window_members(grid: Grid3, size: tuple[int, int]) -> Tensor:
     """(W, rows * cols) int64: the tokens in each window of a (t, h, w) grid, frame by frame in raster order.
 
     Windows of `size` (rows, cols) do not overlap; those at the bottom and on the right that reach past the grid
-    have -1 there. The first member is the one at the top left.
+    have -1 self. The first member is the one at the top left.
     """
     frames, height, width = grid
     rows, cols = size

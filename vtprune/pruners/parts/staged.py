@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Selection
 from vtprune.method.choosing import check_scores, top
-from vtprune.method.facts import ModelFacts
-from vtprune.method.pruner import Pruner, Tunable, budget_of
+from vtprune.method.pruner import Counted, Pruner, Tunable, budget_of
+from vtprune.method.stages import BetweenLayers
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners.parts.checks import check_choice
+from vtprune.pruners.parts.prompt_attention import last_attention
 
 R = TypeVar("R")
 
@@ -28,8 +28,8 @@ STEPS, LEAST = 16, 0.5
 
 
 @dataclass(frozen=True)
-class Staged(Pruner):
-    """A method that ranks the tokens of an image between decoder layers and drops the lowest.
+class Scheduled(Pruner):
+    """A method whose budget is spread over decoder layers by a schedule, image by image.
 
     layers: decoder layers (counted from 0) before which tokens drop; None is the published ones as fractions of the
     depth. schedule: how the budget is spread over them (`method/schedules.py`); those that drop once or at every layer
@@ -44,8 +44,7 @@ class Staged(Pruner):
     published_depth: ClassVar[int] = 32
     # What `schedule` may be.
     schedule_names: ClassVar[tuple[str, ...]] = schedules.NAMES
-    # Filled in by `for_model`.
-    _depth: ClassVar[int] = 32
+    counted = Counted.MEAN_OF_LAYERS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,125 +60,123 @@ class Staged(Pruner):
                     f"{self.layers!r}; schedules that drop before each of them are 'steps' and {schedules.ENTROPY!r}"
                 )
 
-    def _named(self, function: Callable[..., R], *args: Any) -> R:
+    def _named(self, function: Callable[..., R], *args: Any, error: type[VTPruneError] = VTPruneError) -> R:
         """What `function` answers; its VTPruneError gets the method's name."""
         try:
             return function(*args)
-        except VTPruneError as error:
-            raise VTPruneError(f"{self.name}: {error}") from error
+        except VTPruneError as found:
+            raise error(f"{self.name}: {found}") from found
 
-    def scores(self, layer: DecoderLayer) -> Tensor:
-        """(N,) how much each token of the image matters to the prompt."""
-        raise TypeError(f"{type(self).__name__} does not say how it scores tokens")
-
-    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
+    def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
         """The method's own schedule, where no `keep` is given."""
         raise TypeError(f"{type(self).__name__} has no schedule of its own")
+
+    def places(self, share: float | None = None) -> tuple[int, ...]:
+        """The layers before which tokens drop, so that a mean of `share` (None: the method's own) can be kept."""
+        return (
+            self.layers if self.layers is not None else scaled_layers(self.published_layers, self.model.decoder_depth)
+        )
+
+    def ratios(self, share: float | None = None) -> schedules.Ratios:
+        """The share of the tokens that each layer processes, for a mean of `share` (None: the method's own)."""
+        layers = self.places(share)
+        if share is None:
+            return self.own_ratios(layers)
+        return schedules.fitted(self.schedule, self.model.decoder_depth, layers, share)
+
+    @property
+    def default_keep(self) -> int | float | None:
+        """The mean of the method's own schedule."""
+        return schedules.mean(self.ratios())
+
+    def resolve(self) -> dict[str, Any]:
+        """Nothing; raises VTPruneError for layers that the decoder does not have, and for a share that its layers
+        cannot meet (behind another method, whose share of the tokens is not known yet, only when an image comes that
+        cannot be cut to its budget)."""
+        share = self.keep if isinstance(self.keep, float) and self.model.first else None
+        self._named(schedules.check_layers, self.places(share), self.model.decoder_depth)
+        schedules.check_ratios(self._named(self.ratios, share))
+        return {}
+
+    def counts(self, tokens: int, entered: int) -> tuple[int, ...]:
+        """Tokens of an image of `tokens`, of which `entered` entered the decoder, that each layer processes; raises
+        CannotCut where the layers before the first drop, or one token in each of the others, exceed the budget."""
+        return self._named(_counts, self, tokens, entered, error=CannotCut)
+
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
+        """How the budget is spread over the layers."""
+        if self.keep is None:
+            return {}
+        several = self.layers is not None and len(self.layers) > 1
+        names = (name for name in self.schedule_names if not several or name not in schedules.FROM_ONE_LAYER)
+        return {"schedule": Tunable(choices=tuple(names))}
+
+
+@dataclass(frozen=True)
+class Staged(Scheduled, BetweenLayers):
+    """A method that ranks the tokens of an image between decoder layers, by its schedule, and drops the lowest."""
 
     @property
     def movable(self) -> bool:
         """Whether `places` depends on the share to keep."""
         return False
 
-    def places(self, depth: int, share: float | None = None) -> tuple[int, ...]:
-        """The layers before which tokens drop, so that a mean of `share` (None: the method's own) can be kept."""
-        return self.layers if self.layers is not None else scaled_layers(self.published_layers, depth)
-
-    def ratios(self, depth: int, share: float | None = None) -> schedules.Ratios:
-        """The share of the tokens that each layer processes, for a mean of `share` (None: the method's own)."""
-        layers = self.places(depth, share)
-        if share is None:
-            return self.own_ratios(depth, layers)
-        return schedules.fitted(self.schedule, depth, layers, share)
+    def scores(self, layer: DecoderLayer) -> Tensor:
+        """(N,) how much each token of the image matters to the prompt."""
+        raise TypeError(f"{type(self).__name__} does not say how it scores tokens")
 
     @property
-    def asked_keep(self) -> int | float:
-        """`keep`, or the mean of the method's own schedule."""
-        return schedules.mean(self.ratios(self._depth)) if self.keep is None else self.keep
-
-    @property
-    def adaptive(self) -> bool:
-        """True where the entropy decides how many stay (within the budget)."""
+    def decides(self) -> bool:
+        """Whether the entropy decides how many stay (within the budget)."""
         whole = isinstance(self.keep, float) and self.keep == 1
         return self.schedule == schedules.ENTROPY and not whole
 
-    def for_model(self, facts: ModelFacts) -> Self:
-        """Knows the decoder's depth; raises VTPruneError for layers that it does not have, and for a share that its
-        layers cannot meet (behind another method, whose share of the tokens is not known yet, only when an image comes
-        that cannot be cut to its budget)."""
-        depth = facts.decoder_depth
-        share = self.keep if isinstance(self.keep, float) and facts.first else None
-        self._named(schedules.check_layers, self.places(depth, share), depth)
-        schedules.check_ratios(self._named(self.ratios, depth, share))
-        resolved = dataclasses.replace(self)
-        object.__setattr__(resolved, "_depth", depth)
-        return resolved
-
-    def achieved(self, counts: list[int]) -> float:
-        """The mean over decoder layers."""
-        return sum(counts) / len(counts)
-
-    def input_budget(self, tokens: int) -> int:
-        """All of them enter."""
-        return tokens
-
-    def counts(self, tokens: int, entered: int) -> tuple[int, ...]:
-        """Tokens of an image of `tokens`, of which `entered` entered the decoder, that each layer processes: all of
-        them where its budget cannot be met."""
-        if self.unmet(tokens, entered):
-            return (entered,) * self._depth
-        return self._named(_counts, self, self._depth, tokens, entered)
-
-    def unmet(self, tokens: int, entered: int) -> str:
-        """Where the layers before the first drop, or one token in each of the others, exceed the budget."""
-        try:
-            self._named(_counts, self, self._depth, tokens, entered)
-        except VTPruneError as error:
-            return str(error)
-        return ""
-
     def stages(self, tokens: int, entered: int) -> tuple[int, ...]:
-        """The layers before which tokens of such an image drop; none where its budget is met already, or cannot be."""
+        """The layers before which tokens of such an image drop; none where its budget is met already. Raises CannotCut
+        where it cannot be met."""
         budget = self._budget(tokens, entered)
-        return () if budget >= entered or self.unmet(tokens, entered) else self.places(self._depth, budget / entered)
+        if budget >= entered:
+            return ()
+        self.counts(tokens, entered)
+        return self.places(budget / entered)
 
     def _budget(self, tokens: int, entered: int) -> int:
         # The method's own setting is a share of what enters.
-        return budget_of(self.asked_keep, entered if self.keep is None else tokens)
+        if self.keep is None:
+            return budget_of(schedules.mean(self.ratios()), entered)
+        return budget_of(self.keep, tokens)
 
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+    def drop_layers(self) -> tuple[int, ...]:
         """The layers just before those before which tokens may drop."""
-        layers = self.places(depth)
+        layers = self.places()
         if self.schedule == "constant":
             layers = layers[:1]
         elif self.schedule in schedules.FROM_ONE_LAYER:
-            layers = tuple(range(layers[0], depth))
+            layers = tuple(range(layers[0], self.model.decoder_depth))
         if self.movable and self.keep is not None:
             # The share of what enters, and with it the layers, depends on the image; these are the latest.
             layers = tuple(range(1, layers[-1] + 1))
         return tuple(layer - 1 for layer in layers)
 
-    def acts_after(self, tokens: int, layer: int, entered: int) -> bool:
-        """Where the entropy decides: after the layers just before those before which tokens drop."""
-        return layer + 1 in self.stages(tokens, entered)
-
-    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
-        """What the schedule says; everything where the entropy decides."""
-        return entered if self.adaptive else self.counts(tokens, entered)[layer + 1]
+    def drop_budget(self, tokens: int, layer: int, entered: int) -> int | None:
+        """What the schedule says; None at the layers where the method decides."""
+        if self.decides:
+            return None if layer + 1 in self.stages(tokens, entered) else entered
+        return self.counts(tokens, entered)[layer + 1]
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the best; raises ScoreError for NaN."""
         count = layer.budget
-        if count >= layer.vision.numel() and not self.adaptive:
+        if count >= layer.vision.numel() and not self.decides:
             return None
         scores = check_scores(self.scores(layer), self.name)
-        if self.adaptive:
+        if self.decides:
             count = self.entropy_count(layer, scores)
         return None if count >= scores.numel() else Selection(top(scores, count))
 
     def entropy_count(self, layer: DecoderLayer, scores: Tensor) -> int:
         """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget."""
-        alive, depth = layer.vision.numel(), self._depth
+        alive, depth = layer.vision.numel(), self.model.decoder_depth
         starts = [start for start in self.stages(layer.total, layer.entered) if start > layer.index]
         if not starts:
             return alive
@@ -189,24 +186,53 @@ class Staged(Pruner):
         most = (left - schedules.reserve(alive, cap, lengths)) // lengths[0]
         return min(alive, max(1, most), schedules.entropy_count(scores.tolist(), cap))
 
-    def search_space(self) -> dict[str, Tunable]:
-        """How the budget is spread over the layers."""
-        if self.keep is None:
-            return {}
-        several = self.layers is not None and len(self.layers) > 1
-        names = (name for name in self.schedule_names if not several or name not in schedules.FROM_ONE_LAYER)
-        return {"schedule": Tunable(choices=tuple(names))}
+
+@dataclass(frozen=True)
+class Stepped(Staged):
+    """A method that leaves one share of what it sees at each of its layers (PyramidDrop, LazyLLM).
+
+    Where a `keep` is too low for the published layers, they move towards the first ones; explicit `layers` stay.
+    """
+
+    schedule: str = "steps"
+
+    @property
+    def step(self) -> float:
+        """The share that each of the layers leaves, where no `keep` is given."""
+        raise TypeError(f"{type(self).__name__} does not say what a step leaves")
+
+    @property
+    def movable(self) -> bool:
+        """Where `layers` are not given."""
+        return self.layers is None
+
+    def places(self, share: float | None = None) -> tuple[int, ...]:
+        """`layers`, or the published ones, moved towards the first ones where `share` is too low for them."""
+        if self.layers is not None:
+            return self.layers
+        return moved_layers(self.published_layers, self.model.decoder_depth, share)
+
+    def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
+        """1, the step, its square, ..."""
+        depth = self.model.decoder_depth
+        own = schedules.factor_steps(depth, layers, self.step)
+        if self.schedule == "steps":
+            return own
+        return schedules.fitted(self.schedule, depth, layers, schedules.mean(own))
+
+    def scores(self, layer: DecoderLayer) -> Tensor:
+        """The attention of the last prompt token: (N,)."""
+        return last_attention(layer)
 
 
 @functools.lru_cache(maxsize=4096)
-def _counts(pruner: Staged, depth: int, tokens: int, entered: int) -> tuple[int, ...]:
-    # The depth is no field of the pruner: pruners of two models are equal, their counts are not.
+def _counts(pruner: Scheduled, tokens: int, entered: int) -> tuple[int, ...]:
     if pruner.keep is None:
-        return schedules.counts(pruner.ratios(depth), entered)
+        return schedules.counts(pruner.ratios(), entered)
     budget = budget_of(pruner.keep, tokens)
     if budget >= entered:
-        return (entered,) * depth
-    return schedules.counts(pruner.ratios(depth, budget / entered), entered, budget)
+        return (entered,) * pruner.model.decoder_depth
+    return schedules.counts(pruner.ratios(budget / entered), entered, budget)
 
 
 def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int = 32) -> tuple[int, ...]:

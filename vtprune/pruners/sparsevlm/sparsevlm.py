@@ -12,9 +12,10 @@ from vtprune.errors import VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Selection
 from vtprune.method.choosing import check_scores, top
-from vtprune.method.facts import ScoringWork
-from vtprune.method.pruner import Tunable
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import NOTHING, Read
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.checks import check_choice, check_factor
 from vtprune.pruners.parts.prompt_attention import attention_to_image
@@ -40,7 +41,6 @@ RANK_SCALE, RANK_BIAS = 13.5, 0.0
 
 @register(
     "sparsevlm",
-    stage="decoder",
     paper="SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference",
     arxiv="2410.04417",
     licence="Apache-2.0",
@@ -87,13 +87,14 @@ class SparseVLM(Staged):
 
     published_layers: ClassVar[tuple[int, ...]] = (3, 7, 16)
     schedule_names: ClassVar[tuple[str, ...]] = (PUBLISHED, *schedules.NAMES)
+    # The layer after which tokens drop counts, in the paper, as if they had dropped already.
+    published = Counted.AHEAD_OF_DROPS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.name, "version", self.version, (1, 2))
         check_choice(self.name, "recycle", self.recycle, (None, True, False))
         check_choice(self.name, "adaptive_rank", self.adaptive_rank, (True, False))
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         for option, value in (("scale", self.scale), ("bias", self.bias)):
             if value is None:
                 continue
@@ -109,9 +110,9 @@ class SparseVLM(Staged):
             )
 
     @property
-    def thresholds_decide(self) -> bool:
-        """True where the rank alone decides."""
-        return self.keep is None and self.adaptive_rank
+    def default_keep(self) -> int | float | None:
+        """The mean of the published setting for 192 tokens; None where the rank alone decides."""
+        return None if self.adaptive_rank else super().default_keep
 
     @property
     def recycles(self) -> bool:
@@ -119,49 +120,46 @@ class SparseVLM(Staged):
         return self.version == 1 if self.recycle is None else self.recycle
 
     @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released" of version 1."""
         return self.variant == "released" and self.version == 1
 
     @property
-    def reads_decoder_hidden(self) -> bool:
-        """True where tokens are recycled."""
-        return self.recycles
+    def layer_reads(self) -> frozenset[Read]:
+        """Hidden states, where tokens are recycled."""
+        return frozenset({Read.HIDDEN}) if self.recycles else NOTHING
 
     @property
-    def adaptive(self) -> bool:
-        """True where the rank, or the entropy, decides how many stay."""
+    def decides(self) -> bool:
+        """Whether the rank, or the entropy, decides how many stay."""
         whole = isinstance(self.keep, float) and self.keep == 1
-        return super().adaptive or (self.adaptive_rank and not whole)
+        return super().decides or (self.adaptive_rank and not whole)
 
-    def search_space(self) -> dict[str, Tunable]:
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
         """How the budget is spread over the layers, whether tokens are recycled, and how much a rank is worth."""
-        space = super().search_space()
+        space = super().search_space(tokens)
         if self.adaptive_rank:
             space["schedule"] = Tunable(choices=(PUBLISHED, "steps"))
             space["scale"] = Tunable(0.5, 50.0, log=True)
         return {**space, "recycle": Tunable(choices=(True, False))}
 
-    def published_count(self, counts: list[int]) -> float:
-        """The mean over decoder layers where a layer after which tokens drop counts as if they had dropped already."""
-        return sum([*counts[1:], counts[-1]]) / len(counts)
-
     def settings(self) -> list[tuple[float, ...]]:
         """The shares of the tokens that the published settings leave at the three stages, clusters included."""
         return [stage_shares(stages, recycles=self.recycles) for stages in PUBLISHED_STAGES[self.version]]
 
-    def own_ratios(self, depth: int, layers: tuple[int, ...]) -> schedules.Ratios:
+    def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
         """The published setting for 192 tokens, or its mean spread by another schedule."""
+        depth = self.model.decoder_depth
         own = schedules.stage_ratios(depth, layers, self.settings()[0])
         if self.schedule == PUBLISHED:
             return own
         return schedules.fitted(self.schedule, depth, layers, schedules.mean(own))
 
-    def ratios(self, depth: int, share: float | None = None) -> schedules.Ratios:
+    def ratios(self, share: float | None = None) -> schedules.Ratios:
         """The share of the tokens that each layer processes: between those of the published settings."""
         if share is None or self.schedule != PUBLISHED:
-            return super().ratios(depth, share)
-        return schedules.between(depth, self.places(depth, share), share, self.settings())
+            return super().ratios(share)
+        return schedules.between(self.model.decoder_depth, self.places(share), share, self.settings())
 
     def remember(self, stream: VisionStream) -> dict[str, Any]:
         """The raters, counted from the end of the row's text; raises ScoreError for NaN."""
@@ -184,14 +182,14 @@ class SparseVLM(Staged):
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the best and recycles what is next; raises ScoreError for NaN."""
         alive, room = layer.vision.numel(), self._room(layer)
-        if room >= alive and not self.adaptive:
+        if room >= alive and not self.decides:
             return None
         if self.adaptive_rank:
             attention = check_scores(attention_to_image(layer, self.rows(layer)), self.name)
             scores, most = attention.mean(dim=0), self.rank_count(attention)
         else:
             scores, most = check_scores(self.scores(layer), self.name), alive
-            room = self.entropy_count(layer, scores) if self.adaptive else room
+            room = self.entropy_count(layer, scores) if self.decides else room
         direct = min(most, direct_count(alive, room) if self.recycles else room)
         left = direct + (min(cluster_count(alive - direct), room - direct) if self.recycles else 0)
         if left >= alive:
@@ -205,7 +203,7 @@ class SparseVLM(Staged):
         """The most tokens that may be left: the budget's, but where it is the rank alone that decides."""
         if self.adaptive_rank and self.keep is not None:
             return self.counts(layer.total, layer.entered)[layer.index + 1]
-        return layer.vision.numel() if self.adaptive else layer.budget
+        return layer.vision.numel() if self.decides else layer.budget
 
     def rank_count(self, attention: Tensor) -> int:
         """How many tokens stay as they are by the rank of the raters' attention (T, N) to them; all of them where the
@@ -214,7 +212,7 @@ class SparseVLM(Staged):
         scale, bias = RANK_SCALE if self.scale is None else self.scale, RANK_BIAS if self.bias is None else self.bias
         return tokens if rank == tokens else max(1, min(int(rank * scale + bias), tokens - 1))
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The raters' choice; at each stage their rows of attention, the positional kernel of these, and at most the
         distances and means of what is recycled."""
         raters, width = max(1, len(work.memory.get("raters", ()))), work.decoder_width

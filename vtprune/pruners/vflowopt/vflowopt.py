@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.choosing import top
-from vtprune.method.facts import ModelFacts, ScoringWork
-from vtprune.method.pruner import Pruner, Tunable, budget_of
+from vtprune.method.facts import Work
+from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
+from vtprune.method.stages import BeforeDecoder, BetweenLayers, Query, Read
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.checks import check_choice, check_factor, is_number
-from vtprune.pruners.vflowopt.budget import PUBLISHED_DEPTH, Schedule, stage_layers
+from vtprune.pruners.vflowopt.budget import Schedule, stage_layers
 from vtprune.pruners.vflowopt.importance import importance_map, token_entropy
 from vtprune.pruners.vflowopt.recycling import cells_of, direct_count, recycle
 
@@ -26,7 +26,6 @@ IMPORTANCE = "importance"
 
 @register(
     "vflowopt",
-    stage="before decoder, decoder",
     paper="VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization",
     arxiv="2508.05211",
     licence="CC BY-NC 4.0",
@@ -34,7 +33,7 @@ IMPORTANCE = "importance"
     variants=("paper", "released"),
 )
 @dataclass(frozen=True)
-class VFlowOpt(Pruner):
+class VFlowOpt(BeforeDecoder, BetweenLayers):
     """VFlowOpt: Visual Information Flow-Guided Optimization (ICCV 2025, arXiv 2508.05211).
 
     A token's importance is the attention that it gets from the global patches (those that receive more than
@@ -76,9 +75,12 @@ class VFlowOpt(Pruner):
     recycle: bool = True
     variant: str = "paper"
 
+    counted = Counted.MEAN_OF_LAYERS
+    # Not even that: the importance was remembered.
+    query = Query.LAST
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.name, "variant", self.variant, self.info.variants)
         check_choice(self.name, "recycle", self.recycle, (True, False))
         self._check_layers()
         self._check_second()
@@ -112,28 +114,15 @@ class VFlowOpt(Pruner):
             raise VTPruneError(f"{self.name}: {option} is {hint}, got {value!r}")
 
     @property
-    def reads_encoder(self) -> bool:
-        """True."""
-        return True
+    def input_reads(self) -> frozenset[Read]:
+        """Attention, which weighs tokens where they flow together; the picture where the entropy of real colours
+        counts."""
+        found = {Read.ENCODER_FLOWS if self.recycle else Read.ENCODER}
+        return frozenset(found | {Read.PICTURE} if self.variant == "paper" and self.entropy_weight != 0 else found)
 
     @property
-    def weighs_by_encoder(self) -> bool:
-        """True where tokens flow together, weighed by the attention that they get."""
-        return self.recycle
-
-    @property
-    def reads_picture(self) -> bool:
-        """Where the entropy of real colours counts."""
-        return self.variant == "paper" and self.entropy_weight != 0
-
-    @property
-    def compact_positions(self) -> bool:
+    def renumbers(self) -> bool:
         """True for variant="released"."""
-        return self.variant == "released"
-
-    @property
-    def adaptive(self) -> bool:
-        """True for variant="released", whose recycled tokens come on top of its share."""
         return self.variant == "released"
 
     @property
@@ -141,36 +130,38 @@ class VFlowOpt(Pruner):
         """`alpha`, or where it is None 1 by the paper and 0 as released."""
         return self.alpha if self.alpha is not None else float(self.variant == "paper")
 
-    def schedule(self, depth: int | None = None) -> Schedule:
-        """How many tokens stay where, in a decoder of `depth` layers (None: the authors' 28)."""
-        depth = depth or PUBLISHED_DEPTH
+    def schedule(self) -> Schedule:
+        """How many tokens stay where, in the model's decoder."""
+        depth = self.model.decoder_depth
         layers, released = self.layers or stage_layers(depth), self.variant == "released"
-        own = (self.first, self.second, self.threshold, self.cell)
-        return Schedule(self.asked_keep, *own, layers, depth, released)
+        return Schedule(
+            keep=0.25 if self.keep is None else self.keep,
+            first=self.first,
+            second=self.second,
+            threshold=self.threshold,
+            cell=self.cell,
+            layers=layers,
+            depth=depth,
+            released=released,
+        )
 
-    def search_space(self) -> dict[str, Tunable]:
-        """The authors' boxes."""
-        several = self.layers is None or len(self.layers) > 1
-        return {
-            "first": Tunable(1, 1.5),
-            **({"second": Tunable(0.2 / 0.375, 1)} if several else {}),
-            "threshold": Tunable(0, 50),
-            "cell": Tunable(3, 24),
-            "alpha": Tunable(-1, 1),
-        }
-
-    def effective(self, tokens: float) -> VFlowOpt:
-        """With the authors' settings at this keep in place of None."""
+    def search_space(self, tokens: float) -> dict[str, Tunable]:
+        """The authors' boxes, from the authors' settings at this keep."""
         schedule = self.schedule()
         target = schedule.keep if isinstance(schedule.keep, float) else min(1.0, schedule.keep / tokens)
-        known: dict[str, Any] = dataclasses.asdict(schedule.settings(target))
-        if len(schedule.layers) < 2 or isinstance(self.second, tuple):
-            known["second"] = self.second
-        return dataclasses.replace(self, alpha=self.entropy_weight, **known)
+        start = schedule.settings(target)
+        several = self.layers is None or len(self.layers) > 1
+        return {
+            "first": Tunable(1, 1.5, start=start.first),
+            **({"second": Tunable(0.2 / 0.375, 1, start=start.second)} if several else {}),
+            "threshold": Tunable(0, 50, start=start.threshold),
+            "cell": Tunable(3, 24, start=start.cell),
+            "alpha": Tunable(-1, 1, start=self.entropy_weight),
+        }
 
-    def for_model(self, facts: ModelFacts) -> VFlowOpt:
-        """With the decoder's depth; raises VTPruneError for layers beyond it and for shares that cannot meet keep."""
-        depth, schedule = facts.decoder_depth, self.schedule(facts.decoder_depth)
+    def resolve(self) -> dict[str, Any]:
+        """Nothing; raises VTPruneError for layers beyond the decoder and for shares that cannot meet keep."""
+        depth, schedule = self.model.decoder_depth, self.schedule()
         if schedule.layers[-1] >= depth:
             places = " and ".join(map(str, schedule.layers))
             raise VTPruneError(
@@ -179,43 +170,32 @@ class VFlowOpt(Pruner):
             )
         if isinstance(schedule.keep, float) and schedule.keep < 1:
             schedule.last(schedule.keep)
-        options = {one.name: getattr(self, one.name) for one in dataclasses.fields(VFlowOpt)}
-        return _Fitted(**options, depth=depth)
+        return {}
 
-    def achieved(self, counts: list[int]) -> float:
-        """The mean over decoder layers."""
-        return sum(counts) / len(counts)
+    def input_budget(self, tokens: int) -> int | None:
+        """The share `first`, at most; None as released, whose recycled tokens come on top."""
+        counts = self.counts(tokens)
+        return None if self.variant == "released" and counts[-1] < tokens else counts[0]
 
-    def input_budget(self, tokens: int) -> int:
-        """The share `first`, at most; released: without what is recycled."""
-        return self._counts(tokens)[0]
-
-    def _counts(self, tokens: int) -> tuple[int, ...]:
-        schedule = self.schedule()
-        return (tokens,) * (1 + len(schedule.layers)) if self.unmet(tokens, tokens) else schedule.counts(tokens)
-
-    def unmet(self, tokens: int, entered: int) -> str:
-        """Where `first` and `second` leave nothing for the last layers."""
+    def counts(self, tokens: int) -> tuple[int, ...]:
+        """Tokens that enter the decoder, and that each stage leaves; raises CannotCut where `first` and `second` leave
+        nothing for the last layers."""
         schedule = self.schedule()
         try:
-            if budget_of(schedule.keep, tokens) < tokens:
-                schedule.last(schedule.target(tokens))
+            return schedule.counts(tokens)
         except VTPruneError as error:
-            return str(error)
-        return ""
+            raise CannotCut(str(error)) from error
 
-    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+    def drop_layers(self) -> tuple[int, ...]:
         """The layers just before `layers`."""
-        return tuple(layer - 1 for layer in self.schedule(depth).layers)
+        return tuple(layer - 1 for layer in self.schedule().layers)
 
-    def decoder_budget(self, tokens: int, layer: int, entered: int) -> int:
-        """What the stage after decoder layer `layer` leaves."""
-        return self._counts(tokens)[1 + self.schedule().layers.index(layer + 1)]
-
-    @property
-    def reads_last_query(self) -> bool:
-        """True: not even that, the importance was remembered."""
-        return True
+    def drop_budget(self, tokens: int, layer: int, entered: int) -> int | None:
+        """What the stage after decoder layer `layer` leaves; None as released, which counts what is self."""
+        counts = self.counts(tokens)
+        if self.variant == "released" and counts[-1] < tokens:
+            return None
+        return counts[1 + self.schedule().layers.index(layer + 1)]
 
     def remember(self, stream: VisionStream) -> dict[str, Tensor]:
         """The importance of each token: (N,) fp32; raises ScoreError for NaN."""
@@ -229,7 +209,8 @@ class VFlowOpt(Pruner):
         """Keeps the most important tokens and one for every cell of the others; raises ScoreError for NaN."""
         features, schedule = stream.features, self.schedule()
         importance = (stream.memory or self.remember(stream))[IMPORTANCE].to(features.device)
-        tokens, budget = importance.numel(), stream.budget
+        tokens = importance.numel()
+        budget = self.counts(stream.total)[0] if schedule.released else stream.budget
         if not self.recycle or budget >= tokens:
             return Selection(top(importance, budget))
         size = schedule.settings(schedule.target(stream.total)).cell
@@ -242,11 +223,11 @@ class VFlowOpt(Pruner):
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the most important of the tokens that are left."""
         schedule, alive, count = self.schedule(), layer.vision.numel(), layer.budget
-        if schedule.released and not self.unmet(layer.total, layer.entered):
+        if schedule.released:
             count = schedule.left(alive, layer.total, schedule.layers.index(layer.index + 1))
         return Selection(top(layer.memory[IMPORTANCE], count)) if count < alive else None
 
-    def scoring_flops(self, work: ScoringWork) -> int:
+    def flops(self, work: Work) -> int:
         """The logits of one layer's map for the received attention, again for the rows of the global patches (fewer
         than 1 / threshold of all can receive more than threshold times the mean), and what flows together."""
         schedule = self.schedule()
@@ -254,14 +235,3 @@ class VFlowOpt(Pruner):
         rows = work.patches + max(1, int(work.patches / threshold))
         attention = 2 * rows * (work.patches + work.has_cls) * work.encoder_width
         return attention + self.recycle * 2 * work.tokens * work.decoder_width
-
-
-@dataclass(frozen=True)
-class _Fitted(VFlowOpt):
-    """A VFlowOpt for a decoder of `depth` layers."""
-
-    depth: int = PUBLISHED_DEPTH
-
-    def schedule(self, depth: int | None = None) -> Schedule:
-        """In the model's own decoder."""
-        return super().schedule(depth or self.depth)

@@ -1,0 +1,149 @@
+"""What the methods of a list do with one image, known on the host before anything runs: who acts, where, how many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vtprune.errors import CannotCut
+from vtprune.method.pruner import Pruner
+from vtprune.method.stages import (
+    BeforeDecoder,
+    BetweenLayers,
+    InCache,
+    InEncoder,
+    InLayers,
+    drop_layers,
+    routed_layers,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What bound `pruners` do with an image of `tokens` vision tokens.
+
+    Methods are named by their place in the list. `entered` is how many of the image's tokens entered the decoder,
+    `alive` how many there are when a method is asked; both are shapes, so that nothing waits for a device. A budget
+    that a method cannot meet keeps all tokens (`whole` says why); None is a count that the method decides.
+    """
+
+    pruners: tuple[Pruner, ...]
+    tokens: int
+
+    def acts(self, order: int) -> bool:
+        """Whether anything of the image is to go anywhere by this method; the budget of a whole staged method is a
+        mean, which may round to all of them."""
+        pruner, tokens = self.pruners[order], self.tokens
+        budgets: list[int | None] = [pruner.budget(tokens), self.entering(order)]
+        budgets += [self.left(order, layer, tokens) for layer in drop_layers(pruner)]
+        budgets += [self.routed(order, layer, tokens) for layer in routed_layers(pruner)]
+        return any(budget is None or budget < tokens for budget in budgets)
+
+    @property
+    def drops(self) -> bool:
+        """Whether any method acts."""
+        return any(self.acts(order) for order in range(len(self.pruners)))
+
+    def whole(self, order: int, entered: int) -> str:
+        """Why a method cannot cut the image to its budget, "" where it can."""
+        pruner, tokens = self.pruners[order], self.tokens
+        try:
+            if isinstance(pruner, InEncoder):
+                pruner.encoder_budget(tokens)
+            if isinstance(pruner, BeforeDecoder):
+                pruner.input_budget(tokens)
+            for layer in drop_layers(pruner)[:1]:
+                assert isinstance(pruner, BetweenLayers)
+                pruner.drop_budget(tokens, layer, entered)
+            for layer in routed_layers(pruner)[:1]:
+                assert isinstance(pruner, InLayers)
+                pruner.routed_budget(tokens, layer, entered)
+        except CannotCut as error:
+            return str(error)
+        return ""
+
+    def in_encoder(self, order: int) -> int:
+        """Tokens that the method's encoder stage leaves."""
+        pruner = self.pruners[order]
+        if not isinstance(pruner, InEncoder):
+            return self.tokens
+        return _met(self.tokens, pruner.encoder_budget, self.tokens)
+
+    def entering(self, order: int) -> int | None:
+        """Tokens that the method lets into the decoder."""
+        pruner = self.pruners[order]
+        if not isinstance(pruner, BeforeDecoder):
+            return self.tokens
+        return _met(self.tokens, pruner.input_budget, self.tokens)
+
+    def selects(self, order: int, alive: int) -> bool:
+        """Whether the method has to say which tokens enter the decoder."""
+        budget = self.entering(order)
+        return budget is None or budget < alive
+
+    def left(self, order: int, layer: int, entered: int) -> int | None:
+        """Tokens that the method leaves after a decoder layer."""
+        pruner = self.pruners[order]
+        if not isinstance(pruner, BetweenLayers) or layer not in pruner.drop_layers():
+            return entered
+        return _met(entered, pruner.drop_budget, self.tokens, layer, entered)
+
+    def asks(self, order: int, layer: int, entered: int, *, alive: int) -> bool:
+        """Whether the method has to say which tokens go on after a decoder layer."""
+        budget = self.left(order, layer, entered)
+        return budget is None or budget < alive
+
+    def routed(self, order: int, layer: int, entered: int) -> int:
+        """Tokens that a decoder layer computes at the most, by the method that routes it."""
+        pruner = self.pruners[order]
+        if not isinstance(pruner, InLayers) or layer not in pruner.routed_layers():
+            return entered
+        return _met(entered, pruner.routed_budget, self.tokens, layer, entered)
+
+    def evicts(self, order: int) -> bool:
+        """Whether the method cuts what the cache holds of the image."""
+        pruner = self.pruners[order]
+        return isinstance(pruner, InCache) and pruner.budget(self.tokens) < self.tokens
+
+    def layers(self) -> list[int | None]:
+        """Tokens of the image that each decoder layer computes at the most; None from where on a method decides."""
+        orders = range(len(self.pruners))
+        entered: int | None = self.tokens
+        for order in orders:
+            entered = _least(entered, self.in_encoder(order), self.entering(order))
+        alive, found = entered, []
+        for layer in range(self.pruners[0].model.decoder_depth):
+            computed = alive
+            if entered is not None:
+                computed = _least(alive, *(self.routed(order, layer, entered) for order in orders))
+                alive = _least(alive, *(self.left(order, layer, entered) for order in orders))
+            found.append(computed)
+        return found
+
+
+class Plans:
+    """The plans of one wrapped model, by the tokens of an image."""
+
+    def __init__(self, pruners: list[Pruner]) -> None:
+        self.pruners = tuple(pruners)
+        self._known: dict[int, Plan] = {}
+
+    def of(self, tokens: int) -> Plan:
+        """The plan of an image of `tokens`."""
+        return self._known.setdefault(tokens, Plan(self.pruners, tokens))
+
+
+def _met(whole: int, budget: Callable[..., T], *sizes: int) -> T | int:
+    """A budget, or all tokens where the method says that it cannot be met."""
+    try:
+        return budget(*sizes)
+    except CannotCut:
+        return whole
+
+
+def _least(*counts: int | None) -> int | None:
+    known = [count for count in counts if count is not None]
+    return min(known) if len(known) == len(counts) else None

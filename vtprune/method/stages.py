@@ -1,0 +1,282 @@
+"""The kinds of stage: where a method acts on an image's tokens, each a small class over `Pruner`.
+
+A method derives from the stages that it acts in, one or several; `vtprune list` reads them off. Flags are class
+constants of one line; where one depends on a hyper-parameter, a property of the same name takes its place. A budget of
+None means that the method decides how many stay; one that cannot be met is raised as `CannotCut`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection
+from vtprune.method.pruner import Pruner
+from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
+
+
+class Read(Enum):
+    """What a stage looks at beyond the tokens themselves; nothing else is gathered for it."""
+
+    # q, k and v of the encoder layer that feeds the decoder; FLOWS: and gradients go through them, since vectors that
+    # `select` answers are weighed by them. Anything else that a method reads of attention is a constant to gradients.
+    ENCODER = auto()
+    ENCODER_FLOWS = auto()
+    # q, k and v of the vision tower's last layer, which may lie past the one that feeds the decoder.
+    LAST_LAYER = auto()
+    # The image's real colours.
+    PICTURE = auto()
+    # Every token of the image's grid, so that no stage may leave tokens out before this one.
+    WHOLE_GRID = auto()
+    # Hidden states of the layer that ran.
+    HIDDEN = auto()
+
+
+class Query(Enum):
+    """Whose queries `prune_decoder` scores by."""
+
+    # All tokens' of the layer that ran.
+    ALL = auto()
+    # The last prompt token's, and no values.
+    LAST = auto()
+    # The last prompt token's and all keys that the *next* layer would compute.
+    NEXT_LAYER = auto()
+
+
+NOTHING: frozenset[Read] = frozenset()
+
+
+@dataclass(frozen=True)
+class InEncoder(Pruner):
+    """Drops or merges tokens inside the vision encoder (FlowCut, Turbo, VisionZip, MustDrop)."""
+
+    # Whether `prune_encoder` is called, and carried out, between attention and MLP of an encoder layer.
+    before_mlp: ClassVar[bool] = False
+    # Whether it may answer an EncoderSelection in which something flows.
+    merges: ClassVar[bool] = False
+
+    @property
+    def encoder_reads(self) -> frozenset[Read]:
+        """HIDDEN, or nothing beyond q, k and v."""
+        return NOTHING
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether encoder attention weighs merged tokens by the number of tokens that they stand for."""
+        return False
+
+    @abstractmethod
+    def encoder_layers(self) -> tuple[int, ...]:
+        """Encoder layers (of those that feed the features, counted from 0) after which `prune_encoder` is called."""
+
+    def encoder_budget(self, tokens: int) -> int:
+        """Vision tokens of an image of `tokens` that the stage leaves; images within it are left alone."""
+        return self.budget(tokens)
+
+    @abstractmethod
+    def prune_encoder(self, layer: EncoderLayer) -> Tensor | EncoderSelection | None:
+        """Which tokens go on to the next encoder layer: (B, N) bool, or None for all, or an EncoderSelection that
+        also says what flows into them."""
+
+
+@dataclass(frozen=True)
+class BeforeDecoder(Pruner):
+    """Chooses the tokens that enter the decoder (FoPru, HoloV, DivPrune, CDPruner, GemFilter, CoViPAL, baselines)."""
+
+    @property
+    def input_reads(self) -> frozenset[Read]:
+        """ENCODER, LAST_LAYER, PICTURE, WHOLE_GRID; nothing by default."""
+        return NOTHING
+
+    def probe_layer(self) -> int | None:
+        """The decoder layer whose last query and keys `select` finds in `stream.probe`, or None; the layers before it
+        run on the prompt once more, which the report counts."""
+        return None
+
+    def input_budget(self, tokens: int) -> int | None:
+        """Vision tokens of an image of `tokens` that enter the decoder; None: the method decides."""
+        return self.budget(tokens)
+
+    @abstractmethod
+    def select(self, stream: VisionStream) -> Selection | None:
+        """Which tokens enter the decoder, or None for all; called where the budget is below N or left to it."""
+
+
+@dataclass(frozen=True)
+class BetweenLayers(Pruner):
+    """Drops tokens between decoder layers (FastV, PyramidDrop, SparseVLM, LazyLLM, VFlowOpt, MustDrop)."""
+
+    # Whose queries `prune_decoder` looks at.
+    query: ClassVar[Query] = Query.ALL
+
+    @property
+    def layer_reads(self) -> frozenset[Read]:
+        """HIDDEN, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, for `remember`; nothing by default."""
+        return NOTHING
+
+    @property
+    def revives(self) -> bool:
+        """Whether what `prune_decoder` left out may return: later forwards on the cache then choose anew after each
+        layer, as many of an image's tokens as the prefill kept there, by the attention of their last token."""
+        return False
+
+    @abstractmethod
+    def drop_layers(self) -> tuple[int, ...]:
+        """Decoder layers (counted from 0, never the last) after which tokens may drop during prefill."""
+
+    def drop_budget(self, tokens: int, layer: int, entered: int) -> int | None:
+        """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that go on after decoder
+        layer `layer`; None: the method decides."""
+        return self.budget(tokens)
+
+    def remember(self, stream: VisionStream) -> dict[str, Any]:
+        """Values of the tokens, tensors of (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
+        `layer.memory`, cut to the tokens that are left; what is no tensor stays as it is. Called once for every
+        image, before the decoder."""
+        return {}
+
+    @abstractmethod
+    def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
+        """Which tokens of one image go on to the next decoder layer, or None for all; called where the budget is below
+        what the image still has, or left to it."""
+
+    def cut_caches(self) -> tuple[int, ...]:
+        """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""
+        return ()
+
+
+@dataclass(frozen=True)
+class InLayers(Pruner):
+    """Routes tokens: decoder layers compute some of them, the others skip (p-MoD, gamma-MoD)."""
+
+    # Whether `route` is asked in forwards that bring no image, too.
+    routes_text: ClassVar[bool] = False
+
+    @property
+    def skips_text(self) -> bool:
+        """Whether `route` may leave text out, as only released code does."""
+        return False
+
+    @abstractmethod
+    def routed_layers(self) -> tuple[int, ...]:
+        """Decoder layers (from 1 on) that `route` is asked about."""
+
+    @abstractmethod
+    def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
+        """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that a routed layer computes
+        at the most."""
+
+    @abstractmethod
+    def route(self, tokens: RoutedTokens) -> Routes:
+        """Which tokens a routed layer computes."""
+
+    def row_flops(self, tokens: int) -> int:
+        """FLOPs of the matrix products that routing adds for each row whose forward brings `tokens` to the decoder,
+        with images or without."""
+        return 0
+
+
+@dataclass(frozen=True)
+class InCache(Pruner):
+    """Cuts the cache that the prompt left, head by head, in the first forward that brings no image (D2O)."""
+
+    @property
+    def evicts_again(self) -> bool:
+        """Whether `evict` is called after every later forward, too."""
+        return False
+
+    @abstractmethod
+    def evict_layers(self) -> tuple[int, ...]:
+        """Decoder layers whose cache `evict` may cut."""
+
+    def density_layers(self) -> tuple[int, ...]:
+        """Decoder layers of which `evict` needs the density."""
+        return self.evict_layers()
+
+    def density(self, sums: Tensor) -> float:
+        """A number for the attention of one row in one layer, which `evict` finds in `CachedRow.densities`.
+
+        sums: (Hkv, G, n) what each token of the prompt got from all of its tokens, by query head, G of which share a
+        key-value head.
+        """
+        return 0.0
+
+    @abstractmethod
+    def evict(self, row: CachedRow) -> list[Eviction | None]:
+        """What the cache of each of `row.layers` goes on with, None for all of it."""
+
+
+@dataclass(frozen=True)
+class Trained(Pruner):
+    """Brings weights of its own, which are to be trained (p-MoD, gamma-MoD, CoViPAL)."""
+
+    # What the method does before they are trained, as a message tells it.
+    untrained: ClassVar[str] = ""
+
+    @abstractmethod
+    def make_module(self) -> nn.Module:
+        """The weights that the method brings to the model that it is bound to, as they are before training; `wrap`
+        puts them on the model, where the method's stages and the optimizer find them."""
+
+
+@dataclass(frozen=True)
+class Guided(Trained):
+    """Learns from a decoder layer (CoViPAL)."""
+
+    @abstractmethod
+    def learns_from(self) -> int | None:
+        """The decoder layer that teaches `Selection.scores` in training, or None."""
+
+    @abstractmethod
+    def lesson(self, scores: Tensor, layer: DecoderLayer) -> Tensor:
+        """The loss, a scalar, of the scores (N,) of one image by that layer; the mean over images is added."""
+
+
+def acts(pruner: Pruner) -> bool:
+    """Whether a pruner has any stage; one without prunes nothing."""
+    return isinstance(pruner, InEncoder | BeforeDecoder | BetweenLayers | InLayers | InCache)
+
+
+def encoder_layers(pruner: Pruner) -> tuple[int, ...]:
+    """The encoder layers that a pruner acts in, () for one without that stage."""
+    return pruner.encoder_layers() if isinstance(pruner, InEncoder) else ()
+
+
+def drop_layers(pruner: Pruner) -> tuple[int, ...]:
+    """The decoder layers after which a pruner may drop tokens."""
+    return pruner.drop_layers() if isinstance(pruner, BetweenLayers) else ()
+
+
+def cut_caches(pruner: Pruner) -> tuple[int, ...]:
+    """The decoder layers whose cache a pruner cuts after the prefill."""
+    return pruner.cut_caches() if isinstance(pruner, BetweenLayers) else ()
+
+
+def routed_layers(pruner: Pruner) -> tuple[int, ...]:
+    """The decoder layers that a pruner routes."""
+    return pruner.routed_layers() if isinstance(pruner, InLayers) else ()
+
+
+def evict_layers(pruner: Pruner) -> tuple[int, ...]:
+    """The decoder layers whose cache a pruner cuts head by head."""
+    return pruner.evict_layers() if isinstance(pruner, InCache) else ()
+
+
+def probe_layer(pruner: Pruner) -> int | None:
+    """The decoder layer that a pruner selects by, if it does."""
+    return pruner.probe_layer() if isinstance(pruner, BeforeDecoder) else None
+
+
+def revives(pruner: Pruner) -> bool:
+    """Whether what a pruner leaves out may return."""
+    return isinstance(pruner, BetweenLayers) and pruner.revives
+
+
+def reads(pruner: Pruner) -> frozenset[Read]:
+    """What a pruner reads before the decoder begins."""
+    found = pruner.input_reads if isinstance(pruner, BeforeDecoder) else NOTHING
+    return found | pruner.layer_reads if isinstance(pruner, BetweenLayers) else found
