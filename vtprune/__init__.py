@@ -14,7 +14,7 @@ if find_spec("vtprune.adapters") is None:
     )
 
 if TYPE_CHECKING:
-    from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
+    from vtprune.cost.formulas import FlopsBreakdown
     from vtprune.errors import (
         KeptWholeWarning,
         ScoreError,
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         VFlowOpt,
         VisionZip,
     )
+    from vtprune.report.costs import flops, kv_bytes
     from vtprune.report.report import Report
     from vtprune.wrap import (
         auxiliary_loss,
@@ -165,7 +166,7 @@ export(
     {
         "vtprune.method.catalogue": ("PrunerInfo",),
         "vtprune.method.config": ("load_config",),
-        "vtprune.cost.formulas": ("FlopsBreakdown", "flops", "kv_bytes"),
+        "vtprune.cost.formulas": ("FlopsBreakdown",),
         "vtprune.errors": (
             "KeptWholeWarning",
             "ScoreError",
@@ -203,6 +204,7 @@ export(
             "VisionZip",
         ),
         "vtprune.method.registry": ("available", "register"),
+        "vtprune.report.costs": ("flops", "kv_bytes"),
         "vtprune.method.scorer": ("scorer",),
         "vtprune.method.stages": (
             "BeforeDecoder",
