@@ -145,9 +145,7 @@ def _entries(case: Case, prompt: Prompt, run: Run) -> Iterator[str]:
     """Vision tokens processed, and entries cached, against the lists of tokens."""
     assert run.prefill is not None
     text = prompt.words[:, : prompt.length].sum(dim=1).tolist()
-    skips_text = any(
-        skips_text(pruner) or (isinstance(pruner, vtprune.D2O) and pruner.text) for pruner in case.pruners
-    )
+    cut = any(skips_text(pruner) or (isinstance(pruner, vtprune.D2O) and pruner.text) for pruner in case.pruners)
     for number, report in enumerate((run.prefill, *run.steps)):
         if report.steps != number:
             yield f"{report.steps} steps by the report, {number} were made"
