@@ -213,8 +213,8 @@ class Revival(Shaper):
         return waiting if tokens is None else waiting.add(tokens, self.prompt.offset)
 
     def record(self, view: LayerView, spans: list[ImageSpan]) -> None:
-        """Notes what was left out after a layer, as the view without returning tokens shows it, of the images that came
-        with this input."""
+        """Notes what was left out after a layer of the images that came with this input; view: without the returning
+        tokens."""
         gone = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
         for span, kept in zip(spans, view.kept, strict=True):
             gone[span.row, span.places[kept]] = True

@@ -96,9 +96,9 @@ class Shaper:
 class LayerView:
     """A decoder layer that ran, as observers see it.
 
-    taps: what its projections put out, by name, as constants; hidden: (B, n, D) what the layer did; embeddings: cosines
-    and sines (B or 1, n, d) that it turned queries and keys by; mask: what it attended with. places: (B, m) of the
-    input's own tokens, the last of the n, None for all; kept: the tokens of each of the run's images that it had.
+    taps: what its projections put out, by name, as constants; hidden: (B, n, D) what the layer did; embeddings:
+    cosines and sines (B or 1, n, d) that it turned queries and keys by; mask: what it attended with. places: (B, m) of
+    the input's own tokens, the last of the n, None for all; kept: the tokens of each of the run's images that it had.
     """
 
     index: int

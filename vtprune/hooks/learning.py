@@ -1,5 +1,5 @@
-"""What methods with weights of their own learn: scores by the attention of a decoder layer, and what methods add to the
-loss of a forward."""
+"""What methods with weights of their own learn by: the attention of a decoder layer, for scores, and what is added to
+the loss of a forward."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class Recording(Observer):
     def dropped(
         self, span: ImageSpan, before: Tensor, selection: Selection, *, order: int, name: str, layer: int
     ) -> None:
-        """Notes what the pruner `name`, at place `order` of the list, chose among the tokens `before` (N,), once it was
-        carried out; layer: the decoder layer before which it holds."""
+        """Notes what the pruner `name`, at place `order` of the list, chose among the tokens `before` (N,); layer: the
+        decoder layer before which they dropped out."""
         trail = self.of(span)
         if selection.merges:
             trail.merges.append((layer, before, selection.merges))

@@ -26,8 +26,7 @@ from vtprune.tensors.attention import full_precision
 
 @dataclass(frozen=True)
 class Dropping:
-    """Carries out what the methods of one forward answer; run: the forward, whose tokens drop out; lessons, recording:
-    who else has to know."""
+    """Carries out what the methods of one forward answer, and tells those who have to know: lessons, recording."""
 
     lessons: Lessons
     recording: Recording

@@ -396,7 +396,9 @@ def _merged(image: ImageTrail) -> list[MergeReport]:
     inside = [(image.encoded.merged_at, merge, "encoder") for merge in image.encoded.merges()]
     later = [(layer, merge, "decoder") for layer, merge in image.merged()]
     return [
-        MergeReport(merge.into, list(merge.members), list(merge.weights), layer, stage)
+        MergeReport(
+            into=merge.into, members=list(merge.members), weights=list(merge.weights), layer=layer, stage=stage
+        )
         for layer, merge, stage in inside + later
     ]
 

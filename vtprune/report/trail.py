@@ -21,11 +21,11 @@ class ImageTrail:
     places: (total,) of its tokens in the row's input, which follows `offset` places in the cache; talk: which of its
     row's conversations it belongs to; encoded: the image as the encoder left it, without what only methods look at.
     layers: by decoder layer, the tokens (n,) alive there, once the forward is over; routed: by routed layer, those
-    tokens and which of them (n,) it computes; cut: the layers whose cache holds only what the last layer left. merges: the
-    decoder layer before which some of these tokens (n,) merged, and how. left: by order, the tokens that it left the
-    last time that it acted on the decoder's side; asked: by order, the decoder layers after which it was asked;
-    probed: by order, the tokens that its probe saw; memories: by order, what it remembers of the tokens left. notes:
-    what pruners said; text_after: how many text tokens of its conversation stand after it, a count on the device.
+    tokens and which of them (n,) it computes; cut: the layers whose cache holds only what the last layer left.
+    merges: the decoder layer before which some of these tokens (n,) merged, and how. left: by order, the tokens that
+    it left the last time that it acted on the decoder's side; asked: by order, the decoder layers after which it was
+    asked; probed: by order, the tokens that its probe saw; memories: by order, what it remembers of the tokens left.
+    notes: what pruners said; text_after: how many text tokens of its conversation stand after it, on the device.
     """
 
     row: int
