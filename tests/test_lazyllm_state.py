@@ -194,7 +194,7 @@ def test_what_cannot_mask_single_queries_is_refused(setting: dict[str, Any], rea
     for name, value in setting.items():
         setattr(Config, name, value)
     with pytest.raises(vtprune.VTPruneError, match=reason):
-        check_revival([], vtprune.LazyLLM(), set(), Config())
+        check_revival([], vtprune.LazyLLM(), frozenset(), Config())
 
 
 def test_attention_that_is_not_a_number_is_refused_at_a_step() -> None:

@@ -15,7 +15,7 @@ import vtprune
 from tests.models import ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, feed, image_features, next_tokens, run_masked, run_wrapped
 from tests.pruners import Drops, label
-from vtprune.decoder.run import SHIFT
+from vtprune.cache.names import SHIFT
 from vtprune.method.pruner import Pruner
 
 CUT: list[Pruner] = [

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune.adapters import adapter_for, core_model
+from vtprune.cache.names import GENERATION
 from vtprune.errors import UntrainedWarning, VTPruneError
 from vtprune.hooks.weights import (
     SUBMODULE,
@@ -133,7 +134,7 @@ def report(source: Any) -> Report:
     With several threads on one model, ask for a cache's own report. Raises VTPruneError if there is none.
     """
     if isinstance(source, Cache):
-        generation = getattr(source, ATTRIBUTE, None)
+        generation = getattr(source, GENERATION, None)
         if not isinstance(generation, Generation):
             raise VTPruneError("no wrapped model has filled this cache with a prompt yet")
         return generation.build(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from vtprune.decoder.conversation import Conversations
 from vtprune.encoder.encoding import EncodedImage, cut_signals
-from vtprune.method.answers import Merge
 from vtprune.method.views import LayerSignals
 
 # The label of what is no answer.
@@ -21,18 +21,15 @@ IGNORED = -100
 MASKED = -1e4
 
 
-@dataclass
+@dataclass(eq=False)
 class ImageSpan:
     """One image in one row of the batch, and what is left of it.
 
     places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept: tokens
-    alive now, indices into the whole image; talk: which of its row's conversations it belongs to; history: (layer,
-    kept) at every change; merges: (layer, Merge) with whole-image indices; memories: what each pruner remembers of the
-    tokens alive; notes: what pruners said; text_after: text tokens of its conversation after it; left: tokens left
-    after each pruner (by its place in the list) acted on the decoder's side; asked: the decoder layers after which
-    each of them was asked; probed: the tokens that each one's probe saw; cut: layers whose cache holds only what the
-    last layer left; routed: by routed layer, the tokens alive and which of them it computes; structural: places of its
-    placeholders that are no vision tokens, which are never dropped and are no text either.
+    alive now, indices into the whole image; talk: which of its row's conversations it belongs to; layers: the tokens
+    (n,) that were alive at each decoder layer so far; memories: what each pruner (by its place in the list) remembers
+    of the tokens alive; structural: places of its placeholders that are no vision tokens, which are never dropped and
+    are no text either.
     """
 
     row: int
@@ -41,16 +38,8 @@ class ImageSpan:
     kept: Tensor
     offset: int = 0
     talk: int = 0
-    history: list[tuple[int, Tensor]] = field(default_factory=list)
-    merges: list[tuple[int, Merge]] = field(default_factory=list)
+    layers: list[Tensor] = field(default_factory=list)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    text_after: int = 0
-    left: dict[int, int] = field(default_factory=dict)
-    asked: dict[int, list[int]] = field(default_factory=dict)
-    probed: dict[int, int] = field(default_factory=dict)
-    cut: frozenset[int] = frozenset()
-    routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     structural: Tensor | None = None
 
     @property
@@ -59,20 +48,30 @@ class ImageSpan:
         return self.row, self.talk
 
     @property
-    def end(self) -> int:
-        """The place after its last token in the whole sequence."""
-        return self.offset + int(self.places[-1]) + 1
+    def entered(self) -> Tensor:
+        """The tokens that entered the decoder."""
+        return self.layers[0]
 
-    def kept_at(self, layer: int) -> Tensor:
-        """Tokens that decoder layer `layer` processes."""
-        if layer in self.routed:
-            alive, computed = self.routed[layer]
-            return alive[computed]
-        return [kept for first, kept in self.history if first <= layer][-1]
+    @property
+    def processed(self) -> int:
+        """How many of its tokens were alive at the decoder layers so far, in all."""
+        return sum(kept.numel() for kept in self.layers)
 
-    def cached_at(self, layer: int) -> Tensor:
-        """Tokens that decoder layer `layer` holds in its cache once the prefill is over."""
-        return self.history[-1][1] if layer in self.cut else self.kept_at(layer)
+    def keep(self, left: Tensor) -> None:
+        """Goes on with those of the tokens alive that stand at `left` (K,), and what is remembered of them."""
+        self.kept = self.kept[left]
+        self.memories = {
+            order: {
+                name: values[left.to(values.device)] if isinstance(values, Tensor) else values
+                for name, values in memory.items()
+            }
+            for order, memory in self.memories.items()
+        }
+
+
+def numbers_in_rows(spans: Sequence[ImageSpan]) -> list[int]:
+    """Which of these images of its row each one is, counted from 0."""
+    return [sum(other.row == span.row for other in spans[:at]) for at, span in enumerate(spans)]
 
 
 @dataclass
@@ -189,10 +188,3 @@ def left_signals(signals: LayerSignals | None, image: EncodedImage, span: ImageS
         return signals
     alive, device = image.alive, signals.query.device
     return cut_signals(signals, torch.searchsorted(alive, span.kept.to(alive.device)).to(device))
-
-
-def forget_tensors(spans: list[ImageSpan]) -> None:
-    """Leaves the signals and pixels of images behind once they are selected from: the report outlives them."""
-    slim = {id(span.image): replace(span.image, signals=None, last_signals=None, pixels=None) for span in spans}
-    for span in spans:
-        span.image = slim[id(span.image)]

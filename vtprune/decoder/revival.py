@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from vtprune.cache.waiting import (
     WHOLE,
@@ -20,8 +19,10 @@ from vtprune.cache.waiting import (
     VisionLog,
     Waiting,
 )
+from vtprune.decoder.prompt import numbers_in_rows
+from vtprune.decoder.run import DecoderRun, Entering, LayerView, Shaper
 from vtprune.errors import VTPruneError
-from vtprune.method.choosing import check_scores
+from vtprune.method.choosing import best_of_each, check_scores
 from vtprune.tensors.compaction import (
     gather_tokens,
     layer_mask,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def check_revival(
-    layers: list[PrunedLayer], method: Pruner | None, tapped: set[int], *, flash: bool, windows: bool
+    layers: list[PrunedLayer], method: Pruner | None, tapped: frozenset[int], *, flash: bool, windows: bool
 ) -> None:
     """Raises VTPruneError where tokens cannot return: masks that say one thing for all queries, windows, or a cache
     that a model wrapped otherwise goes on with."""
@@ -58,8 +59,8 @@ def check_revival(
         )
 
 
-class Revival:
-    """The vision tokens of one forward, where they may return.
+class Revival(Shaper):
+    """The vision tokens of one forward, where they may return: the shaper that puts them in front of the input's own.
 
     log: the tokens that stood in the cache before this forward (None: none that could return); part: (B, V) those
     that take part at the layer under way; flying: those of them that it computes.
@@ -90,49 +91,37 @@ class Revival:
         self._until = torch.full_like(log.places, len(self.layers), dtype=torch.int16)
         self._first = self._until.clone()
 
-    @property
-    def active(self) -> bool:
-        """Whether the layer under way computes other tokens than the input's own, or leaves some out."""
-        return self._narrowed
-
-    @property
-    def front(self) -> Tensor | None:
-        """(B, r) places of the returning tokens, which stand before the input's own."""
-        return None if self.flying is None else self.flying.places
-
-    def width(self, layer: int) -> int:
-        """Returning tokens in front of the output of a layer."""
-        return self._widths.get(layer, 0)
-
-    def split(self, states: Tensor) -> Tensor:
-        """The input's own columns of what the layer before put out."""
-        if self.flying is not None and not self._decided:
-            self.flying = replace(self.flying, states=states[:, : self._width])
-        self._decided = False
-        return states[:, self._width :]
-
-    def join(
-        self, index: int, states: Tensor, embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Hidden states and rotary embeddings of layer `index` with the returning tokens in front."""
+    def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
+        """The input's own tokens, behind those that return."""
         flying = self.flying
+        if flying is not None and not self._decided:
+            flying = replace(flying, states=states[:, : self._width])
+        entering = run.alive_at(index, states[:, self._width :])
+        self.flying, self._decided = flying, False
         self._widths[index] = self._width = 0 if flying is None else flying.count
-        if flying is None:
-            return states, embeddings
-        batch = states.shape[0]
-        cos, sin = (part.expand(batch, *part.shape[1:]) for part in embeddings)
-        front = (flying.states.to(states), flying.cos.to(cos), flying.sin.to(sin))
-        joined = [torch.cat(pair, dim=1) for pair in zip(front, (states, cos, sin), strict=True)]
-        return joined[0], (joined[1], joined[2])
+        return replace(entering, front=flying)
 
-    def mask(self, given: Any, places: Tensor | None, slots: Tensor) -> Tensor:
+    def leave(self, index: int, states: Tensor) -> Tensor:
+        """Without the tokens that returned to layer `index`."""
+        width = self.width(index)
+        return states[:, width:] if width else states
+
+    def width(self, index: int) -> int:
+        """How many tokens returned to layer `index`, in front of the others."""
+        return self._widths.get(index, 0)
+
+    def mask(self, given: Any, places: Tensor | None, slots: Tensor | None) -> Tensor | None:
         """The mask (B, 1, r + q, K) of a layer with keys at `slots` (B, K) and own queries at `places` (B, q) of the
         input (None: all): these see text and the tokens that take part, a returning one all that the layer holds at
-        its own place and before it."""
-        key = (given, slots, self.part, self.front)
+        its own place and before it. None where every token takes part and none returns."""
+        if not self._narrowed or slots is None:
+            return None
+        front = None if self.flying is None else self.flying.places
+        key = (given, slots, self.part, front)
         if not self._mask or any(one is not two for one, two in zip(key, self._mask[0], strict=True)):
             self._mask = (key, self._new_mask(given, places, slots))
-        return self._mask[1]
+        made: Tensor = self._mask[1]
+        return made
 
     def _new_mask(self, given: Any, places: Tensor | None, slots: Tensor) -> Tensor:
         offset = self.prompt.offset
@@ -173,14 +162,13 @@ class Revival:
         """Whether tokens of the cache are chosen anew after layer `index`."""
         return self.log is not None and self.layers[index + 1].waiting is not None
 
-    def decide(
-        self, index: int, query: Tensor, last: Tensor, scale: float, mask: Tensor | None, hidden: Tensor
-    ) -> None:
-        """Chooses, after layer `index`, the tokens that the next layers attend to, and takes up those that they lack.
+    def decide(self, view: LayerView, *, query: Tensor, last: Tensor, scale: float) -> None:
+        """Chooses, after a layer, the tokens that the next layers attend to, and takes up those that they lack.
 
-        query: (B, H, r + q, d) of the layer; last: (B,) each row's last token among its own ones; mask: (B or 1, 1 or
-        H, r + q, K) that it ran with, or None; hidden: (B, r + q, D) what it put out. Raises ScoreError for NaN.
+        view: the layer, with the returning tokens in front; query: (B, H, r + q, d) of it; last: (B,) each row's last
+        token among its own ones; scale: of its softmax. Raises ScoreError for NaN.
         """
+        index = view.index
         following = self.layers[index + 1]
         waiting = following.waiting
         assert self.log is not None
@@ -188,11 +176,11 @@ class Revival:
         keys = self.layers[index].keys
         assert keys is not None
         # What waits, or takes part, has gradients; which tokens these are has none.
-        weights = check_scores(_attention(query, keys, last + self._width, scale, mask), self.name)
+        weights = check_scores(_attention(query, keys, last + self._width, scale=scale, mask=view.mask), self.name)
         wanted = self._wanted(weights.to(self.part.device), self.layers[index].slots, waiting.limits(self.log.images))
         pool, flew = waiting.tokens, torch.zeros_like(self.part)
         if self.flying is not None:
-            landed = replace(self.flying, states=hidden[:, : self._width])
+            landed = replace(self.flying, states=view.hidden[:, : self._width])
             flew = self._among(landed.places, landed.count)
             following.waiting = self._leave(waiting, landed, flew & ~wanted)
             pool = pool.join(landed)
@@ -206,14 +194,10 @@ class Revival:
     def _wanted(self, weights: Tensor, slots: Tensor | None, limits: Tensor) -> Tensor:
         """(B, V) of the tokens that take part those with the highest `weights` (B, K), up to `limits` (B, I) an image;
         ties go to the lowest place."""
-        log, part = self.log, self.part
-        assert log is not None
-        scores = weights.new_zeros(part.shape[0], part.shape[1] + 1)
+        assert self.log is not None
+        scores = weights.new_zeros(self.part.shape[0], self.part.shape[1] + 1)
         scores = scores.scatter(1, self._tokens(slots, weights.shape[1]), weights)[:, :-1]
-        order = torch.sort(scores.masked_fill(~part, -1.0), dim=1, descending=True, stable=True).indices
-        owner = one_hot(log.owner.gather(1, order), log.images) * part.gather(1, order)[..., None]
-        rank = torch.zeros_like(order).scatter(1, order, (owner.cumsum(dim=1) * owner).sum(dim=-1))
-        return part & (rank <= limits.gather(1, log.owner))
+        return best_of_each(scores, self.log.owner.masked_fill(~self.part, -1), limits)
 
     def _take(self, pool: Tokens, chosen: Tensor) -> Tokens | None:
         """Of the pool the tokens `chosen` (B, V), in the order of their places."""
@@ -230,19 +214,11 @@ class Revival:
         tokens = self._take(landed, left)
         return waiting if tokens is None else waiting.add(tokens, self.prompt.offset)
 
-    def record(
-        self,
-        index: int,
-        spans: list[ImageSpan],
-        before: list[Tensor],
-        given: Tensor | None,
-        hidden: Tensor,
-        embeddings: tuple[Tensor, Tensor],
-    ) -> None:
-        """Notes what was left out after layer `index` of the images that came with this input, of the tokens that each
-        had `before`; given: (B, n) the places of `hidden` (B, n, D), which the layer put out (None: all)."""
+    def record(self, view: LayerView, spans: list[ImageSpan]) -> None:
+        """Notes what was left out after a layer of the images that came with this input; view: without the returning
+        tokens."""
         gone = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
-        for span, kept in zip(spans, before, strict=True):
+        for span, kept in zip(spans, view.kept, strict=True):
             gone[span.row, span.places[kept]] = True
             gone[span.row, span.places[span.kept]] = False
         places = places_of(gone)
@@ -250,10 +226,10 @@ class Revival:
             return
         self._left_out = True
         offset = self.prompt.offset
-        at = relative_places(places, given, self.prompt.length)
-        parts = (gather_tokens(part, at) for part in (hidden, *embeddings))
+        at = relative_places(places, view.places, self.prompt.length)
+        parts = (gather_tokens(part, at) for part in (view.hidden, *view.embeddings))
         tokens = Tokens(torch.where(places < 0, places, places + offset), *parts)
-        layer = self.layers[index + 1]
+        layer = self.layers[view.index + 1]
         numbers = self._numbers(spans)
         batch, images = gone.shape[0], self._images(spans)
         if layer.waiting is None:
@@ -269,7 +245,7 @@ class Revival:
     def _numbers(self, spans: list[ImageSpan]) -> list[int]:
         """Which of its row's images each new one is."""
         first = 0 if self.log is None else self.log.images
-        return [first + sum(other.row == span.row for other in spans[:at]) for at, span in enumerate(spans)]
+        return [first + number for number in numbers_in_rows(spans)]
 
     def _images(self, spans: list[ImageSpan]) -> int:
         return max(self._numbers(spans)) + 1
@@ -283,7 +259,7 @@ class Revival:
             entered = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
             number = torch.zeros_like(entered, dtype=torch.long)
             for span, own in zip(spans, self._numbers(spans), strict=True):
-                entered[span.row, span.places[span.kept_at(0)]] = True
+                entered[span.row, span.places[span.entered]] = True
                 number[span.row, span.places] = own
             places = places_of(entered)
             owner = number.gather(1, places.clamp(min=0))
@@ -294,7 +270,7 @@ class Revival:
 
 
 @torch.no_grad()
-def _attention(query: Tensor, keys: Tensor, columns: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def _attention(query: Tensor, keys: Tensor, columns: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
     """(B, K) softmaxed attention of the queries (B, H, Q, d) in `columns` (B,) to the keys of a cache (B, H', K, d),
     in fp32, mean over heads; mask: (B or 1, 1 or H, Q, K) bool or additive."""
     batch, heads = query.shape[:2]

@@ -1,11 +1,15 @@
-"""One forward of the decoder: vision tokens drop out between layers, masks, positions and caches follow."""
+"""One forward of the decoder: vision tokens drop out between layers, masks, positions and caches follow.
+
+A run keeps tokens, layouts and masks. What watches its layers is an `Observer`, what changes their input a `Shaper`;
+both keep their own state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +17,13 @@ from transformers.cache_utils import Cache
 
 from vtprune.cache.adopting import all_slots
 from vtprune.cache.layer import PrunedLayer
+from vtprune.cache.names import SHIFT
+from vtprune.cache.waiting import Tokens
 from vtprune.decoder.conversation import Conversations
-from vtprune.decoder.packing import Packed
-from vtprune.decoder.prompt import ImageSpan, PromptInfo
-from vtprune.decoder.revival import Revival
+from vtprune.decoder.prompt import IGNORED, ImageSpan, PromptInfo
 from vtprune.encoder.encoding import Call
 from vtprune.errors import VTPruneError
-from vtprune.method.answers import Merge, Selection
+from vtprune.method.answers import Selection
 from vtprune.tensors.compaction import (
     biased_mask,
     fill_index,
@@ -28,14 +32,6 @@ from vtprune.tensors.compaction import (
     places_of,
     relative_places,
 )
-
-if TYPE_CHECKING:
-    from vtprune.hooks.eviction import Watch
-    from vtprune.hooks.learning import Lesson
-    from vtprune.hooks.routing import RoutedLayers
-
-# How many tokens were dropped before each place, in a layer whose positions are renumbered.
-SHIFT = "position_shift"
 
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # The places (T,) of the text tokens of each conversation with an image, by `ImageSpan.key`.
@@ -59,8 +55,96 @@ class Layout:
     shift: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Entering:
+    """The tokens that a decoder layer computes: those of the input at `layout`, with hidden states (B, n, D), behind
+    the ones of earlier forwards that return (`front`), if any."""
+
+    layout: Layout
+    states: Tensor
+    front: Tokens | None = None
+
+    def inputs(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states and rotary embeddings of all of them; embeddings: of the input's own."""
+        front, states = self.front, self.states
+        if front is None:
+            return states, embeddings
+        cos, sin = (part.expand(states.shape[0], *part.shape[1:]) for part in embeddings)
+        before = front.states.to(states), front.cos.to(cos), front.sin.to(sin)
+        joined = [torch.cat(pair, dim=1) for pair in zip(before, (states, cos, sin), strict=True)]
+        return joined[0], (joined[1], joined[2])
+
+
+class Shaper:
+    """Changes which tokens the layers of one forward compute; this one changes nothing."""
+
+    def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
+        """The tokens that layer `index` computes; states: (B, n, D) what the layer before it put out."""
+        return run.alive_at(index, states)
+
+    def mask(self, given: Any, places: Tensor | None, slots: Tensor | None) -> Tensor | None:
+        """The attention mask of the layer that was entered last, cut from the one `given`, None for the run's own;
+        places: of its queries, slots: of its keys."""
+        return None
+
+    def leave(self, index: int, states: Tensor) -> Tensor:
+        """The input's own tokens among the states (B, n, D) that layer `index` put out."""
+        return states
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A decoder layer that ran, as observers see it.
+
+    taps: what its projections put out, by name, as constants; hidden: (B, n, D) what the layer did; embeddings:
+    cosines and sines (B or 1, n, d) that it turned queries and keys by; mask: what it attended with. places: (B, m) of
+    the input's own tokens, the last of the n, None for all; kept: the tokens of each of the run's images that it had.
+    """
+
+    index: int
+    taps: dict[str, Tensor]
+    hidden: Tensor
+    embeddings: tuple[Tensor, Tensor]
+    mask: Any
+    places: Tensor | None
+    kept: tuple[Tensor, ...]
+
+    def without_front(self, count: int) -> LayerView:
+        """The same without the first `count` tokens, which no other observer has to do with."""
+        if not count:
+            return self
+        cos, sin = self.embeddings
+        return replace(
+            self,
+            taps={name: states[:, count:] for name, states in self.taps.items()},
+            hidden=self.hidden[:, count:],
+            embeddings=(cos[:, count:], sin[:, count:]),
+            mask=None if self.mask is None else self.mask[:, :, count:],
+        )
+
+
+class Observer:
+    """Watches the layers of one forward; this one sees nothing. It is handed the run and holds none, so that the run
+    goes as soon as the forward is over."""
+
+    def wants(self, index: int) -> bool:
+        """Whether it looks at decoder layer `index`."""
+        return False
+
+    def after(self, run: DecoderRun, view: LayerView) -> LayerView:
+        """Looks at a layer once it ran, and answers what the observers after it see."""
+        return view
+
+    def close(self, run: DecoderRun) -> None:
+        """Called when the last layer ran."""
+
+
 class DecoderRun:
-    """The state of one decoder forward; made before the first layer, dropped after the last."""
+    """The tokens, layouts and masks of one decoder forward; made before the first layer, dropped after the last.
+
+    shaper: what changes the input of its layers; observers: what watches them, in the order in which they are asked;
+    taps: what the projections of the layer under way put out.
+    """
 
     def __init__(
         self,
@@ -74,24 +158,18 @@ class DecoderRun:
     ) -> None:
         self.prompt, self.spans, self.layers = prompt, spans, layers
         self.cache, self.flash, self.rotary = cache, flash, rotary
-        self.generation: Any = None
-        self.revival: Revival | None = None
+        self.shaper = Shaper()
+        self.observers: Sequence[Observer] = ()
         self.taps: dict[str, Tensor] = {}
         self.alive: Tensor | None = None
-        # By span: its row, the places of its tokens and their new vectors, until the next layer is fed them.
-        self._changed: dict[int, tuple[int, Tensor, Tensor]] = {}
+        self.bias: Tensor | None = None
+        self._observed = -1
+        # By image: the places of its tokens and their new vectors, until the next layer is fed them.
+        self._changed: dict[ImageSpan, tuple[Tensor, Tensor]] = {}
         self._layouts: dict[int, Layout] = {}
         self._masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
         self._slots: dict[tuple[int, int, int], tuple[Any, Tensor | None]] = {}
         self._announced: set[int] = set()
-        self.decided = -1
-        self.watch: Watch | None = None
-        self.routed: RoutedLayers | None = None
-        self.packed: Packed | None = None
-        self.losses: dict[int, Tensor] = {}
-        self.lessons: list[Lesson] = []
-        self.bias: Tensor | None = None
-        self._routed_layouts: dict[int, Layout] = {}
 
     @cached_property
     def questions(self) -> Conversations:
@@ -118,31 +196,29 @@ class DecoderRun:
         keys = {span.key for span in self.spans}
         return {(row, talk): (number[row] == talk).nonzero().flatten() for row, talk in keys}
 
+    @cached_property
+    def unlabelled(self) -> Texts:
+        """The places of each conversation's text without answers: weights that learn are never shown one."""
+        labels, text = self.prompt.labels, self.texts_of(self.prompt.conversations)
+        if labels is None:
+            return text
+        return {key: places[labels[key[0], places].to(places.device) == IGNORED] for key, places in text.items()}
+
     def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """The columns, among the tokens at `places` (B, n) (None: all), of the first token of each conversation and of
         the last one of its prompt: both (B, C)."""
         return self.prompt.conversations.ends(places)[0], self.questions.ends(places)[1]
 
-    def drop(self, span: ImageSpan, selection: Selection, layer: int) -> None:
-        """Keeps only the selected ones of the tokens that the span still has, from decoder layer `layer` on."""
+    def drop(self, span: ImageSpan, selection: Selection) -> None:
+        """Keeps only the selected ones of the tokens that the span still has, from the next layer on."""
         left = selection.kept.to(span.kept.device)
-        before, span.kept = span.kept, span.kept[left]
-        span.memories = {
-            index: {
-                name: values[left.to(values.device)] if isinstance(values, Tensor) else values
-                for name, values in memory.items()
-            }
-            for index, memory in span.memories.items()
-        }
-        for merge in selection.merges:
-            whole = Merge(int(before[merge.into]), tuple(int(before[m]) for m in merge.members), merge.weights)
-            span.merges.append((layer, whole))
+        span.keep(left)
         self.mark(span)
-        vectors, earlier = selection.vectors, self._changed.get(id(span))
+        vectors, earlier = selection.vectors, self._changed.get(span)
         if vectors is None and earlier is not None:
-            vectors = earlier[2][left.to(earlier[2].device)]
+            vectors = earlier[1][left.to(earlier[1].device)]
         if vectors is not None:
-            self._changed[id(span)] = span.row, span.places[span.kept], vectors
+            self._changed[span] = span.places[span.kept], vectors
         if selection.bias is not None:
             self._add_bias(span, selection.bias)
 
@@ -160,8 +236,8 @@ class DecoderRun:
 
     def merged(self, span: ImageSpan, states: Tensor) -> Tensor:
         """The states (N, D) of a span's tokens, or the vectors that merging has made of them before the next layer."""
-        changed = self._changed.get(id(span))
-        return states if changed is None else changed[2].to(states)
+        changed = self._changed.get(span)
+        return states if changed is None else changed[1].to(states)
 
     def mark(self, span: ImageSpan) -> None:
         """Notes that only `span.kept` of the image is alive."""
@@ -190,8 +266,7 @@ class DecoderRun:
         else:
             layout = self._new_layout(previous)
         for span in self.spans:
-            if not span.history or span.history[-1][1] is not span.kept:
-                span.history.append((index, span.kept))
+            span.layers.append(span.kept)
         self._layouts[index] = layout
         return layout
 
@@ -203,11 +278,11 @@ class DecoderRun:
             ragged = len(places) > 1 and bool((places < 0).any())
             self.alive = None
         layout = Layout(places, ragged, relative)
-        for row, where, vectors in self._changed.values():
+        for span, (where, vectors) in self._changed.items():
             at = where
             if places is not None:
-                at = relative_places(where[None], places[row : row + 1], self.prompt.length)[0]
-            layout.vectors.append((row, at, vectors))
+                at = relative_places(where[None], places[span.row, None], self.prompt.length)[0]
+            layout.vectors.append((span.row, at, vectors))
         self._changed = {}
         return layout
 
@@ -217,27 +292,30 @@ class DecoderRun:
         before.scatter_(1, places.masked_fill(places < 0, self.prompt.length), True)
         return self.alive & before[:, :-1]
 
-    def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The inputs of decoder layer `index`, cut to the tokens alive, with this layer's own mask."""
+    def alive_at(self, index: int, states: Tensor) -> Entering:
+        """The tokens alive at decoder layer `index`; states: (B, n, D) of the input's own tokens that the layer before
+        it put out."""
         layout = self.layout(index)
-        revival = self.revival
-        states = args[0] if args else kwargs["hidden_states"]
-        if revival is not None:
-            states = revival.split(states)
         if layout.relative is not None:
             states = gather_tokens(states, layout.relative)
-        states = _place_vectors(states, layout.vectors)
-        layout, states = self._pack(index, layout, states)
-        slots, ragged = self._announce(index, layout)
-        mask = kwargs.get("attention_mask")
-        embeddings = self._embeddings(index, layout, states, kwargs["position_embeddings"])
-        if revival is not None and revival.active and slots is not None:
-            mask = revival.mask(mask, layout.places, slots)
-            states, embeddings = revival.join(index, states, embeddings)
-        else:
-            mask = self._mask(mask, layout, slots, ragged)
+        return Entering(layout, _place_vectors(states, layout.vectors))
+
+    def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The inputs of decoder layer `index`, cut to the tokens that it computes, with this layer's own mask."""
+        entering = self.shaper.enter(self, index, args[0] if args else kwargs["hidden_states"])
+        layout = entering.layout
+        slots, ragged = self._announce(index, entering)
+        given = kwargs.get("attention_mask")
+        mask = self.shaper.mask(given, layout.places, slots)
+        if mask is None:
+            mask = self._mask(given, layout, slots, ragged)
             if self.bias is not None:
-                mask = biased_mask(mask, self.bias, layout.places, slots, self.prompt.offset, states.dtype)
+                mask = biased_mask(
+                    mask=mask, bias=self.bias, queries=layout.places, keys=slots, offset=self.prompt.offset,
+                    dtype=entering.states.dtype,
+                )  # fmt: skip
+        embeddings = self._embeddings(index, layout, entering.states, kwargs["position_embeddings"])
+        states, embeddings = entering.inputs(embeddings)
         kwargs = {**kwargs, "attention_mask": mask}
         if embeddings is not kwargs["position_embeddings"]:
             kwargs["position_embeddings"] = embeddings
@@ -247,32 +325,34 @@ class DecoderRun:
             return (states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": states}
 
-    def _pack(self, index: int, layout: Layout, states: Tensor) -> tuple[Layout, Tensor]:
-        """Of the tokens of a layout those that a routed layer computes, and their hidden states."""
-        self.packed = None
-        routes = None if self.routed is None else self.routed.routes(self, index, states, layout.places)
-        if routes is None:
-            return layout, states
-        self.packed = Packed.of(states, routes)
-        columns = self.packed.columns
-        if columns is None:
-            return layout, states
-        places = columns
-        if layout.places is not None:
-            places = layout.places.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
-        # Kept while the run lives: slots and masks are known by the identity of these places.
-        self._routed_layouts[index] = Layout(places, ragged=len(places) > 1)
-        return self._routed_layouts[index], self.packed.inside
+    def observe(self, index: int, output: Any, kwargs: dict[str, Any]) -> None:
+        """Shows a layer that ran, with these keyword arguments, to those who watch it: once, in their order."""
+        watching = [one for one in self.observers if one.wants(index)] if index > self._observed else []
+        self._observed = max(index, self._observed)
+        if watching:
+            view = LayerView(
+                index=index,
+                # What is tapped makes choices, which have no gradient; what merges or waits for later has one.
+                taps={name: states.detach() for name, states in self.taps.items()},
+                hidden=output[0] if isinstance(output, tuple) else output,
+                embeddings=kwargs["position_embeddings"],
+                mask=kwargs.get("attention_mask"),
+                places=self.layout(index).places,
+                kept=tuple(span.kept for span in self.spans),
+            )
+            for observer in watching:
+                view = observer.after(self, view)
+        self.taps.clear()
 
-    def _announce(self, index: int, layout: Layout) -> tuple[Tensor | None, bool]:
+    def _announce(self, index: int, entering: Entering) -> tuple[Tensor | None, bool]:
         """The places of the layer's keys, once its cache knows those of this input, and whether they are ragged."""
-        prompt = self.prompt
+        prompt, layout = self.prompt, entering.layout
         if self.layers is None:
             return layout.places, layout.ragged
         layer = self.layers[index]
         if index not in self._announced:
             self._announced.add(index)
-            front = None if self.revival is None else self.revival.front
+            front = None if entering.front is None else entering.front.places
             slots = self._extend(layer.slots, layout, front)
             returning = 0 if front is None else front.shape[1]
             ragged = layout.ragged or (returning > 0 and prompt.batch > 1)
@@ -358,8 +438,7 @@ class DecoderRun:
         gone = torch.zeros(self.prompt.batch, self.prompt.offset + self.prompt.length, dtype=torch.bool)
         gone = gone.to(self.prompt.device)
         for span in self.spans:
-            span.cut = indices
-            final = span.history[-1][1]
+            final = span.layers[-1]
             gone[span.row, self.prompt.offset + span.places] = True
             gone[span.row, self.prompt.offset + span.places[final]] = False
         real = self.prompt.real_so_far()
@@ -384,8 +463,7 @@ class DecoderRun:
 
     def restore(self, states: Tensor, index: int) -> Tensor:
         """Hidden states after layer `index` at the full length: a dropped place repeats the last kept one."""
-        front = 0 if self.revival is None else self.revival.width(index)
-        states = states[:, front:] if front else states
+        states = self.shaper.leave(index, states)
         places = self.layout(index).places
         if places is None or states.shape[1] != places.shape[1]:
             return states

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,53 +20,25 @@ from vtprune.cache.adopting import (
     with_cache,
 )
 from vtprune.cache.layer import PrunedLayer
-from vtprune.decoder.prompt import (
-    IGNORED,
-    ImageSpan,
-    PromptInfo,
-    forget_tensors,
-    left_signals,
-    real_tokens,
-    sight,
-)
-from vtprune.decoder.revival import Revival, check_revival
-from vtprune.decoder.run import DecoderRun, Texts
+from vtprune.decoder.prompt import ImageSpan, PromptInfo, real_tokens, sight
+from vtprune.decoder.revival import Revival
+from vtprune.decoder.run import DecoderRun, Observer
 from vtprune.encoder.encoding import EncodedImage
-from vtprune.errors import KeptWholeWarning, VTPruneError
+from vtprune.errors import VTPruneError
 from vtprune.hooks.checkpoints import Checkpoints, drops_cache
 from vtprune.hooks.eviction import Evictor
 from vtprune.hooks.learning import Teacher
-from vtprune.hooks.probe import Probe, Prober
+from vtprune.hooks.probe import Prober
+from vtprune.hooks.recording import Recorder, number_rows
+from vtprune.hooks.returning import Leaving, Returning
 from vtprune.hooks.routing import RoutedLayers
 from vtprune.hooks.scoring import DecoderScoring
-from vtprune.hooks.state import (
-    FRAME,
-    GENERATION,
-    RECORD,
-    ROWS,
-    RUN,
-    Frame,
-    ThreadState,
-)
-from vtprune.method.answers import KEPT_WHOLE, Selection
+from vtprune.hooks.selecting import Dropping, Inputs, Selecting
+from vtprune.hooks.state import FRAME, RECORD, RUN, Frame, ThreadState
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import (
-    BeforeDecoder,
-    BetweenLayers,
-    Read,
-    acts,
-    cut_caches,
-    drop_layers,
-    probe_layer,
-    reads,
-    revives,
-)
-from vtprune.method.views import VisionStream
-from vtprune.report.generation import Generation
-from vtprune.report.history import origins
-from vtprune.tensors.attention import full_precision
+from vtprune.method.stages import acts
 
 
 class DecoderHooks:
@@ -86,29 +56,26 @@ class DecoderHooks:
         modules: dict[int, nn.Module],
     ) -> None:
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
-        self._evictor = Evictor(adapter, pruners)
-        self.plans = Plans(pruners)
-        self.tapped = {index for pruner in pruners for index in drop_layers(pruner)}
-        self.tapped |= self._evictor.watched
-        self._teacher = Teacher(pruners)
-        self.tapped |= self._teacher.layers
-        self.modules = modules
-        self.routed = RoutedLayers(adapter, pruners, modules, self.plans)
-        self.entered = self.tapped | self.routed.layers
+        self._plans = Plans(pruners)
+        scoring = DecoderScoring(adapter, pruners, self._plans)
+        self._evictor = Evictor(adapter, pruners, self._plans)
+        self._selecting = Selecting(scoring, facts, modules)
+        self.teacher = Teacher(pruners, scoring=scoring, state=state)
+        self.tapped = self._selecting.layers | self._evictor.watched | self.teacher.layers
+        self._returning = Returning(adapter, pruners, self.tapped)
+        self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)
+        self.entered = self.tapped | self.routing.layers
+        self.recorder = Recorder(adapter, pruners, facts, state)
         self.checkpoints = Checkpoints(adapter.decoder_layers, state)
-        self._cut = frozenset(index for pruner in pruners for index in cut_caches(pruner))
-        self._maker = maker
-        self.revives = next((pruner for pruner in pruners if revives(pruner)), None)
+        self.modules = modules
         # Which method decides by every token that it reads, so that none may be taken back.
-        self.reads_all = self.revives or self._evictor.pruner
-        self.last: Generation | None = None
-        # Why images were kept whole, as far as that was warned of.
-        self._told: set[str] = set()
+        self.reads_all = self._returning.pruner or self._evictor.pruner
+        self._maker = maker
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth = facts.decoder_depth
-        self._scoring = DecoderScoring(adapter, pruners, self._depth, self.plans)
 
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Begins a forward of the multimodal model: what it is given reaches the decoder with the call's arguments."""
         inputs = self._signature.bind(*args, **kwargs).arguments
         frame = Frame(inputs)
         self.state.frame = frame
@@ -135,6 +102,7 @@ class DecoderHooks:
         )
 
     def open_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Begins a forward of the decoder: methods choose what enters, and a run goes along to the layers."""
         self.checkpoints.refresh()
         frame = kwargs.pop(FRAME, None)
         if frame is None or kwargs.get("inputs_embeds") is None:
@@ -148,27 +116,37 @@ class DecoderHooks:
             self._check_packed(prompt, kwargs, flash=flash)
             self._check_added(kwargs)
         layers = self._adopt(cache, spans)
-        if layers is None and not spans and not self.routed.routes_text:
+        if layers is None and not spans and not self.routing.routes_text:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
-        if layers is not None and (layers[0].log is not None or (self.revives is not None and spans)):
-            check_revival(layers, self.revives, self.tapped, flash=flash, windows=self.adapter.windows)
-            run.revival = Revival(layers, prompt, "+".join(pruner.name for pruner in self.pruners))
-        run.routed = self.routed if self.routed.layers else None
+        recording, lessons = self.recorder.open(run), self.teacher.open(run)
+        revival = self._returning.open(run)
+        run.shaper = revival or self.routing.open(run, recording, lessons) or run.shaper
         if layers is not None and prompt.offset == 0:
-            layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
+            number_rows(run)
         if layers is not None and (prompt.offset == 0 or spans):
             self.adapter.remember(layers, prompt)
-        ids = frame.inputs.get("input_ids")
-        prober = Prober(self.adapter, module, args, kwargs, run)
-        self._select(prober, embeds, ids if frame.inputs.get("inputs_embeds") is None else None)
-        self._evictor.open(run)
-        forget_tensors(spans)
-        run.generation = self._generation(run)
+        ids = frame.inputs.get("input_ids") if frame.inputs.get("inputs_embeds") is None else None
+        prober, dropping = Prober(self.adapter, module, args, kwargs, run=run), Dropping(lessons, recording)
+        self._selecting.before_decoder(prober, dropping, Inputs(embeds, ids))
+        run.observers = self._observers(run, dropping, revival)
+        recording.begin(run)
         if cache is not cache_in(kwargs):
             kwargs = with_cache(module.forward, kwargs, cache)
         return args, {**kwargs, RUN: run}
+
+    def _observers(self, run: DecoderRun, dropping: Dropping, revival: Revival | None) -> list[Observer]:
+        """Who watches a forward, in the order in which they are shown each layer and told of the end."""
+        watching = (
+            self._returning.choosing(revival),
+            self._selecting.open(run, dropping),
+            dropping.lessons,
+            None if revival is None else Leaving(revival),
+            self._evictor.open(run),
+            dropping.recording,
+        )
+        return [observer for observer in watching if observer is not None]
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> Cache | None:
         cache: Cache | None = cache_in(kwargs)
@@ -192,9 +170,16 @@ class DecoderHooks:
             # Nobody learns from them; the model itself refuses those that it is to make a loss of.
             labels = None
         return PromptInfo(
-            batch, length, offset, embeds.device, mask, positions, cached=cache is not None, labels=labels,
+            batch=batch,
+            length=length,
+            offset=offset,
+            device=embeds.device,
+            mask=mask,
+            positions=positions,
+            cached=cache is not None,
+            labels=labels,
             sees=sight(kwargs.get("attention_mask")),
-        )  # fmt: skip
+        )
 
     def _check_packed(self, prompt: PromptInfo, kwargs: dict[str, Any], *, flash: bool) -> None:
         """Raises VTPruneError where conversations are packed into one row in a way that pruning would mix up."""
@@ -244,7 +229,9 @@ class DecoderHooks:
                 )
             alive, row = image.alive.to(embeds.device), int(rows[first])
             talk = prompt.conversations.of(row, places[first])
-            span = ImageSpan(row, places[first:last], image, alive, prompt.offset, talk)
+            span = ImageSpan(
+                row=row, places=places[first:last], image=image, kept=alive, offset=prompt.offset, talk=talk
+            )
             if image.slots is not None:
                 slots, rest = image.slots.to(places.device), torch.ones(image.length, dtype=torch.bool)
                 rest[image.slots] = False
@@ -258,149 +245,12 @@ class DecoderHooks:
         reason = unsupported_reason(cache)
         if reason is None:
             return adopt_cache(cache, self._depth)
-        skips_text = self.routed.pruner is not None and self.routed.pruner.skips_text
-        if skips_text or any(self.plans.of(span.image.total).drops for span in spans):
+        if self.routing.skips_text or any(self._plans.of(span.image.total).drops for span in spans):
             raise unsupported_cache(reason)
         return None
 
-    def _select(self, prober: Prober, embeds: Tensor, input_ids: Tensor | None) -> None:
-        run = prober.run
-        text = run.texts
-        unlabelled = self._unlabelled(run) if self.modules else text
-        pictures: dict[int, Tensor] = {}
-        for span in run.spans:
-            run.mark(span)
-            span.text_after = int((text[span.key] > span.places[-1]).sum())
-        for index, pruner in enumerate(self.pruners):
-            probe = self._probe(prober, index)
-            for span in run.spans:
-                self._tell_whole(index, span)
-                if not self.plans.of(span.image.total).acts(index):
-                    continue
-                words = (unlabelled if index in self.modules else text)[span.key]
-                stream = self._stream(run, index, span, embeds, words, input_ids, pictures)
-                if probe is not None:
-                    stream = replace(stream, probe=probe.of(span, text[span.key], stream.budget))
-                memory: dict[str, Any] = {}
-                if isinstance(pruner, BetweenLayers):
-                    with full_precision(embeds.device):
-                        memory = pruner.remember(stream)
-                # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
-                span.memories[index] = {name: _constant(value) for name, value in memory.items()}
-                if isinstance(pruner, BeforeDecoder) and self._selecting(index, span):
-                    with full_precision(embeds.device):
-                        selection = pruner.select(replace(stream, memory=memory))
-                    self._apply(run, span, index, selection, self.plans.of(span.image.total).entering(index), 0)
-
-    def _tell_whole(self, index: int, span: ImageSpan) -> None:
-        """Warns, once for each reason, of an image that a method cannot cut to its budget."""
-        reason = self.plans.of(span.image.total).whole(index, span.kept.numel())
-        if reason and reason not in self._told:
-            self._told.add(reason)
-            text = f"an image of {span.image.total} tokens is {KEPT_WHOLE}{reason}"
-            warnings.warn(text, KeptWholeWarning, stacklevel=2)
-
-    def _selecting(self, index: int, span: ImageSpan) -> bool:
-        """Whether a method has to say which tokens of an image enter the decoder."""
-        return self.plans.of(span.image.total).selects(index, span.kept.numel())
-
-    def _probe(self, prober: Prober, index: int) -> Probe | None:
-        """The decoder layer that a method selects by, of the prompt as it stands, if there is anything to select."""
-        pruner, spans = self.pruners[index], prober.run.spans
-        layer = probe_layer(pruner)
-        rows = {span.row for span in spans if self._selecting(index, span)}
-        if layer is None or not rows:
-            return None
-        for span in spans:
-            if span.row in rows:
-                span.probed[index] = span.kept.numel()
-        return prober.at(layer)
-
-    def _stream(
-        self,
-        run: DecoderRun,
-        index: int,
-        span: ImageSpan,
-        embeds: Tensor,
-        text: Tensor,
-        input_ids: Tensor | None,
-        pictures: dict[int, Tensor],
-    ) -> VisionStream:
-        image, pruner, module = span.image, self.pruners[index], self.modules.get(index)
-        assert image.pixels is not None
-        picture, budget = None, self.plans.of(image.total).entering(index)
-        if Read.PICTURE in reads(pruner):
-            if id(image) not in pictures:
-                pictures[id(image)] = self.adapter.picture(image.pixels, image.grid)
-            picture = pictures[id(image)]
-        return VisionStream(
-            features=run.merged(span, embeds[span.row, span.places[span.kept]]),
-            grid=image.grid,
-            indices=span.kept,
-            total=image.total,
-            budget=pruner.budget(image.total) if budget is None else budget,
-            signals=left_signals(image.signals, image, span),
-            pixels=image.pixels,
-            text=embeds[span.row, text],
-            text_ids=None if input_ids is None else input_ids[span.row, text],
-            last_signals=left_signals(image.last_signals, image, span),
-            picture=picture,
-            source=self.facts.source,
-            text_after=int((text > span.places[-1]).sum()),
-            module=module,
-            training=module is not None and module.training and torch.is_grad_enabled(),
-        )
-
-    def _apply(
-        self, run: DecoderRun, span: ImageSpan, index: int, selection: Selection | None, budget: int | None, layer: int
-    ) -> None:
-        pruner = self.pruners[index]
-        if selection is None:
-            return
-        selection.check(span.kept.numel())
-        if budget is not None and selection.kept.numel() > budget and not selection.learns:
-            raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
-        run.drop(span, selection, layer)
-        self._teacher.enrol(run, span, index, selection)
-        span.left[index] = span.kept.numel()
-        if selection.note:
-            span.notes.append(f"{pruner.name}: {selection.note}")
-
-    @staticmethod
-    def _unlabelled(run: DecoderRun) -> Texts:
-        """The places of each conversation's text without answers: weights that learn are never shown one."""
-        labels, text = run.prompt.labels, run.texts_of(run.prompt.conversations)
-        if labels is None:
-            return text
-        return {key: places[labels[key[0], places].to(places.device) == IGNORED] for key, places in text.items()}
-
-    def _generation(self, run: DecoderRun) -> Generation:
-        """The record of this generation: the cache's own, unless this forward brings a prompt of its own."""
-        cache, prompt = run.cache, run.prompt
-        known = getattr(cache, GENERATION, None) if cache is not None else None
-        if known is not None and prompt.offset > 0 and not run.spans:
-            return known
-        texts = prompt.conversations.counts(prompt.real()).tolist()
-        for span in run.spans:
-            texts[span.row][span.talk] -= span.image.total
-        earlier: list[ImageSpan] = []
-        if known is not None and run.layers is not None and prompt.offset > 0:
-            # Rows may have been reordered or repeated since; from here on they count as they stand.
-            earlier = known.live_spans(known.origins(origins(run.layers)), prompt.offset)
-            run.layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
-        generation = Generation(
-            self.adapter.cost, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
-            texts, len(earlier), prompt.offset,
-        )  # fmt: skip
-        if cache is not None:
-            setattr(cache, GENERATION, generation)
-        return generation
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(iter(self.adapter.language_model.parameters())).dtype
-
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Gives a layer the tokens that it computes."""
         run = kwargs.pop(RUN, None)
         if index in self.entered:
             self.state.enter(run)
@@ -409,61 +259,18 @@ class DecoderHooks:
         return run.layer_inputs(index, args, kwargs)
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Shows a layer to those who watch the forward, in the order of `_observers`."""
         run = self.state.leave()
-        if not isinstance(run, DecoderRun) or output is None or index <= run.decided:
-            return
-        if not run.spans and run.revival is None and run.watch is None:
-            return
-        run.decided = index
-        hidden = output[0] if isinstance(output, tuple) else output
-        embeddings, revival, places = kwargs["position_embeddings"], run.revival, run.layout(index).places
-        before = [span.kept for span in run.spans]
-        # What is tapped makes choices, which have no gradient; hidden states that merge or wait for later have one.
-        run.taps = {name: states.detach() for name, states in run.taps.items()}
-        with full_precision(hidden.device):
-            self._evictor.watch(run, index, embeddings)
-        if revival is not None and revival.decides(index):
-            query, mask = self.adapter.decoder_query(run.taps, embeddings), kwargs.get("attention_mask")
-            with full_precision(hidden.device):
-                last = run.prompt.conversations.ends(places)[1][:, 0]
-                revival.decide(index, query, last, self.adapter.decoder_scale, mask, hidden)
-            front = revival.width(index)
-            hidden, embeddings = hidden[:, front:], (embeddings[0][:, front:], embeddings[1][:, front:])
-            run.taps = {name: states[:, front:] for name, states in run.taps.items()}
-        for span, order, layer in self._scoring.views(run, index, embeddings, hidden):
-            pruner = self.pruners[order]
-            assert isinstance(pruner, BetweenLayers)
-            with full_precision(hidden.device):
-                selection = pruner.prune_decoder(layer)
-            budget = self.plans.of(span.image.total).left(order, index, layer.entered)
-            self._apply(run, span, order, selection, budget, index + 1)
-        wanted = self._teacher.wanted(run, index)
-        if wanted:
-            words = self._unlabelled(run)
-            views = self._scoring.shown(run, index, embeddings, hidden, words, wanted)
-            self._teacher.show(run, views)
-        if revival is not None:
-            revival.record(index, run.spans, before, places, hidden, embeddings)
-        run.taps.clear()
+        if isinstance(run, DecoderRun) and output is not None:
+            run.observe(index, output, kwargs)
 
     def close_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Ends a forward: caches are cut, losses and records made, hidden states brought to the full length."""
         run = kwargs.get(RUN)
         if run is None or output is None:
             return None
-        generation = run.generation
-        self._teacher.close(run)
-        if run.losses:
-            self.state.loss = torch.stack([loss.to(run.prompt.device) for loss in run.losses.values()]).sum()
-        if run.revival is not None:
-            run.revival.close(run.spans)
-        if self._cut and run.spans:
-            run.cut_caches(self._cut)
-        self._evictor.close(run)
-        if run.prompt.offset > 0 and not run.spans:
-            generation.steps += 1
-        generation.note_cache(run)
-        if self.state.call is None or self.state.call.asks_for(run):
-            self.last = generation
+        for observer in run.observers:
+            observer.close(run)
         return self._restore(run, output)
 
     def _restore(self, run: DecoderRun, output: Any) -> Any:
@@ -480,7 +287,3 @@ class DecoderHooks:
                 run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
             )
         return output
-
-
-def _constant(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

@@ -63,7 +63,8 @@ class EncoderHooks:
         )
 
     def features(self, source: Source, original: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands for `original`, the method that encodes what `source` is."""
+        """What stands for `original`, the method that encodes what `source` is: within it the tower's layers cut and
+        merge, and each image's record goes along with its features."""
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -100,12 +101,14 @@ class EncoderHooks:
             self.state.encoding = outer
 
     def open_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Sends the encoding under way along to the tower's layers."""
         self.checkpoints.refresh()
         if self.state.encoding is None or not self.prunes:
             return None
         return args, {**kwargs, RUN: self.state.encoding}
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Gives a layer the tokens that are alive."""
         encoding = kwargs.pop(RUN, self.state.encoding)
         if index in self.tapped:
             self.state.enter(encoding)
@@ -124,6 +127,7 @@ class EncoderHooks:
         return args, {name: value for name, value in kwargs.items() if name != RUN}
 
     def before_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Asks methods that act between attention and MLP, and gives the MLP the tokens that are left."""
         encoding = self.state.inside
         if encoding is None:
             return None
@@ -134,12 +138,14 @@ class EncoderHooks:
         return (encoding.mlp_input(index, args[0]), *args[1:]), kwargs
 
     def after_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Hands what the MLP put out back to every token that the layer's own residual sum is over."""
         encoding, self.state.inside = self.state.inside, None
         if encoding is None or output is None:
             return None
         return encoding.mlp_output(index, output)
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Keeps what methods read of a layer that ran, and asks those that act after it."""
         encoding = self.state.leave()
         if not isinstance(encoding, Encoding) or output is None:
             return
@@ -195,11 +201,13 @@ class EncoderHooks:
         return selection
 
     def before_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Gives the projector the tokens that the encoder left."""
         if self.state.encoding is None or not args:
             return None
         return (self.state.encoding.projector_input(args[0]), *args[1:]), kwargs
 
     def after_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Brings what it put out to the full length."""
         if self.state.encoding is None or output is None:
             return None
         return self.state.encoding.projector_output(output)

@@ -17,121 +17,127 @@ from torch import Tensor
 from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import all_slots
 from vtprune.cache.layer import PrunedLayer
-from vtprune.decoder.prompt import ImageSpan
-from vtprune.decoder.run import DecoderRun
+from vtprune.cache.names import CUTS, DENSITY, IMAGES, MERGED, SCORES, STATE
+from vtprune.decoder.prompt import ImageSpan, numbers_in_rows
+from vtprune.decoder.run import DecoderRun, LayerView, Observer
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.answers import Eviction
 from vtprune.method.choosing import check_scores
+from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InCache
 from vtprune.method.views import CachedRow, CacheEntries
 from vtprune.tensors.attention import attention_sums, full_precision
 
-# Aux tensors of a cache. Of layer 0: the number of the image at each place, 0 for none and for those that were cut
-# (places after the last one hold no image); and how often a row was cut since its prompt. Of each layer: its density.
-IMAGES, CUTS, DENSITY = "images to cut", "cuts", "density"
-# Of each layer, followed by a name: what the method remembers.
-STATE = "eviction: "
-# Values of a cache's entries.
-SCORES, MERGED = "scores", "merged"
-
-
-@dataclass
-class Watch:
-    """The rows whose attention in this forward decides what leaves their caches.
-
-    rows: with images that are to be cut; prompts: those of them to which this forward brings images; real and images:
-    (B, offset + length) which places are not padding, and the number of the image at each, 0 for none.
-    """
-
-    rows: list[int]
-    prompts: set[int]
-    real: Tensor
-    images: Tensor
-
 
 class Evictor:
     """The hooks' work for the one method of a list that cuts caches, if there is one."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner]) -> None:
+    def __init__(self, adapter: Adapter, pruners: list[Pruner], plans: Plans) -> None:
         found = [pruner for pruner in pruners if isinstance(pruner, InCache) and pruner.evict_layers()]
         self.pruner = found[0] if found else None
         self.cut: tuple[int, ...] = self.pruner.evict_layers() if self.pruner else ()
-        self._dense = frozenset(self.pruner.density_layers()) if self.pruner else frozenset()
-        self.watched = self._dense | frozenset(self.cut)
-        self._adapter = adapter
+        self.dense = frozenset(self.pruner.density_layers()) if self.pruner else frozenset()
+        self.watched = self.dense | frozenset(self.cut)
+        self.adapter = adapter
+        self.plans, self.order = plans, pruners.index(found[0]) if found else -1
         if self.pruner is not None and adapter.windows:
             raise UnsupportedModelError(
                 f"{self.pruner.name} cannot cut the caches of a decoder with sliding-window layers: their masks would "
                 "differ from head to head once heads keep different entries"
             )
 
-    def open(self, run: DecoderRun) -> None:
-        """Notes the new images, and which rows this forward is to be watched for."""
+    def open(self, run: DecoderRun) -> Watch | None:
+        """Notes the new images, and answers who watches the rows of this forward that have images to be cut."""
         pruner, prompt = self.pruner, run.prompt
         if pruner is None or run.layers is None:
-            return
+            return None
         aux = run.layers[0].aux
-        new = [span for span in run.spans if pruner.budget(span.image.total) < span.image.total]
+        new = [span for span in run.spans if self.plans.of(span.image.total).evicts(self.order)]
         if not new and IMAGES not in aux:
-            return
-        images = _numbered(aux.get(IMAGES), new, prompt.batch, prompt.offset + prompt.length, prompt.device)
+            return None
+        images = torch.zeros(prompt.batch, prompt.offset + prompt.length, dtype=torch.long, device=prompt.device)
+        images = _numbered(images, aux.get(IMAGES), new)
         if new:
             aux[IMAGES] = images
         real = prompt.real_so_far()
         asking = images.any(dim=1) & real[:, -prompt.length :].any(dim=1)
         rows = asking.nonzero().flatten().tolist()
         if not rows:
-            return
+            return None
         prompts = {span.row for span in run.spans} & set(rows)
-        run.watch = Watch(rows, prompts, real, images)
         cuts = aux.get(CUTS, torch.zeros(prompt.batch, 1, device=prompt.device)).clone()
         cuts[sorted(prompts)] = 0
         aux[CUTS] = cuts
+        return Watch(of=self, pruner=pruner, rows=rows, prompts=prompts, real=real, images=images)
+
+
+@dataclass(frozen=True)
+class Watch(Observer):
+    """Watches the rows whose attention in this forward decides what leaves their caches, and cuts these in the end.
+
+    rows: with images that are to be cut; prompts: those of them to which this forward brings images; real and images:
+    (B, offset + length) which places are not padding, and the number of the image at each, 0 for none.
+    """
+
+    of: Evictor
+    pruner: InCache
+    rows: list[int]
+    prompts: set[int]
+    real: Tensor
+    images: Tensor
+
+    def wants(self, index: int) -> bool:
+        """Whether the attention of this layer counts."""
+        return index in self.of.watched
 
     @torch.no_grad()
-    def watch(self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor]) -> None:
-        """Adds the attention of this forward in decoder layer `index` to what the cache's entries got before."""
-        watch = run.watch
-        if watch is None or run.layers is None or self.pruner is None or index not in self.watched:
-            return
-        layer, offset = run.layers[index], run.prompt.offset
+    def after(self, run: DecoderRun, view: LayerView) -> LayerView:
+        """Adds the attention of this forward in a layer to what the cache's entries got before."""
+        assert run.layers is not None
+        with full_precision(view.hidden.device):
+            self._add(run, view, run.layers[view.index])
+        return view
+
+    def _add(self, run: DecoderRun, view: LayerView, layer: PrunedLayer) -> None:
+        index, offset, adapter = view.index, run.prompt.offset, self.of.adapter
         assert layer.keys is not None
-        query = self._adapter.decoder_query(run.taps, embeddings)
-        slots, asked = _slots(layer), run.layout(index).places
+        query = adapter.decoder_query(view.taps, view.embeddings)
+        slots, asked = _slots(layer), view.places
         if asked is None:
             asked = all_slots(run.prompt.length, run.prompt.batch, slots.device)
         scores = layer.values_of(SCORES)
         density = layer.aux.get(DENSITY, torch.zeros(len(slots), 1, device=query.device)).clone()
-        for row in watch.rows:
-            columns = _real(slots[row], watch.real[row])
-            queries = _real(torch.where(asked[row] < 0, -1, asked[row] + offset), watch.real[row])
+        for row in self.rows:
+            columns = _real(slots[row], self.real[row])
+            queries = _real(torch.where(asked[row] < 0, -1, asked[row] + offset), self.real[row])
             places = slots[row, columns].to(query.device)
             sums = attention_sums(
-                query[row][:, queries.to(query.device)], layer.keys[row][:, columns.to(query.device)],
-                asked[row, queries].to(query.device) + offset, places, self._adapter.decoder_scale,
-            )  # fmt: skip
+                query=query[row][:, queries.to(query.device)],
+                key=layer.keys[row][:, columns.to(query.device)],
+                asked=asked[row, queries].to(query.device) + offset,
+                places=places,
+                scale=adapter.decoder_scale,
+            )
             sums = rearrange(sums, "(k g) n -> k g n", k=layer.keys.shape[1])
-            if row in watch.prompts and index in self._dense:
+            if row in self.prompts and index in self.of.dense:
                 density[row] = self.pruner.density(check_scores(sums[..., places >= offset], self.pruner.name))
             scores[row][:, columns.to(query.device)] += sums.sum(dim=1)
         layer.aux[DENSITY] = density
-        if index in self.cut:
+        if index in self.of.cut:
             layer.entries[SCORES] = scores
 
     def close(self, run: DecoderRun) -> None:
         """Cuts the caches of the rows to which this forward brought no image."""
-        watch = run.watch
-        if watch is None or run.layers is None or self.pruner is None:
-            return
-        self._guard(run, watch)
-        rows = [row for row in watch.rows if row not in watch.prompts]
+        assert run.layers is not None
+        self._guard(run, run.layers)
+        rows, cut = [row for row in self.rows if row not in self.prompts], self.of.cut
         if not rows:
             return
         with full_precision(run.prompt.device):
-            answers = {row: self.pruner.evict(self._row(run.layers, watch, row)) for row in rows}
-        for order, index in enumerate(self.cut):
-            self._apply(run.layers[index], watch.real, {row: answer[order] for row, answer in answers.items()})
+            answers = {row: self.pruner.evict(self._row(run.layers, row)) for row in rows}
+        for order, index in enumerate(cut):
+            self._apply(run.layers[index], {row: answer[order] for row, answer in answers.items()})
         aux = run.layers[0].aux
         aux[CUTS][rows] += 1
         if self.pruner.evicts_again:
@@ -141,28 +147,44 @@ class Evictor:
         if not bool(aux[IMAGES].any()):
             # Nothing is left to cut: later steps are those of any other cache.
             del aux[IMAGES]
-            for index in self.cut:
+            for index in cut:
                 run.layers[index].entries.pop(SCORES, None)
 
-    def _guard(self, run: DecoderRun, watch: Watch) -> None:
-        assert run.layers is not None
-        assert self.pruner is not None
-        first = 0 if self.pruner.evicts_again else int(watch.images.any(dim=0).nonzero()[0])
+    def _guard(self, run: DecoderRun, layers: list[PrunedLayer]) -> None:
+        first = 0 if self.pruner.evicts_again else int(self.images.any(dim=0).nonzero()[0])
         end = run.prompt.offset + run.prompt.length
-        for layer in run.layers:
+        for layer in layers:
             layer.guard = (first if layer.guard is None else min(first, layer.guard[0]), end)
 
-    def _row(self, layers: list[PrunedLayer], watch: Watch, row: int) -> CachedRow:
-        images = watch.images[row]
+    def _row(self, layers: list[PrunedLayer], row: int) -> CachedRow:
+        images = self.images[row]
         numbers = images[images > 0].unique().tolist()
         return CachedRow(
-            tuple(_entries(layers[index], watch, row, index) for index in self.cut),
-            {index: float(layers[index].aux[DENSITY][row]) for index in sorted(self._dense)},
-            {number: int((images == number).sum()) for number in numbers},
-            int(layers[0].aux[CUTS][row]) == 0,
+            layers=tuple(self._entries(layers[index], row, index) for index in self.of.cut),
+            densities={index: float(layers[index].aux[DENSITY][row]) for index in sorted(self.of.dense)},
+            totals={number: int((images == number).sum()) for number in numbers},
+            first=int(layers[0].aux[CUTS][row]) == 0,
         )
 
-    def _apply(self, layer: PrunedLayer, real: Tensor, answers: dict[int, Eviction | None]) -> None:
+    def _entries(self, layer: PrunedLayer, row: int, index: int) -> CacheEntries:
+        assert layer.keys is not None
+        assert layer.values is not None
+        columns = _real(_slots(layer)[row], self.real[row])
+        images = self.images[row].to(columns.device)[_slots(layer)[row, columns]]
+        columns = columns.to(layer.keys.device)
+        state = {
+            name.removeprefix(STATE): float(aux[row]) for name, aux in layer.aux.items() if name.startswith(STATE)
+        }
+        return CacheEntries(
+            key=layer.keys[row][:, columns],
+            value=layer.values[row][:, columns],
+            scores=layer.values_of(SCORES)[row][:, columns],
+            images=images.to(columns.device),
+            index=index,
+            state={name: value for name, value in state.items() if not math.isnan(value)},
+        )
+
+    def _apply(self, layer: PrunedLayer, answers: dict[int, Eviction | None]) -> None:
         """Leaves in a layer's cache what the method kept of the rows that it cut, all of the others, and no padding
         but what makes rows equally long."""
         if all(answer is None for answer in answers.values()):
@@ -173,7 +195,7 @@ class Evictor:
         slots = _head_slots(layer)
         kept = []
         for row in range(len(slots)):
-            columns, answer = _real(_slots(layer)[row], real[row]).to(device), answers.get(row)
+            columns, answer = _real(_slots(layer)[row], self.real[row]).to(device), answers.get(row)
             if answer is not None:
                 answer.check(columns.numel())
             kept.append(columns.expand(heads, -1) if answer is None else columns[answer.kept])
@@ -191,14 +213,14 @@ class Evictor:
         layer.cut_heads(keys, values, slots.gather(2, index).masked_fill(columns < 0, -1), entries)
 
 
-def _numbered(known: Tensor | None, new: list[ImageSpan], batch: int, length: int, device: torch.device) -> Tensor:
-    """(B, length) the number of the image at each place, the new ones after those that are known."""
-    images = torch.zeros(batch, length, dtype=torch.long, device=device)
+def _numbered(images: Tensor, known: Tensor | None, new: list[ImageSpan]) -> Tensor:
+    """(B, length) the number of the image at each place of the empty `images`: the new ones' after those `known`."""
     if known is not None:
-        width = min(length, known.shape[1])
-        images[:, :width] = known[:, :width].to(device)
-    for span in new:
-        images[span.row, span.offset + span.places] = int(images[span.row].max()) + 1
+        width = min(images.shape[1], known.shape[1])
+        images[:, :width] = known[:, :width].to(images.device)
+    first = images.amax(dim=1) + 1
+    for span, number in zip(new, numbers_in_rows(new), strict=True):
+        images[span.row, span.offset + span.places] = first[span.row] + number
     return images
 
 
@@ -220,19 +242,6 @@ def _real(places: Tensor, real: Tensor) -> Tensor:
     """The columns of `places` (n,) that hold a token: neither -1 nor padding of the prompt."""
     real = real.to(places.device)
     return ((places >= 0) & real[places.clamp(min=0)]).nonzero().flatten()
-
-
-def _entries(layer: PrunedLayer, watch: Watch, row: int, index: int) -> CacheEntries:
-    assert layer.keys is not None
-    assert layer.values is not None
-    columns = _real(_slots(layer)[row], watch.real[row])
-    images = watch.images[row].to(columns.device)[_slots(layer)[row, columns]]
-    columns = columns.to(layer.keys.device)
-    state = {name.removeprefix(STATE): float(aux[row]) for name, aux in layer.aux.items() if name.startswith(STATE)}
-    return CacheEntries(
-        layer.keys[row][:, columns], layer.values[row][:, columns], layer.values_of(SCORES)[row][:, columns],
-        images.to(columns.device), index, {name: value for name, value in state.items() if not math.isnan(value)},
-    )  # fmt: skip
 
 
 def _remember(layer: PrunedLayer, row: int, state: dict[str, float]) -> None:

@@ -1,22 +1,23 @@
-"""What the decoder teaches the weights that a method brings: scores by the attention of one of its layers."""
+"""What methods with weights of their own learn by: the attention of a decoder layer, for scores, and what is added to
+the loss of a forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vtprune.decoder.prompt import ImageSpan
+from vtprune.decoder.run import DecoderRun, LayerView, Observer
+from vtprune.hooks.scoring import DecoderScoring, SeenLayer
+from vtprune.hooks.state import ThreadState
 from vtprune.method.answers import Selection
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import Guided
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.attention import full_precision
-
-if TYPE_CHECKING:
-    from vtprune.decoder.run import DecoderRun, ImageSpan
 
 
 @dataclass(frozen=True)
@@ -32,44 +33,84 @@ class Lesson:
 
 
 class Teacher:
-    """Brings together the scores that methods give before the decoder and the layers that they learn from.
+    """Brings together the scores that methods give before the decoder and the layers that they learn from; hooks add
+    what comes of it to a forward's loss."""
+
+    def __init__(self, pruners: list[Pruner], *, scoring: DecoderScoring, state: ThreadState) -> None:
+        self.scoring, self.state = scoring, state
+        self.guided = {order: pruner for order, pruner in enumerate(pruners) if isinstance(pruner, Guided)}
+        found = {order: pruner.learns_from() for order, pruner in self.guided.items()}
+        self.layer_of = {order: layer for order, layer in found.items() if layer is not None}
+        self.layers = set(self.layer_of.values())
+
+    def open(self, run: DecoderRun) -> Lessons:
+        """What is learned in one forward."""
+        return Lessons(self)
+
+    def open_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before a forward of the whole model: nothing is added to its loss so far, and its labels are known."""
+        self.state.loss = None
+        if kwargs.get("labels") is not None:
+            self.state.labels = kwargs["labels"]
+
+    def add_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Adds what methods add to the loss of a forward with labels."""
+        self.state.labels = None
+        loss = self.state.loss
+        if loss is None or output is None or kwargs.get("labels") is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + loss.to(output[0]), *output[1:])
+        output.loss = output.loss + loss.to(output.loss)
+        return output
+
+
+class Lessons(Observer):
+    """What is learned in one forward.
 
     A layer is only looked at when it runs; losses are computed after the last one, outside of what gradient
     checkpointing computes twice.
     """
 
-    def __init__(self, pruners: list[Pruner]) -> None:
-        self._guided = {order: pruner for order, pruner in enumerate(pruners) if isinstance(pruner, Guided)}
-        found = {order: pruner.learns_from() for order, pruner in self._guided.items()}
-        self._layer_of = {order: layer for order, layer in found.items() if layer is not None}
-        self.layers = set(self._layer_of.values())
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._lessons: list[Lesson] = []
+        # What routing adds to the loss, by layer.
+        self.routing: dict[int, Tensor] = {}
 
-    def enrol(self, run: DecoderRun, span: ImageSpan, order: int, selection: Selection) -> None:
-        """Notes the scores of a choice that was carried out."""
-        if selection.scores is not None and order in self._layer_of:
+    def enrol(self, span: ImageSpan, before: Tensor, selection: Selection, *, order: int) -> None:
+        """Notes the scores of a choice among the tokens `before` (N,) that was carried out."""
+        if selection.scores is not None and order in self._teacher.layer_of:
             kept = selection.kept.to(selection.scores.device)
-            run.lessons.append(Lesson(span, order, span.kept, selection.scores[kept]))
+            self._lessons.append(Lesson(span, order, span.kept, selection.scores[kept]))
 
-    def wanted(self, run: DecoderRun, index: int) -> list[tuple[ImageSpan, int]]:
-        """The images and methods that learn from layer `index`."""
-        return [(one.span, one.order) for one in run.lessons if self._layer_of[one.order] == index]
+    def wants(self, index: int) -> bool:
+        """Whether something learns from this layer."""
+        return any(self._layer_of(one) == index for one in self._lessons)
 
-    def show(self, run: DecoderRun, views: Iterable[tuple[ImageSpan, int, DecoderLayer]]) -> None:
-        """Notes the layer for those that wanted it."""
-        seen = {(id(span), order): layer for span, order, layer in views}
-        run.lessons = [replace(one, layer=seen.get((id(one.span), one.order), one.layer)) for one in run.lessons]
+    def after(self, run: DecoderRun, view: LayerView) -> LayerView:
+        """Notes the layer for those that learn from it."""
+        seen = SeenLayer(self._teacher.scoring, run, view, run.unlabelled)
+        self._lessons = [
+            replace(one, layer=seen.of(one.span, one.order)) if self._layer_of(one) == view.index else one
+            for one in self._lessons
+        ]
+        return view
 
     def close(self, run: DecoderRun) -> None:
-        """Leaves each method's mean loss over its images with the run."""
+        """Leaves with this thread what is added to the loss: routing's, and each method's mean over its images."""
         losses: dict[int, list[Tensor]] = {}
-        for one in run.lessons:
+        for one in self._lessons:
             if one.layer is None:
                 continue
             # A later method of the list may have dropped some tokens since.
             left = torch.isin(one.indices, one.layer.indices.to(one.indices.device)).to(one.scores.device)
             with full_precision(run.prompt.device):
-                losses.setdefault(one.order, []).append(self._guided[one.order].lesson(one.scores[left], one.layer))
-        for order, found in losses.items():
-            # Routed layers count from 0.
-            run.losses[-1 - order] = torch.stack(found).mean()
-        run.lessons = []
+                lesson = self._teacher.guided[one.order].lesson(one.scores[left], one.layer)
+            losses.setdefault(one.order, []).append(lesson)
+        found = [*self.routing.values(), *(torch.stack(own).mean() for own in losses.values())]
+        if found:
+            self._teacher.state.loss = torch.stack([loss.to(run.prompt.device) for loss in found]).sum()
+
+    def _layer_of(self, lesson: Lesson) -> int:
+        return self._teacher.layer_of[lesson.order]

@@ -82,10 +82,22 @@ class Probe:
             vision, text = self.where[row, vision], self.where[row, text]
         key = self.key[row]
         return DecoderLayer(
-            self.query[row, :, span.talk, None], key, key[:, :0], vision, int(self.last[span.key]), self.scale,
-            span.image.total, span.kept, budget, self.layer, self.depth, text, {}, span.kept.numel(),
+            query=self.query[row, :, span.talk, None],
+            key=key,
+            value=key[:, :0],
+            vision=vision,
+            last=int(self.last[span.key]),
+            scale=self.scale,
+            total=span.image.total,
+            indices=span.kept,
+            budget=budget,
+            index=self.layer,
+            depth=self.depth,
+            text=text,
+            memory={},
+            entered=span.kept.numel(),
             first=int(self.first[span.key]),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,16 @@ class Prober:
         modules = list(self.adapter.decoder_layers)
         query, key = self.adapter.query_and_keys(modules[layer], run.hidden, run.embeddings, last)
         where = None if places is None else fill_index(places, run.prompt.length)
-        return Probe(layer, len(modules), self.adapter.decoder_scale, query, key, first, last, where)
+        return Probe(
+            layer=layer,
+            depth=len(modules),
+            scale=self.adapter.decoder_scale,
+            query=query,
+            key=key,
+            first=first,
+            last=last,
+            where=where,
+        )
 
 
 def _detached(layer: PrunedLayer) -> PrunedLayer:

@@ -1,7 +1,9 @@
-"""Asking a method which tokens a decoder layer computes, and noting what it answered."""
+"""Routed decoder layers: asking a method which tokens a layer computes, and having it compute these alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +11,12 @@ from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.decoder.conversation import Conversations
-from vtprune.decoder.prompt import ImageSpan
-from vtprune.decoder.run import DecoderRun
+from vtprune.decoder.packing import Packed
+from vtprune.decoder.prompt import numbers_in_rows
+from vtprune.decoder.run import DecoderRun, Entering, Layout, Shaper
+from vtprune.hooks.learning import Lessons
+from vtprune.hooks.recording import Recording
+from vtprune.hooks.state import GATE, ThreadState
 from vtprune.method.answers import Routes
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
@@ -23,74 +29,155 @@ from vtprune.tensors.compaction import fill_index
 class RoutedLayers:
     """The hooks' work for the one method of a list that routes, if there is one."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner], modules: dict[int, nn.Module], plans: Plans) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        pruners: list[Pruner],
+        plans: Plans,
+        *,
+        modules: dict[int, nn.Module],
+        state: ThreadState,
+    ) -> None:
         found = [
             (order, pruner)
             for order, pruner in enumerate(pruners)
             if isinstance(pruner, InLayers) and pruner.routed_layers()
         ]
         self.pruner: InLayers | None = found[0][1] if found else None
-        self._order = found[0][0] if found else -1
         self.layers = frozenset(self.pruner.routed_layers()) if self.pruner else frozenset()
-        self._module = modules.get(found[0][0]) if found else None
+        self.order = found[0][0] if found else -1
+        self.module, self.plans = modules.get(self.order), plans
+        self.adapter = adapter
         self._modules: list[Any] = list(adapter.decoder_layers)
-        self._adapter, self._plans = adapter, plans
+        self._state = state
 
     @property
     def routes_text(self) -> bool:
         """Whether forwards without an image are routed, too."""
         return self.pruner is not None and self.pruner.routes_text
 
-    def routes(self, run: DecoderRun, index: int, states: Tensor, places: Tensor | None) -> Routes | None:
-        """Which of the tokens at `places` (B, n) (None: all) of the input a layer computes, or None where it is not
-        routed."""
-        pruner = self.pruner
-        if pruner is None or index not in self.layers or not (run.spans or pruner.routes_text):
+    @property
+    def skips_text(self) -> bool:
+        """Whether text may be left out."""
+        return self.pruner is not None and self.pruner.skips_text
+
+    def open(self, run: DecoderRun, recording: Recording, lessons: Lessons) -> Routing | None:
+        """The shaper of a forward that is routed."""
+        if self.pruner is None or not (run.spans or self.routes_text):
             return None
-        numbers = _numbers(run.spans)
-        image = torch.full((run.prompt.batch, run.prompt.length), -1, device=states.device)
+        return Routing(self, self.pruner, recording, lessons)
+
+    def norm(self, index: int) -> Callable[[Tensor], Tensor]:
+        """The norm before the attention of a layer."""
+        return self.adapter.decoder_norm(self._modules[index])
+
+    def routed_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer for the tokens that it computes; the others come back as they were."""
+        run = self._state.running
+        shaper = run.shaper if isinstance(run, DecoderRun) else None
+        packed = shaper.packed if isinstance(shaper, Routing) else None
+        if packed is None:
+            return forward(*args, **kwargs)
+        output = packed.states if packed.empty else forward(*args, **{**kwargs, GATE: packed.gate})
+        if isinstance(output, tuple):
+            return (packed.unpack(output[0]), *output[1:])
+        return packed.unpack(output)
+
+    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Takes the gate from the arguments, which gradient checkpointing hands to the layer again, for its MLP."""
+        self._state.gate = kwargs.get(GATE)
+        return args, {name: value for name, value in kwargs.items() if name != GATE}
+
+    def after_mlp(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """Multiplies what the MLP of a routed layer adds to each token by its gate."""
+        gate, self._state.gate = self._state.gate, None
+        return None if gate is None or output is None else output * gate[..., None].to(output)
+
+
+class Routing(Shaper):
+    """The routed layers of one forward: they are given the tokens that they compute, which their forward puts back
+    among the others (`RoutedLayers.routed_forward`).
+
+    packed: what the layer under way computes, None where it is not routed.
+    """
+
+    def __init__(self, of: RoutedLayers, pruner: InLayers, recording: Recording, lessons: Lessons) -> None:
+        self._of, self._pruner, self._recording, self._lessons = of, pruner, recording, lessons
+        self.packed: Packed | None = None
+        # Kept while the run lives: slots and masks are known by the identity of these places.
+        self._layouts: dict[int, Layout] = {}
+
+    def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
+        """Of the tokens alive those that a routed layer computes."""
+        entering = run.alive_at(index, states)
+        self.packed = None
+        if index not in self._of.layers:
+            return entering
+        places = entering.layout.places
+        self.packed = Packed.of(entering.states, self._routes(run, index, entering))
+        columns = self.packed.columns
+        if columns is None:
+            return entering
+        own = columns
+        if places is not None:
+            own = places.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+        self._layouts[index] = Layout(own, ragged=len(own) > 1)
+        return replace(entering, layout=self._layouts[index], states=self.packed.inside)
+
+    def _routes(self, run: DecoderRun, index: int, entering: Entering) -> Routes:
+        """Which of the tokens alive a layer computes."""
+        tokens = self._tokens(run, index, entering)
+        with full_precision(tokens.hidden.device):
+            routes = self._pruner.route(tokens)
+        if routes.loss is not None:
+            self._lessons.routing[index] = routes.loss
+        if not run.prompt.offset or run.spans:
+            text = tokens.real & (tokens.image < 0)
+            self._note(run, index, routes, places=entering.layout.places, text=text)
+        return routes
+
+    def _tokens(self, run: DecoderRun, index: int, entering: Entering) -> RoutedTokens:
+        """What the method sees of them."""
+        places, device = entering.layout.places, entering.states.device
+        numbers = numbers_in_rows(run.spans)
+        image = torch.full((run.prompt.batch, run.prompt.length), -1, device=device)
         for span, number in zip(run.spans, numbers, strict=True):
             image[span.row, span.places] = number
-        real = run.prompt.real().to(states.device)
+        real = run.prompt.real().to(device)
         if places is not None:
             real = real.gather(1, places.clamp(min=0)) & (places >= 0)
             image = image.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
         width = max([0, *numbers]) + 1
         totals, budgets = ([[0] * width for _ in range(run.prompt.batch)] for _ in range(2))
         for span, number in zip(run.spans, numbers, strict=True):
-            total, entered = span.image.total, span.kept_at(0).numel()
-            totals[span.row][number] = total
-            budgets[span.row][number] = self._plans.of(total).routed(self._order, index, entered)
-        tokens = RoutedTokens(
-            states, self._adapter.decoder_norm(self._modules[index]), real, image,
-            torch.tensor(totals, device=states.device), torch.tensor(budgets, device=states.device),
-            index, pruner.model.decoder_depth, self._module, bool(self._adapter.language_model.training),
+            total, entered = span.image.total, span.entered.numel()
+            budget = self._of.plans.of(total).routed(self._of.order, index, entered)
+            totals[span.row][number], budgets[span.row][number] = total, budget
+        return RoutedTokens(
+            hidden=entering.states,
+            norm=self._of.norm(index),
+            real=real,
+            image=image,
+            totals=torch.tensor(totals, device=device),
+            budgets=torch.tensor(budgets, device=device),
+            index=index,
+            depth=self._pruner.model.decoder_depth,
+            module=self._of.module,
+            training=bool(self._of.adapter.language_model.training),
             continues=run.prompt.offset > 0 and not run.spans,
-        )  # fmt: skip
-        with full_precision(states.device):
-            routes = pruner.route(tokens)
-        self._note(run, index, routes, places, real & (image < 0))
-        return routes
+        )
 
-    def _note(self, run: DecoderRun, index: int, routes: Routes, places: Tensor | None, text: Tensor) -> None:
-        """Leaves with the images, and with the generation, what the layer computes of this input."""
-        if routes.loss is not None:
-            run.losses[index] = routes.loss
-        if run.prompt.offset and not run.spans:
-            return
+    def _note(self, run: DecoderRun, index: int, routes: Routes, *, places: Tensor | None, text: Tensor) -> None:
+        """Leaves with the record what the layer computes of a prompt; places: (B, n) of the tokens alive (None: all);
+        text: (B, n) which of them are text."""
         where = None if places is None else fill_index(places, run.prompt.length)
         for span in run.spans:
             columns = span.places[span.kept]
             columns = columns if where is None else where[span.row, columns]
-            span.routed[index] = span.kept, routes.kept[span.row, columns].to(span.kept.device)
+            computed = routes.kept[span.row, columns].to(span.kept.device)
+            self._recording.of(span).routed[index] = span.kept, computed
         number = run.prompt.conversations.number
         if places is not None:
             number = number.gather(1, places.clamp(min=0))
-        run.generation.routed_text[index] = Conversations(number, run.prompt.conversations.most).counts(
-            routes.kept & text
-        )
-
-
-def _numbers(spans: list[ImageSpan]) -> list[int]:
-    """Which of its row's images each one is."""
-    return [sum(other.row == span.row for other in spans[:at]) for at, span in enumerate(spans)]
+        conversations = Conversations(number, run.prompt.conversations.most)
+        self._recording.trail.routed_text[index] = conversations.counts(routes.kept & text)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.decoder.prompt import ImageSpan
-from vtprune.decoder.run import DecoderRun, Texts
+from vtprune.decoder.run import DecoderRun, LayerView, Texts
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import NOTHING, BetweenLayers, Query, Read, drop_layers
+from vtprune.method.stages import NOTHING, BetweenLayers, Query, Read
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.compaction import fill_index
 
@@ -22,99 +20,69 @@ States = tuple[Tensor, Tensor, Tensor]
 class DecoderScoring:
     """Shows the layers of one model's decoder to the methods that score them."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner], depth: int, plans: Plans) -> None:
-        self.adapter, self.pruners, self.depth, self._plans = adapter, pruners, depth, plans
-        self._layers = list(adapter.decoder_layers)
-
-    def views(
-        self, run: DecoderRun, index: int, embeddings: tuple[Tensor, Tensor], hidden: Tensor
-    ) -> Iterator[tuple[ImageSpan, int, DecoderLayer]]:
-        """Each image and method (by its place in the list) that has to say which tokens go on after layer `index`.
-
-        embeddings: of that layer; hidden: (B, n, D) after it. What a method answers is to be carried out before
-        the next view is asked for.
-        """
-        scoring = [order for order, pruner in enumerate(self.pruners) if index in drop_layers(pruner)]
-        if not any(self._asked(span, order, index) for order in scoring for span in run.spans):
-            return
-        wanted = ((span, order) for span in run.spans for order in scoring if self._asked(span, order, index))
-        for span, order, layer in self.shown(run, index, embeddings, hidden, run.texts, wanted):
-            span.asked.setdefault(order, []).append(index)
-            yield span, order, layer
-
-    def shown(
-        self,
-        run: DecoderRun,
-        index: int,
-        embeddings: tuple[Tensor, Tensor],
-        hidden: Tensor,
-        text: Texts,
-        wanted: Iterable[tuple[ImageSpan, int]],
-    ) -> Iterator[tuple[ImageSpan, int, DecoderLayer]]:
-        """Layer `index` as each of these images and methods sees it; arguments as for `views`, and `text`:
-        places of each conversation's text tokens."""
-        places = run.layout(index).places
-        where = None if places is None else fill_index(places, run.prompt.length)
-        first, last = run.ends(places)
-        cos, sin = (part.expand(hidden.shape[0], *part.shape[1:]) for part in embeddings)
-        states: dict[tuple[bool, bool], States] = {}
-        for span, order in wanted:
-            row, pruner = span.row, self.pruners[order]
-            asks, looks = Query.ALL, NOTHING
-            if isinstance(pruner, BetweenLayers):
-                asks, looks = pruner.query, pruner.layer_reads
-            kind = asks is Query.NEXT_LAYER, asks is Query.LAST
-            if kind not in states:
-                states[kind] = self._states(run, index, embeddings, hidden, last, *kind)
-            query, key, value = (part[row] for part in states[kind])
-            if any(kind):
-                query = query[:, span.talk, None]
-            vision, words = span.places[span.kept], text[span.key]
-            if where is not None:
-                vision, words = where[row, vision], where[row, words]
-            entered = span.kept_at(0).numel()
-            budget = self._plans.of(span.image.total).left(order, index, entered)
-            layer = DecoderLayer(
-                query=query,
-                key=key,
-                value=value,
-                vision=vision,
-                last=int(last[span.key]),
-                scale=self.adapter.decoder_scale,
-                total=span.image.total,
-                indices=span.kept,
-                budget=span.kept.numel() if budget is None else budget,
-                index=index,
-                depth=self.depth,
-                text=words,
-                memory=span.memories.get(order, {}),
-                entered=entered,
-                processed=sum(span.kept_at(one).numel() for one in range(index + 1)),
-                hidden=hidden[row] if Read.HIDDEN in looks else None,
-                rotary=(cos[row], sin[row]),
-                first=int(first[span.key]),
-            )
-            yield span, order, layer
+    def __init__(self, adapter: Adapter, pruners: list[Pruner], plans: Plans) -> None:
+        self.adapter, self.pruners, self.plans = adapter, pruners, plans
+        self._modules = list(adapter.decoder_layers)
 
     @torch.no_grad()
-    def _states(
-        self,
-        run: DecoderRun,
-        index: int,
-        embeddings: tuple[Tensor, Tensor],
-        hidden: Tensor,
-        last: Tensor,
-        ahead: bool,
-        single: bool,
-    ) -> States:
+    def states(self, view: LayerView, last: Tensor, *, ahead: bool, single: bool) -> States:
         """q, k and v of the layer that ran; `single`: of queries those in the columns `last` (B, C) alone; `ahead`:
         these queries and all keys of the next layer."""
         if not ahead:
-            return self.adapter.decoder_states(run.taps, embeddings, last if single else None)
-        query, key = self.adapter.query_and_keys(self._layers[index + 1], hidden, embeddings, last)
+            return self.adapter.decoder_states(view.taps, view.embeddings, last if single else None)
+        module = self._modules[view.index + 1]
+        query, key = self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
         return query, key, key[:, :, :0]
 
-    def _asked(self, span: ImageSpan, order: int, index: int) -> bool:
-        """Whether a method has to say which tokens of an image go on after a decoder layer."""
-        plan = self._plans.of(span.image.total)
-        return plan.asks(order, index, span.kept_at(0).numel(), alive=span.kept.numel())
+
+class SeenLayer:
+    """A layer that ran as methods see it; text: places of each conversation's text tokens."""
+
+    def __init__(self, scoring: DecoderScoring, run: DecoderRun, view: LayerView, text: Texts) -> None:
+        self._scoring, self._view, self._text = scoring, view, text
+        self._where = None if view.places is None else fill_index(view.places, run.prompt.length)
+        first, self._last = run.ends(view.places)
+        self._ends: tuple[list[list[int]], list[list[int]]] = first.tolist(), self._last.tolist()
+        self._rotary = [part.expand(view.hidden.shape[0], *part.shape[1:]) for part in view.embeddings]
+        self._states: dict[tuple[bool, bool], States] = {}
+
+    def of(self, span: ImageSpan, order: int) -> DecoderLayer:
+        """For one image, and the method at place `order` of the list."""
+        view, row, scoring = self._view, span.row, self._scoring
+        pruner = scoring.pruners[order]
+        asks, looks = Query.ALL, NOTHING
+        if isinstance(pruner, BetweenLayers):
+            asks, looks = pruner.query, pruner.layer_reads
+        kind = asks is Query.NEXT_LAYER, asks is Query.LAST
+        if kind not in self._states:
+            self._states[kind] = scoring.states(view, self._last, ahead=kind[0], single=kind[1])
+        query, key, value = (part[row] for part in self._states[kind])
+        if any(kind):
+            query = query[:, span.talk, None]
+        vision, words = span.places[span.kept], self._text[span.key]
+        if self._where is not None:
+            vision, words = self._where[row, vision], self._where[row, words]
+        first, last = (ends[row][span.talk] for ends in self._ends)
+        cos, sin = self._rotary
+        entered = span.entered.numel()
+        budget = scoring.plans.of(span.image.total).left(order, view.index, entered)
+        return DecoderLayer(
+            query=query,
+            key=key,
+            value=value,
+            vision=vision,
+            last=last,
+            scale=scoring.adapter.decoder_scale,
+            total=span.image.total,
+            indices=span.kept,
+            budget=span.kept.numel() if budget is None else budget,
+            index=view.index,
+            depth=pruner.model.decoder_depth,
+            text=words,
+            memory=span.memories.get(order, {}),
+            entered=entered,
+            processed=span.processed,
+            hidden=view.hidden[row] if Read.HIDDEN in looks else None,
+            rotary=(cos[row], sin[row]),
+            first=first,
+        )

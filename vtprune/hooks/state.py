@@ -23,10 +23,6 @@ GATE = "vtprune_gate"
 FRAME = "vtprune_frame"
 # The attribute of an image's feature tensor that holds its EncodedImage.
 RECORD = "_vtprune_image"
-# The aux tensor of a cache that says which row of the prompt each row was.
-ROWS = "rows"
-# The attribute of a cache that holds its Generation.
-GENERATION = "_vtprune"
 
 
 @dataclass

@@ -15,7 +15,6 @@ from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.hooks.decoder import DecoderHooks
 from vtprune.hooks.encoder import EncoderHooks
 from vtprune.hooks.generate import GenerateHooks
-from vtprune.hooks.learning_hooks import LearningHooks
 from vtprune.hooks.state import ThreadState
 from vtprune.hooks.taps import Taps
 from vtprune.method.facts import ModelFacts
@@ -69,7 +68,7 @@ class Wrapping:
     @property
     def last(self) -> Generation | None:
         """The last generation of this model, whichever thread ran it."""
-        return self._decoder.last
+        return self._decoder.recorder.last
 
     def _install_encoder(self, adapter: Adapter) -> None:
         hooks = self._encoder
@@ -97,7 +96,7 @@ class Wrapping:
             self._after(projector, hooks.after_projector)
 
     def _install_decoder(self, adapter: Adapter) -> None:
-        hooks, learning = self._decoder, LearningHooks(self._state)
+        hooks, routing, teacher = self._decoder, self._decoder.routing, self._decoder.teacher
         for owner, name, replacement in adapter.overrides():
             self.override(owner, name, replacement)
         for owner, name, replacement in hooks.checkpoints.forwards():
@@ -113,12 +112,12 @@ class Wrapping:
             self._before(layer, functools.partial(hooks.before_layer, index))
             if index in hooks.entered:
                 self._after(layer, functools.partial(hooks.after_layer, index))
-            if index in hooks.routed.layers:
-                self.override(layer, "forward", functools.partial(learning.routed_forward, layer.forward))
-                self._before(adapter.decoder_attention(layer), learning.before_attention)
-                self._after(adapter.decoder_mlp(layer), learning.after_mlp)
-        self._before(adapter.model, learning.open_loss)
-        self._after(adapter.model, learning.add_loss)
+            if index in routing.layers:
+                self.override(layer, "forward", functools.partial(routing.routed_forward, layer.forward))
+                self._before(adapter.decoder_attention(layer), routing.before_attention)
+                self._after(adapter.decoder_mlp(layer), routing.after_mlp)
+        self._before(adapter.model, teacher.open_loss)
+        self._after(adapter.model, teacher.add_loss)
 
     def _install_taps(self, adapter: Adapter) -> None:
         encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)

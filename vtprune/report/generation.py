@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.waiting import VisionLog
 from vtprune.cost.formulas import FlopsBreakdown, cache_bytes, prefill_flops
 from vtprune.cost.sizes import ModelCost
-from vtprune.decoder.prompt import ImageSpan
-from vtprune.decoder.run import DecoderRun
 from vtprune.method.answers import KEPT_WHOLE
 from vtprune.method.facts import Work
-from vtprune.method.plan import Plan
+from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner, asked
 from vtprune.method.stages import (
     BeforeDecoder,
@@ -48,14 +48,16 @@ from vtprune.report.report import (
     StageReport,
     StepReport,
 )
+from vtprune.report.trail import ImageTrail, Trail, still_there
 
 
 @dataclass
 class Generation:
     """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked.
 
-    spans: every image in the cache; the first `earlier` of them came with earlier turns. texts: text tokens of
-    this turn's prompt in each row, by conversation; offset: places that the cache held before it.
+    trail: of the images that this turn brought; earlier: those of earlier turns that are still in the cache. texts:
+    text tokens of this turn's prompt in each row, by conversation; offset: places that the cache held before it;
+    steps: forwards on the cache since.
     """
 
     cost: ModelCost
@@ -63,13 +65,11 @@ class Generation:
     facts: Any
     depth: int
     dtype: torch.dtype
-    spans: list[ImageSpan]
+    trail: Trail
     texts: list[list[int]]
-    earlier: int = 0
+    earlier: list[ImageTrail] = field(default_factory=list)
     offset: int = 0
     steps: int = 0
-    # (B, C) text tokens of each conversation that a routed layer computed in the prefill, by layer.
-    routed_text: dict[int, Tensor] = field(default_factory=dict)
     _notes: list[CacheNote] = field(default_factory=list)
     _mask: Tensor | None = None
     _cache: weakref.ReferenceType[Cache] | None = None
@@ -78,6 +78,16 @@ class Generation:
     # What the cache held after each forward and holds now: known once a report is asked for.
     _history: list[Held] = field(default_factory=list)
     _now: Held = field(default_factory=Held)
+
+    @property
+    def images(self) -> list[ImageTrail]:
+        """Every image in the cache, those of earlier turns first."""
+        return [*self.earlier, *self.trail.images]
+
+    @cached_property
+    def plans(self) -> Plans:
+        """What the pruners were to do with an image, by its tokens."""
+        return Plans(self.pruners)
 
     @property
     def rows(self) -> int:
@@ -89,23 +99,15 @@ class Generation:
         """Text tokens of this turn's prompt in each row."""
         return [sum(row) for row in self.texts]
 
-    def note_cache(self, run: DecoderRun) -> None:
-        """Remembers what the cache holds after a forward; nothing is counted until a report is asked for."""
-        if run.cache is None or run.layers is None:
+    def note_cache(self, cache: Cache | None, layers: list[PrunedLayer] | None, mask: Tensor | None) -> None:
+        """Remembers what the cache holds after a forward, `mask` (B, length) saying what is no padding (None: all);
+        nothing is counted until a report is asked for."""
+        if cache is None or layers is None:
             return
-        self._mask = run.prompt.mask
-        self._cache = weakref.ref(run.cache)
-        self._notes.append(CacheNote.of(run.layers, self._mask))
-        self._log, self._heads = run.layers[0].log, [Heads.of(layer) for layer in run.layers]
-
-    def live_spans(self, rows: list[int], length: int) -> list[ImageSpan]:
-        """The images that are still in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
-        return [
-            replace(span, row=row)
-            for span in self.spans
-            for row, origin in enumerate(rows)
-            if span.row == origin and (span.end <= length or not length)
-        ]
+        self._mask = mask
+        self._cache = weakref.ref(cache)
+        self._notes.append(CacheNote.of(layers, mask))
+        self._log, self._heads = layers[0].log, [Heads.of(layer) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
@@ -126,7 +128,6 @@ class Generation:
         noted = [self.origins(note.rows) for note in self._notes]
         rows = self.origins(origins(layers)) if layers else noted[-1] if noted else list(range(self.rows))
         length = layers[0].length if layers else 0
-        earlier = replace(self, spans=self.spans[: self.earlier]).live_spans(rows, length)
         # Of rows that were reordered since, the past is that of the row that each came from.
         past = [[own.index(row) for row in rows] for own in noted]
         history = [note.held(at) for note, at in zip(self._notes, past, strict=True)]
@@ -136,10 +137,9 @@ class Generation:
             now = note.held(range(len(rows)))
         return replace(
             self,
-            spans=self.live_spans(rows, length),
-            earlier=len(earlier),
+            trail=self.trail.of_rows(rows, length),
+            earlier=still_there(self.earlier, rows, length),
             texts=[self.texts[row] for row in rows],
-            routed_text={layer: counts[rows] for layer, counts in self.routed_text.items()},
             _history=history,
             _now=now,
             _log=layers[0].log if layers else self._log,
@@ -147,11 +147,11 @@ class Generation:
         )
 
     def _build(self) -> Report:
-        tokens = self._tokens(self.spans)
+        tokens = self._tokens(self.images)
         breakdown, full = self._flops()
         kv = self._now.entries
-        kept = [self._achieved_tokens(span) for span in self.spans]
-        achieved = [tokens / span.image.total for tokens, span in zip(kept, self.spans, strict=True)]
+        kept = [self._achieved_tokens(image) for image in self.images]
+        achieved = [tokens / image.total for tokens, image in zip(kept, self.images, strict=True)]
         requested = [asked(pruner) for pruner in self.pruners]
         history = self._steps()
         before = self._history[0] if self._history else Held()
@@ -179,32 +179,32 @@ class Generation:
 
     def _steps(self) -> list[StepReport]:
         """The prefill and every forward after it, which vision tokens go through only where they return."""
-        prefill, none = self._tokens(self.spans[self.earlier :]), [[0] * self.rows for _ in range(self.depth)]
+        prefill, none = self._tokens(self.trail.images), [[0] * self.rows for _ in range(self.depth)]
         return [
             StepReport(held.with_returned(none if step else prefill), held.entries, self._bytes_of(held.entries))
             for step, held in enumerate(self._history or [Held()])
         ]
 
-    def _tokens(self, spans: list[ImageSpan]) -> list[list[int]]:
+    def _tokens(self, images: list[ImageTrail]) -> list[list[int]]:
         tokens = [[0] * self.rows for _ in range(self.depth)]
-        for span in spans:
+        for image in images:
             for layer in range(self.depth):
-                tokens[layer][span.row] += int(span.kept_at(layer).numel())
+                tokens[layer][image.row] += int(image.kept_at(layer).numel())
         return tokens
 
-    def _achieved_tokens(self, span: ImageSpan) -> float:
+    def _achieved_tokens(self, image: ImageTrail) -> float:
         """An image's tokens that were kept, counted as the last pruner counts its `keep`."""
         last = self.pruners[-1]
         evicting = evict_layers(last)
-        return mean_held(self._heads, span, evicting) if evicting else last.counted.of(_counts(span, self.depth))
+        return mean_held(self._heads, image, evicting) if evicting else last.counted.of(_counts(image, self.depth))
 
     def _stage(self, index: int) -> StageReport:
         pruner = self.pruners[index]
-        left: list[float] = [span.left.get(index, int(span.image.alive.numel())) for span in self.spans]
+        left: list[float] = [image.left.get(index, int(image.encoded.alive.numel())) for image in self.images]
         if evict_layers(pruner):
-            left = [self._achieved_tokens(span) for span in self.spans]
+            left = [self._achieved_tokens(image) for image in self.images]
         mean = sum(left) / len(left) if left else 0.0
-        layers = sorted({layer for span in self.spans for layer in span.asked.get(index, ())})
+        layers = sorted({layer for image in self.images for layer in image.asked.get(index, ())})
         return StageReport(pruner.name, acts_at(pruner, layers), asked(pruner), mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
@@ -217,39 +217,39 @@ class Generation:
     def _sample(self, row: int) -> SampleReport:
         images = [
             ImageReport(
-                grid=span.image.grid,
-                tokens=span.image.total,
-                kept=span.kept_at(0).tolist(),
-                kept_per_layer=[span.kept_at(layer).tolist() for layer in range(self.depth)],
-                merged=_merged(span),
-                cached_per_layer=[span.cached_at(layer).tolist() for layer in range(self.depth)],
-                cls=span.image.cls,
-                notes=self._notes_of(span),
-                published_tokens=_published(self.pruners[-1], _counts(span, self.depth)),
-                steps=image_steps(self._log, span, self.depth),
-                cached_per_head=tokens_per_head(self._heads, span),
-                achieved_tokens=self._achieved_tokens(span),
+                grid=image.encoded.grid,
+                tokens=image.total,
+                kept=image.kept_at(0).tolist(),
+                kept_per_layer=[image.kept_at(layer).tolist() for layer in range(self.depth)],
+                merged=_merged(image),
+                cached_per_layer=[image.cached_at(layer).tolist() for layer in range(self.depth)],
+                cls=image.encoded.cls,
+                notes=self._notes_of(image),
+                published_tokens=_published(self.pruners[-1], _counts(image, self.depth)),
+                steps=image_steps(self._log, image, self.depth),
+                cached_per_head=tokens_per_head(self._heads, image),
+                achieved_tokens=self._achieved_tokens(image),
             )
-            for span in self.spans
-            if span.row == row
+            for image in self.images
+            if image.row == row
         ]
         return SampleReport(images, self.text[row])
 
-    def _notes_of(self, span: ImageSpan) -> list[str]:
+    def _notes_of(self, image: ImageTrail) -> list[str]:
         last = self.pruners[-1]
-        evicted = eviction_notes(self._heads, span, last.name)
-        published = _published_notes(_counts(span, self.depth), last)
-        plan = Plan(tuple(self.pruners), span.image.total)
-        unmet = [plan.whole(order, int(span.kept_at(0).numel())) for order in range(len(self.pruners))]
+        evicted = eviction_notes(self._heads, image, last.name)
+        published = _published_notes(_counts(image, self.depth), last)
+        plan, entered = self.plans.of(image.total), int(image.kept_at(0).numel())
+        unmet = [plan.whole(order, entered) for order in range(len(self.pruners))]
         whole = [f"{KEPT_WHOLE}{reason}" for reason in unmet if reason]
-        return [*span.notes, *whole, *evicted, *published, *self._end_notes(span)]
+        return [*image.notes, *whole, *evicted, *published, *self._end_notes(image)]
 
-    def _end_notes(self, span: ImageSpan) -> list[str]:
+    def _end_notes(self, image: ImageTrail) -> list[str]:
         """That an answer starts from a token before the prompt's end, where that end is an image whose last token was
         dropped."""
-        left = span.history[-1][1] if span.history else span.kept
-        ends = not span.text_after and [one for one in self.spans if one.key == span.key][-1] is span
-        if not ends or not left.numel() or int(left[-1]) == span.image.total - 1:
+        left = image.alive_at(self.depth)
+        ends = int(image.text_after) == 0 and [one for one in self.images if one.key == image.key][-1] is image
+        if not ends or not left.numel() or int(left[-1]) == image.total - 1:
             return []
         return [
             "the prompt ends with this image, and its last token was dropped: the answer starts from token "
@@ -262,12 +262,12 @@ class Generation:
         held = self._history[0] if self._history else Held()
         encoded: set[int] = set()
         for key in self._keys():
-            spans = self._new(key)
+            images = self._new(key)
             # Rows of one sample under beams share its images: the tower ran on each of them once.
-            fresh = [span for span in spans if id(span.image) not in encoded]
-            encoded.update(id(span.image) for span in spans)
-            grids = [span.image.grid for span in fresh]
-            text, whole = self._text_of(key), sum(span.image.total for span in spans)
+            fresh = [image for image in images if id(image.encoded) not in encoded]
+            encoded.update(id(image.encoded) for image in images)
+            grids = [image.encoded.grid for image in fresh]
+            text, whole = self._text_of(key), sum(image.total for image in images)
             words, own, past = self._text_per_layer(key), self._own(key, held), self._past(key, held)
             alone = prefill_flops(
                 self.cost,
@@ -276,8 +276,8 @@ class Generation:
                 images=grids,
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
-                projector_tokens=sum(int(span.image.alive.numel()) for span in fresh),
-                scoring=sum(self._scoring(spans, place) for place in range(len(spans)))
+                projector_tokens=sum(int(image.encoded.alive.numel()) for image in fresh),
+                scoring=sum(self._scoring(images, place) for place in range(len(images)))
                 + self._probes(key, past)
                 + sum(pruner.row_flops(own[0] + text) for pruner in self.pruners if isinstance(pruner, InLayers)),
             )
@@ -294,9 +294,9 @@ class Generation:
         """Row and number of every conversation of this turn."""
         return [(row, talk) for row, texts in enumerate(self.texts) for talk in range(len(texts))]
 
-    def _new(self, key: tuple[int, int]) -> list[ImageSpan]:
+    def _new(self, key: tuple[int, int]) -> list[ImageTrail]:
         """The images that this turn brought to a conversation."""
-        return [span for span in self.spans[self.earlier :] if span.key == key]
+        return [image for image in self.trail.images if image.key == key]
 
     def _text_of(self, key: tuple[int, int]) -> int:
         return self.texts[key[0]][key[1]]
@@ -304,7 +304,7 @@ class Generation:
     def _own(self, key: tuple[int, int], held: Held) -> list[int]:
         """Vision tokens of a conversation that each layer computed in the prefill."""
         row = key[0]
-        tokens = [sum(int(span.kept_at(layer).numel()) for span in self._new(key)) for layer in range(self.depth)]
+        tokens = [sum(int(image.kept_at(layer).numel()) for image in self._new(key)) for layer in range(self.depth)]
         return [tokens[layer] + (held.returned[layer][row] if held.returned else 0) for layer in range(self.depth)]
 
     def _past(self, key: tuple[int, int], held: Held) -> list[int]:
@@ -316,7 +316,7 @@ class Generation:
 
     def _text_per_layer(self, key: tuple[int, int]) -> list[int]:
         """Text tokens of a conversation that each layer computed in the prefill."""
-        whole, routed = self._text_of(key), self.routed_text
+        whole, routed = self._text_of(key), self.trail.routed_text
         return [int(routed[layer][key]) if layer in routed else whole for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
@@ -326,7 +326,7 @@ class Generation:
 
     def _probed(self, index: int, key: tuple[int, int]) -> int:
         """Tokens of a conversation that a pruner's probe saw, 0 if it made none."""
-        seen = [span.probed.get(index, 0) for span in self._new(key)]
+        seen = [image.probed.get(index, 0) for image in self._new(key)]
         return self._text_of(key) + sum(seen) if any(seen) else 0
 
     def _probes(self, key: tuple[int, int], past: list[int]) -> int:
@@ -346,42 +346,42 @@ class Generation:
         keys = [layer[key[0]] for layer in self._history[0].entries] if self.offset else own
         return tuple(n * k for n, k in zip(own, keys, strict=True))
 
-    def _scoring(self, spans: list[ImageSpan], place: int) -> int:
+    def _scoring(self, images: list[ImageTrail], place: int) -> int:
         """What all methods add for one of the images of a conversation."""
-        span, key = spans[place], spans[place].key
+        image, key = images[place], images[place].key
         words = self._text_of(key)
         blocks, decoder = self.cost.vision.blocks, self.cost.decoder
-        patches = span.image.total * self.facts.group
-        alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
+        patches = image.total * self.facts.group
+        alive = [sum(layer) for layer in image.encoded.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
         for index, pruner in enumerate(self.pruners):
-            if not Plan(tuple(self.pruners), span.image.total).acts(index):
+            if not self.plans.of(image.total).acts(index):
                 continue
-            asked = span.asked.get(index, [])
-            known = {layer for other in spans[:place] for layer in other.asked.get(index, ())}
+            scored = image.asked.get(index, [])
+            known = {layer for other in images[:place] for layer in other.asked.get(index, ())}
             work = Work(
                 patches=patches,
-                tokens=span.image.total,
-                shown=int(span.image.alive.numel()),
-                kept=int(span.kept_at(0).numel()),
+                tokens=image.total,
+                shown=int(image.encoded.alive.numel()),
+                kept=int(image.kept_at(0).numel()),
                 encoder_width=blocks.width,
                 encoder_heads=blocks.heads,
                 decoder_width=decoder.width,
                 decoder_heads=decoder.heads,
-                prompt=words + sum(one.image.total for one in self.spans if one.key == key),
+                prompt=words + sum(one.total for one in self.images if one.key == key),
                 text=words,
-                text_after=span.text_after,
+                text_after=int(image.text_after),
                 decoder_kv_width=decoder.kv_width,
                 decoder_pairs=self._pairs(key),
-                images=sum(Plan(tuple(self.pruners), one.image.total).acts(index) for one in spans),
+                images=sum(self.plans.of(one.total).acts(index) for one in images),
                 encoder_patches=tuple(alive),
-                encoder_layers=span.image.scored,
-                decoder_layers=tuple(asked),
-                decoder_tokens=tuple(words + sum(one.kept_at(n).numel() for one in spans) for n in asked),
-                first_asked=tuple(layer not in known for layer in asked),
+                encoder_layers=image.encoded.scored,
+                decoder_layers=tuple(scored),
+                decoder_tokens=tuple(words + sum(one.kept_at(n).numel() for one in images) for n in scored),
+                first_asked=tuple(layer not in known for layer in scored),
                 has_cls=self.facts.has_cls,
-                image_tokens=tuple(int(span.kept_at(layer).numel()) for layer in asked),
-                memory=span.memories.get(index, {}),
+                image_tokens=tuple(int(image.kept_at(layer).numel()) for layer in scored),
+                memory=image.memories.get(index, {}),
                 probed=self._probed(index, key),
             )
             total += pruner.flops(work)
@@ -393,20 +393,22 @@ def _sum(parts: list[FlopsBreakdown]) -> FlopsBreakdown:
     return FlopsBreakdown(**{name: sum(getattr(part, name) for part in parts) for name in names})
 
 
-def _segments(spans: list[ImageSpan]) -> list[list[list[int]]] | None:
+def _segments(images: list[ImageTrail]) -> list[list[list[int]]] | None:
     """Attention segments by image and encoder layer, or None where no pruner acts in the encoder."""
-    return [span.image.segments for span in spans] if any(span.image.segments for span in spans) else None
+    return [image.encoded.segments for image in images] if any(image.encoded.segments for image in images) else None
 
 
-def _mlp_tokens(spans: list[ImageSpan]) -> list[tuple[int, ...]] | None:
-    return [span.image.mlp for span in spans] if any(span.image.segments for span in spans) else None
+def _mlp_tokens(images: list[ImageTrail]) -> list[tuple[int, ...]] | None:
+    return [image.encoded.mlp for image in images] if any(image.encoded.segments for image in images) else None
 
 
-def _merged(span: ImageSpan) -> list[MergeReport]:
-    inside = [(span.image.merged_at, merge, "encoder") for merge in span.image.merges()]
-    later = [(layer, merge, "decoder") for layer, merge in span.merges]
+def _merged(image: ImageTrail) -> list[MergeReport]:
+    inside = [(image.encoded.merged_at, merge, "encoder") for merge in image.encoded.merges()]
+    later = [(layer, merge, "decoder") for layer, merge in image.merged()]
     return [
-        MergeReport(merge.into, list(merge.members), list(merge.weights), layer, stage)
+        MergeReport(
+            into=merge.into, members=list(merge.members), weights=list(merge.weights), layer=layer, stage=stage
+        )
         for layer, merge, stage in inside + later
     ]
 
@@ -424,9 +426,9 @@ def acts_at(pruner: Pruner, asked: list[int]) -> str:
     return "; ".join(places) or "nowhere"
 
 
-def _counts(span: ImageSpan, depth: int) -> list[int]:
+def _counts(image: ImageTrail, depth: int) -> list[int]:
     """Tokens of an image that each decoder layer processes."""
-    return [int(span.kept_at(layer).numel()) for layer in range(depth)]
+    return [int(image.kept_at(layer).numel()) for layer in range(depth)]
 
 
 def _published_notes(counts: list[int], last: Pruner) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vtprune.cache.layer import PrunedLayer
-from vtprune.decoder.prompt import ImageSpan
-from vtprune.hooks.eviction import MERGED
+from vtprune.cache.names import MERGED
+from vtprune.report.trail import ImageTrail
 
 
 class Heads(NamedTuple):
@@ -29,50 +29,50 @@ class Heads(NamedTuple):
         """What a layer's heads hold now."""
         return cls(layer.length, layer.head_slots, layer.entries.get(MERGED))
 
-    def tokens(self, span: ImageSpan) -> list[list[int]]:
+    def tokens(self, image: ImageTrail) -> list[list[int]]:
         """The tokens of an image that each head holds, [] where all hold the same."""
         if self.slots is None:
             return []
-        token = self._table(span)
-        found = (token[head[head >= 0]] for head in self.slots[span.row].cpu())
+        token = self._table(image)
+        found = (token[head[head >= 0]] for head in self.slots[image.row].cpu())
         return [tokens[tokens >= 0].tolist() for tokens in found]
 
-    def merged_into(self, span: ImageSpan) -> int:
+    def merged_into(self, image: ImageTrail) -> int:
         """How many entries flowed into those of an image, in all heads."""
         if self.slots is None or self.merged is None:
             return 0
-        counts = self.merged[span.row].cpu()
-        own = self._table(span)[self.slots[span.row, :, : counts.shape[1]].cpu()] >= 0
+        counts = self.merged[image.row].cpu()
+        own = self._table(image)[self.slots[image.row, :, : counts.shape[1]].cpu()] >= 0
         return int(counts[own].sum())
 
-    def _table(self, span: ImageSpan) -> Tensor:
+    def _table(self, image: ImageTrail) -> Tensor:
         """(length + 1,) the token of the image at each place, -1 for none and (last) for padding."""
         table = torch.full((self.length + 1,), -1)
-        table[span.offset + span.places.cpu()] = torch.arange(span.image.total)
+        table[image.offset + image.places.cpu()] = torch.arange(image.total)
         return table
 
 
-def tokens_per_head(heads: Sequence[Heads], span: ImageSpan) -> list[list[list[int]]]:
+def tokens_per_head(heads: Sequence[Heads], image: ImageTrail) -> list[list[list[int]]]:
     """The tokens of an image that each head of each layer holds, [] for a layer whose heads all hold what it held
     after the prefill."""
-    found = [layer.tokens(span) for layer in heads]
+    found = [layer.tokens(image) for layer in heads]
     # Heads of one layer are listed for all rows once any of them was cut.
-    whole = (span.cached_at(layer).tolist() for layer in range(len(found)))
+    whole = (image.cached_at(layer).tolist() for layer in range(len(found)))
     return [[] if all(head == kept for head in of) else of for of, kept in zip(found, whole, strict=True)]
 
 
-def mean_held(heads: Sequence[Heads], span: ImageSpan, layers: Sequence[int]) -> float:
+def mean_held(heads: Sequence[Heads], image: ImageTrail, layers: Sequence[int]) -> float:
     """Tokens of an image in the caches of some layers: their mean over layers and heads."""
-    found = tokens_per_head(heads, span) or [[]] * (1 + max(layers))
-    held = [found[layer] or [span.cached_at(layer).tolist()] for layer in layers]
+    found = tokens_per_head(heads, image) or [[]] * (1 + max(layers))
+    held = [found[layer] or [image.cached_at(layer).tolist()] for layer in layers]
     return sum(sum(map(len, one)) / len(one) for one in held) / len(held)
 
 
-def eviction_notes(heads: Sequence[Heads], span: ImageSpan, name: str) -> list[str]:
+def eviction_notes(heads: Sequence[Heads], image: ImageTrail, name: str) -> list[str]:
     """What became of the entries of an image that left its cache head by head."""
-    found = tokens_per_head(heads, span)
-    evicted = sum(len(of) * span.cached_at(layer).numel() - sum(map(len, of)) for layer, of in enumerate(found))
+    found = tokens_per_head(heads, image)
+    evicted = sum(len(of) * image.cached_at(layer).numel() - sum(map(len, of)) for layer, of in enumerate(found))
     if not evicted:
         return []
-    merged = sum(layer.merged_into(span) for layer in heads)
+    merged = sum(layer.merged_into(image) for layer in heads)
     return [f"{name}: {merged} entries merged of {evicted} evicted, summed over layers and heads"]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vtprune.cache.layer import PrunedLayer
+from vtprune.cache.names import ROWS
 from vtprune.cache.waiting import Step, VisionLog
-from vtprune.decoder.prompt import ImageSpan
-from vtprune.hooks.state import ROWS
 from vtprune.report.report import ImageStep
+from vtprune.report.trail import ImageTrail
 
 
 def origins(layers: Sequence[PrunedLayer]) -> Tensor | None:
@@ -75,7 +75,14 @@ class CacheNote:
         whole = layers[0].length if mask is None else mask[:, : layers[0].length].sum(dim=1)
         steps = layers[0].log.steps if layers[0].log is not None else ()
         waiting = sum(layer.waiting.bytes for layer in layers if layer.waiting is not None)
-        return cls(origins(layers), entries, whole, sum(map(_bytes, layers)), waiting, steps[-1] if steps else None)
+        return cls(
+            rows=origins(layers),
+            entries=entries,
+            whole=whole,
+            allocated=sum(map(_bytes, layers)),
+            waiting=waiting,
+            step=steps[-1] if steps else None,
+        )
 
     def held(self, rows: Sequence[int]) -> Held:
         """What these rows of the cache hold."""
@@ -84,22 +91,27 @@ class CacheNote:
             if id(entries) not in known:
                 known[id(entries)] = _counts(entries, rows)
         returned = [] if self.step is None else _returned(self.step, rows, len(self.entries))
-        entries_now = [list(known[id(entries)]) for entries in self.entries]
-        return Held(entries_now, known[id(self.whole)], returned, self.allocated, self.waiting)
+        return Held(
+            entries=[list(known[id(entries)]) for entries in self.entries],
+            whole=known[id(self.whole)],
+            returned=returned,
+            allocated=self.allocated,
+            waiting=self.waiting,
+        )
 
 
-def image_steps(log: VisionLog | None, span: ImageSpan, depth: int) -> list[ImageStep]:
+def image_steps(log: VisionLog | None, image: ImageTrail, depth: int) -> list[ImageStep]:
     """What the forwards after the one that brought an image made of its tokens, where these may return."""
     if log is None:
         return []
-    entered = span.kept_at(0)
-    own = (span.offset + span.places[entered]).to(log.places.device)
-    row, column = (log.places[span.row] == own[:, None]).nonzero(as_tuple=True)
+    entered = image.kept_at(0)
+    own = (image.offset + image.places[entered]).to(log.places.device)
+    row, column = (log.places[image.row] == own[:, None]).nonzero(as_tuple=True)
     tokens = entered.to(row.device)[row].tolist()
     return [
-        _image_step(tokens, step.until[span.row, column].tolist(), step.first[span.row, column].tolist(), depth)
+        _image_step(tokens, step.until[image.row, column].tolist(), step.first[image.row, column].tolist(), depth)
         for step in log.steps
-        if step.since > span.offset and tokens
+        if step.since > image.offset and tokens
     ]
 
 

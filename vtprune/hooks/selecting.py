@@ -1,0 +1,223 @@
+"""Asking methods which tokens of each image enter the decoder, and which go on after its layers; and doing what they
+answer."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.decoder.prompt import ImageSpan, left_signals
+from vtprune.decoder.run import DecoderRun, LayerView, Observer
+from vtprune.errors import KeptWholeWarning, VTPruneError
+from vtprune.hooks.learning import Lessons
+from vtprune.hooks.probe import Probe, Prober
+from vtprune.hooks.recording import Recording
+from vtprune.hooks.scoring import DecoderScoring, SeenLayer
+from vtprune.method.answers import KEPT_WHOLE, Selection
+from vtprune.method.facts import ModelFacts
+from vtprune.method.plan import Plan
+from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BeforeDecoder, BetweenLayers, Read, cut_caches, probe_layer, reads
+from vtprune.method.views import VisionStream
+from vtprune.tensors.attention import full_precision
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """Carries out what the methods of one forward answer, and tells those who have to know: lessons, recording."""
+
+    lessons: Lessons
+    recording: Recording
+
+    def apply(
+        self,
+        run: DecoderRun,
+        span: ImageSpan,
+        selection: Selection | None,
+        *,
+        order: int,
+        pruner: Pruner,
+        budget: int | None,
+        layer: int,
+    ) -> None:
+        """Keeps of an image what the pruner at place `order` of the list answered, from decoder layer `layer` on.
+
+        Raises VTPruneError for an answer that is none, or that keeps more than the budget (None: the method
+        decides).
+        """
+        if selection is None:
+            return
+        before = span.kept
+        selection.check(before.numel())
+        if budget is not None and selection.kept.numel() > budget and not selection.learns:
+            raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
+        run.drop(span, selection)
+        self.lessons.enrol(span, before, selection, order=order)
+        self.recording.dropped(span, before, selection, order=order, name=pruner.name, layer=layer)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward of the decoder is given: embeddings (B, L, D), and the ids (B, L) that they are of, unless the
+    caller handed in embeddings; pictures: of images that a method has looked at, by identity."""
+
+    embeds: Tensor
+    ids: Tensor | None
+    pictures: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Selecting:
+    """Asks the methods of one wrapped model, in their order, which tokens of each image enter the decoder, and says
+    after which layers they are asked again.
+
+    layers: those layers; cut: the layers whose caches are cut, in the end, to what the last one left.
+    """
+
+    def __init__(
+        self,
+        scoring: DecoderScoring,
+        facts: ModelFacts,
+        modules: dict[int, nn.Module],
+    ) -> None:
+        self.scoring, self.facts, self.modules = scoring, facts, modules
+        self.adapter, self.pruners = scoring.adapter, scoring.pruners
+        self.plans = scoring.plans
+        self._by_layer: dict[int, list[tuple[int, BetweenLayers]]] = {}
+        for order, pruner in enumerate(self.pruners):
+            if isinstance(pruner, BetweenLayers):
+                for index in pruner.drop_layers():
+                    self._by_layer.setdefault(index, []).append((order, pruner))
+        self.layers = frozenset(self._by_layer)
+        self.cut = frozenset(index for pruner in self.pruners for index in cut_caches(pruner))
+        # Why images were kept whole, as far as that was warned of.
+        self._told: set[str] = set()
+
+    def open(self, run: DecoderRun, dropping: Dropping) -> Scoring | None:
+        """Who asks the methods about the images of one forward, if it brings any."""
+        return Scoring(self, dropping) if run.spans else None
+
+    def acting(self, index: int) -> list[tuple[int, BetweenLayers]]:
+        """The methods that may act after a layer, with their places in the list."""
+        return self._by_layer.get(index, [])
+
+    def before_decoder(self, prober: Prober, dropping: Dropping, inputs: Inputs) -> None:
+        """Has every method remember what it needs of each image, and choose."""
+        run, recording = prober.run, dropping.recording
+        for span in run.spans:
+            run.mark(span)
+            recording.of(span).text_after = (run.texts[span.key] > span.places[-1]).sum()
+        for order, pruner in enumerate(self.pruners):
+            probe = self._probe(prober, recording, order)
+            for span in run.spans:
+                plan = self.plans.of(span.image.total)
+                self._tell_whole(plan, span, order)
+                if not plan.acts(order):
+                    continue
+                stream = self._stream(run, span, order=order, inputs=inputs)
+                if probe is not None:
+                    stream = replace(stream, probe=probe.of(span, run.texts[span.key], stream.budget))
+                memory: dict[str, Any] = {}
+                if isinstance(pruner, BetweenLayers):
+                    with full_precision(inputs.embeds.device):
+                        memory = pruner.remember(stream)
+                # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
+                span.memories[order] = {name: _constant(value) for name, value in memory.items()}
+                if isinstance(pruner, BeforeDecoder) and plan.selects(order, span.kept.numel()):
+                    with full_precision(inputs.embeds.device):
+                        selection = pruner.select(replace(stream, memory=memory))
+                    budget = plan.entering(order)
+                    dropping.apply(run, span, selection, order=order, pruner=pruner, budget=budget, layer=0)
+
+    def _tell_whole(self, plan: Plan, span: ImageSpan, order: int) -> None:
+        """Warns, once for each reason, of an image that a method cannot cut to its budget."""
+        reason = plan.whole(order, span.kept.numel())
+        if reason and reason not in self._told:
+            self._told.add(reason)
+            text = f"an image of {span.image.total} tokens is {KEPT_WHOLE}{reason}"
+            warnings.warn(text, KeptWholeWarning, stacklevel=2)
+
+    def _probe(self, prober: Prober, recording: Recording, order: int) -> Probe | None:
+        """The decoder layer that a method selects by, of the prompt as it stands, if there is anything to select."""
+        pruner, spans = self.pruners[order], prober.run.spans
+        layer = probe_layer(pruner)
+        rows = {span.row for span in spans if self.plans.of(span.image.total).selects(order, span.kept.numel())}
+        if layer is None or not rows:
+            return None
+        for span in spans:
+            if span.row in rows:
+                recording.of(span).probed[order] = span.kept.numel()
+        return prober.at(layer)
+
+    def _stream(self, run: DecoderRun, span: ImageSpan, *, order: int, inputs: Inputs) -> VisionStream:
+        image, pruner, module, row = span.image, self.pruners[order], self.modules.get(order), span.row
+        text = (run.texts if module is None else run.unlabelled)[span.key]
+        assert image.pixels is not None
+        picture, budget = None, self.plans.of(image.total).entering(order)
+        if Read.PICTURE in reads(pruner):
+            if id(image) not in inputs.pictures:
+                inputs.pictures[id(image)] = self.adapter.picture(image.pixels, image.grid)
+            picture = inputs.pictures[id(image)]
+        return VisionStream(
+            features=run.merged(span, inputs.embeds[row, span.places[span.kept]]),
+            grid=image.grid,
+            indices=span.kept,
+            total=image.total,
+            budget=pruner.budget(image.total) if budget is None else budget,
+            signals=left_signals(image.signals, image, span),
+            pixels=image.pixels,
+            text=inputs.embeds[row, text],
+            text_ids=None if inputs.ids is None else inputs.ids[row, text],
+            last_signals=left_signals(image.last_signals, image, span),
+            picture=picture,
+            source=self.facts.source,
+            text_after=int((text > span.places[-1]).sum()),
+            module=module,
+            training=module is not None and module.training and torch.is_grad_enabled(),
+        )
+
+
+@dataclass(frozen=True)
+class Scoring(Observer):
+    """Asks the methods, in their order and image by image, which tokens go on; each one sees what those before it
+    left."""
+
+    of: Selecting
+    dropping: Dropping
+
+    def wants(self, index: int) -> bool:
+        """Whether a method may act after this layer."""
+        return index in self.of.layers
+
+    def after(self, run: DecoderRun, view: LayerView) -> LayerView:
+        """Drops what the methods leave out, from the next layer on."""
+        seen = None
+        for span in run.spans:
+            for order, pruner in self.of.acting(view.index):
+                plan, entered = self.of.plans.of(span.image.total), span.entered.numel()
+                if not plan.asks(order, view.index, entered, alive=span.kept.numel()):
+                    continue
+                seen = seen or SeenLayer(self.of.scoring, run, view, run.texts)
+                self.dropping.recording.of(span).asked.setdefault(order, []).append(view.index)
+                layer = seen.of(span, order)
+                with full_precision(view.hidden.device):
+                    selection = pruner.prune_decoder(layer)
+                budget = plan.left(order, view.index, entered)
+                self.dropping.apply(
+                    run, span, selection, order=order, pruner=pruner, budget=budget, layer=view.index + 1
+                )
+        return view
+
+    def close(self, run: DecoderRun) -> None:
+        """Cuts the caches that are to hold only what the last layer left."""
+        if self.of.cut and run.layers is not None:
+            run.cut_caches(self.of.cut)
+            for span in run.spans:
+                self.dropping.recording.of(span).cut = self.of.cut
+
+
+def _constant(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

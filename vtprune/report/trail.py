@@ -1,0 +1,124 @@
+"""What happened to each image in one forward of the decoder: hooks write it while the forward runs, and the report
+alone reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.decoder.prompt import ImageSpan
+from vtprune.encoder.encoding import EncodedImage
+from vtprune.method.answers import Merge
+
+
+@dataclass
+class ImageTrail:
+    """The trail of one image in one row of the batch; `order` is a pruner's place in the list.
+
+    places: (total,) of its tokens in the row's input, which follows `offset` places in the cache; talk: which of its
+    row's conversations it belongs to; encoded: the image as the encoder left it, without what only methods look at.
+    layers: by decoder layer, the tokens (n,) alive there, once the forward is over; routed: by routed layer, those
+    tokens and which of them (n,) it computes; cut: the layers whose cache holds only what the last layer left.
+    merges: the decoder layer before which some of these tokens (n,) merged, and how. left: by order, the tokens that
+    it left the last time that it acted on the decoder's side; asked: by order, the decoder layers after which it was
+    asked; probed: by order, the tokens that its probe saw; memories: by order, what it remembers of the tokens left.
+    notes: what pruners said; text_after: how many text tokens of its conversation stand after it, on the device.
+    """
+
+    row: int
+    talk: int
+    places: Tensor
+    offset: int
+    encoded: EncodedImage
+    layers: list[Tensor] = field(default_factory=list)
+    routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cut: frozenset[int] = frozenset()
+    merges: list[tuple[int, Tensor, tuple[Merge, ...]]] = field(default_factory=list)
+    left: dict[int, int] = field(default_factory=dict)
+    asked: dict[int, list[int]] = field(default_factory=dict)
+    probed: dict[int, int] = field(default_factory=dict)
+    memories: dict[int, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    text_after: int | Tensor = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its row, and which of the row's conversations it belongs to."""
+        return self.row, self.talk
+
+    @property
+    def total(self) -> int:
+        """Vision tokens of the whole image."""
+        return self.encoded.total
+
+    @property
+    def end(self) -> int:
+        """The place after its last token in the whole sequence."""
+        return self.offset + int(self.places[-1]) + 1
+
+    def alive_at(self, layer: int) -> Tensor:
+        """Tokens alive at decoder layer `layer`; of a forward that was interrupted, at the last one before it."""
+        reached = self.layers[: layer + 1]
+        return reached[-1] if reached else self.encoded.alive
+
+    def kept_at(self, layer: int) -> Tensor:
+        """Tokens that decoder layer `layer` processes."""
+        if layer in self.routed:
+            alive, computed = self.routed[layer]
+            return alive[computed]
+        return self.alive_at(layer)
+
+    def cached_at(self, layer: int) -> Tensor:
+        """Tokens that decoder layer `layer` holds in its cache once the prefill is over."""
+        return self.layers[-1] if layer in self.cut else self.kept_at(layer)
+
+    def merged(self) -> list[tuple[int, Merge]]:
+        """The merges between decoder layers, in indices of the whole image, each with the layer that follows it."""
+        found = []
+        for layer, tokens, merges in self.merges:
+            whole = tokens.tolist()
+            found += [
+                (layer, Merge(whole[one.into], tuple(whole[m] for m in one.members), one.weights)) for one in merges
+            ]
+        return found
+
+
+@dataclass
+class Trail:
+    """The trails of the images that one forward brings; routed_text: by routed layer, (B, C) the text tokens of each
+    conversation that it computed."""
+
+    images: list[ImageTrail] = field(default_factory=list)
+    routed_text: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spans: Sequence[ImageSpan]) -> Trail:
+        """An empty trail for each of these images, in order. The report outlives signals and pixels of theirs; rows
+        that share an image go on sharing it."""
+        slim = {id(span.image): replace(span.image, signals=None, last_signals=None, pixels=None) for span in spans}
+        return cls(
+            [
+                ImageTrail(
+                    row=span.row, talk=span.talk, places=span.places, offset=span.offset, encoded=slim[id(span.image)]
+                )
+                for span in spans
+            ]
+        )
+
+    def of_rows(self, rows: Sequence[int], length: int) -> Trail:
+        """What is left of it in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
+        text = {layer: counts[list(rows)] for layer, counts in self.routed_text.items()}
+        return Trail(still_there(self.images, rows, length), text)
+
+
+def still_there(images: Sequence[ImageTrail], rows: Sequence[int], length: int) -> list[ImageTrail]:
+    """Those images that are still in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
+    return [
+        replace(image, row=row)
+        for image in images
+        for row, origin in enumerate(rows)
+        if image.row == origin and (image.end <= length or not length)
+    ]
