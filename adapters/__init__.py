@@ -8,10 +8,11 @@ from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
-from vtprune.adapters.qwen_vl import QwenVLAdapter
+from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen25VLAdapter
+from vtprune.cost.sizes import ModelCost
 from vtprune.errors import UnsupportedModelError
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, QwenVLAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, Qwen2VLAdapter, Qwen25VLAdapter)
 
 
 def adapters() -> list[tuple[str, tuple[str, ...], str]]:
@@ -37,3 +38,14 @@ def adapter_for(model: Any) -> Adapter:
     raise UnsupportedModelError(
         f"no adapter for {type(core).__name__}; vtprune wraps {known} (see CONTRIBUTING.md, 'Add a model')"
     )
+
+
+def model_cost(config: Any) -> ModelCost:
+    """The sizes of a model that its cost depends on; raises UnsupportedModelError for an unknown family."""
+    kind = getattr(config, "model_type", None)
+    for adapter in ADAPTERS:
+        if kind in adapter.model_types:
+            return adapter.sizes(config)
+    got = repr(kind) if kind else type(config).__name__
+    known = ", ".join(name for adapter in ADAPTERS for name in adapter.model_types)
+    raise UnsupportedModelError(f"no cost for config {got}; supported model types: {known}")

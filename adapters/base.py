@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.offloading import loaded
+from vtprune.cost.sizes import ModelCost
 from vtprune.decoder.prompt import PromptInfo
-from vtprune.encoder.encoding import Encoding
+from vtprune.encoder.encoding import EncodedImage, Encoding
 from vtprune.method.beside import image_statistics
 from vtprune.method.facts import ModelFacts
 from vtprune.tensors.attention import split_heads
@@ -37,16 +38,47 @@ class Projections:
         return {tap: getattr(self.owner, name) for tap, name in self.names.items()}
 
 
+# Norms of queries and keys, by tap, as transformers names them.
+QK_NORMS = {"q": "q_norm", "k": "k_norm"}
+IMAGE, VIDEO = "image", "video"
+# By kind, the names that transformers has for the method of the inner model that encodes it and for its pixels.
+ENCODE = {IMAGE: "get_image_features", VIDEO: "get_video_features"}
+PIXELS = {IMAGE: "pixel_values", VIDEO: "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of thing that a prompt shows: images, or videos.
+
+    kind: what it is called in the `mm_encoder_outputs` of `generate`; token: the id of its placeholder.
+    """
+
+    kind: str
+    token: int
+
+    @property
+    def encode(self) -> str:
+        """The method of the inner model that makes its features."""
+        return ENCODE[self.kind]
+
+    @property
+    def pixels(self) -> str:
+        """The argument that holds its pixels."""
+        return PIXELS[self.kind]
+
+
 class Adapter(ABC):
     """One wrapped model, seen through the seams that its family shares.
 
     Subclasses live in one file a family and know no pruner. `name` is what `vtprune list` shows, `models` the
-    model classes that it takes, `notes` what is particular about them.
+    model classes that it takes, `notes` what is particular about them, `model_types` what their configs call
+    themselves.
     """
 
     name: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
     notes: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -56,6 +88,17 @@ class Adapter(ABC):
     def takes(cls, model: object) -> bool:
         """Whether this adapter knows the model's class."""
         return any(base.__name__ in cls.models for base in type(model).__mro__)
+
+    @classmethod
+    @abstractmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        """The sizes that the cost of a model with this config (of one of `model_types`) depends on; raises
+        UnsupportedModelError for a tower or a decoder that is not known."""
+
+    @property
+    def cost(self) -> ModelCost:
+        """The sizes of this model."""
+        return self.sizes(self.model.config)
 
     @property
     @abstractmethod
@@ -69,8 +112,12 @@ class Adapter(ABC):
 
     @property
     @abstractmethod
-    def projector(self) -> nn.Module:
-        """The module between encoder and decoder (projector or merger)."""
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """The modules between encoder and decoder (a projector or a merger), each of which is given the features."""
+
+    def sources(self) -> tuple[Source, ...]:
+        """What a prompt may show: images, unless a family says more."""
+        return (Source(IMAGE, self.model.config.image_token_id),)
 
     @property
     @abstractmethod
@@ -95,12 +142,17 @@ class Adapter(ABC):
         return []
 
     @abstractmethod
-    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
-        """The state of one encoder pass, from the bound arguments of `get_image_features`."""
+    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
+        """The state of one encoder pass, from the bound arguments of `source.encode`."""
 
     @abstractmethod
-    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
-        """The pixels of each image."""
+    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
+        """The pixels of each row of the encoder's pass."""
+
+    def assemble(self, rows: list[EncodedImage], arguments: dict[str, Any]) -> list[EncodedImage]:
+        """The images that the rows of one encoder pass (crops, frames) make, one for each feature tensor of the
+        model: each row is an image, unless a family says else."""
+        return rows
 
     @abstractmethod
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -145,6 +197,18 @@ class Adapter(ABC):
         """The projections of one decoder layer."""
         return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
 
+    def decoder_norms(self, layer: Any) -> Projections:
+        """The norms of queries and keys between projection and rotary embedding, on (B, n, H, d), where there are
+        some."""
+        owner = self.decoder_projections(layer).owner
+        found = {tap: name for tap, name in QK_NORMS.items() if isinstance(getattr(owner, name, None), nn.Module)}
+        return Projections(owner, found)
+
+    def decoder_taps(self, layer: Any) -> Projections:
+        """What is tapped of one decoder layer: queries and keys as they go into the rotary embedding, and values."""
+        projections = self.decoder_projections(layer)
+        return Projections(projections.owner, {**projections.names, **self.decoder_norms(layer).names})
+
     def decoder_attention(self, layer: Any) -> nn.Module:
         """The attention of one decoder layer, which runs before its MLP and is given the layer's keyword arguments."""
         attention: nn.Module = layer.self_attn
@@ -166,6 +230,26 @@ class Adapter(ABC):
         return mlp
 
     @property
+    def flash(self) -> bool:
+        """Whether the decoder's attention is a flash kernel, which takes no mask of its own for each query."""
+        return uses_flash(self.inner.language_model.config)
+
+    @property
+    def windows(self) -> bool:
+        """Whether some decoder layer attends within a sliding window."""
+        return any("sliding" in kind for kind in getattr(self.inner.language_model.config, "layer_types", None) or ())
+
+    @property
+    def caches(self) -> bool:
+        """Whether the decoder makes a cache where it is not told."""
+        return bool(self.inner.language_model.config.use_cache)
+
+    def added_inputs(self, arguments: dict[str, Any]) -> list[str]:
+        """Names of the decoder's arguments, of those given, that hold values to be added in the places of vision
+        tokens between its layers (deepstack); none unless a family has some."""
+        return []
+
+    @property
     def decoder_scale(self) -> float:
         """Softmax scale of the decoder."""
         layer: Any = next(iter(self.decoder_layers))
@@ -174,14 +258,15 @@ class Adapter(ABC):
     def decoder_states(
         self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H; where `last` (B, C) is
-        given, only the queries (B, H, C, d) in these columns, and no values."""
+        """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
+        (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns, and no values.
+        """
         query, value, turn = taps["q"], taps["v"], embeddings
         if last is not None:
             query, value = gather_tokens(query, last), value[:, :0]
             turn = _columns(embeddings, last)
         query, key = self._turned(query, turn), self._turned(taps["k"], embeddings)
-        return query, self._repeated(key), self._repeated(split_heads(value, self._kv_heads).float())
+        return query, self._repeated(key), self._repeated(self._split(value).float())
 
     def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """q (B, H, n, d) in fp32 with rotary embedding."""
@@ -193,29 +278,36 @@ class Adapter(ABC):
         """What a decoder layer would compute from the hidden states (B, n, D) before it: the queries (B, H, C, d) of
         the tokens in columns `last` (B, C), and the keys (B, H, n, d) of all, as in `decoder_states`."""
         attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
-        normed = self.decoder_norm(layer)(hidden)
+        norms, normed = self.decoder_norms(layer).modules(), self.decoder_norm(layer)(hidden)
         with loaded(layer), loaded(attention):
             query, key = modules["q"](gather_tokens(normed, last)), modules["k"](normed)
+            query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
         return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
 
-    @property
-    def _kv_heads(self) -> int:
-        return int(self.model.config.get_text_config().num_key_value_heads)
+    def _split(self, states: Tensor) -> Tensor:
+        """(B, n, heads * d) or (B, n, heads, d) states as (B, heads, n, d)."""
+        states = states.flatten(2)
+        return split_heads(states, states.shape[-1] // self.cost.decoder.head_size)
+
+    def _normed(self, states: Tensor, norm: nn.Module | None) -> Tensor:
+        """(B, n, heads * d) queries or keys through their norm, head by head, where there is one."""
+        if norm is None:
+            return states
+        normed: Tensor = norm(states.unflatten(-1, (-1, self.cost.decoder.head_size)))
+        return normed
 
     def _turned(self, states: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, n, heads * d) queries or keys as (B, heads, n, d) in fp32, with rotary embedding."""
+        """(B, n, heads * d) or (B, n, heads, d) queries or keys as (B, heads, n, d) in fp32, with rotary embedding."""
         cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
-        width = cos.shape[-1]
-        return rotate(split_heads(states, states.shape[-1] // width).float(), cos, sin)
+        return rotate(self._split(states).float(), cos, sin)
 
     def _repeated(self, states: Tensor) -> Tensor:
         """(B, KV, n, d) states of key-value heads, repeated to all heads."""
-        heads = self.model.config.get_text_config().num_attention_heads
-        return states.repeat_interleave(heads // self._kv_heads, dim=1)
+        return states.repeat_interleave(self.cost.decoder.heads // states.shape[1], dim=1)
 
-    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """(B, L) True where a vision token of an image stands."""
-        token = self.model.config.image_token_id
+    def placeholders(self, source: Source, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(B, L) True where a placeholder of `source` stands."""
+        token = source.token
         if input_ids is not None:
             return input_ids == token
         embedding = self.inner.get_input_embeddings()
@@ -250,3 +342,8 @@ def _columns(embeddings: tuple[Tensor, Tensor], last: Tensor) -> tuple[Tensor, T
     """The rotary embeddings (B, C, d) of the columns `last` (B, C)."""
     cos, sin = embeddings
     return gather_tokens(cos, last), gather_tokens(sin, last)
+
+
+def uses_flash(config: Any) -> bool:
+    """Whether the attention of a tower or a decoder with this config is a flash kernel."""
+    return "flash" in (config._attn_implementation or "")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter, Projections
+from vtprune.adapters.base import Adapter, Projections, Source, uses_flash
+from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
+from vtprune.cost.sizes import FixedVisionCost, ModelCost
 from vtprune.encoder.encoding import Encoding
 from vtprune.encoder.padded import PaddedEncoding
 from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.method.facts import ModelFacts
 
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+# The towers that are known, and the CLS tokens of each.
+TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 class LlavaAdapter(Adapter):
@@ -22,6 +25,14 @@ class LlavaAdapter(Adapter):
     name = "llava"
     models = ("LlavaForConditionalGeneration",)
     notes = "CLIP tower (CLS attention) or SigLIP tower (no CLS: received attention instead); fixed-size images"
+    model_types = ("llava",)
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        vision, width = _tower(config), config.text_config.hidden_size
+        layers = config.vision_feature_layer
+        features = vision.blocks.width * (len(layers) if isinstance(layers, Sequence) else 1)
+        return model_sizes(config, vision, features * width + width * width)
 
     def check(self) -> None:
         config = self.model.config
@@ -58,7 +69,7 @@ class LlavaAdapter(Adapter):
 
     @property
     def _prefix(self) -> int:
-        return 1 if self.model.config.vision_config.model_type == "clip_vision_model" else 0
+        return TOWERS[self.model.config.vision_config.model_type]
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -73,8 +84,8 @@ class LlavaAdapter(Adapter):
         return self._encoder.layers
 
     @property
-    def projector(self) -> nn.Module:
-        return self.inner.multi_modal_projector
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return (self.inner.multi_modal_projector,)
 
     @property
     def encoder_scale(self) -> float:
@@ -100,7 +111,7 @@ class LlavaAdapter(Adapter):
     def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         return layer.layer_norm2, layer.mlp
 
-    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
+    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
         config = self.model.config
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given = arguments.get(name)
@@ -109,7 +120,7 @@ class LlavaAdapter(Adapter):
                     f"{name}={given!r} differs from the model's config ({getattr(config, name)!r}); set it on the "
                     "config before wrapping"
                 )
-        pixel_values = arguments["pixel_values"]
+        pixel_values = arguments[source.pixels]
         patch = config.vision_config.patch_size
         height, width = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
         count = pixel_values.shape[0]
@@ -121,11 +132,11 @@ class LlavaAdapter(Adapter):
             depth=self.depth,
             last=config.vision_config.num_hidden_layers - 1,
             device=pixel_values.device,
-            attn_implementation=config.vision_config._attn_implementation or "",
+            flash=uses_flash(config.vision_config),
         )
 
-    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(arguments["pixel_values"])
+    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
+        return list(arguments[source.pixels])
 
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
         return self.real_colours(pixels[None])
@@ -133,3 +144,23 @@ class LlavaAdapter(Adapter):
     @property
     def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return super().published_statistics if self._prefix else ((0.5,) * 3, (0.5,) * 3)
+
+
+def _tower(config: Any) -> FixedVisionCost:
+    """A CLIP or SigLIP tower. All its layers run, also those past the features'."""
+    tower = config.vision_config
+    if tower.model_type not in TOWERS:
+        raise UnsupportedModelError(f"no cost for vision tower {tower.model_type!r}; supported: {', '.join(TOWERS)}")
+    width = tower.hidden_size
+    (image_h, image_w), (patch_h, patch_w) = pair(tower.image_size), pair(tower.patch_size)
+    return FixedVisionCost(
+        blocks=tower_sizes(
+            width, tower.num_attention_heads, tower.intermediate_size, gated=False, layers=tower.num_hidden_layers
+        ),
+        patch_macs=tower.num_channels * patch_h * patch_w * width,
+        side=(image_h // patch_h, image_w // patch_w),
+        extra=TOWERS[tower.model_type],
+        dropped=1 if config.vision_feature_select_strategy == "default" else 0,
+        # Before transformers 5.23 a config without the switch still means a head.
+        pooling=tower.model_type == "siglip_vision_model" and getattr(tower, "vision_use_head", True),
+    )

@@ -1,8 +1,13 @@
-"""Qwen2.5-VL: dynamic resolution, window attention, a 2x2 merger, M-RoPE positions."""
+"""Qwen2-VL and Qwen2.5-VL: dynamic resolution, a packed tower, a 2x2 merger, M-RoPE positions.
+
+One file, as they are one family: they differ in the tower's blocks alone (Qwen2.5-VL's attend within windows but for a
+few), of which vtprune sees the order of the packed sequence and the sizes.
+"""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +15,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter, Projections
+from vtprune.adapters.base import Adapter, Projections, Source
+from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
+from vtprune.cost.sizes import ModelCost, PackedVisionCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
 from vtprune.encoder.encoding import Encoding
-from vtprune.encoder.packed import PackedEncoding, sized_attention
+from vtprune.encoder.packed import SIZE_BIAS, PackedEncoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.facts import ModelFacts
+from vtprune.tensors.rotary import rotate
 
 if TYPE_CHECKING:
     from vtprune.cache.layer import PrunedLayer
@@ -23,20 +31,24 @@ if TYPE_CHECKING:
 ROPE_DELTA = "rope_delta"
 
 
-class QwenVLAdapter(Adapter):
-    """`Qwen2_5_VLForConditionalGeneration`; images only, several a prompt and of any size."""
+class Qwen2VLAdapter(Adapter):
+    """`Qwen2VLForConditionalGeneration`; images only, several a prompt and of any size."""
 
-    name = "qwen2_5_vl"
-    models = ("Qwen2_5_VLForConditionalGeneration",)
+    name = "qwen2_vl"
+    models = ("Qwen2VLForConditionalGeneration",)
     notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
 
+    model_types = ("qwen2_vl",)
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        tower = config.vision_config
+        width = tower.embed_dim
+        blocks = tower_sizes(width, tower.num_heads, int(width * tower.mlp_ratio), gated=False, layers=tower.depth)
+        return _sizes(config, blocks, tower.hidden_size)
+
     def check(self) -> None:
-        blocks = self.model.config.vision_config.fullatt_block_indexes
-        if self.model.config.vision_config.depth - 1 not in blocks:
-            raise UnsupportedModelError(
-                "the last block of the vision tower attends within windows only, so no attention of it ranks the "
-                f"tokens of a whole image; full-attention blocks are {blocks}"
-            )
+        return
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -47,8 +59,8 @@ class QwenVLAdapter(Adapter):
         return self.inner.visual.blocks
 
     @property
-    def projector(self) -> nn.Module:
-        return self.inner.visual.merger
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return (self.inner.visual.merger,)
 
     @property
     def encoder_scale(self) -> float:
@@ -75,17 +87,10 @@ class QwenVLAdapter(Adapter):
     def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         return layer.norm2, layer.mlp
 
-    def start_encoding(self, arguments: dict[str, Any]) -> Encoding:
-        from transformers.vision_utils import get_vision_window_index
-
-        vision = self.model.config.vision_config
-        grid_thw = arguments["image_grid_thw"]
-        merge = self._merge
+    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
+        vision, merge, grid_thw = self.model.config.vision_config, self._merge, arguments[_grids(source)]
         grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grid_thw.tolist()]
-        order, _ = get_vision_window_index(
-            grid_thw, spatial_merge_size=merge, window_size=vision.window_size, patch_size=vision.patch_size
-        )
-        device = arguments["pixel_values"].device
+        device = arguments[source.pixels].device
         return PackedEncoding(
             grids,
             group=merge**2,
@@ -94,12 +99,16 @@ class QwenVLAdapter(Adapter):
             depth=vision.depth,
             last=vision.depth - 1,
             device=device,
-            order=order.to(device),
+            order=self._order(grid_thw).to(device),
         )
 
-    def pixels(self, arguments: dict[str, Any]) -> list[Tensor]:
-        counts = arguments["image_grid_thw"].prod(dim=-1).tolist()
-        return list(arguments["pixel_values"].split(counts))
+    def _order(self, grid_thw: Tensor) -> Tensor:
+        """(S,) the raster index of the merge group at each place of the tower's sequence: raster order."""
+        return torch.arange(int(grid_thw.prod(dim=-1).sum()) // self._merge**2)
+
+    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
+        counts = arguments[_grids(source)].prod(dim=-1).tolist()
+        return list(arguments[source.pixels].split(counts))
 
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
         vision, merge = self.model.config.vision_config, self._merge
@@ -114,7 +123,7 @@ class QwenVLAdapter(Adapter):
 
     def sized_attentions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         attentions = [block.attn for block in self.inner.visual.blocks]
-        return [(one, "forward", sized_attention(one, one.forward)) for one in attentions]
+        return [(one, "forward", _sized_attention(one, one.forward)) for one in attentions]
 
     def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         return [
@@ -208,6 +217,62 @@ class QwenVLAdapter(Adapter):
         layers[0].extend(ROPE_DELTA, (spatial - text).gather(1, held), prompt.offset)
 
 
+class Qwen25VLAdapter(Qwen2VLAdapter):
+    """`Qwen2_5_VLForConditionalGeneration`: its tower packs by windows, within which most of its blocks attend."""
+
+    name = "qwen2_5_vl"
+    models = ("Qwen2_5_VLForConditionalGeneration",)
+    notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+
+    model_types = ("qwen2_5_vl",)
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        tower = config.vision_config
+        blocks = tower_sizes(
+            tower.hidden_size, tower.num_heads, tower.intermediate_size, gated=True, layers=tower.depth
+        )
+        window = tower.window_size // tower.spatial_merge_size // pair(tower.patch_size)[0]
+        return _sizes(config, blocks, tower.out_hidden_size, window, tower.fullatt_block_indexes)
+
+    def check(self) -> None:
+        blocks = self.model.config.vision_config.fullatt_block_indexes
+        if self.model.config.vision_config.depth - 1 not in blocks:
+            raise UnsupportedModelError(
+                "the last block of the vision tower attends within windows only, so no attention of it ranks the "
+                f"tokens of a whole image; full-attention blocks are {blocks}"
+            )
+
+    def _order(self, grid_thw: Tensor) -> Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = self.model.config.vision_config
+        order: Tensor = get_vision_window_index(
+            grid_thw, spatial_merge_size=self._merge, window_size=vision.window_size, patch_size=vision.patch_size
+        )[0]
+        return order
+
+
+def _grids(source: Source) -> str:
+    """The argument that holds the (t, h, w) in patches of what `source` encodes."""
+    return f"{source.kind}_grid_thw"
+
+
+def _sizes(
+    config: Any, blocks: TransformerCost, out_width: int, window: int | None = None, full: Iterable[int] = ()
+) -> ModelCost:
+    """The sizes of a model of the family; window: as in `PackedVisionCost`; full: layers without windows."""
+    tower = config.vision_config
+    patch_h, patch_w = pair(tower.patch_size)
+    frames = tower.temporal_patch_size
+    volume = (frames if isinstance(frames, int) else frames[0]) * patch_h * patch_w
+    merge, merged = tower.spatial_merge_size, blocks.width * tower.spatial_merge_size**2
+    vision = PackedVisionCost(
+        blocks, tower.in_channels * volume * blocks.width, merge=merge, window=window, full_layers=frozenset(full)
+    )
+    return model_sizes(config, vision, merged * merged + merged * out_width)
+
+
 def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
     """The cache among a forward's arguments, and the M-RoPE delta (B, 1) that a wrapped model left with it."""
     from vtprune.cache.adopting import cache_in, is_adopted
@@ -225,3 +290,28 @@ def _text_positions(mask: Tensor | None, batch: int, past: int, length: int, dev
         return torch.arange(past, past + length, device=device).expand(batch, -1)
     positions = (mask.long().cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)
     return positions[:, -length:].to(device)
+
+
+def _sized_attention(attention: Any, original: Any) -> Any:
+    """The forward of one of the tower's attention modules that adds to the logits of each key what SIZE_BIAS (S,)
+    says; without it, `original`."""
+
+    def forward(hidden_states: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        bias = kwargs.pop(SIZE_BIAS, None)
+        if bias is None:
+            return original(hidden_states, cu_seqlens, *args, **kwargs)
+        split = rearrange(attention.qkv(hidden_states), "s (three h d) -> three h s d", three=3, h=attention.num_heads)
+        cos, sin = (part.float() for part in kwargs["position_embeddings"])
+        query, key = (rotate(states.float(), cos, sin).to(split.dtype) for states in split[:2])
+        bias, outputs = bias.to(query), []
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            piece = slice(start, end)
+            outputs.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    query[None, :, piece], key[None, :, piece], split[2][None, :, piece],
+                    attn_mask=bias[piece][None, None, None], scale=attention.scaling,
+                )[0]
+            )  # fmt: skip
+        return attention.proj(rearrange(torch.cat(outputs, dim=1), "h s d -> s (h d)"))
+
+    return forward

@@ -16,6 +16,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 IMAGE, START, END, PAD = 90, 91, 92, 0
@@ -54,12 +56,11 @@ def _llava(tower: dict[str, Any], strategy: str) -> Any:
     return LlavaForConditionalGeneration(config)
 
 
-def _qwen() -> Any:
-    config = Qwen2_5_VLConfig(
+def _qwen(config: Any, model: Any, tower: dict[str, Any]) -> Any:
+    return model(config(
         vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "depth": 6, "num_heads": 4, "patch_size": 4,
-            "window_size": 24, "fullatt_block_indexes": [2, 5], "out_hidden_size": 32, "spatial_merge_size": 2,
-            "temporal_patch_size": 2, "tokens_per_second": 2,
+            "hidden_size": 32, "depth": 6, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, **tower,
         },
         text_config={
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": DECODER_LAYERS,
@@ -68,14 +69,24 @@ def _qwen() -> Any:
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
         },
         image_token_id=IMAGE, video_token_id=93, vision_start_token_id=START, vision_end_token_id=END,
-    )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(config)
+    ))  # fmt: skip
+
+
+def _qwen2_5() -> Any:
+    windows = {"window_size": 24, "fullatt_block_indexes": [2, 5], "tokens_per_second": 2}
+    tower = {"intermediate_size": 48, "out_hidden_size": 32, **windows}
+    return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, tower)
+
+
+def _qwen2() -> Any:
+    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, {"embed_dim": 32, "mlp_ratio": 2})
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
     "llava-clip": lambda: _llava({"model_type": "clip_vision_model"}, "default"),
     "llava-siglip": lambda: _llava({"model_type": "siglip_vision_model"}, "full"),
-    "qwen2.5-vl": _qwen,
+    "qwen2.5-vl": _qwen2_5,
+    "qwen2-vl": _qwen2,
 }
 MODELS = list(BUILDERS)
 
@@ -108,10 +119,12 @@ LONG = Row([3, 7], [(6, 6)], seed=1)
 SHORT = Row([2, 4], [(6, 6)], seed=2)
 TWO = Row([2, 3, 5], [(6, 6), (6, 6)], seed=3)
 TEXT = Row([9], [], seed=4)
+ANY_SIZE = [Row([3, 7], [(5, 7)], 1), Row([2, 4], [(4, 3)], 2), Row([2, 3, 5], [(3, 6), (4, 4)], 3)]
 ROWS = {
     "llava-clip": [LONG, SHORT, TWO],
     "llava-siglip": [LONG, SHORT, TWO],
-    "qwen2.5-vl": [Row([3, 7], [(5, 7)], 1), Row([2, 4], [(4, 3)], 2), Row([2, 3, 5], [(3, 6), (4, 4)], 3)],
+    "qwen2.5-vl": ANY_SIZE,
+    "qwen2-vl": ANY_SIZE,
 }
 
 
@@ -154,6 +167,17 @@ def _assemble(
         if grids:
             inputs["image_grid_thw"] = torch.tensor(grids)
     return inputs
+
+
+def tower_order(model: Any, grid_thw: Tensor) -> Tensor:
+    """The merge group (in raster order) at each place of a Qwen tower's sequence, which may be in window order."""
+    from transformers.vision_utils import get_vision_window_index
+
+    vision = model.config.vision_config
+    if model.config.model_type == "qwen2_vl":
+        return torch.arange(int(grid_thw.prod(dim=-1).sum()) // 4)
+    order: Tensor = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)[0]
+    return order
 
 
 def text_positions(inputs: dict[str, Tensor], extra: int = 0) -> Tensor:

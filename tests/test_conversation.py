@@ -14,6 +14,7 @@ import vtprune
 from tests.models import IMAGE, MODELS, ROWS, Row, make, prompt, text_positions
 from tests.oracle import TOLERANCE
 from tests.pruners import CACHE, GATED, PRUNERS, RELEASED, at_depth, label
+from vtprune.cache.adopting import cache_in
 from vtprune.decoder.prompt import PromptInfo, real_tokens, sight
 from vtprune.errors import VTPruneError
 from vtprune.method.pruner import Pruner
@@ -256,7 +257,7 @@ def test_padding_is_packed_away_with_what_is_dropped(kind: str, padding: str, pr
         if routed_layers(at_depth(pruner, len(report.tokens_per_layer))) or vision[0] == inputs["input_ids"].shape[1]:
             continue
         assert widths[index] == max(v + t for v, t in zip(vision, text, strict=True))
-        keys = vtprune.cache.cache_in(out).layers[index].keys
+        keys = cache_in(out).layers[index].keys
         assert keys.shape[2] == max(kv)
 
 

@@ -21,9 +21,10 @@ from tests.flop_helper import (
     qwen_config,
     qwen_inputs,
 )
-from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
-from vtprune.cost.sizes import model_cost
+from vtprune.adapters import model_cost
+from vtprune.cost.formulas import FlopsBreakdown
 from vtprune.errors import VTPruneError
+from vtprune.report.costs import flops, kv_bytes
 
 GRIDS = [(1, 5, 7), (1, 3, 6), (1, 1, 2)]
 TEXT = 11

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.models import MODELS, ROWS, make, prompt
+from tests.models import MODELS, ROWS, make, prompt, tower_order
 from tests.pruners import Drops, kept_tokens
 
 ENCODER = (0, 2)
@@ -87,12 +87,8 @@ def test_dropping_inside_the_encoder_equals_masking(kind: str, attention: str) -
 
 
 def _qwen_dropped(model: Any, grid_thw: Tensor) -> Any:
-    """Dropped patches of a layer in the tower's window order."""
-    from transformers.vision_utils import get_vision_window_index
-
-    vision = model.config.vision_config
-    order, _ = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)
-    totals = (grid_thw.prod(dim=-1) // 4).tolist()
+    """Dropped patches of a layer in the tower's own order."""
+    order, totals = tower_order(model, grid_thw), (grid_thw.prod(dim=-1) // 4).tolist()
 
     def gone(layer: int) -> Tensor:
         return torch.cat([_dropped_at(layer, total) for total in totals])[order].repeat_interleave(4)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.models import MODELS, ROWS, make, prompt
+from tests.models import MODELS, ROWS, make, prompt, tower_order
 from vtprune.errors import VTPruneError
 from vtprune.hooks.state import RECORD
 from vtprune.method.answers import EncoderSelection
@@ -22,7 +22,7 @@ from vtprune.method.stages import InEncoder
 from vtprune.method.views import EncoderLayer
 
 TOLERANCE = 2e-5
-DEPTH = {"llava-clip": 5, "llava-siglip": 5, "qwen2.5-vl": 6}
+DEPTH = {"llava-clip": 5, "llava-siglip": 5, "qwen2.5-vl": 6, "qwen2-vl": 6}
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,8 @@ def run_llava(model: Any, images: list[Image], *, before_mlp: bool) -> None:
 
 
 def run_qwen(model: Any, images: list[Image], grid_thw: Tensor, *, before_mlp: bool) -> None:
-    """The same in window order, patches attending within their window or image."""
-    from transformers.vision_utils import get_vision_window_index
-
-    vision = model.config.vision_config
-    order, _ = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)
+    """The same in the tower's own order, patches attending within their window or image."""
+    order = tower_order(model, grid_thw)
 
     def forward_of(index: int, block: Any) -> Callable[..., Tensor]:
         attention = block.attn

@@ -21,7 +21,6 @@ from tests.oracle import TOLERANCE, compare, next_tokens, run_masked, run_wrappe
 from tests.streams import few, stream
 from tests.test_cost import LLAVA_7B
 from tests.test_dual_attention import decoder_layer
-from vtprune.cost.formulas import flops
 from vtprune.encoder.merging import flow_together
 from vtprune.errors import ScoreError, VTPruneError
 from vtprune.method.facts import ModelFacts, Work
@@ -33,6 +32,7 @@ from vtprune.pruners.mustdrop.windows import (
     window_members,
     window_similarity,
 )
+from vtprune.report.costs import flops
 
 CASES = Path(__file__).parent / "golden" / "cases" / "mustdrop"
 # Settings under which thresholds drop something of a few dozen tokens.

@@ -9,7 +9,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vtprune.cost.formulas import flops
 from vtprune.errors import VTPruneError
 from vtprune.evals.speed import overhead
 from vtprune.evals.speed.overhead import (
@@ -20,6 +19,7 @@ from vtprune.evals.speed.overhead import (
     build_model,
     measure,
 )
+from vtprune.report.costs import flops
 
 TINY = ModelSize(
     vision_width=32,

@@ -22,13 +22,13 @@ from tests.oracle import TOLERANCE, compare, difference_from_masked, run_masked,
 from tests.streams import few
 from tests.test_cost import LLAVA_7B
 from tests.test_dual_attention import decoder_layer
-from vtprune.cost.formulas import flops
 from vtprune.errors import ScoreError, VTPruneError
 from vtprune.method.facts import ModelFacts, Work
 from vtprune.method.pruner import Pruner, asked
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners import FastV, PyramidDrop, VisionZip
 from vtprune.pruners.parts.staged import scaled_layers
+from vtprune.report.costs import flops
 
 CASES = Path(__file__).parent / "golden" / "cases"
 FACTS = ModelFacts(True, 24, 32, 1)

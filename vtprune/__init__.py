@@ -14,7 +14,7 @@ if find_spec("vtprune.adapters") is None:
     )
 
 if TYPE_CHECKING:
-    from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
+    from vtprune.cost.formulas import FlopsBreakdown
     from vtprune.errors import (
         KeptWholeWarning,
         ScoreError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UntrainedWarning,
         VTPruneError,
     )
+    from vtprune.loading.pictures import open_picture
     from vtprune.method.answers import EncoderSelection, Eviction, Merge, Routes, Selection
     from vtprune.method.catalogue import PrunerInfo
     from vtprune.method.config import load_config
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
         VFlowOpt,
         VisionZip,
     )
+    from vtprune.report.costs import flops, kv_bytes
     from vtprune.report.report import Report
     from vtprune.wrap import (
         auxiliary_loss,
@@ -148,6 +150,7 @@ __all__ = [
     "load_config",
     "load_weights",
     "mark_answers",
+    "open_picture",
     "register",
     "report",
     "save",
@@ -163,7 +166,7 @@ export(
     {
         "vtprune.method.catalogue": ("PrunerInfo",),
         "vtprune.method.config": ("load_config",),
-        "vtprune.cost.formulas": ("FlopsBreakdown", "flops", "kv_bytes"),
+        "vtprune.cost.formulas": ("FlopsBreakdown",),
         "vtprune.errors": (
             "KeptWholeWarning",
             "ScoreError",
@@ -201,6 +204,7 @@ export(
             "VisionZip",
         ),
         "vtprune.method.registry": ("available", "register"),
+        "vtprune.report.costs": ("flops", "kv_bytes"),
         "vtprune.method.scorer": ("scorer",),
         "vtprune.method.stages": (
             "BeforeDecoder",
@@ -213,6 +217,7 @@ export(
             "Read",
             "Trained",
         ),
+        "vtprune.loading.pictures": ("open_picture",),
         "vtprune.report.report": ("Report",),
         "vtprune.method.answers": ("EncoderSelection", "Eviction", "Merge", "Routes", "Selection"),
         "vtprune.method.views": ("CachedRow", "DecoderLayer", "EncoderLayer", "RoutedTokens", "VisionStream"),

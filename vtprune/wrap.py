@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune.adapters import adapter_for, core_model
-from vtprune.cost.sizes import model_cost
 from vtprune.errors import UntrainedWarning, VTPruneError
 from vtprune.hooks.weights import (
     SUBMODULE,
@@ -68,7 +67,7 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, lev
     adapter = adapter_for(model)
     facts = adapter.facts()
     # What cannot be accounted for is refused now, not when a report is asked for.
-    model_cost(core.config)
+    adapter.sizes(core.config)
     # Stages that do nothing come before no method.
     acting = [index for index, one in enumerate(given) if acts(one)]
     pruners = [one.bind(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(given)]

@@ -73,7 +73,7 @@ class _Ranker:
         self._states: dict[str, Tensor] = {}
         self._real: list[Tensor] = []
         self._taps = Taps(lambda: self._states)
-        self._taps.follow([self._adapter.decoder_projections(layer).modules for layer in layers])
+        self._taps.follow([self._adapter.decoder_taps(layer).modules for layer in layers])
         self._handles = after_layers(layers, self._add)
 
     @torch.inference_mode()

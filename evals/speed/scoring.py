@@ -32,9 +32,9 @@ from vtprune.method.views import EncoderLayer, LayerSignals, VisionStream
 
 # The decoder of Llama-7B, and the tower of CLIP ViT-L/14 up to the layer that feeds it.
 DECODER = TransformerCost(
-    width=4096, query_width=4096, kv_width=4096, mlp_width=11008, mlp_matrices=3, layers=32
+    width=4096, heads=32, query_width=4096, kv_width=4096, mlp_width=11008, mlp_matrices=3, layers=32
 )  # fmt: skip
-DECODER_HEADS, ENCODER_HEADS, ENCODER_WIDTH, ENCODER_DEPTH = 32, 16, 1024, 23
+ENCODER_HEADS, ENCODER_WIDTH, ENCODER_DEPTH = 16, 1024, 23
 TEXT = 64
 PATCH = 14
 # What scoring may take of the prefill's FLOPs, and of the seconds of the layers that are timed.
@@ -172,7 +172,7 @@ def scoring_work(pruner: Pruner, tokens: int) -> Work:
     return Work(
         patches=tokens, tokens=tokens, shown=tokens, kept=entering(Plan((pruner,), tokens)),
         encoder_width=ENCODER_WIDTH, encoder_heads=ENCODER_HEADS, decoder_width=DECODER.width,
-        decoder_heads=DECODER_HEADS, prompt=tokens + TEXT, text=TEXT, encoder_patches=(tokens,) * ENCODER_DEPTH,
+        decoder_heads=DECODER.heads, prompt=tokens + TEXT, text=TEXT, encoder_patches=(tokens,) * ENCODER_DEPTH,
         encoder_layers=encoder_layers(pruner), decoder_layers=drop_layers(pruner),
         text_after=TEXT, decoder_kv_width=DECODER.kv_width,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def build_layers(layers: int) -> Any:
     """Decoder layers of a 7B model with random weights, in fp32."""
     config = LlamaConfig(
         vocab_size=8, hidden_size=DECODER.width, intermediate_size=DECODER.mlp_width, num_hidden_layers=layers,
-        num_attention_heads=DECODER_HEADS, num_key_value_heads=DECODER_HEADS, pad_token_id=None,
+        num_attention_heads=DECODER.heads, num_key_value_heads=DECODER.heads, pad_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     kind: Any = LlamaModel

@@ -20,9 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 import vtprune
+from vtprune.adapters import model_cost
 from vtprune.console.output import one_line_errors
-from vtprune.cost.formulas import flops
-from vtprune.cost.sizes import model_cost
 from vtprune.evals.settings import build_settings
 from vtprune.evals.speed.overhead import (
     SIZES,
@@ -46,6 +45,7 @@ from vtprune.files import check_new_file, write_json
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import BetweenLayers, Query
 from vtprune.method.texts import parse_keep, split_entries
+from vtprune.report.costs import flops
 from vtprune.report.report import Report
 
 # Rounds that are measured however long they take, and at the most.
@@ -90,9 +90,7 @@ def speedups(pairs: Pairs) -> tuple[float, float, float]:
 def decode_flops(config: Any, entries: list[int]) -> int:
     """FLOPs of one decode step of one row, from the entries that each layer attends to."""
     one = flops(config, 0, text_tokens=1, images=0)
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return one.total + 4 * head * text.num_attention_heads * sum(count - 1 for count in entries)
+    return one.total + 4 * model_cost(config).decoder.query_width * sum(count - 1 for count in entries)
 
 
 def promised_decode(model: Any, report: Report, steps: int) -> float:

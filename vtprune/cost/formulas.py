@@ -1,4 +1,4 @@
-"""FLOPs and KV-cache bytes of one prefill, from a transformers config alone: no weights, no forward.
+"""FLOPs and KV-cache bytes of one prefill, from the sizes of a model alone: no weights, no forward.
 
 cost.md says line by line what is counted.
 """
@@ -7,16 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
-from vtprune.cost.sizes import (
-    Alive,
-    TransformerCost,
-    count,
-    model_cost,
-)
+from vtprune.cost.sizes import Alive, ModelCost, TransformerCost, count
 from vtprune.errors import VTPruneError
 
 # Matrices of the MLP in the two published formulas for a decoder layer, n(4d^2) + 2n^2 d + matrices * ndm.
@@ -58,8 +52,8 @@ def _published(decoder: TransformerCost, lengths: Sequence[int], matrices: int) 
     return sum(4 * n * d * d + 2 * n * n * d + matrices * n * d * m for n in lengths)
 
 
-def flops(
-    config: Any,
+def prefill_flops(
+    model: ModelCost,
     tokens_per_layer: int | Sequence[int],
     *,
     text_tokens: int | Sequence[int],
@@ -71,20 +65,9 @@ def flops(
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
-    """FLOPs to prefill one row at batch 1, from a model config.
-
-    tokens_per_layer, text_tokens: vision and text tokens that each decoder layer processes (one int for all);
-    images: a number of images, or grids (t, h, w) in decoder tokens; 0 if the features came from elsewhere;
-    convention: "exact", or the papers' "2ndm" and "3ndm" (decoder alone, multiply-accumulates);
-    encoder_tokens_per_layer[image][layer]: patches left in an encoder layer (CLS not among them), or the
-    lengths (all tokens) of its attention segments; None if all; encoder_mlp_tokens_per_layer: the same for all
-    tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
-    projector, None for all; scoring: FLOPs of the method itself; logits: positions through the head.
-    Raises VTPruneError for bad counts and lengths, an unknown convention or an unknown model.
-    """
+    """`vtprune.flops` of a model whose sizes are known."""
     if convention not in CONVENTIONS:
         raise VTPruneError(f"convention is one of {', '.join(CONVENTIONS)}, got {convention!r}")
-    model = model_cost(config)
     decoder = model.decoder
     vision = _per_layer("tokens_per_layer", tokens_per_layer, decoder.layers)
     text = _per_layer("text_tokens", text_tokens, decoder.layers)
@@ -119,15 +102,10 @@ def _alive(given: Sequence[Sequence[Alive]] | None, images: int, layers: int) ->
     return given
 
 
-def kv_bytes(config: Any, kv_tokens_per_layer: int | Sequence[int], dtype: torch.dtype | str) -> int:
-    """Bytes of one row's keys and values, from the entries (vision and text) that each decoder layer holds.
-
-    kv_tokens_per_layer: one count a layer, or one int for all; dtype: a torch dtype or its name ("bfloat16").
-    Raises VTPruneError for a wrong length, negative counts or an unknown dtype.
-    """
+def cache_bytes(decoder: TransformerCost, kv_tokens_per_layer: int | Sequence[int], dtype: torch.dtype | str) -> int:
+    """`vtprune.kv_bytes` of a decoder whose sizes are known."""
     kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype):
         raise VTPruneError(f"dtype is a torch dtype or its name, such as 'float16' or 'bfloat16', got {dtype!r}")
-    decoder = model_cost(config).decoder
     entries = sum(_per_layer("kv_tokens_per_layer", kv_tokens_per_layer, decoder.layers))
     return 2 * decoder.kv_width * entries * kind.itemsize

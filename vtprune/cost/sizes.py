@@ -1,7 +1,6 @@
-"""The sizes of a model that its cost depends on, read from its transformers config.
+"""The sizes of a model that its cost depends on, and the arithmetic of a layer, written once.
 
-A model family is a function from a config to a `ModelCost`, listed in `FAMILIES`; the arithmetic of a layer
-is written once, in `TransformerCost`.
+Nothing here knows a model or a config: an adapter says the sizes of its family (`Adapter.sizes`).
 """
 
 from __future__ import annotations
@@ -9,11 +8,10 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vtprune.errors import UnsupportedModelError, VTPruneError
+from vtprune.errors import VTPruneError
 
 Grid = tuple[int, int, int]
 # Lengths of the runs of tokens that attend to each other in one encoder layer.
@@ -26,15 +24,27 @@ Alive = int | Segments
 class TransformerCost:
     """The sizes that the cost of a stack of transformer layers depends on.
 
-    query_width, kv_width: heads x head size of queries and of keys; mlp_matrices: 3 if gated, else 2.
+    heads: of the queries; query_width, kv_width: heads x head size of queries and of keys; mlp_matrices: 3 if gated,
+    else 2.
     """
 
     width: int
+    heads: int
     query_width: int
     kv_width: int
     mlp_width: int
     mlp_matrices: int
     layers: int
+
+    @property
+    def head_size(self) -> int:
+        """The width of one head's queries and keys."""
+        return self.query_width // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_width // self.head_size
 
     def layer_macs(self, segments: Segments, mlp_tokens: int | None = None) -> int:
         """Multiply-accumulates of one layer; causal attention is counted in full. mlp_tokens: tokens that go through
@@ -153,8 +163,8 @@ class FixedVisionCost(VisionCost):
 
 
 @dataclass(frozen=True)
-class QwenVisionCost(VisionCost):
-    """Qwen's tower with dynamic resolution: attention inside a frame, and inside windows in some layers.
+class PackedVisionCost(VisionCost):
+    """A tower with dynamic resolution (Qwen's): attention inside a frame, and inside windows in some layers.
 
     merge: side of the square of patches that forms one decoder token; window: side of a window in decoder
     tokens, None without windows; full_layers: layers without windows.
@@ -235,96 +245,3 @@ def _tiles(length: int, window: int) -> list[int]:
     """Sizes of the windows along one side: the last one is ragged."""
     full, rest = divmod(length, window)
     return [window] * full + ([rest] if rest else [])
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A size given as one int or as (height, width)."""
-    return (size[0], size[1]) if isinstance(size, Sequence) else (size, size)
-
-
-def _decoder(text: Any) -> TransformerCost:
-    """Llama and its kin: grouped queries, gated MLP."""
-    if text.model_type not in DECODERS:
-        raise UnsupportedModelError(f"no cost for decoder {text.model_type!r}; supported: {', '.join(DECODERS)}")
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return TransformerCost(
-        text.hidden_size, heads * head, kv_heads * head, text.intermediate_size, 3, text.num_hidden_layers
-    )
-
-
-def _fixed_tower(config: Any) -> FixedVisionCost:
-    """LLaVA's CLIP or SigLIP tower. All its layers run, also those past the features'."""
-    tower = config.vision_config
-    if tower.model_type not in TOWERS:
-        raise UnsupportedModelError(f"no cost for vision tower {tower.model_type!r}; supported: {', '.join(TOWERS)}")
-    width, layers = tower.hidden_size, tower.num_hidden_layers
-    (image_h, image_w), (patch_h, patch_w) = _pair(tower.image_size), _pair(tower.patch_size)
-    return FixedVisionCost(
-        blocks=TransformerCost(width, width, width, tower.intermediate_size, 2, layers),
-        patch_macs=tower.num_channels * patch_h * patch_w * width,
-        side=(image_h // patch_h, image_w // patch_w),
-        extra=TOWERS[tower.model_type],
-        dropped=1 if config.vision_feature_select_strategy == "default" else 0,
-        # Before transformers 5.23 a config without the switch still means a head.
-        pooling=tower.model_type == "siglip_vision_model" and getattr(tower, "vision_use_head", True),
-    )
-
-
-def _model(config: Any, vision: VisionCost, projector_macs: int) -> ModelCost:
-    text = config.text_config
-    return ModelCost(vision, projector_macs, _decoder(text), text.hidden_size * text.vocab_size)
-
-
-def _llava(config: Any) -> ModelCost:
-    vision, width = _fixed_tower(config), config.text_config.hidden_size
-    layers = config.vision_feature_layer
-    features = vision.blocks.width * (len(layers) if isinstance(layers, Sequence) else 1)
-    return _model(config, vision, features * width + width * width)
-
-
-def _qwen(config: Any, blocks: TransformerCost, out_width: int, window: int | None, full: Sequence[int]) -> ModelCost:
-    tower = config.vision_config
-    patch_h, patch_w = _pair(tower.patch_size)
-    frames = tower.temporal_patch_size
-    volume = (frames if isinstance(frames, int) else frames[0]) * patch_h * patch_w
-    merged = blocks.width * tower.spatial_merge_size**2
-    vision = QwenVisionCost(
-        blocks, tower.in_channels * volume * blocks.width, tower.spatial_merge_size, window, frozenset(full)
-    )
-    return _model(config, vision, merged * merged + merged * out_width)
-
-
-def _qwen2_vl(config: Any) -> ModelCost:
-    tower = config.vision_config
-    width = tower.embed_dim
-    blocks = TransformerCost(width, width, width, int(width * tower.mlp_ratio), 2, tower.depth)
-    return _qwen(config, blocks, tower.hidden_size, None, ())
-
-
-def _qwen2_5_vl(config: Any) -> ModelCost:
-    tower = config.vision_config
-    width = tower.hidden_size
-    blocks = TransformerCost(width, width, width, tower.intermediate_size, 3, tower.depth)
-    window = tower.window_size // tower.spatial_merge_size // _pair(tower.patch_size)[0]
-    return _qwen(config, blocks, tower.out_hidden_size, window, tower.fullatt_block_indexes)
-
-
-# What is supported: add a model family, a LLaVA tower (with its number of CLS tokens) or a decoder here.
-FAMILIES: dict[str, Callable[[Any], ModelCost]] = {
-    "llava": _llava,
-    "qwen2_vl": _qwen2_vl,
-    "qwen2_5_vl": _qwen2_5_vl,
-}
-TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
-
-
-def model_cost(config: Any) -> ModelCost:
-    """The sizes of a model that its cost depends on; raises UnsupportedModelError for an unknown family."""
-    kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
-        got = repr(kind) if kind else type(config).__name__
-        raise UnsupportedModelError(f"no cost for config {got}; supported model types: {', '.join(FAMILIES)}")
-    return FAMILIES[kind](config)

@@ -31,7 +31,8 @@ class ImageSpan:
     tokens alive; notes: what pruners said; text_after: text tokens of its conversation after it; left: tokens left
     after each pruner (by its place in the list) acted on the decoder's side; asked: the decoder layers after which
     each of them was asked; probed: the tokens that each one's probe saw; cut: layers whose cache holds only what the
-    last layer left; routed: by routed layer, the tokens alive and which of them it computes.
+    last layer left; routed: by routed layer, the tokens alive and which of them it computes; structural: places of its
+    placeholders that are no vision tokens, which are never dropped and are no text either.
     """
 
     row: int
@@ -50,6 +51,7 @@ class ImageSpan:
     probed: dict[int, int] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
     routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    structural: Tensor | None = None
 
     @property
     def key(self) -> tuple[int, int]:

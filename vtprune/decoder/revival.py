@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from vtprune.method.pruner import Pruner
 
 
-def check_revival(layers: list[PrunedLayer], method: Pruner | None, tapped: set[int], config: Any) -> None:
+def check_revival(
+    layers: list[PrunedLayer], method: Pruner | None, tapped: set[int], *, flash: bool, windows: bool
+) -> None:
     """Raises VTPruneError where tokens cannot return: masks that say one thing for all queries, windows, or a cache
     that a model wrapped otherwise goes on with."""
     chosen = {index - 1 for index, layer in enumerate(layers) if layer.waiting is not None}
@@ -44,12 +46,12 @@ def check_revival(layers: list[PrunedLayer], method: Pruner | None, tapped: set[
             "this KV cache was filled by a model wrapped with a method that lets tokens return; continue with the "
             "same method and settings, or start a new cache"
         )
-    if "flash" in (config._attn_implementation or ""):
+    if flash:
         raise VTPruneError(
             f"{method.name}: a token that returns attends to what stood before it, which flash attention has no mask "
             "for; load the model with attn_implementation='sdpa' or 'eager'"
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if windows:
         raise VTPruneError(
             f"{method.name}: tokens cannot return to layers with sliding windows; use a method whose dropped tokens "
             "stay dropped, such as pyramid_drop"

@@ -99,6 +99,8 @@ class DecoderRun:
         images = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
         for span in self.spans:
             images[span.row, span.places] = True
+            if span.structural is not None:
+                images[span.row, span.structural] = True
         return self.prompt.questions(images)
 
     @cached_property
@@ -111,6 +113,8 @@ class DecoderRun:
         number = conversations.number.clone()
         for span in self.spans:
             number[span.row, span.places] = -1
+            if span.structural is not None:
+                number[span.row, span.structural] = -1
         keys = {span.key for span in self.spans}
         return {(row, talk): (number[row] == talk).nonzero().flatten() for row, talk in keys}
 

@@ -18,19 +18,35 @@ from vtprune.tensors.compaction import gather_tokens
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of an image's vision tokens: grid (t, h, w), in vision tokens; kind: what it shows, "image" where
+    that is the whole image."""
+
+    grid: tuple[int, int, int]
+    kind: str = "image"
+
+    @property
+    def tokens(self) -> int:
+        """Vision tokens of the rectangle."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
 @dataclass
 class EncodedImage:
     """What the decoder side has to know of one encoded image.
 
-    grid: (t, h, w) in vision tokens; alive: (N,) tokens that the encoder left, ascending; segments: attention
-    segment lengths (in patches, CLS included) in each encoder layer, empty if no pruner acts there; mlp: tokens
-    through each layer's MLP; scored: the layers at which a pruner scored; maker: who will know it again; signals,
-    last_signals: of the features' layer and of the tower's last one; owner, share: (total,) the token that holds
-    each token (-1: none) and its weight there, None if nothing merged; merged_at: the layer of the last merge;
-    cls: the token in whose place the CLS token stands, -1 for none.
+    parts: the rectangles that its vision tokens form, in their order; alive: (N,) tokens that the encoder left,
+    ascending; segments: attention segment lengths (in patches, CLS included) in each encoder layer, empty if no pruner
+    acts there; mlp: tokens through each layer's MLP; scored: the layers at which a pruner scored; maker: who will know
+    it again; signals, last_signals: of the features' layer and of the tower's last one; owner, share: (total,) the
+    token that holds each token (-1: none) and its weight there, None if nothing merged; merged_at: the layer of the
+    last merge; cls: the token in whose place the CLS token stands, -1 for none; slots: (total,) which of its
+    placeholders, in the order of the prompt, each vision token stands at, None for all; structural: how many of its
+    placeholders are no vision tokens (ends of rows).
     """
 
-    grid: tuple[int, int, int]
+    parts: tuple[Part, ...]
     alive: Tensor
     signals: LayerSignals | None
     pixels: Tensor | None
@@ -43,11 +59,23 @@ class EncodedImage:
     share: Tensor | None = None
     merged_at: int = 0
     cls: int = -1
+    slots: Tensor | None = None
+    structural: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w) in vision tokens where the image is one rectangle, one row of its tokens where it is several."""
+        return self.parts[0].grid if len(self.parts) == 1 else (1, 1, self.total)
 
     @property
     def total(self) -> int:
         """Vision tokens of the whole image."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def length(self) -> int:
+        """Placeholders of the image in the prompt, and rows of its features."""
+        return self.total + self.structural
 
     def merges(self) -> list[Merge]:
         """The merges inside the encoder."""
@@ -278,10 +306,17 @@ class Encoding(ABC):
         for b, grid in enumerate(self.grids):
             alive = names[b][self.valid[b]]
             image = EncodedImage(
-                grid, alive, signals[b], pixels[b], self.segments[b],
-                tuple(layer for layer, images in asked.items() if images[b]), maker, last[b],
-                tuple(mlp[b]), cls=cls[b],
-            )  # fmt: skip
+                parts=(Part(grid),),
+                alive=alive,
+                signals=signals[b],
+                pixels=pixels[b],
+                segments=self.segments[b],
+                scored=tuple(layer for layer, images in asked.items() if images[b]),
+                maker=maker,
+                last_signals=last[b],
+                mlp=tuple(mlp[b]),
+                cls=cls[b],
+            )
             found.append(image if self.origins is None else self._merged(image, b, names[b]))
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,28 +202,3 @@ class PackedEncoding(Encoding):
             found[image].append(length)
         self._listed = (boundaries, found)
         return found
-
-
-def sized_attention(attention: Any, original: Any) -> Any:
-    """The forward of one of the tower's attention modules that adds to the logits of each key what SIZE_BIAS (S,)
-    says; without it, `original`."""
-
-    def forward(hidden_states: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        bias = kwargs.pop(SIZE_BIAS, None)
-        if bias is None:
-            return original(hidden_states, cu_seqlens, *args, **kwargs)
-        split = rearrange(attention.qkv(hidden_states), "s (three h d) -> three h s d", three=3, h=attention.num_heads)
-        cos, sin = (part.float() for part in kwargs["position_embeddings"])
-        query, key = (rotate(states.float(), cos, sin).to(split.dtype) for states in split[:2])
-        bias, outputs = bias.to(query), []
-        for start, end in itertools.pairwise(cu_seqlens.tolist()):
-            piece = slice(start, end)
-            outputs.append(
-                torch.nn.functional.scaled_dot_product_attention(
-                    query[None, :, piece], key[None, :, piece], split[2][None, :, piece],
-                    attn_mask=bias[piece][None, None, None], scale=attention.scaling,
-                )[0]
-            )  # fmt: skip
-        return attention.proj(rearrange(torch.cat(outputs, dim=1), "h s d -> s (h d)"))
-
-    return forward

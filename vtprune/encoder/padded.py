@@ -31,9 +31,9 @@ class PaddedEncoding(Encoding):
     Where images keep different counts, shorter rows are padded on the right and the padding is masked.
     """
 
-    def __init__(self, *args: Any, attn_implementation: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, flash: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.flash = "flash" in attn_implementation
+        self.flash = flash
         self._change: Change | None = None
         self._cuts: dict[int, Cut] = {}
         # What happened before the MLP of a layer, and to how many tokens.

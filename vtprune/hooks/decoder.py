@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from vtprune.adapters.base import Adapter
+from vtprune.adapters.base import PIXELS, Adapter, Source
 from vtprune.cache.adopting import (
     adopt_cache,
     cache_in,
@@ -112,12 +113,14 @@ class DecoderHooks:
         frame = Frame(inputs)
         self.state.frame = frame
         given = inputs.get("mm_encoder_outputs") or {}
-        if inputs.get("pixel_values_videos") is not None or given.get("video") is not None:
-            raise VTPruneError("video inputs are not supported; pass images, or unwrap the model for videos")
-        encoded = given.get("image")
-        if encoded is not None:
-            records = [getattr(tensor, RECORD, None) for tensor in encoded.pooler_output]
-            frame.images = self._known(records)
+        known = {source.kind for source in self.adapter.sources()}
+        for kind, pixels in PIXELS.items():
+            encoded = given.get(kind)
+            if kind not in known and (inputs.get(pixels) is not None or encoded is not None):
+                raise VTPruneError(f"{kind} inputs are not supported; pass images, or unwrap the model for {kind}s")
+            if encoded is not None:
+                records = [getattr(tensor, RECORD, None) for tensor in encoded.pooler_output]
+                frame.encoded[kind] = self._known(records)
         return args, {**kwargs, FRAME: frame}
 
     def _known(self, records: list[EncodedImage | None]) -> list[EncodedImage]:
@@ -140,16 +143,17 @@ class DecoderHooks:
         cache = self._cache(module, kwargs)
         prompt = self._prompt(embeds, cache, kwargs)
         spans = self._spans(frame, embeds, prompt)
-        flash = "flash" in (self.adapter.language_model.config._attn_implementation or "")
+        flash = self.adapter.flash
         if spans:
             self._check_packed(prompt, kwargs, flash=flash)
+            self._check_added(kwargs)
         layers = self._adopt(cache, spans)
         if layers is None and not spans and not self.routed.routes_text:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
         if layers is not None and (layers[0].log is not None or (self.revives is not None and spans)):
-            check_revival(layers, self.revives, self.tapped, self.adapter.language_model.config)
+            check_revival(layers, self.revives, self.tapped, flash=flash, windows=self.adapter.windows)
             run.revival = Revival(layers, prompt, "+".join(pruner.name for pruner in self.pruners))
         run.routed = self.routed if self.routed.layers else None
         if layers is not None and prompt.offset == 0:
@@ -172,7 +176,7 @@ class DecoderHooks:
             return None
         if cache is None:
             use_cache = kwargs.get("use_cache")
-            use_cache = module.config.use_cache if use_cache is None else use_cache
+            use_cache = self.adapter.caches if use_cache is None else use_cache
             cache = self.adapter.new_cache() if use_cache else None
         return cache
 
@@ -207,26 +211,46 @@ class DecoderHooks:
                 "it holds several conversations here; give each of them a row of its own"
             )
 
+    def _check_added(self, kwargs: dict[str, Any]) -> None:
+        """Raises VTPruneError for what a decoder adds in the places of vision tokens between its layers, which would
+        meet fewer tokens than it is for."""
+        added = self.adapter.added_inputs(kwargs)
+        if added:
+            raise VTPruneError(
+                f"this decoder adds {' and '.join(added)} to its vision tokens between layers, which is not pruned "
+                "with them; unwrap the model"
+            )
+
     def _spans(self, frame: Frame, embeds: Tensor, prompt: PromptInfo) -> list[ImageSpan]:
-        """Where each image of this forward stands: features fill placeholders in row-major order."""
-        if not frame.images:
-            return []
-        given = frame.inputs.get("inputs_embeds")
-        marks = self.adapter.placeholders(frame.inputs.get("input_ids"), embeds if given is None else given)
+        """Where each image of this forward stands, in the order of the prompt."""
+        sources = [source for source in self.adapter.sources() if frame.encoded.get(source.kind)]
+        spans = [span for source in sources for span in self._placed(source, frame, embeds, prompt)]
+        if len(sources) > 1:
+            spans.sort(key=lambda span: (span.row, int(span.places[0])))
+        return spans
+
+    def _placed(self, source: Source, frame: Frame, embeds: Tensor, prompt: PromptInfo) -> Iterator[ImageSpan]:
+        """What one source shows: features fill its placeholders in row-major order."""
+        images, given = frame.encoded[source.kind], frame.inputs.get("inputs_embeds")
+        marks = self.adapter.placeholders(source, frame.inputs.get("input_ids"), embeds if given is None else given)
         rows, places = marks.nonzero(as_tuple=True)
-        spans, first = [], 0
-        for image in frame.images:
-            last = first + image.total
+        first = 0
+        for image in images:
+            last = first + image.length
             if last > rows.numel() or int(rows[first]) != int(rows[last - 1]):
                 raise VTPruneError(
-                    f"the prompt has {rows.numel()} image placeholders, its images need "
-                    f"{sum(one.total for one in frame.images)} in unbroken rows"
+                    f"the prompt has {rows.numel()} {source.kind} placeholders, its {source.kind}s need "
+                    f"{sum(one.length for one in images)} in unbroken rows"
                 )
             alive, row = image.alive.to(embeds.device), int(rows[first])
             talk = prompt.conversations.of(row, places[first])
-            spans.append(ImageSpan(row, places[first:last], image, alive, prompt.offset, talk))
+            span = ImageSpan(row, places[first:last], image, alive, prompt.offset, talk)
+            if image.slots is not None:
+                slots, rest = image.slots.to(places.device), torch.ones(image.length, dtype=torch.bool)
+                rest[image.slots] = False
+                span.places, span.structural = span.places[slots], span.places[rest.to(places.device)]
+            yield span
             first = last
-        return spans
 
     def _adopt(self, cache: Cache | None, spans: list[ImageSpan]) -> list[PrunedLayer] | None:
         if cache is None:
@@ -365,7 +389,7 @@ class DecoderHooks:
             earlier = known.live_spans(known.origins(origins(run.layers)), prompt.offset)
             run.layers[0].aux[ROWS] = torch.arange(prompt.batch, device=prompt.device)[:, None]
         generation = Generation(
-            self.adapter.model.config, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
+            self.adapter.cost, self.pruners, self.facts, self._depth, self._dtype, earlier + run.spans,
             texts, len(earlier), prompt.offset,
         )  # fmt: skip
         if cache is not None:

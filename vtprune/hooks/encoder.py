@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter
+from vtprune.adapters.base import Adapter, Source
 from vtprune.encoder.encoding import Encoding
 from vtprune.encoder.merging import check_selection
 from vtprune.hooks.checkpoints import Checkpoints
@@ -61,29 +61,35 @@ class EncoderHooks:
         self.checkpoints = Checkpoints(
             adapter.encoder_layers, state, frozenset({depth - 1} if self.weighs else set[int]())
         )
-        self._features_signature = inspect.signature(adapter.inner.get_image_features)
 
-    def image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def features(self, source: Source, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for `original`, the method that encodes what `source` is."""
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        def encode(*args: Any, **kwargs: Any) -> Any:
             kwargs.pop(FRAME, None)
-            arguments = self._features_signature.bind(*args, **kwargs).arguments
+            if self.state.encoding is not None:
+                # Some models encode a video by the method for images: the records are those of the outer call.
+                return original(*args, **kwargs)
+            arguments = signature.bind(*args, **kwargs).arguments
             arguments = {**arguments, **arguments.pop("kwargs", {})}
             self.taps.refresh()
-            encoding = self.adapter.start_encoding(arguments)
+            encoding = self.adapter.start_encoding(source, arguments)
             encoding.proportional = self.sized
             with self._encoding(encoding):
                 output = original(*args, **kwargs)
-            images = encoding.images(self.adapter.pixels(arguments), self.token)
+            rows = encoding.images(self.adapter.pixels(source, arguments), self.token)
+            images = self.adapter.assemble(rows, arguments)
             features = output[1] if isinstance(output, tuple) else output.pooler_output
             # Features may be expanded for beams or handed in later; their records travel with the tensors.
             for tensor, image in zip(features, images, strict=True):
                 setattr(tensor, RECORD, image)
             if self.state.frame is not None:
-                self.state.frame.images = images
+                self.state.frame.encoded[source.kind] = images
             return output
 
-        return get_image_features
+        return encode
 
     @contextmanager
     def _encoding(self, encoding: Encoding) -> Iterator[None]:

@@ -60,8 +60,7 @@ class Evictor:
         self._dense = frozenset(self.pruner.density_layers()) if self.pruner else frozenset()
         self.watched = self._dense | frozenset(self.cut)
         self._adapter = adapter
-        kinds = getattr(adapter.model.config.get_text_config(), "layer_types", None) or ()
-        if self.pruner is not None and any("sliding" in kind for kind in kinds):
+        if self.pruner is not None and adapter.windows:
             raise UnsupportedModelError(
                 f"{self.pruner.name} cannot cut the caches of a decoder with sliding-window layers: their masks would "
                 "differ from head to head once heads keep different entries"

@@ -31,10 +31,10 @@ GENERATION = "_vtprune"
 
 @dataclass
 class Frame:
-    """One forward of the multimodal model: its inputs, and its images once they are encoded."""
+    """One forward of the multimodal model: its inputs, and what it shows once that is encoded, by kind."""
 
     inputs: dict[str, Any]
-    images: list[EncodedImage] = field(default_factory=list)
+    encoded: dict[str, list[EncodedImage]] = field(default_factory=dict)
 
 
 @dataclass

@@ -73,8 +73,9 @@ class Wrapping:
 
     def _install_encoder(self, adapter: Adapter) -> None:
         hooks = self._encoder
-        original = adapter.inner.get_image_features
-        self.override(adapter.inner, "get_image_features", hooks.image_features(original))
+        for source in adapter.sources():
+            original = getattr(adapter.inner, source.encode)
+            self.override(adapter.inner, source.encode, hooks.features(source, original))
         self._before(adapter.vision_tower, hooks.open_encoder)
         for owner, name, replacement in hooks.checkpoints.forwards():
             self.override(owner, name, replacement)
@@ -91,8 +92,9 @@ class Wrapping:
         if hooks.sized:
             for owner, name, replacement in adapter.sized_attentions():
                 self.override(owner, name, replacement)
-        self._before(adapter.projector, hooks.before_projector)
-        self._after(adapter.projector, hooks.after_projector)
+        for projector in adapter.projectors:
+            self._before(projector, hooks.before_projector)
+            self._after(projector, hooks.after_projector)
 
     def _install_decoder(self, adapter: Adapter) -> None:
         hooks, learning = self._decoder, LearningHooks(self._state)
@@ -121,7 +123,7 @@ class Wrapping:
     def _install_taps(self, adapter: Adapter) -> None:
         encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)
         projections = [adapter.encoder_projections(encoder_layers[index]) for index in sorted(self._encoder.tapped)]
-        projections += [adapter.decoder_projections(decoder_layers[index]) for index in sorted(self._decoder.tapped)]
+        projections += [adapter.decoder_taps(decoder_layers[index]) for index in sorted(self._decoder.tapped)]
         self._taps.follow([one.modules for one in projections])
 
     def override(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:

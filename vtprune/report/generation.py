@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune.cache.waiting import VisionLog
-from vtprune.cost.formulas import FlopsBreakdown, flops, kv_bytes
-from vtprune.cost.sizes import model_cost
+from vtprune.cost.formulas import FlopsBreakdown, cache_bytes, prefill_flops
+from vtprune.cost.sizes import ModelCost
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun
 from vtprune.method.answers import KEPT_WHOLE
@@ -58,7 +58,7 @@ class Generation:
     this turn's prompt in each row, by conversation; offset: places that the cache held before it.
     """
 
-    config: Any
+    cost: ModelCost
     pruners: list[Pruner]
     facts: Any
     depth: int
@@ -210,7 +210,9 @@ class Generation:
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
             return 0
-        return sum(kv_bytes(self.config, [layer[row] for layer in kv], self.dtype) for row in range(self.rows))
+        return sum(
+            cache_bytes(self.cost.decoder, [layer[row] for layer in kv], self.dtype) for row in range(self.rows)
+        )
 
     def _sample(self, row: int) -> SampleReport:
         images = [
@@ -267,8 +269,8 @@ class Generation:
             grids = [span.image.grid for span in fresh]
             text, whole = self._text_of(key), sum(span.image.total for span in spans)
             words, own, past = self._text_per_layer(key), self._own(key, held), self._past(key, held)
-            alone = flops(
-                self.config,
+            alone = prefill_flops(
+                self.cost,
                 own,
                 text_tokens=words,
                 images=grids,
@@ -279,7 +281,7 @@ class Generation:
                 + self._probes(key, past)
                 + sum(pruner.row_flops(own[0] + text) for pruner in self.pruners if isinstance(pruner, InLayers)),
             )
-            unpruned = flops(self.config, whole, text_tokens=text, images=grids)
+            unpruned = prefill_flops(self.cost, whole, text_tokens=text, images=grids)
             if any(past):
                 before = held.whole[key[0]] - whole - text
                 alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
@@ -319,10 +321,8 @@ class Generation:
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""
-        text = self.config.get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         pairs = sum(q * p for q, p in zip(queries, past, strict=True))
-        return replace(cost, decoder=cost.decoder + 4 * pairs * head_dim * text.num_attention_heads)
+        return replace(cost, decoder=cost.decoder + 4 * pairs * self.cost.decoder.query_width)
 
     def _probed(self, index: int, key: tuple[int, int]) -> int:
         """Tokens of a conversation that a pruner's probe saw, 0 if it made none."""
@@ -331,7 +331,7 @@ class Generation:
 
     def _probes(self, key: tuple[int, int], past: list[int]) -> int:
         """FLOPs of the layers that were run to select by, beside those of the pass that counts."""
-        decoder, total = model_cost(self.config).decoder, 0
+        decoder, total = self.cost.decoder, 0
         for index, pruner in enumerate(self.pruners):
             layer, tokens = probe_layer(pruner), self._probed(index, key)
             if layer is not None and tokens:
@@ -350,9 +350,7 @@ class Generation:
         """What all methods add for one of the images of a conversation."""
         span, key = spans[place], spans[place].key
         words = self._text_of(key)
-        config, text = self.config.vision_config, self.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None) or config.num_heads
-        blocks = model_cost(self.config).vision.blocks
+        blocks, decoder = self.cost.vision.blocks, self.cost.decoder
         patches = span.image.total * self.facts.group
         alive = [sum(layer) for layer in span.image.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
@@ -367,13 +365,13 @@ class Generation:
                 shown=int(span.image.alive.numel()),
                 kept=int(span.kept_at(0).numel()),
                 encoder_width=blocks.width,
-                encoder_heads=heads,
-                decoder_width=text.hidden_size,
-                decoder_heads=text.num_attention_heads,
+                encoder_heads=blocks.heads,
+                decoder_width=decoder.width,
+                decoder_heads=decoder.heads,
                 prompt=words + sum(one.image.total for one in self.spans if one.key == key),
                 text=words,
                 text_after=span.text_after,
-                decoder_kv_width=model_cost(self.config).decoder.kv_width,
+                decoder_kv_width=decoder.kv_width,
                 decoder_pairs=self._pairs(key),
                 images=sum(Plan(tuple(self.pruners), one.image.total).acts(index) for one in spans),
                 encoder_patches=tuple(alive),

@@ -1,0 +1,288 @@
+"""What a model family may say about itself beyond one source of one image a row: its norms of queries and keys, what a
+prompt shows, which rows of the encoder make an image, and which placeholders are vision tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vtprune
+from tests.models import END, IMAGE, LONG, MODELS, ROWS, SHORT, START, make, prompt
+from tests.oracle import TOLERANCE
+from vtprune import adapters
+from vtprune.adapters import sizes
+from vtprune.adapters.base import Adapter, Source
+from vtprune.adapters.llava import LlavaAdapter
+from vtprune.adapters.qwen_vl import Qwen2VLAdapter
+from vtprune.cost.sizes import ModelCost
+from vtprune.encoder.encoding import EncodedImage, Part
+
+VIDEO = 93
+LAYER = 2
+
+
+# ---- queries and keys
+
+
+def _with_norms() -> Any:
+    """A LLaVA whose decoder has norms of queries and keys, and heads that do not share its width."""
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 24, "patch_size": 4,
+        },
+        text_config={
+            "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 100,
+        },
+        image_token_id=IMAGE,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                norm.weight.uniform_(0.5, 2.0)
+    return model
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """By decoder layer, the q, k and v that went into its attention."""
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if getattr(module, "q_proj", None) is not None and module.is_causal:
+            groups = query.shape[1] // key.shape[1]
+            found[module.layer_idx] = query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return original(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)
+    return found
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "with norms"])
+@torch.no_grad()
+def test_methods_are_shown_the_queries_and_keys_that_attention_got(
+    kind: str, computed: dict[int, tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "DECODERS", (*sizes.DECODERS, "qwen3"))
+    model = _with_norms() if kind == "with norms" else make(kind)
+    inputs = prompt(kind, [LONG] if kind == "with norms" else [ROWS[kind][0]])
+    adapter = adapters.adapter_for(model)
+    layer = list(adapter.decoder_layers)[LAYER]
+    taps: dict[str, Tensor] = {}
+    entered: dict[str, Any] = {}
+    for name, module in adapter.decoder_taps(layer).modules().items():
+        module.register_forward_hook(lambda _, args, output, name=name: taps.update({name: output}))
+    layer.register_forward_pre_hook(lambda _, args, kwargs: entered.update(kwargs, hidden=args[0]), with_kwargs=True)
+    model(**inputs)
+    query, key, value = computed[LAYER]
+    embeddings, last = entered["position_embeddings"], torch.tensor([[3, query.shape[2] - 1]])
+    seen = adapter.decoder_states(taps, embeddings)
+    for ours, theirs in zip(seen, (query, key, value), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(adapter.decoder_query(taps, embeddings), query)
+    torch.testing.assert_close(adapter.decoder_states(taps, embeddings, last)[0], query[:, :, last[0]])
+    ahead = adapter.query_and_keys(layer, entered["hidden"], embeddings, last)
+    torch.testing.assert_close(ahead[0], query[:, :, last[0]])
+    torch.testing.assert_close(ahead[1], key)
+
+
+def test_a_wrapped_decoder_with_norms_is_scored_by_what_they_give(
+    computed: dict[int, tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "DECODERS", (*sizes.DECODERS, "qwen3"))
+    seen: list[Any] = []
+    original = vtprune.FastV.prune_decoder
+    monkeypatch.setattr(
+        vtprune.FastV, "prune_decoder", lambda self, layer: (seen.append(layer), original(self, layer))[1]
+    )
+    with torch.no_grad():
+        vtprune.wrap(_with_norms(), "fastv:keep=0.5")(**prompt("llava-clip", [LONG]))
+    query, key, _ = computed[seen[0].index]
+    torch.testing.assert_close(seen[0].query, query[0, :, -seen[0].query.shape[1] :])
+    torch.testing.assert_close(seen[0].key, key[0])
+
+
+# ---- what a prompt shows
+
+
+class ImagesAndVideos(Qwen2VLAdapter):
+    """Qwen2-VL with videos, each of which is one image of several frames."""
+
+    def sources(self) -> tuple[Source, ...]:
+        return (*super().sources(), Source("video", self.model.config.video_token_id))
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Adapter]], None]:
+    """Makes an adapter the only one."""
+    return lambda adapter: monkeypatch.setattr(adapters, "ADAPTERS", (adapter,))
+
+
+def _mixed() -> dict[str, Tensor]:
+    """A row with a video before its image, and one with an image alone, padded on the left."""
+    generator = torch.Generator().manual_seed(5)
+    words = iter(torch.randint(3, 80, (40,), generator=generator).tolist())
+
+    def shown(token: int, count: int) -> list[int]:
+        return [START, *[token] * count, END]
+
+    rows = [
+        [next(words), *shown(VIDEO, 12), next(words), *shown(IMAGE, 12), *[next(words) for _ in range(5)]],
+        [next(words), *shown(IMAGE, 20), next(words), next(words)],
+    ]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+        "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO),
+        "pixel_values": torch.randn(4 * 32, 96, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 6, 8], [1, 8, 10]]),
+        "pixel_values_videos": torch.randn(4 * 12, 96, generator=generator),
+        "video_grid_thw": torch.tensor([[2, 4, 6]]),
+    }
+
+
+@torch.no_grad()
+def _masked(model: Any, inputs: dict[str, Tensor], dropped: Tensor) -> Tensor:
+    """Logits of the unwrapped model whose decoder does not see the `dropped` (B, L) places."""
+    given: dict[str, Any] = {}
+    decoder = model.model.language_model
+    handle = decoder.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    model(**inputs)
+    handle.remove()
+    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) * ~dropped
+    states = decoder(
+        inputs_embeds=given["inputs_embeds"], position_ids=given["position_ids"], attention_mask=seen
+    ).last_hidden_state
+    return model.lm_head(states)
+
+
+def _differs(inputs: dict[str, Tensor], dropped: Tensor, ours: Tensor, theirs: Tensor) -> float:
+    """How far apart two logits are where a token is left."""
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool() & ~dropped
+    return float((ours - theirs)[real].abs().max())
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["own tower call", "by the method for images"])
+@pytest.mark.parametrize("method", ["random:keep=5", "divprune:keep=0.4"])
+def test_a_second_source_is_pruned_beside_the_first(
+    method: str, nested: bool, family: Callable[[type[Adapter]], None]
+) -> None:
+    family(ImagesAndVideos)
+    model, inputs = make("qwen2-vl"), _mixed()
+    inner = model.model
+    if nested:
+        # As later families do: a video is encoded by the method that encodes images, which is wrapped, too.
+        inner.get_video_features = lambda pixel_values_videos, video_grid_thw=None, **kwargs: inner.get_image_features(
+            pixel_values_videos, video_grid_thw, **kwargs
+        )
+    vtprune.wrap(model, method)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    report = vtprune.report(model)
+    assert [[image.grid for image in sample.images] for sample in report.samples] == [
+        [(2, 2, 3), (1, 3, 4)],
+        [(1, 4, 5)],
+    ]
+    dropped = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for row, (sample, tokens) in enumerate(zip(report.samples, [(VIDEO, IMAGE), (IMAGE,)], strict=True)):
+        for image, token in zip(sample.images, tokens, strict=True):
+            assert image.kept_per_layer[-1] == image.kept
+            assert 0 < len(image.kept) < image.tokens
+            places = (inputs["input_ids"][row] == token).nonzero().flatten()
+            gone = torch.ones(image.tokens, dtype=torch.bool)
+            gone[image.kept] = False
+            dropped[row, places[gone]] = True
+    expected = _masked(vtprune.unwrap(model), inputs, dropped)
+    assert _differs(inputs, dropped, logits, expected) < TOLERANCE
+
+
+def test_what_is_encoded_ahead_of_time_is_found_by_its_kind(family: Callable[[type[Adapter]], None]) -> None:
+    family(ImagesAndVideos)
+    model, inputs = vtprune.wrap(make("qwen2-vl"), "none"), _mixed()
+    expected = vtprune.unwrap(model).generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(vtprune.wrap(model, "none").generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+    vtprune.wrap(vtprune.unwrap(model), "random:keep=5").generate(**inputs, max_new_tokens=4, do_sample=False)
+    kept = [[len(image.kept) for image in sample.images] for sample in vtprune.report(model).samples]
+    assert kept == [[5, 5], [5]]
+
+
+# ---- which rows and which placeholders are an image
+
+
+class EndsOfRows(LlavaAdapter):
+    """A LLaVA that takes the last column of each image's grid for something that ends a row."""
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        # Of the tower's cost nothing is said here: it stands for one whose images have these grids.
+        cost = super().sizes(config)
+        return replace(cost, vision=replace(cost.vision, side=(6, 5)))
+
+    def assemble(self, rows: list[EncodedImage], arguments: dict[str, Any]) -> list[EncodedImage]:
+        slots = torch.arange(36).view(6, 6)[:, :-1].flatten()
+        part = Part((1, 6, 5))
+        return [replace(row, parts=(part,), alive=torch.arange(30), slots=slots, structural=6) for row in rows]
+
+
+@pytest.mark.parametrize("method", ["random:keep=9", "divprune:keep=0.25"])
+def test_placeholders_that_are_no_vision_tokens_stay_and_are_no_text(
+    method: str, family: Callable[[type[Adapter]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family(EndsOfRows)
+    model, inputs = make("llava-clip"), prompt("llava-clip", [LONG, SHORT])
+    words: list[Tensor] = []
+    kind = type(vtprune.wrap(model, method).__dict__["_vtprune"].given[0])
+    original = kind.select
+    monkeypatch.setattr(
+        kind, "select", lambda self, stream: (words.append(stream.text_ids), original(self, stream))[1]
+    )
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(0)
+    with torch.no_grad():
+        logits = model(**inputs, position_ids=positions).logits
+    assert not any(bool((ids == IMAGE).any()) for ids in words)
+    assert [len(ids) for ids in words] == [10, 6]
+    report = vtprune.report(model)
+    dropped = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for row, sample in enumerate(report.samples):
+        (image,) = sample.images
+        assert (image.grid, image.tokens, len(image.kept)) == ((1, 6, 5), 30, 9 if "random" in method else 8)
+        # The model computes them like words, and so they are counted.
+        assert sample.text_tokens == [10, 6][row] + 6
+        places = (inputs["input_ids"][row] == IMAGE).nonzero().flatten().view(6, 6)[:, :-1].flatten()
+        gone = torch.ones(30, dtype=torch.bool)
+        gone[image.kept] = False
+        dropped[row, places[gone]] = True
+    expected = _masked(vtprune.unwrap(model), {**inputs, "position_ids": positions}, dropped)
+    assert _differs(inputs, dropped, logits, expected) < TOLERANCE
+
+
+def test_an_image_of_several_rectangles_is_one_row_of_tokens() -> None:
+    one = EncodedImage((Part((1, 4, 5)),), torch.arange(20), None, None, [], (), None)
+    assert (one.grid, one.total, one.length) == ((1, 4, 5), 20, 20)
+    crops = replace(one, parts=(Part((1, 2, 2), "base"), Part((1, 4, 5), "crops")), structural=4)
+    assert (crops.grid, crops.total, crops.length) == ((1, 1, 24), 24, 28)
+
+
+# ---- what a decoder adds
+
+
+def test_values_that_a_decoder_adds_to_vision_tokens_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlavaAdapter, "added_inputs", lambda self, arguments: ["deepstack_visual_embeds"])
+    model = vtprune.wrap(make("llava-clip"), "random:keep=9")
+    with pytest.raises(vtprune.VTPruneError, match="adds deepstack_visual_embeds to its vision tokens between layers"):
+        model(**prompt("llava-clip", [LONG]))
+    text = torch.tensor([[5, 6, 7]])
+    assert model(input_ids=text).logits.shape[:2] == text.shape

@@ -1,0 +1,62 @@
+"""FLOPs and KV-cache bytes of one prefill, from a transformers config: `vtprune.flops` and `vtprune.kv_bytes`.
+
+cost.md (in vtprune/cost) says line by line what is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vtprune.adapters import model_cost
+from vtprune.cost.formulas import FlopsBreakdown, cache_bytes, prefill_flops
+from vtprune.cost.sizes import Alive
+
+
+def flops(
+    config: Any,
+    tokens_per_layer: int | Sequence[int],
+    *,
+    text_tokens: int | Sequence[int],
+    images: int | Sequence[Sequence[int]],
+    convention: str = "exact",
+    encoder_tokens_per_layer: Sequence[Sequence[Alive]] | None = None,
+    encoder_mlp_tokens_per_layer: Sequence[Sequence[int]] | None = None,
+    projector_tokens: int | None = None,
+    scoring: int = 0,
+    logits: int = 1,
+) -> FlopsBreakdown:
+    """FLOPs to prefill one row at batch 1, from a model config.
+
+    tokens_per_layer, text_tokens: vision and text tokens that each decoder layer processes (one int for all);
+    images: a number of images, or grids (t, h, w) in decoder tokens; 0 if the features came from elsewhere;
+    convention: "exact", or the papers' "2ndm" and "3ndm" (decoder alone, multiply-accumulates);
+    encoder_tokens_per_layer[image][layer]: patches left in an encoder layer (CLS not among them), or the
+    lengths (all tokens) of its attention segments; None if all; encoder_mlp_tokens_per_layer: the same for all
+    tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
+    projector, None for all; scoring: FLOPs of the method itself; logits: positions through the head.
+    Raises VTPruneError for bad counts and lengths, an unknown convention or an unknown model.
+    """
+    return prefill_flops(
+        model_cost(config),
+        tokens_per_layer,
+        text_tokens=text_tokens,
+        images=images,
+        convention=convention,
+        encoder_tokens_per_layer=encoder_tokens_per_layer,
+        encoder_mlp_tokens_per_layer=encoder_mlp_tokens_per_layer,
+        projector_tokens=projector_tokens,
+        scoring=scoring,
+        logits=logits,
+    )
+
+
+def kv_bytes(config: Any, kv_tokens_per_layer: int | Sequence[int], dtype: torch.dtype | str) -> int:
+    """Bytes of one row's keys and values, from the entries (vision and text) that each decoder layer holds.
+
+    kv_tokens_per_layer: one count a layer, or one int for all; dtype: a torch dtype or its name ("bfloat16").
+    Raises VTPruneError for a wrong length, negative counts or an unknown dtype.
+    """
+    return cache_bytes(model_cost(config).decoder, kv_tokens_per_layer, dtype)
