@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 import vtprune
 from tests.checkpoint import png, random_checkpoint, write_task
 from vtprune import adapters
-from vtprune.cli import app as cli
 from vtprune.cli.app import app
+from vtprune.cli.bench import what_to_run
 from vtprune.evals import settings
 from vtprune.evals.bench.bench import SHORT_METHODS, BenchConfig, run_bench
 from vtprune.evals.bench.plots import method_styles, pareto_png
@@ -253,7 +253,7 @@ def test_a_model_without_an_adapter_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_method_that_the_model_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Any, facts: Any) -> Any:
+    def refuse(self: Any) -> Any:
         raise vtprune.VTPruneError("needs what this model has not")
 
     monkeypatch.setattr(vtprune.FlowCut, "resolve", refuse)
@@ -399,14 +399,14 @@ def test_the_short_list_has_the_baselines_and_every_stage_and_is_no_everything()
     assert {"random", "grid"} < set(SHORT_METHODS)
     per_stage = Counter(vtprune.available()[name].stage for name in SHORT_METHODS[2:])
     assert max(per_stage.values()) <= 2
-    assert cli._what_to_run("vtprune_shapes", None, None, False, None, None) == {
+    assert what_to_run("vtprune_shapes", None, None, everything=False, limit=None, model=None) == {
         "tasks": ("vtprune_shapes",),
         "methods": (*SHORT_METHODS, *settings.trained_folders()),
         "keeps": (0.25,),
         "limit": 500,
         "lenient": True,
     }
-    everything = cli._what_to_run("vtprune_shapes", None, None, True, None, None)
+    everything = what_to_run("vtprune_shapes", None, None, everything=True, limit=None, model=None)
     assert set(settings.all_methods()) <= set(everything["methods"])
     assert everything["limit"] is None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -77,9 +78,7 @@ def test_what_was_trained_loads_as_any_model_does_and_brings_the_method(tmp_path
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypatch: Any) -> None:
-    from vtprune.hooks import weights
-
-    real, calls = weights.save_file, []
+    real, calls = safetensors.torch.save_file, []
 
     def full(tensors: Any, path: Any, **options: Any) -> None:
         calls.append(path)
@@ -90,7 +89,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypa
 
     options: dict[str, Any] = {"steps": 3, "save_every": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", full)
+        patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(RunError, match="No space left"):
             run(tmp_path, **options)
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [FILE]

@@ -261,10 +261,12 @@ def test_a_setting_that_is_not_a_number_is_told_and_passed_over(
 
 
 def test_settings_that_the_model_refuses_are_infeasible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Any, facts: Any) -> Any:
+    resolve = vtprune.HoloV.resolve
+
+    def refuse(self: Any) -> Any:
         if self.tau == 1 and self.alpha is None:
             raise VTPruneError("cannot be met")
-        return self
+        return resolve(self)
 
     monkeypatch.setattr(vtprune.HoloV, "resolve", refuse)
     result = tune(tmp_path / "out", *KEEP, "--trials", "2")

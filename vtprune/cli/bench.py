@@ -82,7 +82,7 @@ def bench(
         from vtprune.evals.bench.bench import BenchConfig, run_bench
 
         config = BenchConfig(
-            **_what_to_run(tasks, methods, keep, everything=everything, limit=limit, model=model),
+            **what_to_run(tasks, methods, keep, everything=everything, limit=limit, model=model),
             output=output,
             model=model,
             device=device,
@@ -97,7 +97,7 @@ def bench(
         run_bench(config, open_console())
 
 
-def _what_to_run(
+def what_to_run(
     tasks: str, methods: str | None, keep: str | None, *, everything: bool, limit: int | None, model: str | None
 ) -> dict[str, Any]:
     """The settings and questions that the options stand for, as fields of a BenchConfig."""
