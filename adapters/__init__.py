@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,8 @@ from vtprune.cost.sizes import ModelCost
 from vtprune.errors import UnsupportedModelError
 
 ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, Qwen2VLAdapter, Qwen25VLAdapter)
+# What a config says beside the architecture: where it came from, how it runs, what generation does.
+PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
 def adapters() -> list[tuple[str, tuple[str, ...], str]]:
@@ -49,3 +53,20 @@ def model_cost(config: Any) -> ModelCost:
     got = repr(kind) if kind else type(config).__name__
     known = ", ".join(name for adapter in ADAPTERS for name in adapter.model_types)
     raise UnsupportedModelError(f"no cost for config {got}; supported model types: {known}")
+
+
+def model_type(model: Any) -> str:
+    """The family's name, as transformers has it in a config."""
+    return str(core_model(model).config.model_type)  # type: ignore[union-attr]
+
+
+def config_hash(model: Any) -> str:
+    """Identifies the architecture of a model: its config without what passes."""
+    lasting = _lasting(core_model(model).config.to_dict())  # type: ignore[union-attr,operator]
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _lasting(one) for key, one in value.items() if key not in PASSING}
+    return [_lasting(one) for one in value] if isinstance(value, list | tuple) else value

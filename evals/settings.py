@@ -13,8 +13,8 @@ from typing import Any
 
 from vtprune.assets import TRAINED
 from vtprune.errors import InputError, VTPruneError
-from vtprune.hooks.weights import WEIGHTS_NAME, untrained
-from vtprune.method.config import CONFIG_NAME, load_config, to_dict
+from vtprune.hooks.weights import untrained
+from vtprune.method.config import CONFIG_NAME, WEIGHTS_NAME, load_config, to_dict
 from vtprune.method.pruner import Pruner
 from vtprune.method.registry import (
     available,

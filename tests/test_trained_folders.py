@@ -15,8 +15,9 @@ from tests.pruners import GATED, PRUNERS, label
 from tests.test_pmod import trained
 from vtprune.assets import TINY_LLAVA, TRAINED
 from vtprune.evals.settings import build_settings
+from vtprune.files import write_tensors
 from vtprune.hooks.base_sample import sample_base
-from vtprune.hooks.weights import SUBMODULE, write_tensors
+from vtprune.hooks.weights import SUBMODULE
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import Trained
 from vtprune.pruners import PMoD
@@ -57,7 +58,7 @@ def test_weights_of_a_folder_that_tells_nothing_of_its_base_load_with_a_warning(
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = {key: value for key, value in file.metadata().items() if not key.startswith("base_")}
-    write_tensors(tensors, path, metadata)
+    write_tensors(path, tensors, metadata)
     with pytest.warns(vtprune.UncheckedBaseWarning, match="says nothing of its base's weights"):
         vtprune.wrap(make("llava-clip"), str(tmp_path))
 

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vtprune.adapters import config_hash, model_type
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.offloading import held_weights, working_device
 from vtprune.errors import UncheckedBaseWarning, VTPruneError
-from vtprune.files import write_with
+from vtprune.files import read_tensors, write_tensors
 from vtprune.hooks.base_sample import BaseSample, sample_base
+from vtprune.method.config import WEIGHTS_NAME
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import Trained
 
-WEIGHTS_NAME = "vtprune_weights.safetensors"
 # The submodule of a wrapped model that holds them.
 SUBMODULE = "vtprune_weights"
 FORMAT, VERSION = "vtprune-weights", "1"
-# What a config says beside the architecture: where it came from, how it runs, what generation does.
-PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
 def make_modules(pruners: Sequence[Pruner], adapter: Adapter) -> dict[int, nn.Module]:
@@ -52,19 +47,6 @@ def detach(core: Any) -> None:
     core._modules.pop(SUBMODULE, None)
 
 
-def config_hash(config: Any) -> str:
-    """Identifies the architecture of a base model: its config without what passes."""
-    return hashlib.sha256(json.dumps(_lasting(config.to_dict()), sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]
-
-
-def _lasting(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _lasting(one) for key, one in value.items() if key not in PASSING}
-    return [_lasting(one) for one in value] if isinstance(value, list | tuple) else value
-
-
 def untrained(pruners: Sequence[Pruner]) -> str:
     """What a message says of the methods that bring weights, where nothing has trained them; "" where none does."""
     found = {pruner.name: pruner.untrained for pruner in pruners if isinstance(pruner, Trained)}
@@ -84,16 +66,11 @@ def write_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> Non
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "base": config_hash(core.config),
-        "model_type": core.config.model_type,
+        "base": config_hash(core),
+        "model_type": model_type(core),
         **sample_base(core, SUBMODULE).metadata(),
     }
-    write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all; raises WriteError where there is no room."""
-    write_with(path, lambda part: save_file(tensors, part, metadata=metadata))
+    write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
 
 
 def read_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None:
@@ -105,12 +82,7 @@ def read_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None
     path = folder / WEIGHTS_NAME
     if not path.exists():
         raise VTPruneError(f"no {WEIGHTS_NAME} in {folder}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise VTPruneError(f"{path} is not a safetensors file (cut short?): {error}") from error
+    tensors, metadata = read_tensors(path, "a safetensors file (cut short?)")
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise VTPruneError(f"{path} does not hold weights of vtprune's methods")
     _check_base(metadata, core, path)
@@ -119,11 +91,11 @@ def read_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None
 
 def _check_base(metadata: dict[str, str], core: Any, path: Path) -> None:
     """Raises VTPruneError for another base than the one that the file's weights were trained on."""
-    own = config_hash(core.config)
+    own = config_hash(core)
     if metadata.get("base") != own:
         raise VTPruneError(
             f"{path} was trained on another base model ({metadata.get('model_type')}, config {metadata.get('base')}; "
-            f"this one is {core.config.model_type}, config {own}); load it on the base that it was trained on"
+            f"this one is {model_type(core)}, config {own}); load it on the base that it was trained on"
         )
     saved, found = BaseSample.from_metadata(metadata), sample_base(core, SUBMODULE)
     if saved is not None and saved.adapted and not found.adapted:

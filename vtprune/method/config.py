@@ -14,6 +14,8 @@ from vtprune.method.pruner import Pruner
 from vtprune.method.registry import create_checked
 
 CONFIG_NAME = "vtprune_config.json"
+# Beside it, the weights of methods that bring some.
+WEIGHTS_NAME = "vtprune_weights.safetensors"
 FORMAT = "vtprune"
 VERSION = 1
 

@@ -43,7 +43,7 @@ class FullLayerNorm(nn.LayerNorm):
     def forward(self, states: Tensor) -> Tensor:
         """(..., D) fp32 of (..., D)."""
         weight, bias = (_beside(part, states) for part in (self.weight, self.bias))
-        return layer_norm(states.float(), self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(states.float(), self.normalized_shape, weight=weight, bias=bias, eps=self.eps)
 
 
 def _beside(weight: Tensor | None, states: Tensor) -> Tensor | None:

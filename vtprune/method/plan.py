@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from vtprune.errors import CannotCut
@@ -70,14 +71,14 @@ class Plan:
         pruner = self.pruners[order]
         if not isinstance(pruner, InEncoder):
             return self.tokens
-        return _met(self.tokens, pruner.encoder_budget, self.tokens)
+        return _met(self.tokens, partial(pruner.encoder_budget, self.tokens))
 
     def entering(self, order: int) -> int | None:
         """Tokens that the method lets into the decoder."""
         pruner = self.pruners[order]
         if not isinstance(pruner, BeforeDecoder):
             return self.tokens
-        return _met(self.tokens, pruner.input_budget, self.tokens)
+        return _met(self.tokens, partial(pruner.input_budget, self.tokens))
 
     def selects(self, order: int, alive: int) -> bool:
         """Whether the method has to say which tokens enter the decoder."""
@@ -89,7 +90,7 @@ class Plan:
         pruner = self.pruners[order]
         if not isinstance(pruner, BetweenLayers) or layer not in pruner.drop_layers():
             return entered
-        return _met(entered, pruner.drop_budget, self.tokens, layer, entered)
+        return _met(entered, partial(pruner.drop_budget, self.tokens, layer, entered))
 
     def asks(self, order: int, layer: int, entered: int, *, alive: int) -> bool:
         """Whether the method has to say which tokens go on after a decoder layer."""
@@ -101,7 +102,7 @@ class Plan:
         pruner = self.pruners[order]
         if not isinstance(pruner, InLayers) or layer not in pruner.routed_layers():
             return entered
-        return _met(entered, pruner.routed_budget, self.tokens, layer, entered)
+        return _met(entered, partial(pruner.routed_budget, self.tokens, layer, entered))
 
     def evicts(self, order: int) -> bool:
         """Whether the method cuts what the cache holds of the image."""
@@ -136,10 +137,10 @@ class Plans:
         return self._known.setdefault(tokens, Plan(self.pruners, tokens))
 
 
-def _met(whole: int, budget: Callable[..., T], *sizes: int) -> T | int:
+def _met(whole: int, budget: Callable[[], T]) -> T | int:
     """A budget, or all tokens where the method says that it cannot be met."""
     try:
-        return budget(*sizes)
+        return budget()
     except CannotCut:
         return whole
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import VTPruneError
-from vtprune.hooks.weights import WEIGHTS_NAME
 from vtprune.method import config
+from vtprune.method.config import WEIGHTS_NAME
 from vtprune.method.pruner import Pruner
 from vtprune.method.registry import create, read_options
 from vtprune.method.texts import Stage, parse_entry

@@ -23,7 +23,7 @@ def constant(depth: int, layers: Sequence[int], keep: float) -> Ratios:
     """One drop before layer `layers[0]`, as FastV makes it."""
     start = layers[0]
     ratio = (keep * depth - start) / (depth - start)
-    _check_reach("constant", depth, layers, keep, start / depth)
+    _check_reach("constant", depth, layers=layers, keep=keep, least=start / depth)
     return (1.0,) * start + (min(1.0, ratio),) * (depth - start)
 
 
@@ -34,7 +34,7 @@ def factor_steps(depth: int, layers: Sequence[int], factor: float) -> Ratios:
 
 def steps(depth: int, layers: Sequence[int], keep: float) -> Ratios:
     """A pyramid: the same factor before each of `layers`."""
-    _check_reach("steps", depth, layers, keep, layers[0] / depth)
+    _check_reach("steps", depth, layers=layers, keep=keep, least=layers[0] / depth)
     return _largest(lambda factor: factor_steps(depth, layers, factor), keep)
 
 
@@ -51,7 +51,7 @@ def between(depth: int, layers: Sequence[int], keep: float, known: Sequence[Sequ
     """
     if keep >= 1:
         return (1.0,) * depth
-    _check_reach("published", depth, layers, keep, layers[0] / depth)
+    _check_reach("published", depth, layers=layers, keep=keep, least=layers[0] / depth)
     stages = range(len(known[0]))
     settings = [[0.0 for _ in stages], *reversed(known), [1.0 for _ in stages]]
 
@@ -67,7 +67,7 @@ def between(depth: int, layers: Sequence[int], keep: float, known: Sequence[Sequ
 def linear(depth: int, layers: Sequence[int], keep: float) -> Ratios:
     """A straight fall from layer `layers[0]` on, at the lowest to a quarter of what these layers keep on average."""
     start = layers[0]
-    _check_reach("linear", depth, layers, keep, start / depth)
+    _check_reach("linear", depth, layers=layers, keep=keep, least=start / depth)
     floor = (keep * depth - start) / (depth - start) / 4
 
     def falling(end: float) -> Ratios:
@@ -100,7 +100,7 @@ def shifted_cosine(depth: int, layers: Sequence[int], keep: float) -> Ratios:
     """The cosine with the shift that meets `keep`, whole before layer `layers[0]`; its floor is p-MoD's, or half of
     `keep` where that is lower."""
     start = layers[0]
-    _check_reach("shifted_cosine", depth, layers, keep, start / depth)
+    _check_reach("shifted_cosine", depth, layers=layers, keep=keep, least=start / depth)
 
     def shifted(along: float) -> Ratios:
         # 0 .. 1 is a shift of -0.5 (nothing but the floor) to 1.5 (everything).

@@ -295,7 +295,13 @@ class _Cut:
         if not self._method.merge:
             return threshold
         self._key, self._value, merged, threshold = merge_evicted(
-            self._key, self._value, kept, evicted, threshold, by_order=self._method.released, method=self._method.name
+            self._key,
+            self._value,
+            kept=kept,
+            evicted=evicted,
+            threshold=threshold,
+            by_order=self._method.released,
+            method=self._method.name,
         )
         self._merged += merged
         return threshold
@@ -306,4 +312,10 @@ class _Cut:
             return None
         kept = self._stays.nonzero()[:, 1].view(self._stays.shape[0], -1)
         rows = torch.arange(len(kept), device=kept.device)[:, None]
-        return Eviction(kept, self._key[rows, kept], self._value[rows, kept], self._merged[rows, kept], state)
+        return Eviction(
+            kept=kept,
+            key=self._key[rows, kept],
+            value=self._value[rows, kept],
+            merged=self._merged[rows, kept],
+            state=state,
+        )

@@ -228,11 +228,13 @@ class HoloV(BeforeDecoder):
         if self.variant == "released":
             strips = self.strips(features.shape[0], stream.budget)
             alpha = RELEASED_ALPHA if self.alpha is None else self.alpha
-            positions = select_strips(features, attention, strips, stream.budget, alpha).positions
+            positions = select_strips(features, attention, strips=strips, budget=stream.budget, alpha=alpha).positions
             return Selection(positions[positions >= 0].sort().values)
         crops = crops_of(stream.grid, self.crops or CROPS).to(stream.indices.device)[stream.indices]
         alpha = 1.0 if self.alpha is None else self.alpha
-        return Selection(select_crops(features, attention, crops, stream.budget, alpha, self.tau))
+        return Selection(
+            select_crops(features, attention, crops=crops, budget=stream.budget, alpha=alpha, tau=self.tau)
+        )
 
     def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities inside the crops."""

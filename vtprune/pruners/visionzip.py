@@ -165,7 +165,9 @@ class VisionZip(InEncoder):
         cls = dominant >= 2 if self.cls and layer.prefix else None
         patches = dominant if cls is None else dominant - cls.long()
         metric = check_scores(mean_keys(layer), self.name)
-        return zip_tokens(scores, metric, layer.valid, patches, contextual).selection(merge=self.merge, cls=cls)
+        return zip_tokens(scores, metric, valid=layer.valid, dominant=patches, contextual=contextual).selection(
+            merge=self.merge, cls=cls
+        )
 
     def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities to the targets."""

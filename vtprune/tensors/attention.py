@@ -41,14 +41,14 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 
     query, key: (H, N, d). `skip` leading tokens (CLS) are left out of queries and of the answer, but stay in
     the softmax. Returns (N - skip,) in fp32.
     """
-    return _accumulate(query, key, scale, skip, softmax)[0]
+    return _accumulate(query, key, scale=scale, skip=skip, softmax=softmax)[0]
 
 
 def attention_received_and_given(
     query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Both means of `attention_received` and of what each query gives, in one pass, each (N - skip,)."""
-    return _accumulate(query, key, scale, skip, softmax)
+    return _accumulate(query, key, scale=scale, skip=skip, softmax=softmax)
 
 
 def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:

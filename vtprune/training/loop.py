@@ -14,10 +14,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 
-from vtprune.adapters import adapter_for, core_model
+from vtprune.adapters import adapter_for, config_hash, core_model
 from vtprune.errors import RunError, ScoreError, VTPruneError
 from vtprune.files import refuse_changed
-from vtprune.hooks.weights import config_hash
 from vtprune.training import parameters
 from vtprune.training.config import TrainConfig
 from vtprune.training.conversations import Collator
@@ -115,7 +114,7 @@ class Run:
         core = core_model(model)
         wrapping = getattr(core, ATTRIBUTE, None)
         methods = [] if wrapping is None else [one.to_dict() for one in wrapping.given]
-        own = {"method": methods, "base": config_hash(core.config), "steps": self.steps, "processes": self.processes}
+        own = {"method": methods, "base": config_hash(core), "steps": self.steps, "processes": self.processes}
         settings: dict[str, Any] = json.loads(
             json.dumps({**self.config.identity(), **own, **self.data.identity(), **identity})
         )

@@ -15,11 +15,10 @@ from rich.console import Console
 from vtprune.assets import TINY_LLAVA
 from vtprune.errors import InputError, UntrainedWarning
 from vtprune.files import held, refuse_foreign
-from vtprune.hooks.weights import WEIGHTS_NAME
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
 from vtprune.loading.prompts import check_text
-from vtprune.method.config import CONFIG_NAME
+from vtprune.method.config import CONFIG_NAME, WEIGHTS_NAME
 from vtprune.method.registry import read_options
 from vtprune.method.resolving import resolve
 from vtprune.method.texts import parse_entry, parse_options

@@ -158,4 +158,6 @@ class CoViPAL(BeforeDecoder, Guided):
 
     def flops(self, work: Work) -> int:
         """All products of the module."""
-        return module_flops(work.shown, work.text, work.decoder_width, self.width, self.blocks)
+        return module_flops(
+            work.shown, work.text, decoder_width=work.decoder_width, width=self.width, blocks=self.blocks
+        )

@@ -163,7 +163,7 @@ class Schedule:
     def last(self, target: float) -> float:
         """The share that goes on at the last of `layers`; raises VTPruneError where none meets `target`."""
         first, entering, shares = self.settings(target).first, self.entering(target), self.shares(target)
-        ratio = last_ratio(target, entering, shares, self.layers, self.depth)
+        ratio = last_ratio(target, entering, second=shares, layers=self.layers, depth=self.depth)
         if ratio <= 0:
             second = (
                 "" if not shares else f" and second={', '.join(f'{share:.4g}' for share in dict.fromkeys(shares))}"
@@ -185,7 +185,9 @@ class Schedule:
             for ratio in (*shares, last):
                 found.append(max(1, released_count(found[-1], ratio)))
             return tuple(found)
-        return stage_counts(tokens, budget, share, shares, self.layers, self.depth, fill=self.second is None)
+        return stage_counts(
+            tokens, budget, first=share, second=shares, layers=self.layers, depth=self.depth, fill=self.second is None
+        )
 
     def left(self, alive: int, tokens: int, stage: int) -> int:
         """Tokens that a stage leaves of `alive`, as released: of those that are there, not of all."""

@@ -67,7 +67,7 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, li
     kept = torch.cat([stay, into[chosen]]).sort().values
     places = torch.searchsorted(kept, into[chosen])
     merged = features[kept].index_copy(0, places, vectors[chosen].to(features.dtype))
-    return Selection(kept, merged, _merges(low, group, shares, into, set(chosen.tolist())))
+    return Selection(kept, merged, _merges(low, group, shares=shares, into=into, chosen=set(chosen.tolist())))
 
 
 def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:

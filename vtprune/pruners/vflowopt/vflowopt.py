@@ -218,7 +218,7 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         cells = cells_of([(height, width)] * frames, size)[stream.indices.cpu()].to(features.device)
         if schedule.released:
             return recycle(features, importance, cells, max(0, budget - int(tokens / size**2)))
-        return recycle(features, importance, cells, direct_count(importance, cells, budget), budget)
+        return recycle(features, importance, cells=cells, direct=direct_count(importance, cells, budget), limit=budget)
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the most important of the tokens that are left."""
