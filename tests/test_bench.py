@@ -22,14 +22,14 @@ from tests.checkpoint import png, random_checkpoint, write_task
 from vtprune import adapters
 from vtprune.cli import app as cli
 from vtprune.cli.app import app
-from vtprune.evals.bench import results, settings
+from vtprune.evals import settings
 from vtprune.evals.bench.bench import SHORT_METHODS, BenchConfig, run_bench
 from vtprune.evals.bench.plots import method_styles, pareto_png
 from vtprune.evals.bench.scores import main_metric, standard_error, task_scores
-from vtprune.evals.bench.settings import Setting
 from vtprune.evals.bench.tables import kept_score, markdown_table, quality_columns
 from vtprune.evals.lmms import model as lmms_model
 from vtprune.evals.lmms.shapes_task import process_results
+from vtprune.evals.settings import Setting
 from vtprune.files import held
 from vtprune.method.catalogue import own_methods
 
@@ -217,7 +217,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     result = bench(output, *METHODS)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
@@ -345,7 +345,7 @@ def test_a_folder_with_trained_weights_runs_on_the_model_that_lies_beside_them(t
 
 
 def test_methods_that_have_to_be_trained_are_not_among_the_defaults() -> None:
-    from vtprune.evals.bench.settings import all_methods
+    from vtprune.evals.settings import all_methods
 
     assert "pmod" not in all_methods()
     assert {"fastv", "d2o", "lazyllm"} <= set(all_methods())

@@ -12,8 +12,8 @@ import vtprune
 from tests.checkpoint import png, random_checkpoint
 from vtprune.adapters import adapters
 from vtprune.cli.app import app
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.settings import Setting, ablations, build_settings
+from vtprune.errors import InputError
+from vtprune.evals.settings import Setting, ablations, build_settings
 from vtprune.method import catalogue
 from vtprune.method.texts import (
     is_folder,

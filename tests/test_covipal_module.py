@@ -113,7 +113,6 @@ def test_a_guide_beyond_the_decoder_is_refused(stage: str) -> None:
 
 
 def test_the_default_guide_is_a_fraction_of_the_depth() -> None:
-    assert [
-        at_depth(CoViPAL(stage="guide"), depth).learns_from() if depth > 1 else None for depth in (32, 40, 6, 2)
-    ] == [18, 23, 3, 1]
-    assert CoViPAL().learns_from(32) is None
+    guides = {32: 18, 40: 23, 6: 3, 2: 1}
+    assert {depth: at_depth(CoViPAL(stage="guide"), depth).learns_from() for depth in guides} == guides
+    assert CoViPAL().learns_from() is None

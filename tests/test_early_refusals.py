@@ -12,8 +12,7 @@ import vtprune
 from tests.checkpoint import png, random_checkpoint, random_qwen_checkpoint
 from tests.models import make
 from tests.test_cli import fails, run
-from vtprune.errors import InputError
-from vtprune.evals.bench.failures import explain, first_line
+from vtprune.errors import InputError, explain, first_line
 from vtprune.evals.bench.suite import open_suite
 from vtprune.loading.model import load_model
 from vtprune.loading.prompts import check_text

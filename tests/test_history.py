@@ -15,6 +15,7 @@ from tests.models import DECODER_LAYERS, MODELS, PAST, ROWS, make, prompt
 from tests.oracle import TOLERANCE, full_mask, next_tokens
 from tests.pruners import CACHE, DROPS, PRUNERS, RELEASED, Drops, label
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import revives
 from vtprune.report.generation import Generation
 from vtprune.report.history import CacheNote
 
@@ -86,7 +87,7 @@ def test_the_steps_begin_with_the_prefill_and_end_with_now(kind: str, pruner: Pr
     for number, step in enumerate(later):
         for row, sample in enumerate(report.samples):
             returned = [0] * DECODER_LAYERS
-            if pruner.revives:
+            if revives(pruner):
                 returned = [
                     sum(map(len, layers))
                     for layers in zip(

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 import vtprune
 from tests.test_bench import record
 from vtprune.errors import FileError, VTPruneError
-from vtprune.evals.bench.journal import Journal
 from vtprune.evals.bench.results import FORMAT, Results
 from vtprune.evals.bench.tables import markdown_table, quality_columns
 from vtprune.evals.lmms.efficiency import RowCost
 from vtprune.evals.lmms.generation import Answer
-from vtprune.evals.tune.data import read_folder
+from vtprune.evals.lmms.journal import Journal
+from vtprune.evals.samples import Wanted, read_folder
 from vtprune.evals.tune.store import Search
 from vtprune.json_files import parse
 from vtprune.training.output import read_log
@@ -131,7 +131,7 @@ READERS: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[Path], obj
     "questions": (
         "metadata.jsonl",
         lambda: {"file_name": "gone.png", "question": "?"},
-        lambda folder: read_folder(folder, "?", 1, 0, 0),
+        lambda folder: read_folder(folder, "?", Wanted(1, 0, 0)),
     ),
 }
 

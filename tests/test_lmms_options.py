@@ -14,8 +14,7 @@ from lmms_eval.tasks import TaskManager
 import vtprune
 from tests.checkpoint import png, random_checkpoint, write_task
 from vtprune.assets import TRAINED
-from vtprune.errors import InputError
-from vtprune.evals.bench.failures import SampleError
+from vtprune.errors import InputError, SampleError
 from vtprune.evals.lmms.gen_kwargs import read_generation
 from vtprune.evals.lmms.model import VTPrune
 from vtprune.loading.prompts import encode, question

@@ -9,6 +9,7 @@ from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
 from tests.pruners import DROPS, PRUNERS, RELEASED, label
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import revives
 
 BATCHES = {"alone": ([0], "left"), "ragged-left": ([0, 1, 2], "left"), "ragged-right": ([0, 1, 2], "right")}
 
@@ -25,7 +26,7 @@ def test_dropping_equals_masking_in_prefill_and_decode(kind: str, attention: str
     logits, report, cache = run_wrapped(kind, model, inputs)
     features = image_features(model, inputs)
     vtprune.unwrap(model)
-    if pruner.revives:
+    if revives(pruner):
         # What each step attended to is known once the steps are done.
         report = vtprune.report(cache)
     expected = run_masked(kind, model, inputs, report, features)

@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.checkpoint import png
+from vtprune.console.progress import Estimate, Steps, clock
 from vtprune.errors import VTPruneError
 from vtprune.evals.arank import ranking as arank
 from vtprune.evals.ask.ask import (
@@ -21,7 +22,6 @@ from vtprune.evals.ask.ask import (
     table,
 )
 from vtprune.evals.ask.overlay import _heading
-from vtprune.evals.bench.progress import Estimate, Steps, clock
 from vtprune.evals.lmms.efficiency import RowCost
 from vtprune.evals.lmms.generation import Answer
 from vtprune.evals.speed.timing import PrefillTimes
@@ -107,7 +107,7 @@ class Flushed(io.StringIO):
 
 def test_a_step_has_a_line_with_its_time_that_is_flushed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("vtprune.evals.bench.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vtprune.console.progress.time.monotonic", lambda: now[0])
     stream = Flushed()
     with Steps(Console(file=stream, width=40), "trials", 3, 1, parts="samples") as steps:
         steps.begin("trial 1", 10)
@@ -125,7 +125,7 @@ def test_a_step_has_a_line_with_its_time_that_is_flushed_at_once(monkeypatch: py
 
 def test_an_estimate_is_of_the_second_batch_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [0.0], []
-    monkeypatch.setattr("vtprune.evals.bench.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vtprune.console.progress.time.monotonic", lambda: now[0])
     estimate = Estimate(3, said.append)
     for at, count in ((0.0, 0), (9.0, 16), (9.8, 16), (99.0, 16)):
         now[0] = at

@@ -16,7 +16,7 @@ from lmms_eval.tasks import TaskManager
 
 import vtprune
 from tests.checkpoint import png, random_checkpoint, random_qwen_checkpoint, write_task
-from vtprune.evals.bench.failures import SampleError
+from vtprune.errors import SampleError
 from vtprune.evals.bench.suite import BUNDLED_TASK, open_suite, stratified
 from vtprune.evals.lmms.generation import StopAtText, cut
 from vtprune.evals.lmms.model import VTPrune

@@ -11,8 +11,8 @@ import vtprune
 from tests.models import make
 from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, label
 from vtprune.errors import InputError
-from vtprune.evals.bench.settings import build_settings
 from vtprune.evals.lmms.model_args import parse_model_args
+from vtprune.evals.settings import build_settings
 from vtprune.method.pruner import Pruner
 from vtprune.method.resolving import resolve
 from vtprune.method.texts import (

@@ -15,8 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vtprune
 from tests.models import make
 from tests.tiny_training import ask, load, run
-from vtprune.errors import VTPruneError
-from vtprune.evals.bench.failures import RunError
+from vtprune.errors import RunError, VTPruneError
 from vtprune.training import TrainConfig
 from vtprune.training.state import FILE, FOLDER
 

@@ -14,7 +14,7 @@ from tests.models import MODELS, make
 from tests.pruners import GATED, PRUNERS, label
 from tests.test_pmod import trained
 from vtprune.assets import TINY_LLAVA, TRAINED
-from vtprune.evals.bench.settings import build_settings
+from vtprune.evals.settings import build_settings
 from vtprune.hooks.base_sample import sample_base
 from vtprune.hooks.weights import SUBMODULE, write_tensors
 from vtprune.method.pruner import Pruner

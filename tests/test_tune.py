@@ -27,9 +27,9 @@ from tests.tuning import (
     tune,
 )
 from vtprune.errors import VTPruneError
-from vtprune.evals.bench.settings import build_settings
+from vtprune.evals.samples import Wanted, draw_shapes
+from vtprune.evals.settings import build_settings
 from vtprune.evals.tune import search as tune_search
-from vtprune.evals.tune.data import draw_shapes
 from vtprune.evals.tune.measure import Meter
 from vtprune.evals.tune.space import propose, setting_key
 from vtprune.evals.tune.store import search_fingerprint
@@ -79,7 +79,7 @@ def test_the_objective_is_what_a_plain_forward_of_each_sample_says(finished: Pat
     data = read(finished)
     model, processor = load_model()
     cosines = []
-    for sample in draw_shapes(3, 2, seed=0).search:
+    for sample in draw_shapes(Wanted(3, 2, 0)).search:
         inputs = place(encode(processor, [question(sample.image, sample.question)]), model)
         states = []
         for pruner in (vtprune.NoPruning(), vtprune.load_config(finished)):

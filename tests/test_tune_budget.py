@@ -15,7 +15,7 @@ from tests.tuning import (
     read,
     tune,
 )
-from vtprune.evals.bench.settings import parse_flops
+from vtprune.evals.settings import parse_flops
 from vtprune.evals.tune import search as tune_search
 from vtprune.evals.tune.space import STARTUP
 from vtprune.method.config import from_dict

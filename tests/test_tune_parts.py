@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from vtprune.assets import SHAPES_EVAL
-from vtprune.errors import VTPruneError
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError, VTPruneError
+from vtprune.evals.samples import Wanted, draw_shapes, read_folder
 from vtprune.evals.tune.budget import OverBudgetError, largest_count
-from vtprune.evals.tune.data import draw_shapes, read_folder
 from vtprune.evals.tune.space import all_settings, holds, propose
 from vtprune.method.pruner import Tunable
 from vtprune.shapes import read_eval_rows
@@ -46,14 +45,14 @@ def test_metadata_gives_questions_and_held_out_pictures_are_others(tmp_path: Pat
     rows = [{"file_name": f"{i // 2}.png", "question": f"{i}?"} for i in range(15)] + [{"file_name": "7.png"}]
     (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     told: list[str] = []
-    found = read_folder(folder, "What?", 6, 6, 0, told.append)
+    found = read_folder(folder, "What?", Wanted(6, 6, 0), told.append)
     assert (len(found.search), len(found.check), told) == (6, 6, [])
     assert not {sample.name for sample in found.search} & {sample.name for sample in found.check}
     for sample in found.search + found.check:
         assert sample.question == "What?" or int(sample.question[:-1]) // 2 == int(sample.name[0])
-    assert found.fingerprint() == read_folder(folder, "What?", 6, 6, 0).fingerprint()
-    assert found.fingerprint() != read_folder(folder, "What?", 6, 6, 1).fingerprint()
-    few = read_folder(folder, "What?", 30, 10, 0, told.append)
+    assert found.fingerprint() == read_folder(folder, "What?", Wanted(6, 6, 0)).fingerprint()
+    assert found.fingerprint() != read_folder(folder, "What?", Wanted(6, 6, 1)).fingerprint()
+    few = read_folder(folder, "What?", Wanted(30, 10, 0), told.append)
     assert (len(few.search), len(few.check)) == (12, 4)
     assert "12 to search on, 4 held out" in told[0]
 
@@ -63,20 +62,20 @@ def test_metadata_may_begin_with_a_byte_order_mark_and_hold_line_separators(tmp_
     rows = [{"file_name": f"{i}.png", "question": "one\u2028two"} for i in range(2)]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "metadata.jsonl").write_text(text, encoding="utf-8-sig")
-    assert read_folder(folder, "What?", 1, 1, 0).search[0].question == "one\u2028two"
+    assert read_folder(folder, "What?", Wanted(1, 1, 0)).search[0].question == "one\u2028two"
     (folder / "metadata.jsonl").write_text("\n")
     with pytest.raises(InputError, match="names no picture"):
-        read_folder(folder, "What?", 1, 1, 0)
+        read_folder(folder, "What?", Wanted(1, 1, 0))
 
 
 def test_drawn_samples_are_new_and_repeat_with_the_seed() -> None:
-    found = draw_shapes(30, 30, seed=0)
+    found = draw_shapes(Wanted(30, 30, 0))
     known = {row.open_image().tobytes() for row in read_eval_rows(SHAPES_EVAL)}
     drawn = {sample.image.tobytes() for sample in found.search + found.check}
     assert len(drawn) == 60
     assert not drawn & known
-    assert found.fingerprint() == draw_shapes(30, 30, seed=0).fingerprint()
-    assert found.fingerprint() != draw_shapes(30, 30, seed=1).fingerprint()
+    assert found.fingerprint() == draw_shapes(Wanted(30, 30, 0)).fingerprint()
+    assert found.fingerprint() != draw_shapes(Wanted(30, 30, 1)).fingerprint()
 
 
 def test_proposals_stay_in_the_space_and_depend_on_the_arguments_alone() -> None:

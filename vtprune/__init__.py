@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UntrainedWarning,
         VTPruneError,
     )
+    from vtprune.loading.pictures import open_picture
     from vtprune.method.answers import EncoderSelection, Eviction, Merge, Routes, Selection
     from vtprune.method.catalogue import PrunerInfo
     from vtprune.method.config import load_config
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         Trained,
     )
     from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
+    from vtprune.provenance import __version__
     from vtprune.pruners import (
         D2O,
         CDPruner,
@@ -70,7 +72,6 @@ if TYPE_CHECKING:
     )
     from vtprune.report.costs import flops, kv_bytes
     from vtprune.report.report import Report
-    from vtprune.version import __version__
     from vtprune.wrap import (
         auxiliary_loss,
         load_weights,
@@ -149,6 +150,7 @@ __all__ = [
     "load_config",
     "load_weights",
     "mark_answers",
+    "open_picture",
     "register",
     "report",
     "save",
@@ -215,10 +217,11 @@ export(
             "Read",
             "Trained",
         ),
+        "vtprune.loading.pictures": ("open_picture",),
         "vtprune.report.report": ("Report",),
         "vtprune.method.answers": ("EncoderSelection", "Eviction", "Merge", "Routes", "Selection"),
         "vtprune.method.views": ("CachedRow", "DecoderLayer", "EncoderLayer", "RoutedTokens", "VisionStream"),
-        "vtprune.version": ("__version__",),
+        "vtprune.provenance": ("__version__",),
         "vtprune.wrap": (
             "auxiliary_loss",
             "load_weights",

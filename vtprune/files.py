@@ -1,4 +1,5 @@
-"""The one way in which files are written, whole or not at all, into a folder that one run at a time holds."""
+"""The one way in which files are written, whole or not at all, into a folder that one run at a time holds, and what
+tells that folder from another run's."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from vtprune.errors import VTPruneError, WriteError
+from vtprune.errors import FileError, VTPruneError, WriteError
 
 PART, DRAFT, LOCK = ".vtprune-*.part", ".vtprune-*.draft", ".vtprune.lock"
 # Seconds that a run waits for another one to let go of a folder: enough for one that is just ending.
@@ -91,6 +93,25 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Replaces a safetensors file; raises WriteError."""
+    from safetensors.torch import save_file
+
+    write_with(path, lambda part: save_file(dict(tensors), part, metadata=metadata))
+
+
+def read_tensors(path: Path, what: str, hint: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; raises FileError, which says what it should be and what to
+    do, for one that is missing or cut short."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} is not {what}: {error}{hint}") from error
+
+
 def append_text(path: str | os.PathLike[str], text: str) -> None:
     """Adds lines to the end of a file, all or none of them; raises WriteError."""
     try:
@@ -139,14 +160,19 @@ def _settle(path: Path, target: Path, mode: int) -> None:
         os.replace(path, target)
 
 
+def _unused(path: Path) -> Path:
+    """The path, with a number behind its stem where there is something already."""
+    target, count = path, 1
+    while target.exists():
+        count += 1
+        target = path.with_name(f"{path.stem}-{count}{path.suffix}")
+    return target
+
+
 def set_aside(path: Path, stamp: str) -> Path:
     """Renames a file so that `stamp` is in its name, which begins with no dot, over nothing that is there; returns the
     new path."""
-    stem = path.stem.removeprefix(".")
-    target, count = path.with_name(f"{stem}-{stamp}{path.suffix}"), 1
-    while target.exists():
-        count += 1
-        target = path.with_name(f"{stem}-{stamp}-{count}{path.suffix}")
+    target = _unused(path.with_name(f"{path.stem.removeprefix('.')}-{stamp}{path.suffix}"))
     try:
         path.rename(target)
     except OSError as error:
@@ -154,8 +180,10 @@ def set_aside(path: Path, stamp: str) -> Path:
     return target
 
 
-def move_into(folder: Path, paths: Iterable[Path]) -> None:
-    """Moves those of the files that are there into a new folder beside them; raises WriteError."""
+def move_into(folder: Path, paths: Iterable[Path]) -> Path:
+    """Moves those of the files that are there into a new folder, with a number in its name where there is one already;
+    returns it, and raises WriteError."""
+    folder = _unused(folder)
     try:
         folder.mkdir()
         for path in paths:
@@ -163,6 +191,7 @@ def move_into(folder: Path, paths: Iterable[Path]) -> None:
                 path.rename(folder / path.name)
     except OSError as error:
         raise WriteError(f"cannot move files into {folder}: {_reason(error)}") from error
+    return folder
 
 
 def check_writable(folder: Path) -> None:
@@ -194,6 +223,28 @@ def refuse_foreign(folder: Path, own: str, names: Iterable[str], kind: str = "")
             f"output: {folder} holds {kind}{' and '.join(found)}, but no {own}: they are not of such a run, which "
             "would overwrite them; give another --output"
         )
+
+
+def refuse_changed(
+    place: object,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    run: str = "run",
+    words: Mapping[str, str] = MappingProxyType({}),
+    hint: str = "; give another --output",
+) -> None:
+    """Raises FileError where a run is to go on from another one's files: says what changed between their settings.
+
+    place: where the files are; run: what is made there; words: how to name a setting; hint: what to do.
+    """
+    changed = [
+        f"{words.get(name, name)} was {old.get(name)!r} and is now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise FileError(f"{place} holds another {run} ({'; '.join(changed)}){hint}")
 
 
 @contextmanager

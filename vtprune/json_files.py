@@ -42,7 +42,7 @@ def parse(kind: TypeAdapter[Any], text: str | bytes, path: object, what: str, hi
 
 def read_json(kind: TypeAdapter[Any], path: Path, what: str, hint: str = "") -> Any:
     """The content of a JSON file of a kind; raises FileError, naming the file and what is wrong."""
-    return parse(kind, read_file(path, what, hint), path, what, hint)
+    return parse(kind, read_file(path, what, hint), path, what, hint=hint)
 
 
 def first_fault(error: ValidationError) -> str:

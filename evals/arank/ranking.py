@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pydantic import FiniteFloat, TypeAdapter
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import TypedDict
 
 from vtprune.adapters import adapter_for
 from vtprune.assets import TINY_LLAVA
-from vtprune.errors import FileError
+from vtprune.console.figures import COLOURS, figure_png
+from vtprune.console.progress import Steps
+from vtprune.errors import FileError, InputError, first_line
 from vtprune.evals.arank.ranks import choose, rank_layers
-from vtprune.evals.bench.failures import InputError, first_line
-from vtprune.evals.bench.plots import COLOURS, figure_png
-from vtprune.evals.bench.progress import Steps
-from vtprune.evals.bench.records import RANKS
-from vtprune.evals.bench.suite import prepare_environment
-from vtprune.evals.tune.data import Sample, draw_shapes, read_folder
+from vtprune.evals.samples import Calibration, Sample, Wanted, gather
 from vtprune.files import (
     held,
     refuse_foreign,
@@ -29,6 +28,7 @@ from vtprune.files import (
     write_json,
 )
 from vtprune.json_files import read_json
+from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
 from vtprune.loading.prompts import (
     check_text,
@@ -40,7 +40,17 @@ from vtprune.method.texts import show
 from vtprune.pruners import GammaMoD
 
 FORMAT = "vtprune-arank"
-DEFAULT_QUESTION = "Describe the image."
+
+
+class Ranks(TypedDict):
+    """The file that `vtprune arank` writes."""
+
+    format: Literal["vtprune-arank"]
+    arank: list[FiniteFloat]
+    layers: list[int]
+
+
+RANKS = TypeAdapter(Ranks)
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,10 @@ def run_arank(config: ARankConfig, console: Console) -> dict[str, Any]:
         raise InputError(f"output: the ranks go to a JSON file such as arank.json, got {config.output}")
     if config.count is not None and config.share is not None:
         raise InputError("layers: give --count or --share, one of them")
-    samples, source = _samples(config, console)
+    samples = _samples(config, console)
     with held(config.output.parent):
         _check_output(config.output, plot)
-        return _rank(config, plot, samples, source, console)
+        return _rank(config, plot, samples, console)
 
 
 def _check_output(output: Path, plot: Path) -> None:
@@ -86,13 +96,14 @@ def _check_output(output: Path, plot: Path) -> None:
         raise InputError(f"output: {error}") from error
 
 
-def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: str, console: Console) -> dict[str, Any]:
+def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Console) -> dict[str, Any]:
     """The run itself, once the folder is held."""
+    samples = gathered.search
     prepare_environment(offline=is_local(config.model or str(TINY_LLAVA)))
     model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
     for sample in samples:
         check_text(processor, sample.question, f"data: {sample.name}")
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = len(list(adapter_for(model).decoder_layers))
     count = config.count
     if count is None and config.share is None:
         count = len(GammaMoD().bind(adapter_for(model).facts()).routed_layers())
@@ -110,7 +121,7 @@ def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: st
     data = {
         "format": FORMAT,
         "model": name,
-        "source": source,
+        "source": gathered.source,
         "samples": len(samples),
         "seed": config.seed,
         "arank": ranks,
@@ -126,20 +137,13 @@ def _rank(config: ARankConfig, plot: Path, samples: Sequence[Sample], source: st
     return data
 
 
-def _samples(config: ARankConfig, console: Console) -> tuple[list[Sample], str]:
+def _samples(config: ARankConfig, console: Console) -> Calibration:
     """Pictures with a question each, and where they came from."""
-    if config.data is not None:
-        asked = DEFAULT_QUESTION if config.question is None else config.question
-        found = read_folder(config.data, asked, config.samples, 0, config.seed)
-        if len(found.search) < config.samples:
-            console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
-    elif config.question is not None:
-        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
-    elif config.model is not None:
-        raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
-    else:
-        found = draw_shapes(config.samples, 0, config.seed)
-    return found.search, found.source
+    wanted = Wanted(config.samples, 0, config.seed)
+    found = gather(wanted, data=config.data, question=config.question, model=config.model)
+    if len(found.search) < config.samples:
+        console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
+    return found
 
 
 def _batches(model: Any, processor: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:

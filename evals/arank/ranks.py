@@ -13,8 +13,10 @@ from torch import Tensor
 
 from vtprune.adapters import adapter_for, core_model
 from vtprune.errors import VTPruneError
+from vtprune.hooks.layers import after_layers
 from vtprune.hooks.taps import Taps
 from vtprune.tensors.attention import full_precision
+from vtprune.wrap import ATTRIBUTE
 
 
 def head_ranks(attention: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def rank_layers(
     afterwards; it prints the rank of a batch's first row and leaves the mean to the reader). `on_sample` hears of rows
     that are done. Raises VTPruneError for a wrapped model, and where there is no row.
     """
-    if hasattr(core_model(model), "_vtprune"):
+    if hasattr(core_model(model), ATTRIBUTE):
         raise VTPruneError("ranks are those of the model itself; call vtprune.unwrap(model) first")
     ranker = _Ranker(model)
     try:
@@ -72,9 +74,7 @@ class _Ranker:
         self._real: list[Tensor] = []
         self._taps = Taps(lambda: self._states)
         self._taps.follow([self._adapter.decoder_taps(layer).modules for layer in layers])
-        self._handles = [
-            layer.register_forward_hook(self._after(index), with_kwargs=True) for index, layer in enumerate(layers)
-        ]
+        self._handles = after_layers(layers, self._add)
 
     @torch.inference_mode()
     def feed(self, batch: dict[str, Any]) -> int:
@@ -87,17 +87,14 @@ class _Ranker:
         self.rows += len(ids)
         return len(ids)
 
-    def _after(self, index: int) -> Callable[..., None]:
-        def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            with full_precision(self._states["q"].device):
-                query, key, _ = self._adapter.decoder_states(self._states, kwargs["position_embeddings"])
-                for row, real in enumerate(self._real):
-                    some = real.to(query.device)
-                    maps = causal_attention(query[row][:, some], key[row][:, some], self._adapter.decoder_scale)
-                    self.totals[index] += arank(maps)
-            self._states.clear()
-
-        return after
+    def _add(self, index: int, arguments: dict[str, Any]) -> None:
+        with full_precision(self._states["q"].device):
+            query, key, _ = self._adapter.decoder_states(self._states, arguments["position_embeddings"])
+            for row, real in enumerate(self._real):
+                some = real.to(query.device)
+                maps = causal_attention(query[row][:, some], key[row][:, some], self._adapter.decoder_scale)
+                self.totals[index] += arank(maps)
+        self._states.clear()
 
     def remove(self) -> None:
         """Takes the hooks off."""

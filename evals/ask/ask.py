@@ -13,23 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 import vtprune
-from vtprune.errors import PictureError
+from vtprune.errors import InputError, PictureError, first_line
 from vtprune.evals.ask.overlay import compare, seen_image
-from vtprune.evals.bench.failures import InputError, first_line
-from vtprune.evals.bench.settings import (
+from vtprune.evals.lmms.gen_kwargs import read_generation
+from vtprune.evals.lmms.generation import Answer, answer_batch
+from vtprune.evals.settings import (
     UNPRUNED,
     Setting,
     build_settings,
     holds_method,
     takes_keep,
 )
-from vtprune.evals.bench.untrained import quiet_untrained
-from vtprune.evals.lmms.gen_kwargs import read_generation
-from vtprune.evals.lmms.generation import Answer, answer_batch
 from vtprune.evals.speed.timing import PrefillTimes, measure_prefill
+from vtprune.evals.untrained import quiet_untrained
 from vtprune.files import check_writable, write_bytes
 from vtprune.loading.model import load_model
-from vtprune.loading.pictures import exif_of, open_picture
+from vtprune.loading.pictures import exif_of, read_image
 from vtprune.loading.prompts import check_text, encode, question
 from vtprune.method.texts import folder_text, show_keep
 from vtprune.report.report import Report
@@ -50,14 +49,6 @@ class Asked:
     report: Report
     prefill: PrefillTimes
     picture: Image.Image
-
-
-def read_image(path: Path, option: str = "image") -> Image.Image:
-    """The upright RGB picture in a file; raises InputError, under the option's name, if it is none or cut short."""
-    try:
-        return open_picture(path)
-    except PictureError as error:
-        raise InputError(f"{option}: {error}") from error
 
 
 def check_output(output: Path, image: Path) -> None:
@@ -116,7 +107,8 @@ def compare_answers(
         f"unpruned: {answers[0].text.strip()}\npruned: {answers[1].text.strip()}"
     )
     picture = compare(seen, report, title)
-    return Asked(answers[0], answers[1], report, times, picture)
+    unpruned, pruned = answers
+    return Asked(unpruned, pruned, report=report, prefill=times, picture=picture)
 
 
 def table(asked: Asked, label: str) -> Table:
@@ -169,7 +161,13 @@ def run_ask(
     model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
     with quiet_untrained():
         asked = compare_answers(
-            model, processor, image, text, setting.method_source, max_new_tokens=max_new_tokens, label=_label(setting)
+            model,
+            processor,
+            image,
+            text,
+            pruner=setting.method_source,
+            max_new_tokens=max_new_tokens,
+            label=_label(setting),
         )
     console.print(table(asked, setting.label))
     if setting.untrained:

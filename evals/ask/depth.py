@@ -10,16 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from vtprune.console.figures import COLOURS
 from vtprune.report.report import ImageReport, Report
 
 Colour = tuple[int, int, int]
 
 # Dark for the first layers, light for the last ones, and told apart with any colour vision. Its darkest end is too
 # near to the black that patches fade to, its yellow to what pictures show.
-COLOURS, DARKEST, LIGHTEST = "viridis", 0.12, 0.86
+SHADES, DARKEST, LIGHTEST = "viridis", 0.12, 0.86
 # Inches of the colour key and of the plot, dots an inch, and how many layers the key names at the most.
 KEY, PLOT, DOTS, NAMED = 0.6, 2.3, 110, 12
-VISION, CACHED = "#0072B2", "#D55E00"
+VISION, CACHED = COLOURS[:2]
 
 
 def gone_at(report: ImageReport) -> np.ndarray:
@@ -35,7 +36,7 @@ def layer_colours(report: ImageReport) -> dict[int, Colour]:
     """A colour for every decoder layer before which tokens drop, in order; none for drops before the decoder."""
     depth = len(report.kept_per_layer) or 1
     layers = [int(layer) for layer in np.unique(gone_at(report)) if 0 < layer < depth]
-    shades = colormaps[COLOURS](np.linspace(DARKEST, LIGHTEST, max(2, len(layers))))
+    shades = colormaps[SHADES](np.linspace(DARKEST, LIGHTEST, max(2, len(layers))))
     return {
         layer: (round(255 * red), round(255 * green), round(255 * blue))
         for layer, (red, green, blue, _) in zip(layers, shades, strict=False)

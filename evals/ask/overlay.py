@@ -130,7 +130,7 @@ def compare(image: Image.Image, report: Report, title: str = "") -> Image.Image:
     lines of a title."""
     first = report.samples[0].images[0]
     everything = list(range(first.tokens))
-    whole = ImageReport(first.grid, first.tokens, everything, [everything], [])
+    whole = ImageReport(first.grid, first.tokens, everything, kept_per_layer=[everything], merged=[])
     pictures = side_by_side([draw_kept(image, whole), draw_kept(image, first)])
     plot = depth_plot(report, max(NARROWEST, pictures.width))
     heading = _heading(title, plot.width)

@@ -10,34 +10,21 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.progress import Estimate, Steps
-from vtprune.evals.bench.results import (
-    FILE,
-    PLOT,
-    TABLE,
-    Results,
-    code_fingerprint,
-    machine,
-    model_fingerprint,
-    versions,
-)
-from vtprune.evals.bench.settings import Setting, build_settings
-from vtprune.evals.bench.suite import (
-    BUNDLED_TASK,
-    data_fingerprint,
-    open_suite,
-    prepare_environment,
-)
+from vtprune.console.progress import Estimate, Steps
+from vtprune.errors import InputError
+from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
+from vtprune.evals.bench.suite import BUNDLED_TASK, data_fingerprint, open_suite
 from vtprune.evals.bench.tables import main_scores, show_score
-from vtprune.evals.bench.untrained import quiet_untrained
+from vtprune.evals.settings import Setting, build_settings
+from vtprune.evals.untrained import quiet_untrained
 from vtprune.files import held, write_bytes, write_text
+from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local
 from vtprune.method.texts import show_keep
+from vtprune.provenance import code_fingerprint, machine, model_fingerprint, versions
 
 # Enough for a standard error of at most 2.3 points, whatever the accuracy.
 DEFAULT_LIMIT = 500
-CPU_BATCH = 16
 # What runs where neither methods nor everything are asked for: the baselines that show what dull pruning does, and one
 # or two methods of each place to prune in (before the decoder, in the encoder, in the decoder, in the cache).
 SHORT_METHODS = ("random", "grid", "divprune", "flowcut", "visionzip", "fastv", "pyramid_drop", "d2o")
@@ -67,6 +54,11 @@ class BenchConfig:
     resume: bool = True
     lenient: bool = False
 
+    @property
+    def pretrained(self) -> str:
+        """The id or folder that the model is loaded from."""
+        return str(TINY_LLAVA) if self.model is None else self.model
+
 
 def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     """Runs the sweep, prints its tables, and returns the content of results.json.
@@ -78,18 +70,17 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit: at least one question, got {config.limit}")
     with held(config.output):
-        pretrained = str(TINY_LLAVA) if config.model is None else config.model
-        prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(pretrained))
+        prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(config.pretrained))
         _require_lmms_eval()
         from vtprune.evals.bench.suite import silence_loggers
 
         silence_loggers()
-        results = Results(config.output, _identity(config, pretrained), resume=config.resume)
+        results = Results(config.output, _identity(config), resume=config.resume)
         if results.moved is not None:
             why = "results of other code" if config.resume else "the earlier results"
             console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
         with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite, quiet_untrained():
-            _run(config, pretrained, suite, results, settings, console)
+            _run(config, suite, results, settings=settings, console=console)
         _write_outputs(config, results, console)
         return results.data
 
@@ -101,11 +92,11 @@ def _require_lmms_eval() -> None:
         raise InputError(f"lmms-eval cannot be imported ({error}); pip install 'vtprune[eval]'") from error
 
 
-def _identity(config: BenchConfig, pretrained: str) -> dict[str, Any]:
+def _identity(config: BenchConfig) -> dict[str, Any]:
     """What a number depends on beside its setting; a resumed run must agree in all of it."""
     return {
         "model": "bundled tiny-llava" if config.model is None else config.model,
-        "model_files": model_fingerprint(pretrained),
+        "model_files": model_fingerprint(config.pretrained),
         "tasks": list(config.tasks),
         "data": data_fingerprint(config.tasks),
         "limit": config.limit,
@@ -119,20 +110,13 @@ def _identity(config: BenchConfig, pretrained: str) -> dict[str, Any]:
     }
 
 
-def _run(
-    config: BenchConfig,
-    pretrained: str,
-    suite: Any,
-    results: Results,
-    settings: Sequence[Setting],
-    console: Console,
-) -> None:
+def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequence[Setting], console: Console) -> None:
     from vtprune.evals.bench.sweep import Sweep, check_settings
     from vtprune.evals.lmms.model import VTPrune
-    from vtprune.loading.model import load_model
+    from vtprune.loading.model import default_batch, load_model
 
     model, processor = load_model(
-        pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
+        config.pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
     )
     settings, left_out = check_settings(model, settings, lenient=config.lenient)
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
@@ -148,7 +132,7 @@ def _run(
     with Steps(console, "settings", len(settings), done, parts="answers") as steps:
         steps.say(_announcement(config, missing))
         estimate = Estimate(len(missing), steps.say)
-        sweep = Sweep(lm, suite, results, config.seed, steps.say)
+        sweep = Sweep(lm, suite, results, seed=config.seed, tell=steps.say)
 
         def answered(count: int) -> None:
             steps.part(count, len(lm.requests))
@@ -176,11 +160,6 @@ def _name(setting: Setting) -> str:
 def _summary(record: dict[str, Any]) -> str:
     scores = ", ".join(f"{score['metric']} {show_score(score)}" for score in main_scores(record))
     return f"{scores}, {record['tokens']['kept']:.1f} of {record['tokens']['before']:.1f} tokens"
-
-
-def default_batch(model: Any) -> int:
-    """Rows together where answers do not depend on what else is in the batch (float32 on a CPU), else one."""
-    return CPU_BATCH if model.device.type == "cpu" and str(model.dtype) == "torch.float32" else 1
 
 
 def _write_outputs(config: BenchConfig, results: Results, console: Console) -> None:

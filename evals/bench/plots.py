@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from vtprune.evals.bench.settings import BASELINES, UNPRUNED
+from vtprune.console.figures import COLOURS, GREY, figure_png, plain
 from vtprune.evals.bench.tables import (
     Record,
     is_share,
@@ -18,22 +17,13 @@ from vtprune.evals.bench.tables import (
     main_scores,
     reference,
 )
+from vtprune.evals.settings import BASELINES, UNPRUNED
 
-# Okabe and Ito's colours and two more, told apart with any colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#5B4B8A")
 MARKERS = "osD^vP*Xhp"
 # Where there are more methods than colours: these shares of black, then of white, are mixed in.
 DARKER, LIGHTER = 0.45, 0.45
 BASELINE_DASHES = ("--", ":", "-.")
-BASELINE_GREY = "#7f7f7f"
 PANELS = (("flops", "share", "FLOPs, % of unpruned"), ("kv", "end_share", "KV cache at the end, % of unpruned"))
-
-
-def figure_png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _height(record: Record, unpruned: Record | None) -> tuple[float, float | None]:
@@ -64,7 +54,7 @@ def method_styles(methods: Sequence[str]) -> list[dict[str, Any]]:
         # A baseline with other options is one of the others.
         if method in BASELINES and method not in methods[:at]:
             place = BASELINES.index(method)
-            styles.append({"color": BASELINE_GREY, "linestyle": BASELINE_DASHES[place], "marker": MARKERS[place]})
+            styles.append({"color": GREY, "linestyle": BASELINE_DASHES[place], "marker": MARKERS[place]})
             continue
         shades = len(COLOURS) * 3
         colour, turn = index % shades, index // shades
@@ -119,8 +109,7 @@ def pareto_png(records: Sequence[Record], title: str) -> bytes:
     for axes, (part, share, label) in zip(panels, PANELS, strict=True):
         _draw(axes, (part, share), groups, unpruned)
         axes.set_xlabel(label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     panels[0].set_ylabel(_label(records))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)

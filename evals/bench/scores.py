@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from vtprune.evals.bench.failures import RunError
+from vtprune.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def task_scores(task: str, results: dict[str, Any], samples: list[dict[str, Any]
     numbers = sample_scores(samples, metric)
     if None not in numbers:
         stderr = standard_error([number for number in numbers if number is not None])
-    scores = [Score(task, task, metric, value, stderr, len(samples))]
+    scores = [Score(task, task, metric, value, stderr=stderr, count=len(samples))]
     groups: dict[str, list[float]] = defaultdict(list)
     for sample, number in zip(samples, numbers, strict=True):
         category = sample["doc"].get("category")
@@ -74,5 +74,5 @@ def task_scores(task: str, results: dict[str, Any], samples: list[dict[str, Any]
             groups[category].append(number)
     for category, values in sorted(groups.items()):
         mean = sum(values) / len(values)
-        scores.append(Score(category, task, metric, mean, standard_error(values), len(values)))
+        scores.append(Score(category, task, metric, mean, stderr=standard_error(values), count=len(values)))
     return scores

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vtprune.assets import SHAPES_EVAL
-from vtprune.evals.bench.failures import InputError, explain
+from vtprune.errors import InputError, explain
 from vtprune.files import write_text, write_with
 
 BUNDLED_TASK = "vtprune_shapes"
@@ -32,15 +32,6 @@ class Suite:
     tasks: tuple[str, ...]
     manager: Any
     limit: int | None
-
-
-def prepare_environment(offline: bool) -> None:
-    """Keeps lmms-eval quiet and, where nothing is to be fetched, off the network; before its first import."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if offline:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            os.environ[name] = "1"
 
 
 def silence_loggers() -> None:

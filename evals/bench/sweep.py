@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import vtprune
-from vtprune.evals.bench.failures import (
-    InputError,
-    RunError,
-    explain,
-    first_line,
-)
-from vtprune.evals.bench.journal import Journal
+from vtprune.errors import InputError, RunError, explain, first_line
 from vtprune.evals.bench.results import Results
 from vtprune.evals.bench.scores import all_metrics, sample_scores, task_scores
-from vtprune.evals.bench.settings import UNPRUNED, Setting
 from vtprune.evals.bench.suite import Suite
+from vtprune.evals.lmms.journal import Journal
 from vtprune.evals.lmms.model import VTPrune
+from vtprune.evals.settings import UNPRUNED, Setting
 from vtprune.evals.speed.timing import measure_prefill
 from vtprune.loading.model import load_model
 from vtprune.method.registry import available, create
@@ -68,7 +63,7 @@ class Sweep:
         shared = self.lm.model
         self.lm.model, _ = load_model(
             setting.own_model, device=str(shared.device), dtype=str(shared.dtype).removeprefix("torch."),
-            attn_implementation=shared.config.get_text_config()._attn_implementation,
+            attn_implementation=self.results.config["attn_implementation"],
         )  # fmt: skip
         try:
             yield

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vtprune.evals.bench.settings import UNPRUNED
+from vtprune.evals.settings import UNPRUNED
 from vtprune.method.texts import show_keep
 
 Record = dict[str, Any]

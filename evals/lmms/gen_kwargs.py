@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError
 
 # Of these, whatever is given is handed to `generate`; what it may be, in words and as a test.
 PASSED: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -123,6 +123,6 @@ def answer_batch(
     ends = _end_tokens(model)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     return [
-        Answer(cut(text, stops), length, _until_end(row, ends), seconds / len(rows), cost)
+        Answer(cut(text, stops), length, _until_end(row, ends), seconds=seconds / len(rows), cost=cost)
         for text, length, row, cost in zip(texts, lengths, rows, costs, strict=True)
     ]

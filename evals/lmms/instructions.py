@@ -8,7 +8,7 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from lmms_eval.utils import apply_template
 
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError
 from vtprune.loading.prompts import Message
 
 # Stands for an instruction, to see where a chat template writes one.

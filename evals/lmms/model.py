@@ -16,22 +16,22 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 
 import vtprune
-from vtprune.evals.bench.failures import InputError, SampleError, first_line
-from vtprune.evals.bench.journal import Journal, request_key
-from vtprune.evals.bench.settings import UNPRUNED, holds_method
-from vtprune.evals.bench.untrained import told_untrained
+from vtprune.errors import InputError, SampleError, first_line
 from vtprune.evals.lmms.efficiency import RowCost
 from vtprune.evals.lmms.gen_kwargs import read_generation
 from vtprune.evals.lmms.generation import Answer, answer_batch
 from vtprune.evals.lmms.instructions import Instructions, with_instruction
+from vtprune.evals.lmms.journal import Journal, request_key
 from vtprune.evals.lmms.model_args import parse_model_args
+from vtprune.evals.settings import UNPRUNED, holds_method
+from vtprune.evals.untrained import told_untrained
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture, open_pictures_in, whole_images
 from vtprune.loading.prompts import (
     Message,
     check_chat,
     check_text,
-    encode,
+    encode_named,
     images_of,
     media_marks,
 )
@@ -63,7 +63,7 @@ class VTPrune(lmms):
     """A vision-language model under one pruner.
 
     pretrained: a model id or folder (default: the bundled one; a folder with a method in it, as `vtprune train` leaves
-    it, runs under that method, and without it under method=none); method: what vtprune/texts.py reads, as
+    it, runs under that method, and without it under method=none); method: what vtprune/method/texts.py reads, as
     fastv:keep=0.5,layers=(2,5), or a folder with vtprune_config.json; keep and any further option: of that method;
     config: a folder, as `method`;
     positions: as `vtprune.wrap` takes them; batch_size: rows that are answered together; max_new_tokens: where a task
@@ -115,7 +115,7 @@ class VTPrune(lmms):
                 raise InputError(f"model: one that is handed in is as its owner made it; leave out {', '.join(idle)}")
             self.model, self.processor = model, processor
         else:
-            asked = _method(pretrained, method, config, keep, options)
+            asked = _method(pretrained, method, config=config, keep=keep, options=options)
             own = folder_of(asked)
             beside = own is not None and (own / "config.json").is_file()
             self.model, self.processor = load_model(
@@ -220,21 +220,14 @@ class VTPrune(lmms):
     def inputs_of(self, requests: Sequence[Instance]) -> Any:
         """The padded batch of model inputs of some requests, on the CPU; raises SampleError."""
         chats = [self._chat(request) for request in requests]
-        try:
-            return encode(self.processor, chats)
-        except Exception as error:
-            for request, chat in zip(requests, chats, strict=True):
-                self._try_alone(request, chat)
-            raise SampleError(f"a batch cannot be encoded: {first_line(error)}") from error
 
-    def _try_alone(self, request: Instance, chat: list[Message]) -> None:
-        try:
-            encode(self.processor, [chat])
-        except Exception as error:
-            sizes = ", ".join(f"{image.width}x{image.height}" for image in images_of(chat))
-            raise SampleError(
-                f"{self._name(request)}: the processor refuses it (images {sizes}): {first_line(error)}"
-            ) from error
+        def refused(place: int | None, reason: str) -> SampleError:
+            if place is None:
+                return SampleError(f"a batch cannot be encoded: {reason}")
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in images_of(chats[place]))
+            return SampleError(f"{self._name(requests[place])}: the processor refuses it (images {sizes}): {reason}")
+
+        return encode_named(self.processor, chats, refused)
 
     def _answer(self, requests: list[Instance]) -> list[Answer]:
         generation = read_generation(requests[0].args[2], self.max_new_tokens)
@@ -275,6 +268,7 @@ class VTPrune(lmms):
 def _method(
     pretrained: str | None,
     method: str | None,
+    *,
     config: str | None,
     keep: int | float | str | None,
     options: dict[str, Any],

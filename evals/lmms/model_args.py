@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError
 from vtprune.method.texts import (
     Stage,
     parse_entry,

@@ -248,7 +248,8 @@ def table(noise: Measurement, whole: Measurement, pruned: Measurement) -> Table:
     def add(name: str, pairs: Pairs) -> None:
         plain, wrapped = (f"{1e3 * statistics.median(values):.2f}" for values in (pairs.plain, pairs.wrapped))
         low, high = pairs.quartiles
-        shown.add_row(name, plain, wrapped, f"{pairs.ratio:.3f}", f"{low:.3f} to {high:.3f}")
+        ratios = f"{pairs.ratio:.3f}", f"{low:.3f} to {high:.3f}"
+        shown.add_row(name, plain, wrapped, *ratios)
 
     add("prefill, never wrapped", noise.prefill)
     add("prefill, keep=1.0", whole.prefill)
@@ -293,15 +294,22 @@ def facts_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
+Steps = Annotated[int, typer.Option(min=1, help="Decode steps after each prefill.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+Sized = Annotated[Size, typer.Option(help="base: 269M parameters; small: a quick look.")]
+Dtype = Annotated[str, typer.Option(help="Torch dtype; default float32 on cpu, else bfloat16.")]
+Output = Annotated[Path | None, typer.Option(help="JSON file for all that was measured.")]
+
+
 def main(
     method: Annotated[str, typer.Option(help="Registry name of the pruner.")] = "fopru",
     keep: Annotated[int, typer.Option(min=1, help="Vision tokens to keep per image.")] = 64,
     pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of unwrapped and wrapped runs.")] = 7,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps after each prefill.")] = 8,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    size: Annotated[Size, typer.Option(help="base: 269M parameters; small: a quick look.")] = Size.base,
-    dtype: Annotated[str, typer.Option(help="Torch dtype; default float32 on cpu, else bfloat16.")] = "",
-    output: Annotated[Path | None, typer.Option(help="JSON file for all that was measured.")] = None,
+    steps: Steps = 8,
+    device: Device = "cpu",
+    size: Sized = Size.base,
+    dtype: Dtype = "",
+    output: Output = None,
 ) -> None:
     """Measure what the wrapper costs at keep=1.0 and how much of the promised speed-up pruning delivers."""
     if output is not None:

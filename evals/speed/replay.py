@@ -32,7 +32,9 @@ class Replay(BetweenLayers):
 
     # Not even that.
     query = Query.LAST
-    info: ClassVar[PrunerInfo] = PrunerInfo("replay", "decoder", "", "", "", "choices made beforehand")
+    info: ClassVar[PrunerInfo] = PrunerInfo(
+        "replay", "decoder", paper="", arxiv="", licence="", needs="choices made beforehand"
+    )
 
     def budget(self, tokens: int) -> int:
         """What the last drop leaves."""

@@ -16,9 +16,8 @@ from PIL import Image
 
 import vtprune
 from vtprune.assets import SHAPES_EVAL
-from vtprune.errors import VTPruneError
-from vtprune.evals.bench.failures import RunError
-from vtprune.evals.bench.plots import COLOURS, figure_png
+from vtprune.console.figures import COLOURS, GREY, figure_png, plain
+from vtprune.errors import RunError, VTPruneError
 from vtprune.files import held, write_bytes
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture
@@ -33,7 +32,6 @@ from vtprune.shapes.dataset import read_eval_rows
 DEPTH = 32
 MEANS = (0.75, 0.5, 0.25)
 ENTROPY_KEEP, IMAGES = 0.5, 5
-GREY = "#7f7f7f"
 
 Line = tuple[str, Sequence[float], dict[str, Any]]
 
@@ -101,8 +99,7 @@ def picture(lines: Sequence[Line], depth: int, title: str) -> bytes:
     axes.set_yticks(range(0, 101, 25))
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("vision tokens processed, %")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     figure.legend(loc="outside right center", frameon=False, labelspacing=0.9)
     figure.suptitle(title, fontsize=11)
     small = io.BytesIO()

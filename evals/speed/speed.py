@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -23,11 +22,16 @@ from torch import Tensor
 import vtprune
 from vtprune.adapters import model_cost
 from vtprune.console.output import one_line_errors
-from vtprune.evals.bench.settings import build_settings
+from vtprune.evals.settings import build_settings
 from vtprune.evals.speed.overhead import (
     SIZES,
+    Device,
+    Dtype,
+    Output,
     Pairs,
     Size,
+    Sized,
+    Steps,
     build_inputs,
     build_model,
     facts_of,
@@ -152,8 +156,8 @@ def measure(
         for name, (run, _, _) in runs.items():
             taken[name].append(run())
     return [
-        Timing(name, _pairs(plain, taken[name], 0), _pairs(plain, taken[name], 1), prefill, decode)
-        for name, (_, prefill, decode) in runs.items()
+        Timing(name, *(_pairs(plain, taken[name], phase) for phase in (0, 1)), *promised)
+        for name, (_, *promised) in runs.items()
     ]
 
 
@@ -179,8 +183,8 @@ def table(timings: Sequence[Timing], tokens: int) -> Table:
     for phase in ("prefill", "decode"):
         for heading in (f"{phase} ms", "speed-up", "quartiles", "by FLOPs", "delivered"):
             shown.add_column(heading, justify="right", no_wrap=True)
-    unpruned = (f"{1e3 * statistics.median(pairs.plain):.1f}" for pairs, _ in timings[0].phases().values())
-    shown.add_row("unpruned", next(unpruned), "", "", "", "", next(unpruned), end_section=True)
+    prefill, decode = (f"{1e3 * statistics.median(pairs.plain):.1f}" for pairs, _ in timings[0].phases().values())
+    shown.add_row("unpruned", prefill, *[""] * 4, decode, end_section=True)
     for timing in timings:
         cells = []
         for pairs, promised in timing.phases().values():
@@ -205,12 +209,12 @@ def main(
     methods: Annotated[str, typer.Option(help="Decoder-stage methods, separated by commas.")] = "fastv,pyramid_drop",
     keep: Annotated[str, typer.Option(help="A fraction (0.4), a percentage or a count an image.")] = "0.4",
     tokens: Annotated[str, typer.Option(help="Vision tokens, separated by commas: images of 576.")] = "576,2880",
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps after each prefill.")] = 8,
+    steps: Steps = 8,
     budget: Annotated[float, typer.Option(help="Seconds for each number of tokens, at least three rounds.")] = 80.0,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    size: Annotated[Size, typer.Option(help="base: 269M parameters; small: a quick look.")] = Size.base,
-    dtype: Annotated[str, typer.Option(help="Torch dtype; default float32 on cpu, else bfloat16.")] = "",
-    output: Annotated[Path | None, typer.Option(help="JSON file for all that was measured.")] = None,
+    device: Device = "cpu",
+    size: Sized = Size.base,
+    dtype: Dtype = "",
+    output: Output = None,
 ) -> None:
     """Time methods that drop tokens between decoder layers against their promise and against research code."""
     if output is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,12 @@ from vtprune.evals.tiny_models.vision import VisionTargets
 from vtprune.shapes.questions import (
     CATEGORIES,
     QA,
-    ask,
+    draw_questions,
     quadrant,
 )
 from vtprune.shapes.scene import Scene, make_scene, scene_rng
 
 TEXT_TOKENS = 136
-CATEGORY_SHARES = {"existence": 0.05, "counting": 0.2, "attribute": 0.08, "position": 0.42, "reading": 0.25}
 # Most rows show each question the image alone, as a single-turn prompt does. In the others the
 # questions follow one another as turns of a conversation.
 CONVERSATION_CHANCE = 0.15
@@ -53,8 +53,8 @@ class TextBatch:
 
     def to(self, device: torch.device) -> TextBatch:
         """The same on another device."""
-        ids, labels, turns = self.ids.to(device), self.labels.to(device), self.turns.to(device)
-        return TextBatch(ids, labels, turns, self.positions.to(device), self.mask.to(device), self.categories)
+        tensors: dict[str, Any] = {name: one.to(device) for name, one in vars(self).items() if name != "categories"}
+        return replace(self, **tensors)
 
 
 class Encoder:
@@ -71,17 +71,6 @@ class Encoder:
         if text not in self.cache:
             self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self.cache[text]
-
-
-def draw_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[QA]:
-    """Distinct questions about one scene, at most `count`."""
-    names, shares = list(CATEGORY_SHARES), list(CATEGORY_SHARES.values())
-    found: dict[str, QA] = {}
-    for pick in rng.choice(len(names), size=2 * count, p=shares):
-        qa = ask(scene, rng, names[pick])
-        if qa is not None:
-            found.setdefault(qa.question, qa)
-    return list(found.values())[:count]
 
 
 def draw_captions(scene: Scene, rng: np.random.Generator, count: int) -> list[QA]:
@@ -135,12 +124,10 @@ def _mask(turns: Tensor, conversation: Tensor) -> Tensor:
     return (seen & causal)[:, None]
 
 
-def text_batch(
-    encoder: Encoder, split: str, seed: int, indices: range, scenes: list[Scene], captions: int = 0
-) -> TextBatch:
-    """Questions for a batch of scenes, after so many captions of each."""
+def text_batch(encoder: Encoder, split: str, seed: int, scenes: dict[int, Scene], captions: int = 0) -> TextBatch:
+    """Questions for a batch of scenes by their indices, after so many captions of each."""
     rows, categories, conversation = [], [], []
-    for index, scene in zip(indices, scenes, strict=True):
+    for index, scene in scenes.items():
         rng = scene_rng(split, seed, index, stream=1)
         talk = split == "train" and rng.random() < CONVERSATION_CHANCE
         texts = draw_captions(scene, rng, captions) + draw_questions(scene, rng, 18)
@@ -151,13 +138,19 @@ def text_batch(
     ids, labels, turns, positions = torch.from_numpy(np.stack(rows, axis=1))
     turns = torch.where(turns < 0, TEXT_TOKENS, turns)  # padding: a block behind all questions
     prefix = torch.arange(PREFIX).expand(len(rows), PREFIX)
-    mask = _mask(turns, torch.tensor(conversation))
-    return TextBatch(ids, labels, turns, torch.cat([prefix, positions], 1), mask, categories)
+    return TextBatch(
+        ids=ids,
+        labels=labels,
+        turns=turns,
+        positions=torch.cat([prefix, positions], 1),
+        mask=_mask(turns, torch.tensor(conversation)),
+        categories=categories,
+    )
 
 
-def scenes_for(split: str, seed: int, indices: range) -> list[Scene]:
+def scenes_for(split: str, seed: int, indices: range) -> dict[int, Scene]:
     """The scenes with these indices."""
-    return [make_scene(split, seed, index) for index in indices]
+    return {index: make_scene(split, seed, index) for index in indices}
 
 
 def main_patches(targets: VisionTargets, count: int, seed: int) -> Tensor:

@@ -16,7 +16,6 @@ from transformers import LlavaProcessor
 from vtprune.errors import VTPruneError
 from vtprune.evals.tiny_models.architecture import IMAGE_TOKENS, build_model
 from vtprune.evals.tiny_models.language import (
-    CATEGORY_SHARES,
     Encoder,
     TextBatch,
     answer_logits,
@@ -43,6 +42,7 @@ from vtprune.evals.tiny_models.vision import (
     vision_targets,
 )
 from vtprune.files import write_folder
+from vtprune.shapes.questions import CATEGORY_SHARES
 from vtprune.shapes.scene import Scene
 
 VAL_SCENES, VAL_BATCH = 256, 32
@@ -58,13 +58,13 @@ class Stage:
 
     name: str
     steps: int
-    batch: int
     rate: float
-    warmup: int
     final: float
     trained: tuple[str, ...]
-    vision: float
-    language: float
+    batch: int = 16
+    warmup: int = 100
+    vision: float = 0.0
+    language: float = 0.0
     patches: int = IMAGE_TOKENS
     captions: int = 0
 
@@ -77,15 +77,24 @@ class Stage:
 def stages(steps: tuple[int, int, int, int]) -> tuple[Stage, ...]:
     """The four stages with these numbers of steps."""
     tower, rest = "model.model.vision_tower", ("model.model.multi_modal_projector", "model.model.language_model")
-    return (
-        Stage("vision", steps[0], 48, 1.5e-3, 100, 0.05, (tower, "heads"), 1.0, 0.0),
-        # Among a few telling patches the decoder finds out how to look things up; with all of them,
-        # three quarters bare ground, its attention stays uniform for very long.
-        Stage("focus", steps[1], 16, 2e-3, 100, 0.5, rest, 0.0, 1.0, patches=24, captions=3),
-        Stage("language", steps[2], 16, 1.5e-3, 100, 0.3, rest, 0.0, 1.0, captions=2),
-        # The vision loss stays on, so that CLS keeps its meaning while the tower moves.
-        Stage("joint", steps[3], 16, 1.2e-3, 50, 0.02, (tower, "heads", *rest), 0.2, 1.0, captions=1),
+    vision = Stage("vision", steps[0], batch=48, rate=1.5e-3, final=0.05, trained=(tower, "heads"), vision=1.0)
+    # Among a few telling patches the decoder finds out how to look things up; with all of them,
+    # three quarters bare ground, its attention stays uniform for very long.
+    focus = Stage("focus", steps[1], rate=2e-3, final=0.5, trained=rest, language=1.0, patches=24, captions=3)
+    language = Stage("language", steps[2], rate=1.5e-3, final=0.3, trained=rest, language=1.0, captions=2)
+    # The vision loss stays on, so that CLS keeps its meaning while the tower moves.
+    joint = Stage(
+        "joint",
+        steps[3],
+        rate=1.2e-3,
+        final=0.02,
+        trained=(tower, "heads", *rest),
+        warmup=50,
+        vision=0.2,
+        language=1.0,
+        captions=1,
     )
+    return vision, focus, language, joint
 
 
 class Trainer:
@@ -142,7 +151,7 @@ class Trainer:
     def save(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint, and the model itself once it can answer."""
         self.progress.seconds = time.monotonic() - self.started
-        save_state(self.state_folder, self.modules, optimizer, self.progress, self.settings)
+        save_state(self.state_folder, self.modules, optimizer, self.progress, settings=self.settings)
         if stage.language:
             write_folder(self.output, self._write_model)
 
@@ -179,27 +188,26 @@ class Trainer:
 
     def _loss(self, stage: Stage, indices: range) -> Tensor:
         scenes = scenes_for("train", self.seed, indices)
-        pixels = pixel_batch(scenes).to(self.device)
+        pixels = pixel_batch(scenes.values()).to(self.device)
         with torch.set_grad_enabled(stage.vision > 0):
             states = self.read(self.tower, pixels)
         loss = states.new_zeros(())
         if stage.vision:
-            targets = vision_targets(scenes).to(self.device)
+            targets = vision_targets(scenes.values()).to(self.device)
             loss = loss + stage.vision * self.heads(states, pooled_state(self.tower, states), targets)
         if stage.language:
-            logits, batch = self._answers(stage, "train", indices, scenes, states)
+            logits, batch = self._answers(stage, "train", scenes, states)
             loss = loss + stage.language * answer_loss(logits, batch)
         return loss
 
-    def _answers(
-        self, stage: Stage, split: str, indices: range, scenes: list[Scene], states: Tensor
-    ) -> tuple[Tensor, TextBatch]:
+    def _answers(self, stage: Stage, split: str, scenes: dict[int, Scene], states: Tensor) -> tuple[Tensor, TextBatch]:
         """Logits [answers, vocabulary] for the questions about a batch of scenes."""
         captions = stage.captions if split == "train" else 0
-        batch = text_batch(self.encoder, split, self.seed, indices, scenes, captions).to(self.device)
+        batch = text_batch(self.encoder, split, self.seed, scenes, captions=captions).to(self.device)
         features = states[:, 1:]
         if stage.patches < IMAGE_TOKENS:
-            kept = main_patches(vision_targets(scenes), stage.patches, indices.start).to(self.device)
+            targets = vision_targets(scenes.values())
+            kept = main_patches(targets, stage.patches, min(scenes)).to(self.device)
             features = show_patches(batch, features, kept)
         output = self.decode(
             inputs_embeds=decoder_inputs(self.model, self.encoder, features, batch.ids),
@@ -225,11 +233,11 @@ class Trainer:
 
     def _check(self, stage: Stage, indices: range) -> Iterator[tuple[str, float]]:
         scenes = scenes_for("val", self.seed, indices)
-        states = self.read(self.tower, pixel_batch(scenes).to(self.device))
+        states = self.read(self.tower, pixel_batch(scenes.values()).to(self.device))
         if stage.vision:
-            yield from patch_accuracy(self.heads, states, vision_targets(scenes).to(self.device)).items()
+            yield from patch_accuracy(self.heads, states, vision_targets(scenes.values()).to(self.device)).items()
         if stage.language:
-            hits = category_hits(*self._answers(stage, "val", indices, scenes, states))
+            hits = category_hits(*self._answers(stage, "val", scenes, states))
             yield from ((name, float(hit)) for name in CATEGORY_SHARES for hit in hits[name])
 
 

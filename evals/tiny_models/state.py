@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from pydantic import FiniteFloat, TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from vtprune.errors import FileError, VTPruneError
-from vtprune.files import write_json, write_with
+from vtprune.errors import FileError
+from vtprune.files import read_tensors, refuse_changed, write_json, write_tensors
 from vtprune.json_files import read_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FILE, WHAT = "progress.json", "a whole checkpoint of this training"
+FILE, WEIGHTS, MOMENTS_FILE = "progress.json", "weights.safetensors", "optimizer.safetensors"
+WHAT = "a whole checkpoint of this training"
 AGAIN = "; remove its folder to start afresh"
 
 
@@ -49,15 +48,6 @@ def _weights(modules: nn.ModuleDict) -> dict[str, Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in modules.named_parameters()}
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Raises FileError for a file that is missing or cut short."""
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} is not {WHAT}: {error}{AGAIN}") from error
-    return tensors
-
-
 def _state(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = read_json(STATE, folder / FILE, WHAT, AGAIN)
     return found
@@ -77,8 +67,8 @@ def save_state(
         if entry:
             steps = int(entry["step"])
             moments.update({f"{name}:{key}": entry[key].contiguous() for key in MOMENTS})
-    write_with(folder / "weights.safetensors", lambda part: save_file(_weights(modules), part))
-    write_with(folder / "optimizer.safetensors", lambda part: save_file(moments, part))
+    write_tensors(folder / WEIGHTS, _weights(modules))
+    write_tensors(folder / MOMENTS_FILE, moments)
     write_json(folder / FILE, {**asdict(progress), "optimizer_steps": steps, "settings": settings})
 
 
@@ -90,17 +80,12 @@ def load_weights(folder: Path, modules: nn.ModuleDict, settings: dict[str, Any])
     if not (folder / FILE).exists():
         return None
     values = _state(folder)
-    old = values["settings"]
-    changed = [
-        f"{name} was {old.get(name)!r} and is now {new!r}" for name, new in settings.items() if old.get(name) != new
-    ]
-    if changed:
-        raise VTPruneError(f"output: {folder} holds another run ({'; '.join(changed)}); give another --output")
-    saved = _tensors(folder / "weights.safetensors")
+    refuse_changed(f"output: {folder}", values["settings"], settings)
+    saved, _ = read_tensors(folder / WEIGHTS, WHAT, AGAIN)
     own = dict(modules.named_parameters())
     odd = [name for name, one in own.items() if name not in saved or saved[name].shape != one.shape]
     if odd:
-        raise FileError(f"{folder / 'weights.safetensors'} does not fit this model: {odd[0]}{AGAIN}")
+        raise FileError(f"{folder / WEIGHTS} does not fit this model: {odd[0]}{AGAIN}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(saved[name])
@@ -109,7 +94,7 @@ def load_weights(folder: Path, modules: nn.ModuleDict, settings: dict[str, Any])
 
 def load_moments(folder: Path, modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's AdamW moments back for the parameters that the optimiser holds."""
-    saved = _tensors(folder / "optimizer.safetensors")
+    saved, _ = read_tensors(folder / MOMENTS_FILE, WHAT, AGAIN)
     steps = _state(folder)["optimizer_steps"]
     for name, parameter in modules.named_parameters():
         if parameter.requires_grad and f"{name}:{MOMENTS[0]}" in saved:

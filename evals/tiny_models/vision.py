@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +53,7 @@ class VisionTargets:
         return VisionTargets(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def pixel_batch(scenes: list[Scene]) -> Tensor:
+def pixel_batch(scenes: Iterable[Scene]) -> Tensor:
     """Rendered and normalised as the processor does it, float [b, 3, 96, 96]."""
     images = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
     return (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
@@ -83,7 +84,7 @@ def _scene_targets(scene: Scene) -> tuple[np.ndarray, ...]:
     return shapes[owner], colors[owner], glyph, centre, place.astype(np.float32), labels
 
 
-def vision_targets(scenes: list[Scene]) -> VisionTargets:
+def vision_targets(scenes: Iterable[Scene]) -> VisionTargets:
     """The labels of a batch of scenes."""
     columns = zip(*(_scene_targets(scene) for scene in scenes), strict=True)
     return VisionTargets(*(torch.from_numpy(np.stack(column)) for column in columns))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,12 @@ from torch import Tensor
 
 import vtprune
 from vtprune.adapters import adapter_for
-from vtprune.errors import VTPruneError
-from vtprune.evals.bench.failures import InputError, first_line
+from vtprune.errors import InputError, VTPruneError
 from vtprune.evals.lmms.efficiency import row_costs
-from vtprune.evals.tune.data import Sample
+from vtprune.evals.samples import Sample
 from vtprune.loading.prompts import (
     check_text,
-    encode,
+    encode_named,
     place,
     question,
 )
@@ -60,12 +60,10 @@ class Meter:
             check_text(processor, sample.question, f"data: {sample.name}")
         chats = [question(sample.image, sample.question) for sample in samples]
         parts = range(0, len(chats), batch_size)
-        try:
-            self._batches = [encode(processor, chats[start : start + batch_size]) for start in parts]
-        except Exception as error:
-            for sample, chat in zip(samples, chats, strict=True):
-                _try_alone(processor, sample, chat)
-            raise InputError(f"data: a batch cannot be encoded: {first_line(error)}") from error
+        self._batches = []
+        for start in parts:
+            batch = slice(start, start + batch_size)
+            self._batches.append(encode_named(processor, chats[batch], partial(_refused, self.samples[batch])))
 
     def states(self, on_batch: Callable[[int], None] = lambda count: None) -> Tensor:
         """The final hidden state of each sample's last prompt token, of the model as it is: (S, D) fp32, CPU."""
@@ -94,10 +92,10 @@ class Meter:
         cosines = torch.cosine_similarity(torch.cat(states), unpruned, dim=-1)
         return Measured(
             cosines.tolist(),
-            statistics.fmean(cost.kept_tokens for cost in costs),
-            statistics.fmean(cost.visual_tokens for cost in costs),
-            flops,
-            full,
+            kept=statistics.fmean(cost.kept_tokens for cost in costs),
+            tokens=statistics.fmean(cost.visual_tokens for cost in costs),
+            flops=flops,
+            flops_full=full,
         )
 
     def largest_image(self) -> int:
@@ -121,9 +119,8 @@ class Meter:
         return states.float().cpu()
 
 
-def _try_alone(processor: Any, sample: Sample, chat: Any) -> None:
-    try:
-        encode(processor, [chat])
-    except Exception as error:
-        size = f"{sample.image.width}x{sample.image.height}"
-        raise InputError(f"data: the processor refuses {sample.name} ({size}): {first_line(error)}") from error
+def _refused(samples: Sequence[Sample], place: int | None, reason: str) -> InputError:
+    if place is None:
+        return InputError(f"data: a batch cannot be encoded: {reason}")
+    image = samples[place].image
+    return InputError(f"data: the processor refuses {samples[place].name} ({image.width}x{image.height}): {reason}")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from vtprune.evals.bench.plots import COLOURS, figure_png
+from vtprune.console.figures import COLOURS, figure_png, plain
 from vtprune.evals.tune.store import (
     FAILED,
     FILE,
@@ -125,8 +125,7 @@ def search_png(trials: list[Trial], space: dict[str, dict[str, Any]], title: str
     for axes in panels[: 1 + len(space)]:
         if first["state"] == MEASURED:
             axes.axhline(first["objective"], color="black", linewidth=1, linestyle="--", label="defaults")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     for axes in panels[1 + len(space) :]:
         axes.set_axis_off()
     panels[0].legend(frameon=False, fontsize=8)

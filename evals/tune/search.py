@@ -12,9 +12,8 @@ from torch import Tensor
 
 import vtprune
 from vtprune.adapters import adapter_for
-from vtprune.errors import ScoreError, VTPruneError
-from vtprune.evals.bench.failures import InputError, first_line
-from vtprune.evals.bench.progress import Steps
+from vtprune.console.progress import Steps
+from vtprune.errors import InputError, ScoreError, VTPruneError, first_line
 from vtprune.evals.tune.budget import FlopsBudget, OverBudgetError, TokenBudget
 from vtprune.evals.tune.measure import Measured, Meter
 from vtprune.evals.tune.space import (
@@ -96,7 +95,7 @@ class Tuner:
             # A budget of FLOPs gives every setting a keep, also where the defaults could not meet it.
             pruner = dataclasses.replace(pruner, keep=0.5)
         space = searched(pruner, self.budget.options)
-        self.search.data["space"] = {name: vars(tunable) for name, tunable in space.items()}
+        self.search.data["space"] = {name: _written(tunable) for name, tunable in space.items()}
         return space
 
     def _try(self, params: Params, number: int) -> None:
@@ -211,3 +210,8 @@ def _summary(measured: Measured) -> dict[str, Any]:
 
 def _show(params: Params) -> str:
     return ", ".join(f"{name}={value}" for name, value in params.items()) or "the defaults"
+
+
+def _written(tunable: Tunable) -> dict[str, Any]:
+    """A tunable as the file of a search has it: what may be tried, not where it starts."""
+    return {name: value for name, value in vars(tunable).items() if name != "start"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError
 from vtprune.method.pruner import Pruner, Tunable
 
 Params = dict[str, Any]

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
-from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from vtprune.errors import FileError, VTPruneError
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.records import SEARCH, SEARCH_HEAD
-from vtprune.evals.bench.results import WORDS, code_fingerprint
+from vtprune.evals.run_file import WORDS, Head, RunFile
 from vtprune.files import (
     move_into,
+    read_tensors,
     refuse_foreign,
+    write_tensors,
     write_text,
-    write_with,
 )
-from vtprune.json_files import read_json
 from vtprune.method.config import CONFIG_NAME, from_dict, save_config
 from vtprune.method.texts import parse_method
+from vtprune.provenance import code_fingerprint
 
 FORMAT = 1
 FILE = "search.json"
@@ -40,6 +36,49 @@ WHAT = "the file of a search"
 AGAIN = "; give another --output, or --restart to start afresh and keep the old one beside it"
 
 Trial = dict[str, Any]
+
+
+class TrialRecord(TypedDict):
+    """A trial of search.json."""
+
+    number: int
+    params: dict[str, Any]
+    state: Literal["measured", "infeasible", "failed"]
+    objective: FiniteFloat | None
+    reason: str | None
+    pruner: dict[str, Any]
+    kept: NotRequired[FiniteFloat]
+    tokens: NotRequired[FiniteFloat]
+    flops_share: NotRequired[FiniteFloat]
+    least_flops: NotRequired[FiniteFloat | None]
+
+
+class Held(TypedDict):
+    """A setting on the held-out samples."""
+
+    objective: FiniteFloat | None
+
+
+class Check(TypedDict):
+    """What the held-out samples said."""
+
+    trial: int
+    samples: int
+    defaults: Held | None
+    found: Held | None
+    gain: NotRequired[FiniteFloat]
+    gain_stderr: NotRequired[FiniteFloat | None]
+
+
+class SearchFile(Head):
+    """search.json."""
+
+    trials: list[TrialRecord]
+    best: int | None
+    check: Check | None
+
+
+SEARCH = TypeAdapter(SearchFile)
 
 
 def search_fingerprint() -> str:
@@ -80,53 +119,21 @@ class Search:
 
     def __init__(self, folder: Path, config: dict[str, Any], *, restart: bool) -> None:
         self.folder, self.path, self.config = folder, folder / FILE, config
-        self.data: dict[str, Any] = {
-            "format": FORMAT,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": config,
-            "command": " ".join(sys.argv),
-            "trials": [],
-            "best": None,
-            "check": None,
-        }
+        file = RunFile(
+            self.path, SEARCH, format=FORMAT, what=WHAT, again=AGAIN, check=_check_trials, run="search", words=NAMES
+        )
+        self.data = file.begun(config, trials=[], best=None, check=None)
         self.moved: Path | None = None
         if not self.path.exists():
             refuse_foreign(folder, FILE, (CONFIG_NAME, PLOT, *self._foreign_states()))
             return
-        old = self._load(lenient=restart)
-        if restart or old["config"]["code"] != config["code"]:
-            self.moved = self._move_away(str(old.get("created", "")))
+        old, stamp = file.read(config, afresh=restart)
+        if old is None:
+            # All that the old search left, so that none of it poses as the new one's.
+            left = [folder / name for name in (FILE, CONFIG_NAME, PLOT)]
+            self.moved = move_into(folder / f"search-{stamp}", left)
         else:
             self.data = old
-
-    def _load(self, *, lenient: bool) -> dict[str, Any]:
-        """The old content; unless `lenient` it must be whole and of this configuration."""
-        try:
-            head: dict[str, Any] = read_json(SEARCH_HEAD, self.path, WHAT, AGAIN)
-        except FileError as error:
-            if lenient:
-                return {"config": {"code": ""}}
-            raise InputError(f"output: {error}") from error
-        old = head["config"] = {"code": "", **head["config"]}
-        if lenient:
-            return head
-        try:
-            if head["format"] != FORMAT:
-                raise FileError(f"{self.path} is not as this version writes it{AGAIN}")
-            changed = [
-                f"{NAMES.get(name, name)} was {old.get(name)!r} and is now {self.config.get(name)!r}"
-                for name in sorted(old.keys() | self.config.keys())
-                if name != "code" and old.get(name) != self.config.get(name)
-            ]
-            if changed:
-                raise FileError(f"{self.path} holds another search ({'; '.join(changed)}){AGAIN}")
-            if old["code"] != self.config["code"]:
-                return head
-            data: dict[str, Any] = read_json(SEARCH, self.path, WHAT, AGAIN)
-            _check_trials(self.path, data)
-        except FileError as error:
-            raise InputError(f"output: {error}") from error
-        return data
 
     def _foreign_states(self) -> tuple[str, ...]:
         """The file of the unpruned states, where there is one that no search has written."""
@@ -134,20 +141,9 @@ class Search:
         if not path.exists():
             return ()
         try:
-            with safe_open(path, "pt") as file:
-                return () if "identity" in (file.metadata() or {}) else (STATES,)
-        except (OSError, SafetensorError):
+            return () if "identity" in read_tensors(path, "the unpruned states")[1] else (STATES,)
+        except FileError:
             return (STATES,)
-
-    def _move_away(self, created: str) -> Path:
-        """Puts all that the old search left into a folder of its own, so that none of it poses as the new one's."""
-        stem = "search-" + (re.sub(r"[^0-9]", "", created)[:14] or "old")
-        target, count = self.folder / stem, 1
-        while target.exists():
-            count += 1
-            target = self.folder / f"{stem}-{count}"
-        move_into(target, [self.folder / name for name in (FILE, CONFIG_NAME, PLOT)])
-        return target
 
     @property
     def trials(self) -> list[Trial]:
@@ -183,14 +179,11 @@ class Search:
     def load_states(self) -> dict[str, Tensor] | None:
         """The unpruned states by set, or None where they are not of this configuration, or not whole."""
         try:
-            with safe_open(self.folder / STATES, "pt") as file:
-                if (file.metadata() or {}).get("identity") != self._identity():
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+            states, metadata = read_tensors(self.folder / STATES, "the unpruned states")
+        except FileError:
             return None
+        return states if metadata.get("identity") == self._identity() else None
 
     def save_states(self, states: dict[str, Tensor]) -> None:
         """Writes them for a later run; raises RunError."""
-        metadata = {"identity": self._identity()}
-        write_with(self.folder / STATES, lambda part: save_file(states, part, metadata=metadata))
+        write_tensors(self.folder / STATES, states, {"identity": self._identity()})

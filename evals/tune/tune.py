@@ -15,28 +15,29 @@ from torch import Tensor
 
 from vtprune.adapters import adapter_for
 from vtprune.assets import TINY_LLAVA
-from vtprune.evals.bench.bench import default_batch
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.progress import Steps
-from vtprune.evals.bench.results import machine, model_fingerprint, versions
-from vtprune.evals.bench.suite import prepare_environment
+from vtprune.console.progress import Steps
+from vtprune.errors import InputError
+from vtprune.evals.samples import Calibration, Wanted, gather
 from vtprune.evals.tune.budget import FlopsBudget, TokenBudget
-from vtprune.evals.tune.data import Calibration, draw_shapes, read_folder
 from vtprune.evals.tune.measure import Meter
 from vtprune.evals.tune.output import write_outputs
 from vtprune.evals.tune.search import Tuner
 from vtprune.evals.tune.space import require_optuna, searched
 from vtprune.evals.tune.store import Search, search_fingerprint
 from vtprune.files import held
-from vtprune.loading.model import is_local, load_model, pick_device
+from vtprune.loading.environment import prepare_environment
+from vtprune.loading.model import default_batch, is_local, load_model, pick_device
 from vtprune.method.registry import available, create, read_options
 from vtprune.method.texts import parse_entry
+from vtprune.provenance import PACKAGES, machine, model_fingerprint, versions
 
 DEFAULT_SAMPLES = 30
 # Six times what is drawn at random; methods here have two to five hyper-parameters, and best-so-far is flat by then.
 DEFAULT_TRIALS = 60
-DEFAULT_QUESTION = "Describe the image."
 PROBES = 4
+
+# A method's name, and the options that a search leaves as they are.
+Fixed = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class TuneConfig:
     batch_size: int | None = None
     restart: bool = False
 
+    @property
+    def pretrained(self) -> str:
+        """The id or folder that the model is loaded from."""
+        return str(TINY_LLAVA) if self.model is None else self.model
+
 
 def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
     """Runs the search, prints what it found, and returns the content of search.json.
@@ -68,31 +74,28 @@ def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
     be seen, and RunError for what goes wrong later.
     """
     require_optuna()
-    method, options = _method(config)
-    pretrained = str(TINY_LLAVA) if config.model is None else config.model
-    calibration = _calibration(config, console)
+    method = _method(config)
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False)
+
+    wanted = Wanted(config.samples, config.check_samples, config.seed)
+    calibration = gather(wanted, data=config.data, question=config.question, model=config.model, tell=tell)
     with held(config.output):
-        return _search(config, pretrained, calibration, method, options, console)
+        return _search(config, calibration, method, console)
 
 
-def _search(
-    config: TuneConfig,
-    pretrained: str,
-    calibration: Calibration,
-    method: str,
-    options: dict[str, Any],
-    console: Console,
-) -> dict[str, Any]:
+def _search(config: TuneConfig, calibration: Calibration, method: Fixed, console: Console) -> dict[str, Any]:
     """The run itself, once the folder is held."""
-    prepare_environment(offline=is_local(pretrained))
-    search = Search(config.output, _identity(config, pretrained, calibration), restart=config.restart)
+    prepare_environment(offline=is_local(config.pretrained))
+    search = Search(config.output, _identity(config, calibration), restart=config.restart)
     if search.moved is not None:
         console.print(f"the earlier search is now in {search.moved}; starting afresh", highlight=False)
     model, processor = load_model(
-        pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
+        config.pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
     )
     adapter_for(model)
-    search.data.update(versions={**versions(), **_versions()}, machine=machine(model))
+    search.data.update(versions=versions((*PACKAGES, "optuna", "scipy")), machine=machine(model))
     batch = config.batch_size or default_batch(model)
     meters = {
         name: Meter(model, processor, samples, batch)
@@ -101,25 +104,19 @@ def _search(
     }
     states = _unpruned(meters, search, console)
     probe = Meter(model, processor, calibration.search[:PROBES], batch)
-    budget = _budget(config, method, options, probe, states["search"][:PROBES])
+    budget = _budget(config, method, probe, states["search"][:PROBES])
     done = len(search.trials)
     if done:
         console.print(f"{done} trials are in {search.path} already", highlight=False)
     with Steps(console, "trials", max(config.trials, done), done) as steps:
-        tuner = Tuner(model, budget, meters, states, search, steps)
+        tuner = Tuner(model, budget, meters, states, search=search, steps=steps)
         tuner.run(config.trials, config.seed)
         tuner.check()
     write_outputs(search, str(budget), console)
     return search.data
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("optuna", "scipy")}
-
-
-def _method(config: TuneConfig) -> tuple[str, dict[str, Any]]:
+def _method(config: TuneConfig) -> Fixed:
     """The method and its fixed options; raises InputError if the request leaves nothing to search."""
     if (config.keep is None) == (config.flops is None):
         raise InputError("budget: give one of --keep (64, 15%) and --flops (40%)")
@@ -143,26 +140,11 @@ def _method(config: TuneConfig) -> tuple[str, dict[str, Any]]:
     return method, options
 
 
-def _calibration(config: TuneConfig, console: Console) -> Calibration:
-    if config.data is not None:
-
-        def tell(text: str) -> None:
-            console.print(text, highlight=False)
-
-        asked = DEFAULT_QUESTION if config.question is None else config.question
-        return read_folder(config.data, asked, config.samples, config.check_samples, config.seed, tell)
-    if config.question is not None:
-        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
-    if config.model is not None:
-        raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
-    return draw_shapes(config.samples, config.check_samples, config.seed)
-
-
-def _identity(config: TuneConfig, pretrained: str, calibration: Calibration) -> dict[str, Any]:
+def _identity(config: TuneConfig, calibration: Calibration) -> dict[str, Any]:
     """What a trial depends on; a resumed search must agree in all of it."""
     return {
         "model": "bundled tiny-llava" if config.model is None else config.model,
-        "model_files": model_fingerprint(pretrained),
+        "model_files": model_fingerprint(config.pretrained),
         "method": config.method,
         "keep": config.keep,
         "flops": config.flops,
@@ -200,10 +182,8 @@ def _unpruned(meters: dict[str, Meter], search: Search, console: Console) -> dic
     return states
 
 
-def _budget(
-    config: TuneConfig, method: str, options: dict[str, Any], probe: Meter, states: Tensor
-) -> TokenBudget | FlopsBudget:
+def _budget(config: TuneConfig, method: Fixed, probe: Meter, states: Tensor) -> TokenBudget | FlopsBudget:
     if config.keep is not None:
-        return TokenBudget(method, options, config.keep)
+        return TokenBudget(*method, config.keep)
     assert config.flops is not None
-    return FlopsBudget(method, options, config.flops, probe, states, probe.largest_image())
+    return FlopsBudget(*method, config.flops, probe=probe, states=states, tokens=probe.largest_image())

@@ -21,6 +21,7 @@ from tests.fuzz.reference import Masked
 from tests.fuzz.returning import run_returning
 from tests.fuzz.running import Run, image_features
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import revives, skips_text
 from vtprune.report.report import ImageReport, ImageStep
 
 # In logits of fp64 models. Vectors that merge, gates and cosines are fp32 by design, which the layers blow up.
@@ -62,7 +63,7 @@ def masked(case: Case, prompt: Prompt, run: Run, features: Tensor | None, gates:
         features = image_features(model, prompt)
     if isinstance(last, vtprune.GammaMoD) and last.released:
         return 0.0, allowed
-    if last.revives:
+    if revives(last):
         expected = run_returning(case.shape, model, prompt, run.steps[-1], plan, features=features)
         return difference(run.logits, expected, where), allowed
     cut = None
@@ -144,7 +145,7 @@ def _entries(case: Case, prompt: Prompt, run: Run) -> Iterator[str]:
     """Vision tokens processed, and entries cached, against the lists of tokens."""
     assert run.prefill is not None
     text = prompt.words[:, : prompt.length].sum(dim=1).tolist()
-    skips_text = any(pruner.skips_text or (isinstance(pruner, vtprune.D2O) and pruner.text) for pruner in case.pruners)
+    cut = any(skips_text(pruner) or (isinstance(pruner, vtprune.D2O) and pruner.text) for pruner in case.pruners)
     for number, report in enumerate((run.prefill, *run.steps)):
         if report.steps != number:
             yield f"{report.steps} steps by the report, {number} were made"
@@ -155,7 +156,7 @@ def _entries(case: Case, prompt: Prompt, run: Run) -> Iterator[str]:
                 if processed[row] != sum(len(image.kept_per_layer[layer]) for image in sample.images):
                     yield f"layer {layer}, row {row}: {processed[row]} vision tokens are not those of the lists"
                 expected = {text[row] + number + one for one in _cached(sample.images, layer)}
-                if not skips_text and expected != {entries[row]}:
+                if not cut and expected != {entries[row]}:
                     yield f"layer {layer}, row {row}, step {number}: {entries[row]} entries, {expected} by the lists"
 
 
@@ -175,7 +176,7 @@ def _bytes(case: Case, prompt: Prompt, run: Run, report: vtprune.Report) -> Iter
     """The cache's tensors against the report."""
     entry = 2 * case.shape.key_heads * case.shape.head_size * torch.finfo(torch.float64).bits // 8
     padding = (~prompt.real).sum(dim=1).tolist()
-    uneven = any(pruner.skips_text or pruner.revives for pruner in case.pruners)
+    uneven = any(skips_text(pruner) or revives(pruner) for pruner in case.pruners)
     allocated = 0
     for index, (layer, entries) in enumerate(zip(run.cache.layers, report.kv_tokens_per_layer, strict=True)):
         allocated += layer.keys.nbytes + layer.values.nbytes

@@ -7,15 +7,10 @@ from typing import Annotated
 
 import typer
 
-from vtprune.cli.options import (
-    Device,
-    Dtype,
-    Model,
-    Traceback,
-)
+from vtprune.cli.options import SAMPLES, Device, Dtype, Model, Pictures, Question, Traceback
 from vtprune.console.output import one_line_errors, open_console
 
-LAYERS, SAMPLES = "How many layers to route (one of them)", "Samples"
+LAYERS = "How many layers to route (one of them)"
 
 
 def arank(
@@ -32,21 +27,8 @@ def arank(
         float | None, typer.Option(help="A share of all layers (0.6), rounded down.", rich_help_panel=LAYERS)
     ] = None,
     model: Model = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder of pictures; metadata.jsonl in it may give a question for each as "
-            '{"file_name": "a.jpg", "question": "…"}. No answers are needed.',
-            show_default="fresh drawings, for the bundled model",
-            rich_help_panel=SAMPLES,
-        ),
-    ] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(
-            help="Of pictures that come without one.", show_default="Describe the image.", rich_help_panel=SAMPLES
-        ),
-    ] = None,
+    data: Pictures = None,
+    question: Question = None,
     samples: Annotated[int, typer.Option(min=1, help="To average the ranks over.", rich_help_panel=SAMPLES)] = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.", rich_help_panel=SAMPLES)] = 0,
     device: Device = None,

@@ -109,7 +109,16 @@ def train(
         asked = None if keep is None else parse_keep(keep)
         if lora_rank is not None and trained != "lora":
             raise VTPruneError(f"lora-rank: it goes with --train lora, and this is --train {trained}")
-        source = Source(method, model, asked, tuple(options or ()), data, images, skip_missing, questions)
+        source = Source(
+            method,
+            model,
+            keep=asked,
+            options=tuple(options or ()),
+            data=data,
+            images=images,
+            skip_missing=skip_missing,
+            questions=questions,
+        )
         config = TrainConfig(
             output=output,
             steps=steps,

@@ -11,9 +11,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.evals.bench.failures import InputError, first_line
+from vtprune.errors import InputError, first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CPU_BATCH = 16
 
 
 def is_local(pretrained: str | os.PathLike[str]) -> bool:
@@ -69,3 +70,8 @@ def load_model(
         raise InputError(f"model: the processor of {name} has no chat template, so no prompt can be built")
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor
+
+
+def default_batch(model: Any) -> int:
+    """Rows together where answers do not depend on what else is in the batch (float32 on a CPU), else one."""
+    return CPU_BATCH if model.device.type == "cpu" and str(model.dtype) == "torch.float32" else 1

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from vtprune.errors import PictureError
+from vtprune.errors import InputError, PictureError
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 # Greyscale modes of more than eight bits, and what their numbers may run up to: the first of these that holds all of
@@ -74,6 +74,14 @@ def open_picture(source: Source, name: str | None = None) -> Image.Image:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PictureError(f"cannot read {name}: {reason}") from error
+
+
+def read_image(path: str | os.PathLike[str], option: str = "image") -> Image.Image:
+    """The upright RGB picture in a file; raises InputError, under the option's name, if it is none or cut short."""
+    try:
+        return open_picture(path)
+    except PictureError as error:
+        raise InputError(f"{option}: {error}") from error
 
 
 def exif_of(path: str | os.PathLike[str]) -> dict[int, Any]:

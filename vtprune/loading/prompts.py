@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError, first_line
 
 Message = dict[str, Any]
 
@@ -68,6 +68,22 @@ def encode(processor: Any, chats: Sequence[list[Message]]) -> Any:
         return_tensors="pt",
         **({"add_special_tokens": False} if plain else {}),
     )
+
+
+def encode_named(
+    processor: Any, chats: Sequence[list[Message]], refused: Callable[[int | None, str], Exception]
+) -> Any:
+    """`encode`; where the processor refuses, raises what `refused` makes of the place of the conversation that cannot
+    be encoded (None: each of them can be by itself) and of the reason."""
+    try:
+        return encode(processor, chats)
+    except Exception as error:
+        for place, chat in enumerate(chats):
+            try:
+                encode(processor, [chat])
+            except Exception as reason:
+                raise refused(place, first_line(reason)) from reason
+        raise refused(None, first_line(error)) from error
 
 
 def place(inputs: Any, model: Any) -> Any:

@@ -276,6 +276,11 @@ def revives(pruner: Pruner) -> bool:
     return isinstance(pruner, BetweenLayers) and pruner.revives
 
 
+def skips_text(pruner: Pruner) -> bool:
+    """Whether a pruner may leave text out of a layer."""
+    return isinstance(pruner, InLayers) and pruner.skips_text
+
+
 def reads(pruner: Pruner) -> frozenset[Read]:
     """What a pruner reads before the decoder begins."""
     found = pruner.input_reads if isinstance(pruner, BeforeDecoder) else NOTHING

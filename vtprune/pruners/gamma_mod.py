@@ -124,7 +124,7 @@ class GammaMoD(InLayers, Trained):
         """Nothing; raises VTPruneError for layers that the decoder does not have, and for a share that skipping in
         the routed layers cannot meet."""
         depth = self.model.decoder_depth
-        routed = self._layers(depth)
+        routed = self.routed_layers()
         if not routed:
             raise VTPruneError(
                 f"{self.name}: the first and the last decoder layer compute everything, so it needs at least 3 of "
@@ -134,11 +134,12 @@ class GammaMoD(InLayers, Trained):
             raise VTPruneError(f"{self.name}: layer {routed[-1]} (counted from 0) of a decoder of {depth} layers")
         dense = (depth - len(routed)) / depth
         if isinstance(self.keep, float) and self.model.first and self.keep <= dense:
-            raise VTPruneError(self._out_of_reach(f"{self.keep:.4g} of the tokens", f"{dense:.4g}", depth))
+            raise VTPruneError(self._out_of_reach(f"{self.keep:.4g} of the tokens", f"{dense:.4g}"))
         return {}
 
-    def _out_of_reach(self, asked: str, least: str, depth: int) -> str:
-        dense = depth - len(self._layers(depth))
+    def _out_of_reach(self, asked: str, least: str) -> str:
+        depth = self.model.decoder_depth
+        dense = depth - len(self.routed_layers())
         return (
             f"{self.name} cannot keep {asked} on average: the {dense} of {depth} layers that compute everything, and "
             f"one token in each other, make {least}; raise keep, or route more layers (layers), or combine with a "
@@ -147,11 +148,9 @@ class GammaMoD(InLayers, Trained):
 
     def routed_layers(self) -> tuple[int, ...]:
         """`layers`, or all but the first ones and the last."""
-        return self._layers(self.model.decoder_depth)
-
-    def _layers(self, depth: int) -> tuple[int, ...]:
         if self.layers is not None:
             return self.layers
+        depth = self.model.decoder_depth
         first = scaled_layers((FIRST,), depth)
         return tuple(range(first[0], depth - 1)) if first else ()
 
@@ -166,7 +165,7 @@ class GammaMoD(InLayers, Trained):
             return min(entered, left // routed)
         least = ((depth - routed) * entered + routed) / depth
         asked = f"{budget_of(self.keep, tokens)} of {tokens} tokens"
-        raise CannotCut(self._out_of_reach(asked, f"{least:.4g}", depth))
+        raise CannotCut(self._out_of_reach(asked, f"{least:.4g}"))
 
     def make_module(self) -> nn.Module:
         """One linear layer for all routed layers, as PyTorch initialises it, from a seed of its own."""

@@ -93,8 +93,7 @@ def build_eval_rows(per_category: int = 300, seed: int = 0) -> list[EvalRow]:
     scenes = {index: make_scene("eval", seed, index) for index, _ in rows}
     images = {index: png_bytes(scene) for index, scene in scenes.items()}
     return [
-        EvalRow(f"shapes-{i:05d}", images[s], qa.question, qa.answer, qa.category, qa.form, scenes[s].to_json())
-        for i, (s, qa) in enumerate(rows)
+        EvalRow(f"shapes-{i:05d}", images[s], scene=scenes[s].to_json(), **vars(qa)) for i, (s, qa) in enumerate(rows)
     ]
 
 

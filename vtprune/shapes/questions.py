@@ -227,6 +227,8 @@ FORMS: dict[str, dict[str, Form]] = {
     },
 }
 CATEGORIES = tuple(FORMS)
+# How often a model that learns is asked a question of each.
+CATEGORY_SHARES = {"existence": 0.05, "counting": 0.2, "attribute": 0.08, "position": 0.42, "reading": 0.25}
 
 
 def ask(scene: Scene, rng: np.random.Generator, category: str) -> QA | None:
@@ -234,6 +236,17 @@ def ask(scene: Scene, rng: np.random.Generator, category: str) -> QA | None:
     forms = list(FORMS[category].values())
     pick = rng.choice(len(forms), p=[form.share for form in forms])
     return forms[pick].make(scene, rng)
+
+
+def draw_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[QA]:
+    """Distinct questions about one scene, at most `count`."""
+    names, shares = list(CATEGORY_SHARES), list(CATEGORY_SHARES.values())
+    found: dict[str, QA] = {}
+    for pick in rng.choice(len(names), size=2 * count, p=shares):
+        qa = ask(scene, rng, names[pick])
+        if qa is not None:
+            found.setdefault(qa.question, qa)
+    return list(found.values())[:count]
 
 
 def vocabulary() -> list[str]:

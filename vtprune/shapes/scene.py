@@ -93,7 +93,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         for i in range(count):
             color, shape = colors[rng.integers(len(colors))], shapes[rng.integers(len(shapes))]
             glyph = GLYPHS[glyphs[i]] if rng.random() < GLYPH_CHANCE else None
-            thing = _place(rng, color, shape, glyph, things)
+            thing = _place(rng, (color, shape), glyph, things)
             if thing is None:
                 break  # no room is left: start again
             things.append(thing)
@@ -118,8 +118,9 @@ def _into_cell(x: int, y: int) -> tuple[int, int]:
     return x - x % CELL + min(max(x % CELL, 2), 5), y - y % CELL + min(max(y % CELL, 3), 4)
 
 
-def _place(rng: np.random.Generator, color: str, shape: str, glyph: str | None, others: list[Thing]) -> Thing | None:
+def _place(rng: np.random.Generator, look: tuple[str, str], glyph: str | None, others: list[Thing]) -> Thing | None:
     """A thing inside the image and apart from the others, or None where there seems to be no room."""
+    color, shape = look
     for _ in range(60):
         radius = int(rng.integers(MIN_RADIUS, MAX_RADIUS + 1))
         x, y = (int(v) for v in rng.integers(radius + 1, SIZE - radius - 1, size=2))
@@ -129,7 +130,7 @@ def _place(rng: np.random.Generator, color: str, shape: str, glyph: str | None, 
             y -= drop
         inside = radius < min(x, y) and max(x, y) < SIZE - radius - 1
         if inside and all((x - o.x) ** 2 + (y - o.y) ** 2 > (radius + o.radius + 2) ** 2 for o in others):
-            return Thing(color, shape, x, y, radius, glyph)
+            return Thing(color, shape, x, y, radius=radius, glyph=glyph)
     return None
 
 

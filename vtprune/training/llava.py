@@ -11,8 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vtprune.errors import FileError, PictureError
-from vtprune.evals.bench.failures import InputError, SampleError
+from vtprune.errors import FileError, InputError, PictureError, SampleError
 from vtprune.json_files import read_file
 from vtprune.loading.pictures import open_picture
 from vtprune.training.conversations import Conversation

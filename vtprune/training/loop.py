@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 
 from vtprune.adapters import adapter_for, core_model
-from vtprune.errors import ScoreError, VTPruneError
-from vtprune.evals.bench.failures import RunError
+from vtprune.errors import RunError, ScoreError, VTPruneError
+from vtprune.files import refuse_changed
 from vtprune.hooks.weights import config_hash
 from vtprune.training import parameters
 from vtprune.training.config import TrainConfig
@@ -82,6 +82,7 @@ class Run:
         processor: Any,
         data: TrainingData,
         config: TrainConfig,
+        *,
         validation: TrainingData | None,
         identity: dict[str, Any],
     ) -> None:
@@ -125,11 +126,14 @@ class Run:
         old = read_settings(self.config.output)
         if old is None:
             return False
-        check_same(old, self.settings, self.config)
-        self.progress = load_state(
-            self.config.output, self.model, self.optimizer, self.device, self.accelerator.process_index
-        )
+        self.check_same(old)
+        process = self.accelerator.process_index
+        self.progress = load_state(self.config.output, self.model, self.optimizer, device=self.device, process=process)
         return True
+
+    def check_same(self, old: dict[str, Any]) -> None:
+        """Raises VTPruneError, naming what differs, where a run of other settings has left its own."""
+        refuse_changed(f"output: {self.config.output}", old, self.settings, hint="; give another folder")
 
     def run(self, display: Display) -> Progress:
         """Trains to the end."""
@@ -249,8 +253,15 @@ class Run:
         """Writes the checkpoint, and the curve so far."""
         random = self.accelerator.gather(random_state(self.device)[None].to(self.device))
         if self.main:
-            save_state(self.config.output, self.model, self.optimizer, self.progress, self.settings, random)
-            write_log(self.config.output, self.settings, self.progress, self.model, [], finished=False)
+            save_state(
+                self.config.output,
+                self.model,
+                self.optimizer,
+                progress=self.progress,
+                settings=self.settings,
+                random=random,
+            )
+            write_log(self.config.output, self.settings, self.progress, self.model)
         self.accelerator.wait_for_everyone()
 
 
@@ -258,14 +269,3 @@ def _checkpoint_activations(model: Any) -> None:
     """Layers are computed again in the backward pass; transformers 5.24 has another name for it than 5.20."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def check_same(old: dict[str, Any], new: dict[str, Any], config: TrainConfig) -> None:
-    """Raises VTPruneError, naming what differs, where two runs have other settings."""
-    changed = [
-        f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if changed:
-        raise VTPruneError(f"output: {config.output} holds another run ({'; '.join(changed)}); give another folder")

@@ -14,10 +14,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from vtprune.adapters import core_model
-from vtprune.evals.bench.results import machine, versions
 from vtprune.files import write_bytes, write_folder, write_text
 from vtprune.hooks.weights import SUBMODULE
 from vtprune.json_files import read_json
+from vtprune.provenance import machine, versions
 from vtprune.training.config import TrainConfig
 from vtprune.training.plots import loss_png, routed_png
 from vtprune.training.state import FOLDER, Point, Progress
@@ -44,12 +44,13 @@ LOG_FILE = TypeAdapter(LogFile)
 
 
 def write_log(
-    folder: Path, settings: dict[str, Any], progress: Progress, model: Any, shares: list[float], *, finished: bool
+    folder: Path, settings: dict[str, Any], progress: Progress, model: Any, *, shares: list[float] | None = None
 ) -> None:
-    """Writes training.json: settings, versions, machine, curves; `shares`: what each decoder layer computes."""
+    """Writes training.json: settings, versions, machine, curves; `shares`: what each decoder layer computes, once the
+    run has ended."""
     data = {
         "format": 1,
-        "state": FINISHED if finished else LEARNT,
+        "state": LEARNT if shares is None else FINISHED,
         "settings": settings,
         "command": " ".join(sys.argv),
         "versions": versions(),
@@ -60,7 +61,7 @@ def write_log(
         "seconds": round(progress.seconds, 1),
         "curve": progress.curve,
         "validation": progress.validation,
-        "computed": shares,
+        "computed": shares or [],
     }
     write_text(folder / LOG, json.dumps(data, indent=1, allow_nan=False))
 
@@ -75,7 +76,13 @@ def read_log(folder: Path) -> dict[str, Any] | None:
 
 
 def write_outputs(
-    model: Any, processor: Any, config: TrainConfig, base_dtype: torch.dtype, progress: Progress, shares: list[float]
+    model: Any,
+    processor: Any,
+    config: TrainConfig,
+    *,
+    base_dtype: torch.dtype,
+    progress: Progress,
+    shares: list[float],
 ) -> None:
     """Writes what was trained, so that the base loads as any model does and `vtprune.wrap(model, folder)` follows.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vtprune.evals.bench.plots import COLOURS, figure_png
+from vtprune.console.figures import COLOURS, GREY, figure_png, plain
 from vtprune.training.state import Progress
 
 
@@ -25,10 +24,11 @@ def loss_png(progress: Progress) -> bytes:
         loss.plot(places, values, color=COLOURS[2], label="validation", marker="o", markersize=4)
     loss.set_ylabel("cross-entropy an answer token")
     loss.legend(frameon=False)
-    rate.plot(steps, [point["rate"] for point in progress.curve], color="#7f7f7f", linewidth=1)
+    rate.plot(steps, [point["rate"] for point in progress.curve], color=GREY, linewidth=1)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
-    return _png(figure, (loss, rate))
+    plain(loss, rate)
+    return figure_png(figure)
 
 
 def routed_png(shares: Sequence[float]) -> bytes:
@@ -41,11 +41,5 @@ def routed_png(shares: Sequence[float]) -> bytes:
     axes.set_ylabel("vision tokens computed, %")
     axes.set_ylim(0, 105)
     axes.legend(frameon=False)
-    return _png(figure, (axes,))
-
-
-def _png(figure: Figure, panels: Sequence[Axes]) -> bytes:
-    for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     return figure_png(figure)

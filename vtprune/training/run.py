@@ -13,22 +13,21 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.errors import UntrainedWarning
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.results import model_fingerprint
-from vtprune.evals.bench.suite import prepare_environment
+from vtprune.errors import InputError, UntrainedWarning
 from vtprune.files import held, refuse_foreign
 from vtprune.hooks.weights import WEIGHTS_NAME
+from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
 from vtprune.loading.prompts import check_text
 from vtprune.method.config import CONFIG_NAME
 from vtprune.method.registry import read_options
 from vtprune.method.resolving import resolve
 from vtprune.method.texts import parse_entry, parse_options
+from vtprune.provenance import model_fingerprint
 from vtprune.training.config import TrainConfig
 from vtprune.training.data import TrainingData, hold_out, texts_of
 from vtprune.training.llava import LlavaData
-from vtprune.training.loop import Run, check_same
+from vtprune.training.loop import Run
 from vtprune.training.output import (
     ADAPTER,
     FINISHED,
@@ -55,8 +54,8 @@ QUESTIONS = 6
 class Source:
     """What `vtprune train` is to train, and on what.
 
-    method: what vtprune/texts.py reads, as pmod:scale=0.3 or a folder with vtprune_config.json; options: "name=value";
-    data: LLaVA-format JSON or JSON lines, None for drawn shapes.
+    method: what vtprune/method/texts.py reads, as pmod:scale=0.3 or a folder with vtprune_config.json; options:
+    "name=value"; data: LLaVA-format JSON or JSON lines, None for drawn shapes.
     """
 
     method: str
@@ -86,7 +85,7 @@ def train(
     VTPruneError for what cannot be trained and for the folder of another run, RunError for what goes wrong on the way.
     """
     with _held(config.output):
-        return _train(model, processor, data, config, validation, console, identity)
+        return _train(model, processor, data, config, validation=validation, console=console, identity=identity or {})
 
 
 @contextmanager
@@ -106,31 +105,34 @@ def _train(
     processor: Any,
     data: TrainingData,
     config: TrainConfig,
+    *,
     validation: TrainingData | None,
     console: Console | None,
-    identity: dict[str, Any] | None,
+    identity: dict[str, Any],
 ) -> Progress:
     """The run itself, once the folder is held."""
     old = read_log(config.output)
     for name, text in texts_of(data):
         check_text(processor, text, f"data: {name}")
     base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    run = Run(model, processor, data, config, validation, identity or {})
+    run = Run(model, processor, data, config, validation=validation, identity=identity)
     with Display(console or Console(quiet=True), run.steps, shown=run.main) as display:
         if old is not None:
-            check_same(old["settings"], run.settings, config)
+            run.check_same(old["settings"])
             if old["state"] == FINISHED:
                 display.say(f"{config.output} holds this run, finished")
-                return Progress(old["steps"], old["samples"], old["answer_tokens"], old["seconds"], old["curve"])
+                return Progress(
+                    old["steps"], old["samples"], old["answer_tokens"], seconds=old["seconds"], curve=old["curve"]
+                )
         if run.resumed:
             display.say(f"going on from step {run.progress.step} of {config.output}")
         if run.main:
-            write_log(config.output, run.settings, run.progress, run.model, [], finished=False)
+            write_log(config.output, run.settings, run.progress, run.model)
         progress = run.run(display)
         if run.main:
             shares = run.shares()
-            write_outputs(run.model, processor, config, base_dtype, progress, shares)
-            write_log(config.output, run.settings, progress, run.model, shares, finished=True)
+            write_outputs(run.model, processor, config, base_dtype=base_dtype, progress=progress, shares=shares)
+            write_log(config.output, run.settings, progress, run.model, shares=shares)
             drop_checkpoint(config.output)
         run.accelerator.wait_for_everyone()
         display.say(f"trained {progress.step} steps; the results are in {config.output}")
@@ -144,27 +146,15 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
     prepare_environment(offline=is_local(pretrained))
     data, validation = _data(source, config, _teller(console))
     with _held(config.output):
-        return _load_and_train(source, config, console, given, pretrained, data, validation)
-
-
-def _load_and_train(
-    source: Source,
-    config: TrainConfig,
-    console: Console,
-    given: Any,
-    pretrained: str,
-    data: TrainingData,
-    validation: TrainingData | None,
-) -> Progress:
-    """The run of a command, once the folder is held."""
-    read_log(config.output)
-    model, processor = load_model(pretrained, device="cpu")
-    with warnings.catch_warnings():
-        # It is about to be trained.
-        warnings.simplefilter("ignore", UntrainedWarning)
-        wrap(model, given)
-    identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
-    return _train(model, processor, data, config, validation, console, identity)
+        # Whether it can be read is known before a model is loaded.
+        read_log(config.output)
+        model, processor = load_model(pretrained, device="cpu")
+        with warnings.catch_warnings():
+            # It is about to be trained.
+            warnings.simplefilter("ignore", UntrainedWarning)
+            wrap(model, given)
+        identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
+        return _train(model, processor, data, config, validation=validation, console=console, identity=identity)
 
 
 def _teller(console: Console) -> Callable[[str], None]:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from vtprune.evals.tiny_models.language import draw_questions
-from vtprune.shapes.questions import QA
+from vtprune.shapes.questions import QA, draw_questions
 from vtprune.shapes.render import render
 from vtprune.shapes.scene import make_scene, scene_rng
 from vtprune.training.conversations import Conversation

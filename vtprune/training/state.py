@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from vtprune.errors import FileError, VTPruneError
-from vtprune.hooks.weights import write_tensors
+from vtprune.files import read_tensors, write_tensors
 from vtprune.json_files import parse
 from vtprune.training.parameters import brought, trained
 
@@ -98,6 +97,7 @@ def save_state(
     folder: Path,
     model: Any,
     optimizer: torch.optim.Optimizer,
+    *,
     progress: Progress,
     settings: dict[str, Any],
     random: Tensor,
@@ -118,7 +118,7 @@ def save_state(
     tensors.update({f"{RANDOM}{process}": row.contiguous().cpu() for process, row in enumerate(random)})
     rest = {"progress": asdict(progress), "settings": settings, "optimizer_steps": steps}
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(rest, allow_nan=False)}
-    write_tensors(tensors, folder / FOLDER / FILE, metadata)
+    write_tensors(folder / FOLDER / FILE, tensors, metadata)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -130,7 +130,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def load_state(
-    folder: Path, model: Any, optimizer: torch.optim.Optimizer, device: torch.device, process: int
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, *, device: torch.device, process: int
 ) -> Progress:
     """Puts a checkpoint's weights, moments and random state back; raises VTPruneError where it does not fit."""
     tensors, rest = _open(folder)
@@ -165,13 +165,8 @@ def _weights(model: Any) -> dict[str, Tensor]:
 
 def _open(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / FOLDER / FILE
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise VTPruneError(f"{path} is not a checkpoint that this version of vtprune reads")
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} is not {WHAT}: {error}{AGAIN}") from error
-    rest: dict[str, Any] = parse(REST, metadata.get("state", ""), path, WHAT, AGAIN)
+    tensors, metadata = read_tensors(path, WHAT, AGAIN)
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        raise VTPruneError(f"{path} is not a checkpoint that this version of vtprune reads")
+    rest: dict[str, Any] = parse(REST, metadata.get("state", ""), path, WHAT, hint=AGAIN)
     return tensors, rest

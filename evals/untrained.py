@@ -22,7 +22,7 @@ def told_untrained(tell: Callable[[str], object]) -> Iterator[None]:
         yield
     for one in shown:
         if not issubclass(one.category, OURS):
-            warnings.showwarning(one.message, one.category, one.filename, one.lineno, one.file, one.line)
+            warnings.showwarning(one.message, one.category, one.filename, one.lineno, file=one.file, line=one.line)
         elif str(one.message) not in told:
             told.add(str(one.message))
             tell(str(one.message))

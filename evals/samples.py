@@ -1,4 +1,4 @@
-"""The pictures and questions that a search looks at: drawn shapes, or a folder of the user's own."""
+"""The pictures and questions that a model is looked at with: drawn shapes, or a folder of the user's own."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
-from vtprune.errors import FileError
-from vtprune.evals.ask.ask import read_image
-from vtprune.evals.bench.failures import InputError
-from vtprune.evals.bench.records import CAPTIONED
+from vtprune.errors import FileError, InputError
 from vtprune.json_files import parse, read_file
+from vtprune.loading.pictures import read_image
 from vtprune.shapes.questions import CATEGORIES, QA, ask
 from vtprune.shapes.render import render
 from vtprune.shapes.scene import Scene, sample_scene
 
 METADATA = "metadata.jsonl"
+DEFAULT_QUESTION = "Describe the image."
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Seed spaces of their own, beside those of training and evaluation: no picture is met in both.
 SEARCH_SPACE, CHECK_SPACE = 53, 59
+
+
+class Captioned(TypedDict):
+    """A line of metadata.jsonl."""
+
+    file_name: str
+    question: NotRequired[str | None]
+
+
+CAPTIONED = TypeAdapter(Captioned)
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,40 @@ class Calibration:
         return digest.hexdigest()[:16]
 
 
-def draw_shapes(count: int, check: int, seed: int) -> Calibration:
+@dataclass(frozen=True)
+class Wanted:
+    """How many samples to search on and how many to hold out, and the seed that they are drawn with."""
+
+    search: int
+    check: int
+    seed: int
+
+
+def gather(
+    wanted: Wanted,
+    *,
+    data: Path | None,
+    question: str | None,
+    model: str | None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Calibration:
+    """The samples of a folder, or drawn ones for the bundled model; `tell` hears of a folder that holds fewer.
+
+    Raises InputError where options do not go together, and as `read_folder` does.
+    """
+    if data is not None:
+        return read_folder(data, DEFAULT_QUESTION if question is None else question, wanted, tell)
+    if question is not None:
+        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
+    if model is not None:
+        raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
+    return draw_shapes(wanted)
+
+
+def draw_shapes(wanted: Wanted) -> Calibration:
     """Freshly drawn scenes with one question each, the categories in turn; no answer is used."""
-    search = [_drawn(SEARCH_SPACE, seed, i) for i in range(count)]
-    return Calibration(search, [_drawn(CHECK_SPACE, seed, i) for i in range(check)], "drawn shapes")
+    search = [_drawn(SEARCH_SPACE, wanted.seed, i) for i in range(wanted.search)]
+    return Calibration(search, [_drawn(CHECK_SPACE, wanted.seed, i) for i in range(wanted.check)], "drawn shapes")
 
 
 def _drawn(space: int, seed: int, index: int) -> Sample:
@@ -74,9 +116,9 @@ def _ask(scene: Scene, rng: np.random.Generator, index: int) -> QA:
 
 
 def read_folder(
-    folder: Path, question: str, count: int, check: int, seed: int, tell: Callable[[str], None] = lambda text: None
+    folder: Path, question: str, wanted: Wanted, tell: Callable[[str], None] = lambda text: None
 ) -> Calibration:
-    """Up to `count` samples to search on and `check` held-out ones of other pictures, drawn with `seed`.
+    """Up to so many samples to search on, and held-out ones of other pictures.
 
     metadata.jsonl may give {"file_name": ..., "question": ...} a line; `question` goes with pictures that
     have none. `tell` hears of a folder that holds fewer than was asked for. Raises InputError for a folder
@@ -84,6 +126,7 @@ def read_folder(
     """
     if not folder.is_dir():
         raise InputError(f"data: {folder} is not a folder")
+    count, check = wanted.search, wanted.check
     rows = _listed(folder, question)
     names = list(dict.fromkeys(name for name, _ in rows))
     if not names and (folder / METADATA).is_file():
@@ -94,7 +137,7 @@ def read_folder(
         raise InputError(
             f"data: {folder} holds one picture; a held-out check takes a second one, or --check-samples 0"
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(wanted.seed)
     mixed = [names[i] for i in rng.permutation(len(names))]
     share = round(len(names) * count / (count + check))
     searched = set(mixed[: min(max(share, 1), len(names) - bool(check))])

@@ -7,13 +7,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
+
 from vtprune.errors import FileError
-from vtprune.evals.bench.records import ENTRY
 from vtprune.evals.lmms.generation import Answer
 from vtprune.files import append_text, write_bytes
 from vtprune.json_files import parse, read_file
 
 WHAT = "an answer that was written down"
+
+
+class Entry(TypedDict):
+    """A line of a journal: one answer, under the key of its question."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    key: str
+    text: str
+    input_tokens: int
+    output_tokens: int
+    seconds: FiniteFloat
+    cost: dict[str, FiniteFloat | str | None]
+
+
+ENTRY = TypeAdapter(Entry)
 
 
 def request_key(task: str, doc_id: int, context: str, options: dict[str, Any]) -> str:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.assets import TRAINED
-from vtprune.errors import VTPruneError
-from vtprune.evals.bench.failures import InputError
+from vtprune.errors import InputError, VTPruneError
 from vtprune.hooks.weights import WEIGHTS_NAME, untrained
 from vtprune.method.config import CONFIG_NAME, load_config, to_dict
 from vtprune.method.pruner import Pruner
