@@ -102,7 +102,12 @@ class LlavaAdapter(Adapter):
     def facts(self) -> ModelFacts:
         text = self.model.config.get_text_config()
         return ModelFacts(
-            bool(self._prefix), self.depth, text.num_hidden_layers, 1, self.source, decoder_width=text.hidden_size
+            has_cls=bool(self._prefix),
+            encoder_depth=self.depth,
+            decoder_depth=text.num_hidden_layers,
+            group=1,
+            source=self.source,
+            decoder_width=text.hidden_size,
         )
 
     def encoder_projections(self, layer: Any) -> Projections:

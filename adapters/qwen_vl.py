@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, Projections, Source
 from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
+from vtprune.cache.names import ROPE_DELTA
 from vtprune.cost.sizes import ModelCost, PackedVisionCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
 from vtprune.encoder.encoding import Encoding
@@ -27,8 +28,6 @@ from vtprune.tensors.rotary import rotate
 
 if TYPE_CHECKING:
     from vtprune.cache.layer import PrunedLayer
-
-ROPE_DELTA = "rope_delta"
 
 
 class Qwen2VLAdapter(Adapter):
@@ -77,9 +76,13 @@ class Qwen2VLAdapter(Adapter):
     def facts(self) -> ModelFacts:
         config, text = self.model.config, self.model.config.get_text_config()
         return ModelFacts(
-            False, config.vision_config.depth, text.num_hidden_layers, self._merge**2, self.source,
+            has_cls=False,
+            encoder_depth=config.vision_config.depth,
+            decoder_depth=text.num_hidden_layers,
+            group=self._merge**2,
+            source=self.source,
             decoder_width=text.hidden_size,
-        )  # fmt: skip
+        )
 
     def encoder_projections(self, layer: Any) -> Projections:
         return Projections(layer.attn, {"qkv": "qkv"})
@@ -233,7 +236,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
             tower.hidden_size, tower.num_heads, tower.intermediate_size, gated=True, layers=tower.depth
         )
         window = tower.window_size // tower.spatial_merge_size // pair(tower.patch_size)[0]
-        return _sizes(config, blocks, tower.out_hidden_size, window, tower.fullatt_block_indexes)
+        return _sizes(config, blocks, tower.out_hidden_size, window=window, full=tower.fullatt_block_indexes)
 
     def check(self) -> None:
         blocks = self.model.config.vision_config.fullatt_block_indexes
@@ -259,7 +262,7 @@ def _grids(source: Source) -> str:
 
 
 def _sizes(
-    config: Any, blocks: TransformerCost, out_width: int, window: int | None = None, full: Iterable[int] = ()
+    config: Any, blocks: TransformerCost, out_width: int, *, window: int | None = None, full: Iterable[int] = ()
 ) -> ModelCost:
     """The sizes of a model of the family; window: as in `PackedVisionCost`; full: layers without windows."""
     tower = config.vision_config

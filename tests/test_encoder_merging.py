@@ -127,7 +127,7 @@ def follow(pruner: Merges, image: int, total: int, depth: int) -> Image:
     for layer in range(depth):
         bias = torch.full((total,), float("-inf"))
         for token in found.alive:
-            stands_for = len(found.shares[token]) if pruner.proportional_attention else 1
+            stands_for = len(found.shares[token]) if pruner.weighs_keys else 1
             bias[token] = torch.tensor(float(stands_for)).log()
         found.bias.append(bias)
         if layer not in pruner.layers:

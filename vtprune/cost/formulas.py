@@ -74,9 +74,8 @@ def prefill_flops(
     lengths = [v + t for v, t in zip(vision, text, strict=True)]
     matrices = CONVENTIONS[convention]
     if matrices is not None:
-        return FlopsBreakdown(
-            vision_tower=0, projector=0, decoder=_published(decoder, lengths, matrices), head=0, scoring=0
-        )
+        published = _published(decoder, lengths, matrices)
+        return FlopsBreakdown(vision_tower=0, projector=0, decoder=published, head=0, scoring=0)
     grids = model.vision.grids(images)
     alive = _alive(encoder_tokens_per_layer, len(grids), model.vision.blocks.layers)
     none: list[None] = [None] * len(grids)
