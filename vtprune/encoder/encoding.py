@@ -207,9 +207,22 @@ class Encoding(ABC):
         """What a pruner sees of the layer that just ran; budget: (B,)."""
         query, key, value = self.states(kwargs)
         return EncoderLayer(
-            query, key, value, self.valid, self.total, budget, index, self.depth, scale, self.prefix, self.group,
-            self.memory, self.sizes, tuple(self.grids), None if hidden is None else self.hidden(hidden),
-        )  # fmt: skip
+            query=query,
+            key=key,
+            value=value,
+            valid=self.valid,
+            total=self.total,
+            budget=budget,
+            index=index,
+            depth=self.depth,
+            scale=scale,
+            prefix=self.prefix,
+            group=self.group,
+            memory=self.memory,
+            sizes=self.sizes,
+            grids=tuple(self.grids),
+            hidden=None if hidden is None else self.hidden(hidden),
+        )
 
     def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:
         """Carries a selection out after (or inside) layer `index`."""
@@ -269,7 +282,14 @@ class Encoding(ABC):
         query, key, value = self.states(kwargs, places)
         lengths = (self.prefix + valid.sum(dim=1) * self.group).tolist()
         signals = [
-            LayerSignals(query[b, :, :n], key[b, :, :n], value[b, :, :n], scale, self.prefix, self.group)
+            LayerSignals(
+                query=query[b, :, :n],
+                key=key[b, :, :n],
+                value=value[b, :, :n],
+                scale=scale,
+                prefix=self.prefix,
+                group=self.group,
+            )
             for b, n in enumerate(lengths)
         ]
         keep = self._seen[1]
@@ -340,6 +360,6 @@ def cut_signals(signals: LayerSignals, tokens: Tensor) -> LayerSignals:
     patches = signals.prefix + tokens[:, None] * signals.group + torch.arange(signals.group, device=tokens.device)
     rows = torch.cat([torch.arange(signals.prefix, device=tokens.device), patches.flatten()])
     return LayerSignals(
-        signals.query[:, rows], signals.key[:, rows], signals.value[:, rows],
-        signals.scale, signals.prefix, signals.group,
+        query=signals.query[:, rows], key=signals.key[:, rows], value=signals.value[:, rows],
+        scale=signals.scale, prefix=signals.prefix, group=signals.group,
     )  # fmt: skip

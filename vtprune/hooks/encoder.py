@@ -173,7 +173,7 @@ class EncoderHooks:
         for layer, order, pruner in self.scored:
             if layer != index or pruner.before_mlp != before_mlp:
                 continue
-            one = self._ask(encoding, index, order, pruner, hidden)
+            one = self._ask(encoding, index, order=order, pruner=pruner, hidden=hidden)
             if one is not None:
                 # Methods that merge have their layers to themselves (see `check_order`); drops add up.
                 chosen = one if chosen is None else EncoderSelection.drop(chosen.keep & one.keep)
@@ -189,7 +189,9 @@ class EncoderHooks:
             return None
         encoding.scored[index] = encoding.scored.get(index, whole.new_zeros(())) | ~whole
         shown = hidden if Read.HIDDEN in pruner.encoder_reads else None
-        layer = encoding.layer(index, encoding.arguments, self.adapter.encoder_scale, budget, shown)
+        layer = encoding.layer(
+            index, encoding.arguments, scale=self.adapter.encoder_scale, budget=budget, hidden=shown
+        )
         with full_precision(hidden.device):
             answer = pruner.prune_encoder(layer)
         if answer is None:

@@ -43,7 +43,7 @@ class Wrapping:
         self._overridden: list[tuple[Any, str, Any, Override]] = []
         self._state = state = ThreadState()
         self._taps = Taps(state.sink)
-        self._encoder = EncoderHooks(adapter, pruners, facts, state, self._taps)
+        self._encoder = EncoderHooks(adapter=adapter, pruners=pruners, facts=facts, state=state, taps=self._taps)
         self._decoder = DecoderHooks(
             adapter, pruners, facts, state, compact=compact, maker=self._encoder.token, modules=modules
         )
