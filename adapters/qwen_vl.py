@@ -149,11 +149,13 @@ class Qwen2VLAdapter(Adapter):
                 return original(*args, **kwargs)
             embeds, mask = values["inputs_embeds"], values["attention_mask"]
             past, length = cache.get_seq_length(), embeds.shape[1]
-            text = _text_positions(mask, embeds.shape[0], past, length, embeds.device)
+            text = _text_positions(mask, embeds.shape[0], past, length=length, device=embeds.device)
             input_ids, types = values["input_ids"], values["mm_token_type_ids"]
             if input_ids is None or types is None or not bool(types[:, -length:].any()):
                 return text[None] + delta.to(text.device)
-            return self._image_positions(input_ids, types[:, -length:], values["image_grid_thw"], text, delta, mask)
+            return self._image_positions(
+                input_ids, types[:, -length:], values["image_grid_thw"], text=text, delta=delta, mask=mask
+            )
 
         return compute_3d_position_ids
 
@@ -169,7 +171,7 @@ class Qwen2VLAdapter(Adapter):
             past = cache.get_seq_length()
             mask = model_kwargs.get("attention_mask")
             batch, total = input_ids.shape[:2]
-            text = _text_positions(mask, batch, 0, total, input_ids.device)
+            text = _text_positions(mask, batch, 0, length=total, device=input_ids.device)
             shifted = text[None].expand(3, -1, -1) + delta.to(text.device)
             types = model_kwargs.get("mm_token_type_ids")
             if types is not None and bool(types[:, past:].any()):
@@ -177,9 +179,9 @@ class Qwen2VLAdapter(Adapter):
                     input_ids[:, past:],
                     types[:, past:],
                     model_kwargs.get("image_grid_thw"),
-                    text[:, past:],
-                    delta,
-                    mask,
+                    text=text[:, past:],
+                    delta=delta,
+                    mask=mask,
                 )
                 shifted = torch.cat([shifted[..., :past], new], dim=-1)
             return torch.cat([text[None], shifted])
@@ -191,6 +193,7 @@ class Qwen2VLAdapter(Adapter):
         input_ids: Tensor,
         types: Tensor,
         grid_thw: Tensor | None,
+        *,
         text: Tensor,
         delta: Tensor,
         mask: Tensor | None,
@@ -214,7 +217,7 @@ class Qwen2VLAdapter(Adapter):
         planes = positions if positions.ndim == 3 else positions[None]
         spatial = planes[-3:].amax(dim=0).expand(prompt.batch, -1).cummax(dim=1).values
         mask = prompt.mask
-        text = _text_positions(mask, prompt.batch, prompt.offset, prompt.length, prompt.device)
+        text = _text_positions(mask, prompt.batch, prompt.offset, length=prompt.length, device=prompt.device)
         # Padding after a row's last token repeats what holds there.
         place = torch.arange(prompt.length, device=prompt.device).expand_as(text)
         held = place.masked_fill(~prompt.real(), 0).cummax(dim=1).values
@@ -288,7 +291,7 @@ def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
     return cache, layer.at_end(ROPE_DELTA)
 
 
-def _text_positions(mask: Tensor | None, batch: int, past: int, length: int, device: torch.device) -> Tensor:
+def _text_positions(mask: Tensor | None, batch: int, past: int, *, length: int, device: torch.device) -> Tensor:
     """(B, length) places in the row without its padding, as if every token were text."""
     if mask is None or mask.ndim != 2:
         return torch.arange(past, past + length, device=device).expand(batch, -1)
