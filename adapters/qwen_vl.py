@@ -192,6 +192,7 @@ class Qwen2VLAdapter(Adapter):
         input_ids: Tensor,
         types: Tensor,
         grid_thw: Tensor | None,
+        *,
         text: Tensor,
         delta: Tensor,
         mask: Tensor | None,
@@ -289,7 +290,7 @@ def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
     return cache, layer.at_end(ROPE_DELTA)
 
 
-def _text_positions(mask: Tensor | None, batch: int, past: int, length: int, device: torch.device) -> Tensor:
+def _text_positions(mask: Tensor | None, batch: int, past: int, *, length: int, device: torch.device) -> Tensor:
     """(B, length) places in the row without its padding, as if every token were text."""
     if mask is None or mask.ndim != 2:
         return torch.arange(past, past + length, device=device).expand(batch, -1)
