@@ -184,17 +184,11 @@ def test_a_cache_cannot_go_on_with_another_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "reason"),
-    [({"_attn_implementation": "flash_attention_2"}, "flash"), ({"layer_types": ["sliding_attention"]}, "sliding")],
+    ("flash", "windows", "reason"), [(True, False, "flash attention has no mask"), (False, True, "sliding windows")]
 )
-def test_what_cannot_mask_single_queries_is_refused(setting: dict[str, Any], reason: str) -> None:
-    class Config:
-        _attn_implementation = "sdpa"
-
-    for name, value in setting.items():
-        setattr(Config, name, value)
+def test_what_cannot_mask_single_queries_is_refused(flash: bool, windows: bool, reason: str) -> None:
     with pytest.raises(vtprune.VTPruneError, match=reason):
-        check_revival([], vtprune.LazyLLM(), frozenset(), Config())
+        check_revival([], vtprune.LazyLLM(), frozenset(), flash=flash, windows=windows)
 
 
 def test_attention_that_is_not_a_number_is_refused_at_a_step() -> None:

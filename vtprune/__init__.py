@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from vtprune.report.report import Report
     from vtprune.wrap import (
         auxiliary_loss,
+        is_wrapped,
         load_weights,
         mark_answers,
         report,
@@ -146,6 +147,7 @@ __all__ = [
     "auxiliary_loss",
     "available",
     "flops",
+    "is_wrapped",
     "kv_bytes",
     "load_config",
     "load_weights",
@@ -224,6 +226,7 @@ export(
         "vtprune.provenance": ("__version__",),
         "vtprune.wrap": (
             "auxiliary_loss",
+            "is_wrapped",
             "load_weights",
             "mark_answers",
             "report",

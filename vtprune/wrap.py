@@ -46,7 +46,7 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     """Makes `model` prune its vision tokens, in place, and returns it.
 
     pruner: a name (with the method's `options`, here or in the text, as "fastv:keep=0.5,layers=(2,5)"; several are
-    joined by +, see vtprune/texts.py), a Pruner, a list of them in stage order, a config dict, or a folder holding
+    joined by +, see vtprune/method/texts.py), a Pruner, a list of them in stage order, a config dict, or a folder holding
     vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt, "compact" renumbers them
     layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache then holds of its row.
     Generation without a cache (`use_cache=False`) reads everything anew at each step, so methods that choose by the
@@ -59,7 +59,7 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
 def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, level: int) -> M:
     """`wrap`; level: how far up the stack the line stands that a warning names."""
     core: Any = core_model(model)
-    if hasattr(core, ATTRIBUTE):
+    if is_wrapped(core):
         current = getattr(core, ATTRIBUTE).name
         raise VTPruneError(f"this model is already wrapped with {current}; call vtprune.unwrap(model) first")
     if positions not in POSITIONS:
@@ -124,8 +124,18 @@ def wrapped(model: M, pruner: Any, *, positions: str = "original", **options: An
         yield model
     finally:
         # The block may have unwrapped the model itself.
-        if hasattr(core_model(model), ATTRIBUTE):
+        if is_wrapped(model):
             unwrap(model)
+
+
+def is_wrapped(model: Any) -> bool:
+    """Whether `model` prunes its vision tokens now."""
+    return hasattr(core_model(model), ATTRIBUTE)
+
+
+def methods_of(model: Any) -> list[Pruner]:
+    """The pruners that `wrap` was given for a model, [] for one that is not wrapped."""
+    return list(_wrapping(core_model(model), "name the methods").given) if is_wrapped(model) else []
 
 
 def report(source: Any) -> Report:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune.adapters import adapter_for, core_model
+from vtprune.adapters import adapter_for
 from vtprune.errors import VTPruneError
 from vtprune.hooks.layers import after_layers
 from vtprune.hooks.taps import Taps
 from vtprune.tensors.attention import full_precision
-from vtprune.wrap import ATTRIBUTE
+from vtprune.wrap import is_wrapped
 
 
 def head_ranks(attention: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def rank_layers(
     afterwards; it prints the rank of a batch's first row and leaves the mean to the reader). `on_sample` hears of rows
     that are done. Raises VTPruneError for a wrapped model, and where there is no row.
     """
-    if hasattr(core_model(model), ATTRIBUTE):
+    if is_wrapped(model):
         raise VTPruneError("ranks are those of the model itself; call vtprune.unwrap(model) first")
     ranker = _Ranker(model)
     try:

@@ -31,7 +31,7 @@ from vtprune.training.state import (
     read_settings,
     save_state,
 )
-from vtprune.wrap import ATTRIBUTE
+from vtprune.wrap import methods_of
 
 CLIP_NORM = 1.0
 BETAS = (0.9, 0.999)
@@ -112,8 +112,7 @@ class Run:
     def _settings(self, model: Any, identity: dict[str, Any]) -> dict[str, Any]:
         """What must be the same to go on: the method, the base, the data, and how they are trained."""
         core = core_model(model)
-        wrapping = getattr(core, ATTRIBUTE, None)
-        methods = [] if wrapping is None else [one.to_dict() for one in wrapping.given]
+        methods = [one.to_dict() for one in methods_of(core)]
         own = {"method": methods, "base": config_hash(core), "steps": self.steps, "processes": self.processes}
         settings: dict[str, Any] = json.loads(
             json.dumps({**self.config.identity(), **own, **self.data.identity(), **identity})

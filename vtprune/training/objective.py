@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vtprune.adapters import core_model
 from vtprune.decoder.prompt import IGNORED
 from vtprune.errors import VTPruneError
-from vtprune.wrap import ATTRIBUTE, auxiliary_loss, mark_answers
+from vtprune.wrap import auxiliary_loss, is_wrapped, mark_answers
 
 
 class Objective(nn.Module):
@@ -21,7 +20,7 @@ class Objective(nn.Module):
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        self._wrapped = hasattr(core_model(model), ATTRIBUTE)
+        self._wrapped = is_wrapped(model)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies over the labels (B, L) of a batch, and the method's auxiliary loss, in fp32.

@@ -21,7 +21,7 @@ from vtprune.provenance import machine, versions
 from vtprune.training.config import TrainConfig
 from vtprune.training.plots import loss_png, routed_png
 from vtprune.training.state import FOLDER, Point, Progress
-from vtprune.wrap import ATTRIBUTE, report, save
+from vtprune.wrap import is_wrapped, report, save
 
 LOG, LOSS_PLOT, ROUTED_PLOT, ADAPTER = "training.json", "loss.png", "routed.png", "adapter"
 LEARNT, FINISHED = "training", "finished"
@@ -96,7 +96,7 @@ def write_outputs(
         core: Any = core_model(model)
         weights = base_weights(core, base_dtype)
         write_folder(folder, lambda draft: _save_base(core, processor, weights, draft))
-    if hasattr(core_model(model), ATTRIBUTE):
+    if is_wrapped(model):
         save(model, folder)
     write_bytes(folder / LOSS_PLOT, loss_png(progress))
     if shares:
@@ -119,7 +119,7 @@ def base_weights(core: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def computed_shares(model: Any) -> list[float]:
     """Which share of the vision tokens of the last forward each decoder layer computed."""
-    if not hasattr(core_model(model), ATTRIBUTE):
+    if not is_wrapped(model):
         return []
     found = report(model)
     tokens = sum(image.tokens for sample in found.samples for image in sample.images)
