@@ -13,228 +13,82 @@ if find_spec("vtprune.adapters") is None:
         "adapters, evals and assets are installed from beside this folder"
     )
 
+# The public names. Each is imported when it is first used; whoever adds one adds it here alone.
 if TYPE_CHECKING:
-    from vtprune.cost.formulas import FlopsBreakdown
-    from vtprune.errors import (
-        KeptWholeWarning,
-        ScoreError,
-        UncheckedBaseWarning,
-        UnknownPrunerError,
-        UnsupportedCacheError,
-        UnsupportedModelError,
-        UntrainedWarning,
-        VTPruneError,
-    )
-    from vtprune.loading.pictures import open_picture
-    from vtprune.method.answers import EncoderSelection, Eviction, Merge, Routes, Selection
-    from vtprune.method.catalogue import PrunerInfo
-    from vtprune.method.config import load_config
-    from vtprune.method.facts import ModelFacts, Work
-    from vtprune.method.pruner import Counted, Pruner, Tunable
-    from vtprune.method.registry import available, register
-    from vtprune.method.scorer import scorer
-    from vtprune.method.stages import (
-        BeforeDecoder,
-        BetweenLayers,
-        Guided,
-        InCache,
-        InEncoder,
-        InLayers,
-        Query,
-        Read,
-        Trained,
-    )
-    from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
-    from vtprune.provenance import __version__
-    from vtprune.pruners import (
-        D2O,
-        CDPruner,
-        CoViPAL,
-        DivPrune,
-        FastV,
-        FlowCut,
-        FoPru,
-        GammaMoD,
-        GemFilter,
-        Grid,
-        HoloV,
-        LazyLLM,
-        MustDrop,
-        NoPruning,
-        PMoD,
-        Pool,
-        PyramidDrop,
-        Random,
-        SparseVLM,
-        Turbo,
-        VFlowOpt,
-        VisionZip,
-    )
-    from vtprune.report.costs import flops, kv_bytes
-    from vtprune.report.report import Report
-    from vtprune.wrap import (
-        auxiliary_loss,
-        is_wrapped,
-        load_weights,
-        mark_answers,
-        report,
-        save,
-        save_config,
-        unwrap,
-        wrap,
-        wrapped,
-    )
+    from vtprune.cost.formulas import FlopsBreakdown as FlopsBreakdown
+    from vtprune.errors import KeptWholeWarning as KeptWholeWarning
+    from vtprune.errors import ScoreError as ScoreError
+    from vtprune.errors import UncheckedBaseWarning as UncheckedBaseWarning
+    from vtprune.errors import UnknownPrunerError as UnknownPrunerError
+    from vtprune.errors import UnsupportedCacheError as UnsupportedCacheError
+    from vtprune.errors import UnsupportedModelError as UnsupportedModelError
+    from vtprune.errors import UntrainedWarning as UntrainedWarning
+    from vtprune.errors import VTPruneError as VTPruneError
+    from vtprune.loading.pictures import open_picture as open_picture
+    from vtprune.method.answers import EncoderSelection as EncoderSelection
+    from vtprune.method.answers import Eviction as Eviction
+    from vtprune.method.answers import Merge as Merge
+    from vtprune.method.answers import Routes as Routes
+    from vtprune.method.answers import Selection as Selection
+    from vtprune.method.catalogue import PrunerInfo as PrunerInfo
+    from vtprune.method.config import load_config as load_config
+    from vtprune.method.facts import ModelFacts as ModelFacts
+    from vtprune.method.facts import Work as Work
+    from vtprune.method.pruner import Counted as Counted
+    from vtprune.method.pruner import Pruner as Pruner
+    from vtprune.method.pruner import Tunable as Tunable
+    from vtprune.method.registry import available as available
+    from vtprune.method.registry import register as register
+    from vtprune.method.scorer import scorer as scorer
+    from vtprune.method.stages import BeforeDecoder as BeforeDecoder
+    from vtprune.method.stages import BetweenLayers as BetweenLayers
+    from vtprune.method.stages import Guided as Guided
+    from vtprune.method.stages import InCache as InCache
+    from vtprune.method.stages import InEncoder as InEncoder
+    from vtprune.method.stages import InLayers as InLayers
+    from vtprune.method.stages import Query as Query
+    from vtprune.method.stages import Read as Read
+    from vtprune.method.stages import Trained as Trained
+    from vtprune.method.views import CachedRow as CachedRow
+    from vtprune.method.views import DecoderLayer as DecoderLayer
+    from vtprune.method.views import EncoderLayer as EncoderLayer
+    from vtprune.method.views import RoutedTokens as RoutedTokens
+    from vtprune.method.views import VisionStream as VisionStream
+    from vtprune.provenance import __version__ as __version__
+    from vtprune.pruners import D2O as D2O
+    from vtprune.pruners import CDPruner as CDPruner
+    from vtprune.pruners import CoViPAL as CoViPAL
+    from vtprune.pruners import DivPrune as DivPrune
+    from vtprune.pruners import FastV as FastV
+    from vtprune.pruners import FlowCut as FlowCut
+    from vtprune.pruners import FoPru as FoPru
+    from vtprune.pruners import GammaMoD as GammaMoD
+    from vtprune.pruners import GemFilter as GemFilter
+    from vtprune.pruners import Grid as Grid
+    from vtprune.pruners import HoloV as HoloV
+    from vtprune.pruners import LazyLLM as LazyLLM
+    from vtprune.pruners import MustDrop as MustDrop
+    from vtprune.pruners import NoPruning as NoPruning
+    from vtprune.pruners import PMoD as PMoD
+    from vtprune.pruners import Pool as Pool
+    from vtprune.pruners import PyramidDrop as PyramidDrop
+    from vtprune.pruners import Random as Random
+    from vtprune.pruners import SparseVLM as SparseVLM
+    from vtprune.pruners import Turbo as Turbo
+    from vtprune.pruners import VFlowOpt as VFlowOpt
+    from vtprune.pruners import VisionZip as VisionZip
+    from vtprune.report.costs import flops as flops
+    from vtprune.report.costs import kv_bytes as kv_bytes
+    from vtprune.report.report import Report as Report
+    from vtprune.wrap import auxiliary_loss as auxiliary_loss
+    from vtprune.wrap import is_wrapped as is_wrapped
+    from vtprune.wrap import load_weights as load_weights
+    from vtprune.wrap import mark_answers as mark_answers
+    from vtprune.wrap import report as report
+    from vtprune.wrap import save as save
+    from vtprune.wrap import save_config as save_config
+    from vtprune.wrap import unwrap as unwrap
+    from vtprune.wrap import wrap as wrap
+    from vtprune.wrap import wrapped as wrapped
 
-__all__ = [
-    "D2O",
-    "BeforeDecoder",
-    "BetweenLayers",
-    "CDPruner",
-    "CachedRow",
-    "CoViPAL",
-    "Counted",
-    "DecoderLayer",
-    "DivPrune",
-    "EncoderLayer",
-    "EncoderSelection",
-    "Eviction",
-    "FastV",
-    "FlopsBreakdown",
-    "FlowCut",
-    "FoPru",
-    "GammaMoD",
-    "GemFilter",
-    "Grid",
-    "Guided",
-    "HoloV",
-    "InCache",
-    "InEncoder",
-    "InLayers",
-    "KeptWholeWarning",
-    "LazyLLM",
-    "Merge",
-    "ModelFacts",
-    "MustDrop",
-    "NoPruning",
-    "PMoD",
-    "Pool",
-    "Pruner",
-    "PrunerInfo",
-    "PyramidDrop",
-    "Query",
-    "Random",
-    "Read",
-    "Report",
-    "RoutedTokens",
-    "Routes",
-    "ScoreError",
-    "Selection",
-    "SparseVLM",
-    "Trained",
-    "Tunable",
-    "Turbo",
-    "UncheckedBaseWarning",
-    "UnknownPrunerError",
-    "UnsupportedCacheError",
-    "UnsupportedModelError",
-    "UntrainedWarning",
-    "VFlowOpt",
-    "VTPruneError",
-    "VisionStream",
-    "VisionZip",
-    "Work",
-    "__version__",
-    "auxiliary_loss",
-    "available",
-    "flops",
-    "is_wrapped",
-    "kv_bytes",
-    "load_config",
-    "load_weights",
-    "mark_answers",
-    "open_picture",
-    "register",
-    "report",
-    "save",
-    "save_config",
-    "scorer",
-    "unwrap",
-    "wrap",
-    "wrapped",
-]
-
-export(
-    __name__,
-    {
-        "vtprune.method.catalogue": ("PrunerInfo",),
-        "vtprune.method.config": ("load_config",),
-        "vtprune.cost.formulas": ("FlopsBreakdown",),
-        "vtprune.errors": (
-            "KeptWholeWarning",
-            "ScoreError",
-            "UncheckedBaseWarning",
-            "UnknownPrunerError",
-            "UnsupportedCacheError",
-            "UnsupportedModelError",
-            "UntrainedWarning",
-            "VTPruneError",
-        ),
-        "vtprune.method.facts": ("ModelFacts", "Work"),
-        "vtprune.method.pruner": ("Counted", "Pruner", "Tunable"),
-        "vtprune.pruners": (
-            "D2O",
-            "CDPruner",
-            "CoViPAL",
-            "DivPrune",
-            "FastV",
-            "FlowCut",
-            "FoPru",
-            "GammaMoD",
-            "GemFilter",
-            "Grid",
-            "HoloV",
-            "LazyLLM",
-            "MustDrop",
-            "NoPruning",
-            "PMoD",
-            "Pool",
-            "PyramidDrop",
-            "Random",
-            "SparseVLM",
-            "Turbo",
-            "VFlowOpt",
-            "VisionZip",
-        ),
-        "vtprune.method.registry": ("available", "register"),
-        "vtprune.report.costs": ("flops", "kv_bytes"),
-        "vtprune.method.scorer": ("scorer",),
-        "vtprune.method.stages": (
-            "BeforeDecoder",
-            "BetweenLayers",
-            "Guided",
-            "InCache",
-            "InEncoder",
-            "InLayers",
-            "Query",
-            "Read",
-            "Trained",
-        ),
-        "vtprune.loading.pictures": ("open_picture",),
-        "vtprune.report.report": ("Report",),
-        "vtprune.method.answers": ("EncoderSelection", "Eviction", "Merge", "Routes", "Selection"),
-        "vtprune.method.views": ("CachedRow", "DecoderLayer", "EncoderLayer", "RoutedTokens", "VisionStream"),
-        "vtprune.provenance": ("__version__",),
-        "vtprune.wrap": (
-            "auxiliary_loss",
-            "is_wrapped",
-            "load_weights",
-            "mark_answers",
-            "report",
-            "save",
-            "save_config",
-            "unwrap",
-            "wrap",
-            "wrapped",
-        ),
-    },
-)
+export(__name__)

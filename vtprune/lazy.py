@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,21 @@ class _LazyPackage(ModuleType):
         return sorted({*super().__dir__(), *self._homes})
 
 
-def export(package: str, homes: Mapping[str, Sequence[str]]) -> None:
-    """Makes the imported `package` find public names in the modules that define them: {module: names}."""
+def export(package: str) -> None:
+    """Makes the imported `package` find its public names in the modules that define them, when they are first used:
+    those that its `if TYPE_CHECKING:` imports, so that they are what type checkers see."""
     module = sys.modules[package]
-    module.__dict__["_homes"] = {name: home for home, names in homes.items() for name in names}
+    loader: Any = module.__loader__
+    homes = dict(_names(loader.get_source(package)))
+    module.__dict__["_homes"] = homes
+    module.__dict__["__all__"] = sorted(homes)
     module.__class__ = _LazyPackage
+
+
+def _names(source: str) -> Iterator[tuple[str, str]]:
+    """Name and module of every import under `if TYPE_CHECKING:`."""
+    for block in ast.parse(source).body:
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            for line in block.body:
+                if isinstance(line, ast.ImportFrom) and line.module is not None:
+                    yield from ((name.name, line.module) for name in line.names)
