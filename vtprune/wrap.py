@@ -48,10 +48,10 @@ def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) 
     pruner: a name (with the method's `options`, here or in the text, as "fastv:keep=0.5,layers=(2,5)"; several are
     joined by +, see vtprune/method/texts.py), a Pruner, a list of them in stage order, a config dict, or a folder
     holding vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt, "compact"
-    renumbers them layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache then holds of
-    its row. Generation without a cache (`use_cache=False`) reads everything anew at each step, so methods that choose
-    by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass) for an unknown method or
-    option, a model without an adapter, and a model that is wrapped already.
+    renumbers them layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache then holds
+    of its row. Generation without a cache (`use_cache=False`) reads everything anew at each step, so methods that
+    choose by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass) for an
+    unknown method or option, a model without an adapter, and a model that is wrapped already.
     """
     return _wrap(model, pruner, positions, options, level=3)
 
