@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import vtprune
+from tests.matrix import DROPS, PRUNERS, RELEASED, label
 from tests.models import MODELS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
-from tests.pruners import DROPS, PRUNERS, RELEASED, label
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import revives
 

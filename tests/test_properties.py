@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import vtprune
+from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, at_depth, label
 from tests.models import MODELS, PAST, ROWS, TEXT, make, prompt
 from tests.oracle import TOLERANCE, next_tokens, run_wrapped
-from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, at_depth, label
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import BeforeDecoder, Trained, drop_layers, encoder_layers, evict_layers, routed_layers
 from vtprune.method.views import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.pruners import at_depth
+from tests.matrix import at_depth
 from vtprune.method.pruner import Pruner
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import vtprune
-from tests.pruners import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
+from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
 from tests.saved import (
     ANSWERS,
     BENCH,
