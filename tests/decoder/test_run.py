@@ -17,7 +17,7 @@ from tests.models import IMAGE, PAST, ROWS, Row, make, prompt
 from vtprune.cache import names
 from vtprune.decoder.prompt import ImageSpan, PromptInfo, numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, LayerView, Observer, Shaper
-from vtprune.encoder.encoding import EncodedImage
+from vtprune.encoder.encoding import EncodedImage, Part
 from vtprune.hooks.recording import Recording
 from vtprune.method.answers import Merge, Selection
 from vtprune.method.views import DecoderLayer
@@ -30,9 +30,8 @@ PACKAGE = Path(vtprune.__file__).parent
 
 def _image(total: int = 9, device: str = "cpu") -> EncodedImage:
     alive = torch.arange(total, device=device)
-    return EncodedImage(
-        grid=(1, 1, total), alive=alive, signals=None, pixels=None, segments=[], scored=(), maker=object()
-    )
+    parts = (Part((1, 1, total)),)
+    return EncodedImage(parts, alive, signals=None, pixels=None, segments=[], scored=(), maker=object())
 
 
 def _span(row: int, device: str = "cpu") -> ImageSpan:
