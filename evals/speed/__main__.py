@@ -1,5 +1,7 @@
 """`python -m vtprune.evals.speed`."""
 
+import typer
+
 from vtprune.evals.speed.speed import main
 
-main()
+typer.run(main)

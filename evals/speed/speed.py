@@ -241,7 +241,3 @@ def main(
     if output is not None:
         settings = {"methods": [pruner.to_dict() for pruner in pruners], "steps": steps, "measured": written}
         write_json(output, settings)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -49,7 +49,3 @@ app.command()(train)
 def main() -> None:
     """The console script."""
     app()
-
-
-if __name__ == "__main__":
-    main()
