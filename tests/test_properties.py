@@ -268,8 +268,9 @@ SEEN = (torch.Tensor, VisionStream, EncoderLayer, DecoderLayer, RoutedTokens, Ca
 def _watch(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[bool]]:
     """By each method of a pruner's that is shown tensors: whether autocast was on when it was called."""
     seen: dict[str, set[bool]] = {}
-    for name, base in vars(Pruner).items():
-        if not inspect.isfunction(base) or name.startswith("_"):
+    stages = [stage for stage in type(pruner).__mro__ if stage.__module__ == BeforeDecoder.__module__]
+    for name in {name for stage in stages for name, base in vars(stage).items() if inspect.isfunction(base)}:
+        if name.startswith("_"):
             continue
         original = getattr(type(pruner), name)
 

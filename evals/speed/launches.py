@@ -7,6 +7,7 @@ models are as deep as the published ones, with 576 vision tokens an image, and a
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +31,7 @@ from transformers import (
 )
 
 import vtprune
+from vtprune import adapters
 from vtprune.cache.adopting import cache_in, with_cache
 from vtprune.console.output import one_line_errors
 from vtprune.files import check_new_file, write_json
@@ -36,6 +39,11 @@ from vtprune.method.texts import split_entries
 
 SIDE, TEXT, VOCABULARY, IMAGE = 24, 64, 128, 120
 KEEP = 0.25
+# Lines of code that a detailed table shows for their launches.
+PLACES = 12
+# Where the models' code lies, and vtprune's own.
+TRANSFORMERS = str(Path(transformers.__path__[0]))
+FOLDERS = {name: str(Path(part.__path__[0])) for name, part in (("vtprune", vtprune), ("adapters", adapters))}
 # Operations whose answer, or the size of whose answer, Python has to know.
 ANSWERS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 # What computes nothing though its schema does not say so.
@@ -44,10 +52,11 @@ VIEWS = ("_unsafe_view", "lift_fresh", "detach", "alias")
 
 @dataclass
 class Counts:
-    """launches: by operation; reads: read-backs, by operation."""
+    """launches, reads: how many, by operation and by the place in vtprune's code that asked for it ("" for the model's
+    own)."""
 
-    launches: Counter[str] = field(default_factory=Counter)
-    reads: Counter[str] = field(default_factory=Counter)
+    launches: Counter[tuple[str, str]] = field(default_factory=Counter)
+    reads: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def launched(self) -> int:
@@ -70,26 +79,41 @@ class _Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if not func.is_view and name not in VIEWS:
-            self._counts.launches[name] += 1
+            self._counts.launches[name, _place()] += 1
         if name in ANSWERS or (name == "repeat_interleave" and (kwargs or {}).get("output_size") is None):
-            self._counts.reads[name] += 1
+            self._counts.reads[name, _place()] += 1
         elif name in ("index", "index_put", "index_put_"):
-            masks = [one for one in args[1] if isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)]
-            self._counts.reads[f"{name} by a mask"] += len(masks)
+            masks = sum(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+            if masks:
+                self._counts.reads["index by a mask", _place()] += masks
         return func(*args, **(kwargs or {}))
 
 
 class _Lists(TorchFunctionMode):
-    """Counts what the dispatcher does not see: tensors made into lists."""
+    """Counts what the dispatcher does not see: tensors made into lists and arrays, or fetched."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self._counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy):
-            self._counts.reads[func.__name__] += 1
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.cpu):
+            self._counts.reads[func.__name__, _place()] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _place() -> str:
+    """The innermost line of vtprune's own code that is being run, "" for what the model itself does."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(TRANSFORMERS):
+            return ""
+        for name, folder in FOLDERS.items():
+            if file.startswith(folder) and file != __file__:
+                return f"{name}{file.removeprefix(folder)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 @contextmanager
@@ -98,7 +122,6 @@ def counting() -> Iterator[Counts]:
     counts = Counts()
     with _Lists(counts), _Launches(counts):
         yield counts
-    counts.reads = +counts.reads
 
 
 def llava(layers: tuple[int, int] = (24, 32)) -> Any:
@@ -185,6 +208,9 @@ def count(model: Any, inputs: dict[str, Tensor]) -> Steps:
     for _ in range(2):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         token = {"input_ids": torch.full_like(mask[:, :1], 5), "attention_mask": mask}
+        if "image_grid_thw" in inputs:
+            # Which positions these are does not change how many operations turn keys by them.
+            token["position_ids"] = mask.sum(dim=1, keepdim=True).expand(3, -1, -1)
         given = with_cache(model.forward, token, cache_in(out))
         with counting() as step:
             out = model(**given, use_cache=True, logits_to_keep=1)
@@ -230,11 +256,24 @@ def table(kind: str, batch: int, counts: dict[str, Steps]) -> Table:
     return shown
 
 
+def places(method: str, counts: Counts) -> Table:
+    """The places in vtprune's code that launch most in a prefill, and all that read back."""
+    shown = Table("where", "launches", "read-backs", title=f"{method}: a prefill")
+    launches, reads = (Counter[str]() for _ in range(2))
+    for found, total in ((counts.launches, launches), (counts.reads, reads)):
+        for (_, place), number in found.items():
+            total[place] += number
+    most = {place for place, _ in launches.most_common(PLACES)} | set(reads)
+    for place in sorted(most, key=lambda one: -launches[one]):
+        shown.add_row(place or "the model", str(launches[place]), str(reads[place] or ""))
+    return shown
+
+
 def main(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; all that ship by default.")] = "",
     model: Annotated[str, typer.Option(help="llava or qwen.")] = "llava",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    detail: Annotated[bool, typer.Option("--detail", help="Also which operations they are.")] = False,
+    detail: Annotated[bool, typer.Option("--detail", help="Also where in the code they are.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the counts.")] = None,
 ) -> None:
     """Count the launches and read-backs of methods beside the unpruned model's."""
@@ -247,12 +286,8 @@ def main(
         counts = count_all(model, batch, chosen)
         console = Console(width=140)
         console.print(table(model, batch, counts))
-        if detail:
-            for method, steps in counts.items():
-                extra = steps.prefill.launches - counts[""].prefill.launches
-                console.print(
-                    f"{method or 'unpruned'}: {dict(steps.prefill.reads)}; more launches: {extra.most_common(12)}"
-                )
+        for method, steps in counts.items() if detail else ():
+            console.print(places(method or "unpruned", steps.prefill))
         if output is not None:
             write_json(output, {method or "unpruned": steps.to_dict() for method, steps in counts.items()})
 

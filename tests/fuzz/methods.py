@@ -9,6 +9,7 @@ from typing import Any
 import vtprune
 from tests.fuzz.architectures import Architecture
 from vtprune.method.pruner import Pruner
+from vtprune.method.registry import create
 
 Options = dict[str, Any]
 
@@ -33,7 +34,7 @@ def draw_pruners(rng: Random, shape: Architecture) -> list[Pruner]:
     """One method, or two or three that may follow each other."""
     if rng.random() < 0.05:
         name = rng.choice([name for place in PLACES for name in place if name not in TRAINED])
-        return [vtprune.registry.create(name, keep=1.0)]
+        return [create(name, keep=1.0)]
     if rng.random() < 0.02:
         return [vtprune.NoPruning()]
     names = _names(rng, encoder=isinstance(shape.feature, int))

@@ -55,7 +55,7 @@ def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, monkeypa
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vtprune.hooks.weights.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(vtprune.VTPruneError, match="No space left"):
         vtprune.save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

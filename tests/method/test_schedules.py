@@ -196,7 +196,7 @@ def test_the_command_draws_each_schedule_that_the_documentation_shows(tmp_path: 
     assert drawn == {f"{name}.png" for name in schedules.NAMES}
     text = (DOCS / "schedules.md").read_text()
     for name in drawn:
-        assert f"(schedules/{name})" in text
+        assert f"(pictures/{name})" in text
         assert (DOCS / "pictures" / name).stat().st_size < 60_000
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

@@ -36,7 +36,9 @@ def vectors(tokens: int, width: int = 6, seed: int = 0) -> Tensor:
 def farthest(features: Tensor, count: int) -> list[int]:
     """Max-min diversity that reads everything again at every choice."""
     unit = F.normalize(features.double(), dim=-1)
-    distance = 1 - unit @ unit.T
+    # A product need not round alike on both sides of the diagonal, where two tokens are each other's nearest.
+    cosine = (unit @ unit.T).triu()
+    distance = 1 - (cosine + cosine.triu(1).T)
     chosen: list[int] = []
     for _ in range(count):
         others = [token for token in range(len(features)) if token not in chosen]
