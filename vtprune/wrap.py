@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -155,13 +156,14 @@ def report(source: Any) -> Report:
 
 
 def save_config(source: Any, folder: str | Path) -> Path:
-    """Writes the pruners of `source` (a Pruner, a list of them or a wrapped model) to vtprune_config.json.
+    """Writes the pruners of `source` (a wrapped model, or whatever `wrap` takes) to vtprune_config.json.
 
     Returns the file's path. Raises VTPruneError for anything else, and for a folder that cannot be written.
     """
-    if isinstance(source, Pruner | list | tuple):
-        return config.save_config(source, folder)
-    given = _wrapping(core_model(source), "save the config").given
+    if isinstance(source, torch.nn.Module):
+        given = _wrapping(core_model(source), "save the config").given
+    else:
+        given = resolve(source)
     return config.save_config(given[0] if len(given) == 1 else given, folder)
 
 

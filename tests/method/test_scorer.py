@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def test_ties_go_to_the_lowest_index_and_bad_scores_raise_by_name() -> None:
     for value, message in ((1.0, ""), (float("nan"), "test_constant: .* NaN")):
 
         @vtprune.scorer("test_constant")
-        def test_constant(stream: vtprune.VisionStream, *, number: float = value) -> Tensor:
-            return torch.full_like(stream.features[:, 0], number)
+        def test_constant(stream: vtprune.VisionStream) -> Tensor:
+            return torch.full_like(stream.features[:, 0], value)  # noqa: B023 (called within the loop)
 
         with vtprune.wrapped(model, test_constant(keep=3)):
             if message:
@@ -89,6 +90,71 @@ def test_a_function_that_cannot_be_a_method_is_refused() -> None:
         vtprune.scorer("test_bad")(lambda *, power=1.0: power)
     with pytest.raises(vtprune.VTPruneError, match="'fopru' is taken"):
         vtprune.scorer("fopru")(lambda stream: stream.features)
+    with pytest.raises(vtprune.VTPruneError, match="takes the method's name first"):
+        vtprune.scorer(lengths)
+    for reads in (vtprune.Read.HIDDEN, ["encoder"], "encoder", [vtprune.Read.ENCODER, 3]):
+        with pytest.raises(vtprune.VTPruneError, match=r"reads is a list of vtprune.Read.ENCODER, .*got"):
+            vtprune.scorer("test_bad", reads=reads)
+
+
+def test_options_need_a_type_a_default_of_it_and_a_name_of_their_own() -> None:
+    def untyped(stream, *, power=1.0):  # type: ignore[no-untyped-def]
+        return stream.features
+
+    def contradicting(stream: vtprune.VisionStream, *, power: float = "high") -> Tensor:  # type: ignore[assignment]
+        return stream.features
+
+    def named_as_the_base(stream: vtprune.VisionStream, *, budget: float = 1.0) -> Tensor:
+        return stream.features
+
+    for function, message in (
+        (untyped, "power needs a type"),
+        (contradicting, "power is of type float, got 'high'"),
+        (named_as_the_base, "every method has a budget already"),
+    ):
+        with pytest.raises(vtprune.VTPruneError, match=message):
+            vtprune.scorer("test_bad")(function)
+
+
+@pytest.mark.parametrize("power", ["2", None, True, float("nan")])
+def test_options_from_code_are_held_to_their_type_before_an_image_comes(power: object) -> None:
+    with pytest.raises(vtprune.VTPruneError, match="test_lengths: power is of type float"):
+        vtprune.wrap(make("llava-clip"), "test_lengths", power=power)
+
+
+def test_one_read_need_not_be_a_list() -> None:
+    @vtprune.scorer("test_alone", reads=vtprune.Read.PICTURE)
+    def test_alone(stream: vtprune.VisionStream) -> Tensor:
+        assert stream.picture is not None
+        return stream.features[:, 0]
+
+    with vtprune.wrapped(make("llava-clip"), test_alone(keep=3)) as model:
+        model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
+
+
+def test_a_field_that_was_not_asked_for_is_named_with_the_way_to_ask() -> None:
+    @vtprune.scorer("test_forgetful")
+    def test_forgetful(stream: vtprune.VisionStream) -> Tensor:
+        return stream.signals.saliency()  # type: ignore[union-attr]
+
+    model = vtprune.wrap(make("llava-clip"), test_forgetful(keep=3))
+    with pytest.raises(AttributeError) as caught:
+        model(**prompt("llava-clip", ROWS["llava-clip"][:1]))
+    assert "stream.signals is None without reads=[vtprune.Read.ENCODER]" in "".join(caught.value.__notes__)
+
+
+def test_an_unknown_name_says_how_a_method_of_one_s_own_becomes_known() -> None:
+    with pytest.raises(vtprune.UnknownPrunerError, match="once its module is imported"):
+        vtprune.wrap(make("llava-clip"), "test_unheard")
+
+
+def test_a_config_is_saved_from_whatever_wrap_takes(tmp_path: Path) -> None:
+    expected = lengths(keep=9, power=2.0)
+    for index, source in enumerate((expected, "test_lengths:keep=9,power=2.0", to_dict(expected), [expected])):
+        vtprune.save_config(source, tmp_path / str(index))
+        assert vtprune.load_config(tmp_path / str(index)) == expected
+    with pytest.raises(vtprune.VTPruneError, match=r"lengths is the method's class; write lengths\(\)"):
+        vtprune.save_config(lengths, tmp_path)
 
 
 WORK = Work(

@@ -31,7 +31,7 @@ class Selection:
     merges: for each token with a new vector, where the vector came from.
     note: what the report should say of this choice, "" for nothing.
     bias: (K,) what every decoder layer adds to the attention logits of each kept token as a key, or None; scores: (N,)
-    what the layer of `Pruner.learns_from` is to teach. Both are for training, carry gradients, and lift the budget.
+    what the layer of `Guided.learns_from` is to teach. Both are for training, carry gradients, and lift the budget.
     """
 
     kept: Tensor

@@ -26,7 +26,7 @@ def check_scores(scores: Tensor, method: str) -> Tensor:
         bad = int((~torch.isfinite(scores)).sum())
         raise ScoreError(
             f"{method}: {bad} of {scores.numel()} token scores are NaN or infinite; the model's activations "
-            "overflow (load it in float32 or bfloat16) or the image holds invalid pixels"
+            "overflow (load it in float32 or bfloat16), the image holds invalid pixels, or the scores divide by zero"
         )
     return scores
 

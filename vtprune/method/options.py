@@ -7,6 +7,8 @@ import types
 import typing
 from typing import Any
 
+from vtprune.errors import VTPruneError
+
 
 def hints_of(cls: type[Any]) -> dict[str, Any]:
     """Types of the fields; those of a plugin that names types only a type checker imports go unchecked."""
@@ -66,6 +68,12 @@ def fits(value: object, hint: Any) -> bool:
         elif isinstance(kind, type) and kind is not tuple and isinstance(value, kind):
             return True
     return False
+
+
+def check_type(method: str, option: str, value: object, hint: Any) -> None:
+    """Raises VTPruneError, naming the method, unless the value is of the option's type."""
+    if not fits(value, hint):
+        raise VTPruneError(f"{method}: {option} is of type {readable(hint)}, got {value!r}")
 
 
 def _items_fit(items: tuple[object, ...], hints: tuple[Any, ...]) -> bool:

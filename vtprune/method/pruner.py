@@ -83,7 +83,7 @@ class Pruner(ABC):
     model: ModelFacts = field(default=PUBLISHED, init=False, repr=False)
 
     info: ClassVar[PrunerInfo]
-    # Which tokens `keep` counts, and which ones the paper does where it counts others.
+    # Which tokens `keep` counts; and which ones the paper's own numbers count, where these are others.
     counted: ClassVar[Counted] = Counted.ENTERING
     published: ClassVar[Counted | None] = None
 
@@ -103,7 +103,8 @@ class Pruner(ABC):
 
     @property
     def default_keep(self) -> int | float | None:
-        """What a `keep` of None stands for; None where something else (a threshold, say) decides what stays."""
+        """What a `keep` of None stands for: the paper's own setting, or a quarter for a method that does not say; None
+        where something else (a threshold, say) decides what stays."""
         return 0.25
 
     @property

@@ -11,13 +11,7 @@ from typing import Any, TypeVar
 
 from vtprune.errors import UnknownPrunerError, VTPruneError
 from vtprune.method.catalogue import ENTRY_POINT_GROUP, METHODS, PrunerInfo, stages_of
-from vtprune.method.options import (
-    converted,
-    fits,
-    hints_of,
-    lone_item,
-    readable,
-)
+from vtprune.method.options import check_type, converted, hints_of, lone_item
 from vtprune.method.pruner import Pruner
 
 _pruners: dict[str, type[Pruner]] = {}
@@ -44,7 +38,9 @@ def register(
             _load_own()
         taken = _pruners.get(name)
         if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise VTPruneError(f"the pruner name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+            raise VTPruneError(
+                f"the pruner name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another name"
+            )
         cls.info = PrunerInfo(
             name=name,
             stage=stages_of(base.__name__ for base in cls.__mro__),
@@ -89,7 +85,10 @@ def pruner_class(name: str) -> type[Pruner]:
         return _pruners[name]
     near = difflib.get_close_matches(name, _pruners, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise UnknownPrunerError(f"unknown pruner {name!r}; {hint}known: {', '.join(_pruners)}")
+    raise UnknownPrunerError(
+        f"unknown pruner {name!r}; {hint}known: {', '.join(_pruners)}. One of your own is known once its "
+        f"module is imported, or by an entry point of the group {ENTRY_POINT_GROUP}"
+    )
 
 
 def create(name: str, **options: Any) -> Pruner:
@@ -124,8 +123,7 @@ def _check_types(cls: type[Pruner], options: dict[str, Any]) -> None:
     hints = hints_of(cls)
     for option, value in options.items():
         hint = hints.get(option, Any)
-        if not fits(converted(value, hint), hint):
-            raise VTPruneError(f"{cls.info.name}: {option} is of type {readable(hint)}, got {value!r}")
+        check_type(cls.info.name, option, converted(value, hint), hint)
 
 
 def _refuse_unknown(cls: type[Pruner], options: Iterable[str]) -> None:

@@ -29,12 +29,16 @@ def resolve(pruner: Any, **options: Any) -> list[Pruner]:
         return [one for stage in stages for one in _of_stage(stage, options, alone=len(stages) == 1)]
     if options:
         raise VTPruneError(
-            f"options ({', '.join(sorted(options))}) go with a method's name; set them on the Pruner itself"
+            f"options ({', '.join(sorted(options))}) go with a method's name; set them on the Pruner itself, as in "
+            "vtprune.FoPru(keep=0.5)"
         )
     given = config.load_config(pruner) if isinstance(pruner, Path) else pruner
     if isinstance(given, dict):
         given = config.from_dict(given)
     found = list(given) if isinstance(given, list | tuple) else [given]
+    for one in found:
+        if isinstance(one, type) and issubclass(one, Pruner):
+            raise VTPruneError(f"{one.__name__} is the method's class; write {one.__name__}()")
     if not found or not all(isinstance(one, Pruner) for one in found):
         raise VTPruneError(
             "a pruner is a name, a vtprune.Pruner, a list of Pruners, a config dict or a folder with "

@@ -136,7 +136,7 @@ class BetweenLayers(Pruner):
     def remember(self, stream: VisionStream) -> dict[str, Any]:
         """Values of the tokens, tensors of (N, ...), that `select` finds in `stream.memory` and `prune_decoder` in
         `layer.memory`, cut to the tokens that are left; what is no tensor stays as it is. Called once for every
-        image, before the decoder."""
+        image, before `select`."""
         return {}
 
     @abstractmethod
@@ -284,4 +284,4 @@ def skips_text(pruner: Pruner) -> bool:
 def reads(pruner: Pruner) -> frozenset[Read]:
     """What a pruner reads before the decoder begins."""
     found = pruner.input_reads if isinstance(pruner, BeforeDecoder) else NOTHING
-    return found | pruner.layer_reads if isinstance(pruner, BetweenLayers) else found
+    return (found | pruner.layer_reads) if isinstance(pruner, BetweenLayers) else found

@@ -23,17 +23,17 @@ class VisionStream:
     total: vision tokens of the whole image, before anything was dropped.
     budget: tokens to keep at the most, 1 <= budget; where the method decides, those that it was asked for.
     signals: q, k and v of the encoder layer whose output the decoder reads, for these N tokens, or None if
-        the pruner does not ask for them (`Pruner.reads_encoder`).
+        the pruner does not ask for them (`Read.ENCODER`).
     pixels: the image as the encoder got it: (C, H, W), or (patches, C * t * p * p) on Qwen.
     text: (T, D) decoder embeddings of the text tokens of this row, in order.
     text_after: how many of them, the last ones, stand after the image.
     text_ids: (T,) their ids, or None if the caller handed in embeddings.
-    last_signals: as `signals`, of the vision tower's last layer (`Pruner.reads_last_layer`).
-    picture: (t, 3, H, W) the image in [0, 1] as the encoder saw it (`Pruner.reads_picture`), else None.
+    last_signals: as `signals`, of the vision tower's last layer (`Read.LAST_LAYER`).
+    picture: (t, 3, H, W) the image in [0, 1] as the encoder saw it (`Read.PICTURE`), else None.
     memory: what the pruner's own `remember` answered, for these N tokens.
     source: the folder or hub id that the model came from, "" if it is not known.
-    probe: the decoder layer that the method asks for (`Pruner.probe_layer`), else None.
-    module: what `Pruner.make_module` made, with its weights as they are now, else None; a method that has one is not
+    probe: the decoder layer that the method asks for (`BeforeDecoder.probe_layer`), else None.
+    module: what `Trained.make_module` made, with its weights as they are now, else None; a method that has one is not
         shown text that the forward's labels mark as an answer.
     training: whether that module is being trained: it is in training mode, and gradients are recorded.
     """
@@ -71,7 +71,7 @@ class EncoderLayer:
     sizes: (B, N) how many tokens each one stands for: 1 until something merges.
     grids: (t, h, w) of each whole image in vision tokens.
     hidden: (B, P + N * group, D) hidden states after the layer (before its MLP for a method that merges there),
-        laid out as query, key and value; None if no method asks (`Pruner.reads_hidden`).
+        laid out as query, key and value; None if no method asks (`Read.HIDDEN`).
     """
 
     query: Tensor
@@ -97,7 +97,7 @@ class DecoderLayer:
 
     query: (H, n, d) and key, value: (H, n, d) of all n tokens of the row at that layer, rotary embedding
         applied, key-value heads repeated to H. For a method that reads no other query or scores by the next layer
-        (`Pruner.reads_last_query`, `reads_next_layer`), query is that of the last prompt token alone, (H, 1, d), and
+        (`Query.LAST`, `Query.NEXT_LAYER`), query is that of the last prompt token alone, (H, 1, d), and
         value is empty.
     vision: (N,) places in 0 .. n - 1 of this image's tokens; last: place of the last prompt token.
     scale: softmax scale.
@@ -108,12 +108,12 @@ class DecoderLayer:
     memory: what the pruner's own `remember` answered, for these N tokens.
     entered: tokens of the image that entered the decoder; processed: the sum over layers 0 .. index of the tokens of
         the image that they processed.
-    hidden: (n, D) hidden states after the layer, if the method asks for them (`Pruner.reads_decoder_hidden`).
+    hidden: (n, D) hidden states after the layer, if the method asks for them (`Read.HIDDEN`).
     rotary: cosines and sines (n, d) that the layer turned queries and keys by.
     first: place of the row's first token; what stands before it is padding.
 
     In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
-    `Pruner.reads_next_layer`, and n counts the tokens of this turn that are left.
+    `Query.NEXT_LAYER`, and n counts the tokens of this turn that are left.
     """
 
     query: Tensor
@@ -150,7 +150,7 @@ class RoutedTokens:
     totals: (B, I) tokens of each whole image, 0 where a row has fewer images; budgets: (B, I) those that the layer is
         to compute at the most.
     index: 0-based index of the layer; depth: number of decoder layers.
-    module: what `Pruner.make_module` made, with its weights as they are now; training: whether the decoder is in
+    module: what `Trained.make_module` made, with its weights as they are now; training: whether the decoder is in
         training mode. continues: whether these tokens follow what is in the cache, without a new image.
     """
 
@@ -194,9 +194,9 @@ class CacheEntries:
 class CachedRow:
     """One row's cache after a forward that brought no image, for the layers that a method may cut.
 
-    layers: the layers of `Pruner.evict_layers`, in order; densities: `Pruner.density` of each layer that was asked, by
-    its index; totals: tokens of each whole image that is to be cut, by its number; first: whether nothing of the row
-    was cut since its last prompt with an image.
+    layers: the layers of `InCache.evict_layers`, in order; densities: `InCache.density` of each layer that was asked,
+    by its index; totals: tokens of each whole image that is to be cut, by its number; first: whether nothing of the
+    row was cut since its last prompt with an image.
     """
 
     layers: tuple[CacheEntries, ...]

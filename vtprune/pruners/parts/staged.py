@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -25,6 +26,8 @@ R = TypeVar("R")
 # Where a budget is too low for the published layers, they move towards the first ones in steps of this size, until
 # no stage leaves less than LEAST of what it sees.
 STEPS, LEAST = 16, 0.5
+# The decoder of the papers, whose layers are scaled to the model's depth.
+PUBLISHED_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Scheduled(Pruner):
     layers: tuple[int, ...] | None = None
     schedule: str = "constant"
 
+    # Of PUBLISHED_DEPTH layers.
     published_layers: ClassVar[tuple[int, ...]]
-    published_depth: ClassVar[int] = 32
     # What `schedule` may be.
     schedule_names: ClassVar[tuple[str, ...]] = schedules.NAMES
     counted = Counted.MEAN_OF_LAYERS
@@ -67,9 +70,10 @@ class Scheduled(Pruner):
         except VTPruneError as found:
             raise error(f"{self.name}: {found}") from found
 
+    @abstractmethod
     def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
-        """The method's own schedule, where no `keep` is given."""
-        raise TypeError(f"{type(self).__name__} has no schedule of its own")
+        """The share of the tokens that each layer processes where no `keep` is given, tokens dropping before `layers`:
+        the method's own, or `schedules.fitted` to its mean for another `schedule`."""
 
     def places(self, share: float | None = None) -> tuple[int, ...]:
         """The layers before which tokens drop, so that a mean of `share` (None: the method's own) can be kept."""
@@ -114,16 +118,23 @@ class Scheduled(Pruner):
 
 @dataclass(frozen=True)
 class Staged(Scheduled, BetweenLayers):
-    """A method that ranks the tokens of an image between decoder layers, by its schedule, and drops the lowest."""
+    """A method that ranks the tokens of an image between decoder layers, by its schedule, and drops the lowest.
+
+    A method of this kind writes `scores` and `own_ratios`, `flops`, and the constants `published_layers` and, unless
+    it scores by all queries, `query`. `layers`, `places` and `stages` are layers *before* which tokens drop;
+    `drop_layers` and `drop_budget` speak, as every stage between layers does, of the layer *after* which they do, one
+    less.
+    """
 
     @property
     def movable(self) -> bool:
-        """Whether `places` depends on the share to keep."""
+        """Whether `places` moves with the share to keep (where `layers` are not given)."""
         return False
 
+    @abstractmethod
     def scores(self, layer: DecoderLayer) -> Tensor:
-        """(N,) how much each token of the image matters to the prompt."""
-        raise TypeError(f"{type(self).__name__} does not say how it scores tokens")
+        """(N,) how much each token of the image matters to the prompt: what the layer just before computed, read
+        where the image's tokens stand, as in `layer.key[:, layer.vision]`."""
 
     @property
     def decides(self) -> bool:
@@ -141,7 +152,7 @@ class Staged(Scheduled, BetweenLayers):
         return self.places(budget / entered)
 
     def _budget(self, tokens: int, entered: int) -> int:
-        # The method's own setting is a share of what enters.
+        # The method's own setting is a share of what enters; a keep that was given counts the whole image.
         if self.keep is None:
             return budget_of(schedules.mean(self.ratios()), entered)
         return budget_of(self.keep, tokens)
@@ -197,9 +208,9 @@ class Stepped(Staged):
     schedule: str = "steps"
 
     @property
+    @abstractmethod
     def step(self) -> float:
         """The share that each of the layers leaves, where no `keep` is given."""
-        raise TypeError(f"{type(self).__name__} does not say what a step leaves")
 
     @property
     def movable(self) -> bool:
@@ -235,7 +246,7 @@ def _counts(pruner: Scheduled, tokens: int, entered: int) -> tuple[int, ...]:
     return schedules.counts(pruner.ratios(budget / entered), entered, budget)
 
 
-def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int = 32) -> tuple[int, ...]:
+def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int = PUBLISHED_DEPTH) -> tuple[int, ...]:
     """The published layers as fractions of another depth: rounded (half up), distinct, from 1 to depth - 1."""
     found: list[int] = []
     for layer in published:
@@ -249,7 +260,7 @@ def moved_layers(published: tuple[int, ...], depth: int, share: float | None) ->
     whole = scaled_layers(published, depth)
     layers = whole
     for step in range(STEPS):
-        moved = scaled_layers(published, depth, 32 * STEPS // (STEPS - step))
+        moved = scaled_layers(published, depth, PUBLISHED_DEPTH * STEPS // (STEPS - step))
         layers = tuple(min(pair) for pair in zip(whole, moved, strict=False))
         if share is None or schedules.mean(schedules.factor_steps(depth, layers, LEAST)) <= share:
             break
