@@ -75,6 +75,7 @@ def _check_each_as_alone(kind: str, model: Any, alone: list[dict[str, Tensor]], 
     assert (report.flops, report.samples[0].text_tokens) == (flops, words)
 
 
+@pytest.mark.lean
 @every_model
 @every_pruner
 def test_conversations_packed_into_a_row_are_pruned_as_each_is_alone(kind: str, pruner: Pruner) -> None:

@@ -163,6 +163,7 @@ WORK = Work(
 )  # fmt: skip
 
 
+@pytest.mark.lean
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("pruner", PRUNERS, ids=label)
 def test_a_plan_knows_what_each_layer_computes_at_the_most(kind: str, pruner: vtprune.Pruner) -> None:

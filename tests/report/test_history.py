@@ -46,6 +46,7 @@ def _run(kind: str, pruner: Pruner, indices: tuple[int, ...]) -> tuple[vtprune.R
     return vtprune.report(cache), measured, model.config
 
 
+@pytest.mark.lean
 @every_model
 @every_pruner
 def test_bytes_of_one_row_are_the_caches_own_at_every_layer_and_step(kind: str, pruner: Pruner) -> None:
