@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
+from tests.models import TOWER_ONLY
 from tests.sampling import Case, sample
+
+HERE = Path(__file__).parent
+# Where what differs in a tower is seen.
+OF_TOWERS = ("adapters", "cost", "encoder", "report", "test_oracle.py", "test_properties.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, default=200, help="how many seeds tests/test_fuzz.py runs")
+    parser.addoption("--cases", type=int, default=140, help="how many seeds tests/test_fuzz.py runs")
     parser.addoption("--first", type=int, default=0, help="the first of them; with --cases 1 one case alone")
 
 
@@ -25,6 +31,11 @@ def _case(item: pytest.Function) -> Case | None:
     return item.originalname, axes
 
 
+def _is_of_a_tower_elsewhere(item: pytest.Function) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("kind") in TOWER_ONLY and item.path.relative_to(HERE).parts[0] not in OF_TOWERS
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Untrained weights are wrapped on purpose, so their warning is for its own tests: `pytest.warns` sees it."""
     config.addinivalue_line("filterwarnings", "ignore::vtprune.UntrainedWarning")
@@ -32,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and _is_of_a_tower_elsewhere(item):
+            item.add_marker(pytest.mark.slow)
     groups: dict[object, list[tuple[pytest.Item, Case]]] = defaultdict(list)
     for item in items:
         case = _case(item) if isinstance(item, pytest.Function) else None

@@ -56,6 +56,7 @@ CASES = [("sdpa", rule) for rule in RULES] + [("eager", rule) for rule in ("defa
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("attention", "rule"), CASES)
+@pytest.mark.lean
 @every_model
 def test_prefill_and_decoding_equal_the_reference_by_hand(kind: str, attention: str, rule: str, batch: str) -> None:
     rows, padding = BATCHES[batch]
