@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def _image(total: int = 9, device: str = "cpu") -> EncodedImage:
 
 def _span(row: int, device: str = "cpu") -> ImageSpan:
     tokens = torch.arange(9, device=device)
-    return ImageSpan(row=row, places=tokens + 2, image=_image(9, device), kept=tokens)
+    return ImageSpan(row=row, stands=np.arange(9) + 2, image=_image(9, device), kept=tokens)
 
 
 def _run(batch: int = 1, length: int = 12, spans: tuple[ImageSpan, ...] = ()) -> DecoderRun:

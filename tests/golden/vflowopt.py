@@ -26,7 +26,7 @@ from vtprune.pruners.vflowopt.importance import (
     patch_levels,
     wrapped_levels,
 )
-from vtprune.pruners.vflowopt.recycling import cells_of, recycle
+from vtprune.pruners.vflowopt.recycling import cells_of, filled_cells, recycle
 from vtprune.pruners.vflowopt.vflowopt import IMPORTANCE
 from vtprune.tensors.attention import split_heads
 
@@ -124,7 +124,9 @@ def recycled(
     count, size = importance.numel(), float(case["vit_m"])
     cells = cells_of([(side, side), (whole.shape[0], whole.shape[1])], size)
     direct = max(0, released_count(count, float(case["vit_r"])) - int(count / size**2))
-    selection = recycle(tokens, importance, cells, direct)
+    names = int(cells.max()) + 1
+    filled = filled_cells(importance, cells, names, direct)
+    selection = recycle(tokens, importance, cells, count=names, direct=direct, filled=filled)
     assert selection.vectors is not None
     return selection.kept, selection.vectors, importance
 

@@ -92,13 +92,13 @@ def check_choice(case: Case, scores: Tensor, metric: Tensor, hidden: Tensor) -> 
     """Dominant tokens, targets, assignments, and the vectors that the core makes of them."""
     images, tokens = scores.shape
     dominant, contextual = case.setting("dominant"), case.setting("contextual")
-    counts = (torch.full((images,), count) for count in (dominant - 1, contextual))
-    zipped = zip_tokens(scores, metric, torch.ones(images, tokens, dtype=torch.bool), *counts)
+    counts = {"alive": [tokens] * images, "dominant": [dominant - 1] * images, "contextual": [contextual] * images}
+    zipped = zip_tokens(scores, metric, torch.ones(images, tokens, dtype=torch.bool), **counts)
     if "all_indices" in case:
         places = zipped.dominant.nonzero()[:, 1].reshape(images, -1) + 1
         expect_equal("dominant", places, case["all_indices"].sort(dim=1).values[:, 1:])
     check_targets(case, zipped)
-    selection = zipped.selection(merge=True, cls=torch.ones(images, dtype=torch.bool))
+    selection = zipped.selection(merge=True, cls=[True] * images)
     cls, first, last = leaving(selection, zipped, hidden)
     if "dominant_tokens" in case:
         expect_close("dominant_tokens", torch.cat([cls, first], dim=1), case["dominant_tokens"], **FEATURES)

@@ -74,7 +74,7 @@ def test_recycled_tokens_are_the_means_of_their_clusters(tokens: int, data: Any,
         assert room == 1
         return
     expected, members = features[found.kept].clone(), []
-    for merge in found.merges:
+    for merge in found.merged():
         assert merge.into == min(merge.members)
         assert merge.weights == pytest.approx([1 / len(merge.members)] * len(merge.members))
         expected[found.kept.tolist().index(merge.into)] = features[list(merge.members)].mean(dim=0)

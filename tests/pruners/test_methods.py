@@ -204,7 +204,7 @@ def test_pool_by_hand():
     whole = stream((1, 2, 4), 2)
     selection = Pool().select(whole)
     assert selection.kept.tolist() == [0, 2]
-    assert [merge.members for merge in selection.merges] == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert [merge.members for merge in selection.merged()] == [(0, 1, 4, 5), (2, 3, 6, 7)]
     assert torch.allclose(selection.vectors[1], whole.features[[2, 3, 6, 7]].mean(dim=0))
 
 
@@ -218,7 +218,7 @@ def test_pooled_vectors_are_the_weighted_members(grid, data):
     assert torch.equal(selection.kept, Grid().select(whole).kept)
     expected = whole.features[selection.kept]
     row = {int(token): place for place, token in enumerate(selection.kept)}
-    for merge in selection.merges:
+    for merge in selection.merged():
         assert merge.into in merge.members
         assert sum(merge.weights) == pytest.approx(1)
         assert list(merge.members) == sorted(set(merge.members))

@@ -116,7 +116,8 @@ def test_without_merging_the_sources_are_dropped() -> None:
     layer = batch_layer([image_states(20, prefix=1, group=1, seed=1)], [15], prefix=1, group=1)
     merged, plain = (Turbo(merge=merge).prune_encoder(layer) for merge in (True, False))
     assert torch.equal(merged.keep, plain.keep)
-    assert not plain.merges
+    assert merged.settled().flows
+    assert not plain.flows
     assert Turbo().weighs_keys
     assert not Turbo(merge=False).weighs_keys
 

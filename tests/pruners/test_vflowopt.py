@@ -28,7 +28,7 @@ from vtprune.pruners.vflowopt.budget import (
     stage_counts,
     stage_layers,
 )
-from vtprune.pruners.vflowopt.recycling import cells_of, direct_count, recycle
+from vtprune.pruners.vflowopt.recycling import cells_of, direct_count, filled_cells, recycle
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 SEVEN_B = {"decoder_width": 4096, "decoder_heads": 32, "encoder_width": 1024, "encoder_heads": 16}
@@ -51,37 +51,39 @@ def test_cells_are_floors_of_rows_and_columns_and_parts_share_none():
 def test_a_recycled_vector_is_the_weighted_mean_and_stands_at_its_heaviest_member():
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     importance = torch.tensor([0.1, 0.9, 0.3, 0.2, 0.2, 0.8])
-    selection = recycle(features, importance, torch.tensor([0, 0, 0, 1, 1, 1]), direct=2)
+    selection = recycle(features, importance, torch.tensor([0, 0, 0, 1, 1, 1]), count=2, direct=2, filled=2)
     assert selection.kept.tolist() == [1, 2, 3, 5]
     assert torch.equal(selection.vectors[[0, 3]], features[[1, 5]])
     assert torch.allclose(selection.vectors[1], 0.25 * features[0] + 0.75 * features[2])
     # Ties go to the lowest.
     assert torch.allclose(selection.vectors[2], (features[3] + features[4]) / 2)
-    assert [(merge.into, merge.members) for merge in selection.merges] == [(2, (0, 2)), (3, (3, 4))]
-    assert selection.merges[0].weights == pytest.approx((0.25, 0.75))
+    assert [(merge.into, merge.members) for merge in selection.merged()] == [(2, (0, 2)), (3, (3, 4))]
+    assert selection.merged()[0].weights == pytest.approx((0.25, 0.75))
 
 
 def test_negative_importance_weighs_nothing_and_only_negative_ones_weigh_the_same():
     features = torch.eye(4)
-    selection = recycle(features, torch.tensor([-0.5, 0.1, -0.2, -0.3]), torch.tensor([0, 0, 1, 1]), direct=0)
+    selection = recycle(
+        features, torch.tensor([-0.5, 0.1, -0.2, -0.3]), torch.tensor([0, 0, 1, 1]), count=2, direct=0, filled=2
+    )
     assert selection.kept.tolist() == [1, 2]
     assert torch.equal(selection.vectors, torch.tensor([[0.0, 1, 0, 0], [0, 0, 0.5, 0.5]]))
 
 
 def test_a_cell_with_one_token_changes_nothing():
     features = torch.randn(3, 4)
-    selection = recycle(features, torch.tensor([0.3, 0.2, 0.1]), torch.tensor([0, 1, 2]), direct=0)
+    selection = recycle(features, torch.tensor([0.3, 0.2, 0.1]), torch.tensor([0, 1, 2]), count=3, direct=0, filled=3)
     assert torch.equal(selection.vectors, features)
-    assert selection.merges == ()
+    assert selection.merged() == ()
 
 
 def test_where_cells_are_too_many_the_least_important_ones_are_dropped():
     importance = torch.tensor([0.1, 0.2, 0.9, 0.4, 0.3, 0.5])
     cells = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert direct_count(importance, cells, 2) == 0
-    selection = recycle(torch.eye(6), importance, cells, 0, limit=2)
+    assert direct_count(importance, cells, 3, 2) == (0, 3)
+    selection = recycle(torch.eye(6), importance, cells, count=3, direct=0, filled=2)
     assert selection.kept.tolist() == [2, 5]
-    assert [merge.members for merge in selection.merges] == [(2, 3), (4, 5)]
+    assert [merge.members for merge in selection.merged()] == [(2, 3), (4, 5)]
 
 
 @few
@@ -95,18 +97,23 @@ def test_as_many_stay_as_they_are_as_the_budget_leaves_room_for(grid, size, seed
     cells = cells_of([grid], size)
     order = importance.argsort(descending=True)
     fitting = [n for n in range(total) if n + cells[order[n:]].unique().numel() <= budget]
-    direct = direct_count(importance, cells, budget)
+    count = int(cells.max()) + 1
+    direct, filled = direct_count(importance, cells, count, budget)
     assert direct == max(fitting, default=0)
-    kept = recycle(torch.eye(total), importance, cells, direct, budget).kept.numel()
+    assert filled == cells[order[direct:]].unique().numel() == filled_cells(importance, cells, count, direct)
+    filled = min(filled, budget - direct)
+    kept = recycle(torch.eye(total), importance, cells, count=count, direct=direct, filled=filled).kept.numel()
     assert kept == budget if fitting else kept <= budget
 
 
 def test_recycling_keeps_the_dtype_and_lets_gradients_through():
     features = torch.randn(6, 4, requires_grad=True)
-    selection = recycle(features, torch.rand(6), torch.tensor([0, 0, 0, 1, 1, 1]), direct=1)
+    selection = recycle(features, torch.rand(6), torch.tensor([0, 0, 0, 1, 1, 1]), count=2, direct=1, filled=2)
     selection.vectors.sum().backward()
     assert bool((features.grad != 0).any(dim=1).all())
-    half = recycle(features.detach().half(), torch.rand(6), torch.tensor([0, 0, 0, 1, 1, 1]), direct=1)
+    half = recycle(
+        features.detach().half(), torch.rand(6), torch.tensor([0, 0, 0, 1, 1, 1]), count=2, direct=1, filled=2
+    )
     assert half.vectors.dtype == torch.float16
 
 
@@ -360,7 +367,7 @@ def test_any_grid_and_several_frames(grid):
     selection.check(math.prod(grid))
     assert selection.kept.numel() <= 5
     area = grid[1] * grid[2]
-    for merge in selection.merges:
+    for merge in selection.merged():
         assert len({member // area for member in merge.members}) == 1
 
 

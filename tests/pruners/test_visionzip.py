@@ -120,14 +120,14 @@ def test_without_merging_the_same_tokens_go_on_as_they_are() -> None:
 def test_cls_takes_the_place_of_the_first_token_that_does_not_go_on() -> None:
     scores = torch.tensor([[5.0, 0, 4, 0, 0, 3, 0, 0]])
     metric = torch.nn.functional.normalize(torch.randn(1, 8, 4), dim=-1)
-    zipped = zip_tokens(scores, metric, torch.ones(1, 8, dtype=torch.bool), torch.tensor([3]), torch.tensor([2]))
+    zipped = zip_tokens(scores, metric, torch.ones(1, 8, dtype=torch.bool), alive=[8], dominant=[3], contextual=[2])
     assert zipped.dominant.nonzero()[:, 1].tolist() == [0, 2, 5]
     assert zipped.targets.nonzero()[:, 1].tolist() == [1, 4]
-    selection = zipped.selection(merge=True, cls=torch.tensor([True]))
+    selection = zipped.selection(merge=True, cls=[True])
     assert selection.cls.tolist() == [3]
     assert selection.keep.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 5]
     assert int(selection.into[0, 3]) in (1, 4), "its own vector still flows into a target"
-    assert zipped.selection(merge=True, cls=torch.tensor([False])).cls.tolist() == [-1]
+    assert zipped.selection(merge=True, cls=[False]).cls is None
 
 
 def test_cls_goes_on_only_beside_a_dominant_patch() -> None:

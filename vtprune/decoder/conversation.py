@@ -19,33 +19,6 @@ class Conversations:
     number: Tensor
     most: int = 1
 
-    @classmethod
-    def one_a_row(cls, real: Tensor) -> Conversations:
-        """Every row is one conversation; `real` (B, L): which of its tokens are no padding."""
-        return cls(real.long() - 1)
-
-    @classmethod
-    def by_positions(cls, positions: Tensor, real: Tensor) -> Conversations:
-        """A conversation begins wherever the (B or 1, L) text positions do not go on by one."""
-        first = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
-        number = first.long().cumsum(dim=-1).expand(real.shape)
-        return cls(number.masked_fill(~real, -1), int(number[:, -1].max()) + 1)
-
-    @classmethod
-    def by_mask(cls, sees: Tensor, real: Tensor) -> Conversations:
-        """A conversation begins at each real token that does not see the real one before it; `sees` (B, L, L): which
-        token (the last axis) each one sees."""
-        place = torch.arange(real.shape[1], device=real.device)
-        before = torch.where(real, place, -1).cummax(dim=1).values.roll(1, dims=1)
-        before[:, 0] = -1
-        goes_on = sees.gather(2, before.clamp(min=0)[..., None])[..., 0] & (before >= 0)
-        number = (real & ~goes_on).long().cumsum(dim=1) - 1
-        return cls(number.masked_fill(~real, -1), max(1, int(number.max()) + 1))
-
-    def of(self, row: int, place: Tensor) -> int:
-        """Which of its row's conversations the token at a place belongs to."""
-        return 0 if self.most == 1 else int(self.number[row, place])
-
     def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """The columns, among the tokens at `places` (B, n) (None: all), of each conversation's first and last token:
         both (B, most), 0 where a row holds fewer."""
@@ -68,3 +41,21 @@ class Conversations:
             return whole
         before = (whole - values).gather(1, self.ends(None)[0])
         return whole - before.gather(1, self.number.clamp(min=0))
+
+
+def numbers_by_positions(positions: Tensor, real: Tensor) -> Tensor:
+    """(B, L) which of its row's conversations each token belongs to, -1 where it is not `real` (B, L): one begins
+    wherever the (B or 1, L) text positions do not go on by one."""
+    first = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
+    return (first.long().cumsum(dim=-1).expand(real.shape)).masked_fill(~real, -1)
+
+
+def numbers_by_mask(sees: Tensor, real: Tensor) -> Tensor:
+    """(B, L) the same where one begins at each real token that does not see the real one before it; `sees` (B, L, L):
+    which token (the last axis) each one sees."""
+    place = torch.arange(real.shape[1], device=real.device)
+    before = torch.where(real, place, -1).cummax(dim=1).values.roll(1, dims=1)
+    before[:, 0] = -1
+    goes_on = sees.gather(2, before.clamp(min=0)[..., None])[..., 0] & (before >= 0)
+    number = (real & ~goes_on).long().cumsum(dim=1) - 1
+    return number.masked_fill(~real, -1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune.decoder.conversation import Conversations
+from vtprune.decoder.conversation import Conversations, numbers_by_mask, numbers_by_positions
+from vtprune.decoder.outline import Ints, Outline
 from vtprune.encoder.encoding import EncodedImage, cut_signals
 from vtprune.method.views import LayerSignals
 
@@ -25,22 +27,30 @@ MASKED = -1e4
 class ImageSpan:
     """One image in one row of the batch, and what is left of it.
 
-    places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache; kept: tokens
-    alive now, indices into the whole image; talk: which of its row's conversations it belongs to; layers: the tokens
-    (n,) that were alive at each decoder layer so far; memories: what each pruner (by its place in the list) remembers
-    of the tokens alive; structural: places of its placeholders that are no vision tokens, which are never dropped and
-    are no text either.
+    stands, places: (total,) places of its tokens in the row's input, which follows `offset` places in the cache, on
+    the host and on the device; kept: tokens alive now, indices into the whole image; talk: which of its row's
+    conversations it belongs to; layers: the tokens (n,) that were alive at each decoder layer so far; memories: what
+    each pruner (by its place in the list) remembers of the tokens alive; structural: places of its placeholders that
+    are no vision tokens, which are never dropped and are no text either.
     """
 
     row: int
-    places: Tensor
+    stands: Ints
     image: EncodedImage
     kept: Tensor
     offset: int = 0
     talk: int = 0
     layers: list[Tensor] = field(default_factory=list)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
-    structural: Tensor | None = None
+    structural: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        self.places = torch.from_numpy(self.stands).to(self.kept.device)
+
+    @property
+    def first(self) -> int:
+        """The place of the first of its placeholders."""
+        return min(int(part[0]) for part in (self.stands, self.structural) if part.size)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -93,6 +103,7 @@ class PromptInfo:
     cached: bool = True
     labels: Tensor | None = None
     sees: Tensor | None = None
+    _outline: Outline | None = None
 
     def real(self) -> Tensor:
         """(B, length) True where a token of this input is not padding."""
@@ -105,32 +116,56 @@ class PromptInfo:
         return self.mask.to(self.device).expand(self.batch, -1)
 
     @cached_property
-    def conversations(self) -> Conversations:
-        """Which tokens of this input belong together: where the model's own rules keep some apart (positions that
-        start again, without a mask and a cache, or a mask of four dimensions), a row holds several conversations."""
+    def _number(self) -> Tensor | None:
+        """(B, length) which of its row's conversations each token belongs to, -1 for padding; None where no row has
+        padding or more than one.
+
+        Where the model's own rules keep tokens apart (positions that start again, without a mask and a cache, or a
+        mask of four dimensions), a row holds several conversations.
+        """
         real = self.real()
         if self.sees is not None:
-            return Conversations.by_mask(
-                self.sees[..., -self.length :].to(self.device).expand(self.batch, -1, -1), real
-            )
+            own = self.sees[..., -self.length :].to(self.device).expand(self.batch, -1, -1)
+            return numbers_by_mask(own, real)
+        if self._packs:
+            assert self._positions is not None
+            return numbers_by_positions(self._positions.to(self.device), real)
+        return None if self.mask is None else real.long() - 1
+
+    @property
+    def _positions(self) -> Tensor | None:
         positions = self.positions
         if positions is not None and positions.ndim == 3:
             # The first of four planes numbers the text; three planes never say that conversations are packed.
-            positions = positions[0] if positions.shape[0] == 4 else None
-        if positions is None or self.mask is not None or self.cached:
-            return Conversations.one_a_row(real)
-        return Conversations.by_positions(positions.to(self.device), real)
+            return positions[0] if positions.shape[0] == 4 else None
+        return positions
 
-    def questions(self, images: Tensor) -> Conversations:
-        """The conversations without what the labels mark as an answer, which no prompt holds; one whose text is all
-        answer is left as it is. images: (B, length) where a vision token stands."""
-        found, labels = self.conversations, self.labels
-        if labels is None:
-            return found
-        answer = labels.to(self.device) != IGNORED
-        asked = found.counts((found.number >= 0) & ~images & ~answer) > 0
-        left_out = answer & asked.gather(1, found.number.clamp(min=0))
-        return replace(found, number=found.number.masked_fill(left_out, -1))
+    @property
+    def _packs(self) -> bool:
+        return self._positions is not None and self.mask is None and not self.cached
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        """Which tokens of this input belong together."""
+        number = self._number
+        most = self.outline.most if self.sees is not None or self._packs else 1
+        if number is None:
+            number = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
+        return Conversations(number, most)
+
+    @property
+    def outline(self) -> Outline:
+        """Where conversations and padding stand, and the placeholders that it was made of."""
+        if self._outline is None:
+            self.look([])
+        assert self._outline is not None
+        return self._outline
+
+    def look(self, marks: Sequence[Tensor]) -> Outline:
+        """Makes the outline, with the placeholders (B, length) of each source: one transfer from the device."""
+        answers = None if self.labels is None else self.labels.to(self.device) != IGNORED
+        self._outline = Outline.read(self._number, marks, answers, shape=(self.batch, self.length))
+        return self._outline
 
 
 def sight(mask: Any) -> Tensor | None:

@@ -22,7 +22,8 @@ from vtprune.cache.waiting import (
 from vtprune.decoder.prompt import numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, LayerView, Shaper
 from vtprune.errors import VTPruneError
-from vtprune.method.choosing import best_of_each, check_scores
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import best_of_each
 from vtprune.tensors.compaction import (
     gather_tokens,
     layer_mask,

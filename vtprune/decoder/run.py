@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -19,11 +20,12 @@ from vtprune.cache.adopting import all_slots
 from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.names import SHIFT
 from vtprune.cache.waiting import Tokens
-from vtprune.decoder.conversation import Conversations
-from vtprune.decoder.prompt import IGNORED, ImageSpan, PromptInfo
+from vtprune.decoder.outline import Bools, Ints, Key
+from vtprune.decoder.prompt import ImageSpan, PromptInfo
 from vtprune.encoder.encoding import Call
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
+from vtprune.method.checks import Checks
 from vtprune.tensors.compaction import (
     biased_mask,
     fill_index,
@@ -35,7 +37,7 @@ from vtprune.tensors.compaction import (
 
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # The places (T,) of the text tokens of each conversation with an image, by `ImageSpan.key`.
-Texts = dict[tuple[int, int], Tensor]
+Texts = dict[Key, Tensor]
 
 
 @dataclass
@@ -161,9 +163,13 @@ class DecoderRun:
         self.shaper = Shaper()
         self.observers: Sequence[Observer] = ()
         self.taps: dict[str, Tensor] = {}
+        # Of the scores that tokens drop by.
+        self.checks = Checks()
         self.alive: Tensor | None = None
         self.bias: Tensor | None = None
         self._observed = -1
+        # Of a run that took over another one's tokens: how many each row has.
+        self._taken: list[int] | None = None
         # By image: the places of its tokens and their new vectors, until the next layer is fed them.
         self._changed: dict[ImageSpan, tuple[Tensor, Tensor]] = {}
         self._layouts: dict[int, Layout] = {}
@@ -172,42 +178,107 @@ class DecoderRun:
         self._announced: set[int] = set()
 
     @cached_property
-    def questions(self) -> Conversations:
-        """The conversations of this input without their answers: images are judged by these."""
-        images = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
+    def _vision(self) -> tuple[Bools, Bools]:
+        """(B, L) where a vision token of this input's images stands, and where any placeholder of them does."""
+        tokens = np.zeros((self.prompt.batch, self.prompt.length), dtype=np.bool_)
+        every = tokens.copy()
         for span in self.spans:
-            images[span.row, span.places] = True
-            if span.structural is not None:
-                images[span.row, span.structural] = True
-        return self.prompt.questions(images)
+            tokens[span.row, span.stands] = True
+            every[span.row, span.stands] = every[span.row, span.structural] = True
+        return tokens, every
+
+    @cached_property
+    def _asked(self) -> Ints:
+        """(B, L) which conversation each token of its prompt belongs to: images are judged by these."""
+        return self.prompt.outline.asked(self._vision[1])
+
+    @cached_property
+    def words(self) -> dict[Key, Ints]:
+        """The places (T,) of the text that images are judged by, without padding and placeholders, for each
+        conversation with an image."""
+        return self._words_of(self._asked)
+
+    def _words_of(self, number: Ints) -> dict[Key, Ints]:
+        text = np.where(self._vision[1], -1, number)
+        keys = {span.key for span in self.spans}
+        return {(row, talk): (text[row] == talk).nonzero()[0] for row, talk in keys}
 
     @cached_property
     def texts(self) -> Texts:
-        """The places of the text that images are judged by."""
-        return self.texts_of(self.questions)
+        """`words`, on the device."""
+        return {key: self.on_device(places) for key, places in self.words.items()}
 
-    def texts_of(self, conversations: Conversations) -> Texts:
-        """The places of the text of each conversation with an image, without padding and placeholders."""
-        number = conversations.number.clone()
-        for span in self.spans:
-            number[span.row, span.places] = -1
-            if span.structural is not None:
-                number[span.row, span.structural] = -1
-        keys = {span.key for span in self.spans}
-        return {(row, talk): (number[row] == talk).nonzero().flatten() for row, talk in keys}
+    @cached_property
+    def unlabelled_words(self) -> dict[Key, Ints]:
+        """The places of each conversation's text without answers: weights that learn are never shown one."""
+        outline = self.prompt.outline
+        words = self._words_of(outline.number)
+        if outline.answers is None:
+            return words
+        return {key: places[~outline.answers[key[0], places]] for key, places in words.items()}
 
     @cached_property
     def unlabelled(self) -> Texts:
-        """The places of each conversation's text without answers: weights that learn are never shown one."""
-        labels, text = self.prompt.labels, self.texts_of(self.prompt.conversations)
-        if labels is None:
-            return text
-        return {key: places[labels[key[0], places].to(places.device) == IGNORED] for key, places in text.items()}
+        """`unlabelled_words`, on the device."""
+        return {key: self.on_device(places) for key, places in self.unlabelled_words.items()}
 
-    def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The columns, among the tokens at `places` (B, n) (None: all), of the first token of each conversation and of
-        the last one of its prompt: both (B, C)."""
-        return self.prompt.conversations.ends(places)[0], self.questions.ends(places)[1]
+    def on_device(self, places: Ints) -> Tensor:
+        """Places (T,) as a tensor."""
+        return torch.from_numpy(places).to(self.prompt.device)
+
+    def ends(self, kept: Sequence[int], *, packed: bool) -> tuple[list[list[int]], list[list[int]]]:
+        """The columns of the first token of each conversation and of the last one of its prompt, both (B, C), 0 where
+        a row holds fewer. kept: tokens alive of each image; packed: whether only what is alive has a column."""
+        first, last, counts = [], [], self.row_counts(kept)
+        for row in range(self.prompt.batch):
+            pad = max(counts) - counts[row]
+            talks = self._talks[row]
+            if packed:
+                talks = [
+                    (pad + self._before(row, start, kept), max(0, pad + self._before(row, end + 1, kept) - 1))
+                    for start, end in talks
+                ]
+            first.append([start for start, _ in talks])
+            last.append([end for _, end in talks])
+        return first, last
+
+    def column_after(self, span: ImageSpan, kept: Sequence[int], *, packed: bool) -> int:
+        """The column after an image's last token, where so many of each image are alive."""
+        end = int(span.stands[-1]) + 1
+        if not packed:
+            return end
+        counts = self.row_counts(kept)
+        return max(counts) - counts[span.row] + self._before(span.row, end, kept)
+
+    @cached_property
+    def _talks(self) -> list[list[tuple[int, int]]]:
+        """By row, the places where each conversation begins and where its prompt ends."""
+        outline, found = self.prompt.outline, []
+        for own, asked in zip(outline.number, self._asked, strict=True):
+            talks = []
+            for talk in range(outline.most):
+                mine, prompt = (own == talk).nonzero()[0], (asked == talk).nonzero()[0]
+                talks.append((int(mine[0]) if mine.size else 0, int(prompt[-1]) if prompt.size else 0))
+            found.append(talks)
+        return found
+
+    @cached_property
+    def _never_dropped(self) -> Ints:
+        """(B, L + 1) how many tokens before each place are no padding and no vision tokens."""
+        stays = (self.prompt.outline.number >= 0) & ~self._vision[0]
+        return np.pad(stays.cumsum(axis=1), ((0, 0), (1, 0)))
+
+    def _before(self, row: int, place: int, kept: Sequence[int]) -> int:
+        """Tokens alive before a place of a row that is not inside an image."""
+        own = (count for span, count in zip(self.spans, kept, strict=True) if span.row == row and span.first < place)
+        return int(self._never_dropped[row, place]) + sum(own)
+
+    def row_counts(self, kept: Sequence[int] | None = None) -> list[int]:
+        """(B,) tokens of each row that are alive, where so many of each image are (None: as many as now)."""
+        if self._taken is not None:
+            return self._taken
+        kept = [span.kept.numel() for span in self.spans] if kept is None else kept
+        return [self._before(row, self.prompt.length, kept) for row in range(self.prompt.batch)]
 
     def drop(self, span: ImageSpan, selection: Selection) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from the next layer on."""
@@ -252,6 +323,7 @@ class DecoderRun:
     def take_over(self, other: DecoderRun) -> None:
         """Starts with the tokens and vectors that another run of this prompt has before its first layer."""
         self.alive = None if other.alive is None else other.alive.clone()
+        self._taken = other.row_counts()
         self._changed = dict(other._changed)
 
     def layout(self, index: int) -> Layout:
@@ -273,9 +345,10 @@ class DecoderRun:
     def _new_layout(self, previous: Layout) -> Layout:
         places, ragged, relative = previous.places, previous.ragged, None
         if self.alive is not None:
-            places = places_of(self.alive if places is None else self._still(places))
+            counts = self.row_counts()
+            places = places_of(self.alive if places is None else self._still(places), counts)
             relative = relative_places(places, previous.places, self.prompt.length)
-            ragged = len(places) > 1 and bool((places < 0).any())
+            ragged = min(counts) < max(counts)
             self.alive = None
         layout = Layout(places, ragged, relative)
         for span, (where, vectors) in self._changed.items():

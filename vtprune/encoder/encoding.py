@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtprune.encoder.merging import Origins, merges_of
 from vtprune.method.answers import EncoderSelection, Merge
+from vtprune.method.checks import Checks
 from vtprune.method.views import EncoderLayer, LayerSignals
 from vtprune.tensors.compaction import gather_tokens
 
@@ -57,7 +58,7 @@ class EncodedImage:
     mlp: tuple[int, ...] = ()
     owner: Tensor | None = None
     share: Tensor | None = None
-    merged_at: int = 0
+    merged_at: int | Tensor = 0
     cls: int = -1
     slots: Tensor | None = None
     structural: int = 0
@@ -80,6 +81,16 @@ class EncodedImage:
     def merges(self) -> list[Merge]:
         """The merges inside the encoder."""
         return [] if self.owner is None or self.share is None else merges_of(self.owner, self.share)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The tokens that a layer began with: (B,) how many of each image, where they stood (None: in order), and which of
+    them went on (None: all)."""
+
+    counts: list[int]
+    places: Tensor | None = None
+    left: list[Tensor] | None = None
 
 
 class Encoding(ABC):
@@ -110,10 +121,12 @@ class Encoding(ABC):
             depth,
             last,
         )
-        totals = torch.tensor([t * h * w for t, h, w in grids], device=device)
-        self.total = totals
-        column = torch.arange(int(totals.max()), device=device)
-        self.valid = column[None] < totals[:, None]
+        # Tokens of each image, whole and alive.
+        self.totals = [t * h * w for t, h, w in grids]
+        self.counts = list(self.totals)
+        self.total = torch.tensor(self.totals, device=device)
+        column = torch.arange(max(self.totals), device=device)
+        self.valid = column[None] < self.total[:, None]
         self.alive = column.expand(len(grids), -1)
         self.sizes = self.valid.float()
         self.proportional = False
@@ -121,19 +134,24 @@ class Encoding(ABC):
         self.taps: dict[str, Tensor] = {}
         self.arguments: dict[str, Any] = {}
         self.dropped = False
+        # Of the scores that tokens dropped by.
+        self.checks = Checks()
         self.signals: list[LayerSignals] | None = None
         self.last_signals: list[LayerSignals] | None = None
         self.origins: Origins | None = None
-        self.cls = torch.full((len(grids),), -1, device=device)
+        # The token in whose place each CLS token stands, -1 for none, if any may.
+        self.cls: Tensor | None = None
+        # Whether any token alive stands for several.
+        self.merged = False
         self.segments: list[list[list[int]]] = [[] for _ in grids]
-        self.mlp: list[Tensor] = []
+        self.mlp: list[list[int]] = []
         # (B,) by layer: the images that a pruner scored there, because they had more tokens than they may keep.
-        self.scored: dict[int, Tensor] = {}
+        self.scored: dict[int, list[bool]] = {}
         self._decided = (-1, 0)
         # The tokens that layers past the features see, and what was left of them for the features.
-        self._seen: tuple[Tensor, Tensor | None] = (self.valid, None)
+        self._seen: Seen = Seen(self.counts)
         # Which tokens the layer under way began with, and where, if it may merge some on the way.
-        self._held: tuple[Tensor, Tensor | None] | None = None
+        self._held: Seen | None = None
 
     @abstractmethod
     def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,17 +212,17 @@ class Encoding(ABC):
         if index == self.depth - 1 and features:
             self.signals = self._image_signals(kwargs, scale, held)
         if index == self.last and last:
-            seen = (self._seen[0], None) if index >= self.depth else held
+            seen = replace(self._seen, places=None) if index >= self.depth else held
             self.last_signals = self._image_signals(kwargs, scale, seen)
 
     def hold_layout(self) -> None:
         """Notes which tokens the layer under way began with, before some of them merge."""
-        self._held = self.valid, self.layout()
+        self._held = Seen(self.counts, places=self.layout())
 
     def layer(
-        self, index: int, kwargs: dict[str, Any], scale: float, budget: Tensor, hidden: Tensor | None
+        self, index: int, kwargs: dict[str, Any], scale: float, budgets: Sequence[int], hidden: Tensor | None
     ) -> EncoderLayer:
-        """What a pruner sees of the layer that just ran; budget: (B,)."""
+        """What a pruner sees of the layer that just ran; budgets: (B,)."""
         query, key, value = self.states(kwargs)
         return EncoderLayer(
             query=query,
@@ -212,7 +230,7 @@ class Encoding(ABC):
             value=value,
             valid=self.valid,
             total=self.total,
-            budget=budget,
+            budget=torch.tensor(budgets, device=self.valid.device),
             index=index,
             depth=self.depth,
             scale=scale,
@@ -222,37 +240,41 @@ class Encoding(ABC):
             sizes=self.sizes,
             grids=tuple(self.grids),
             hidden=None if hidden is None else self.hidden(hidden),
+            alive=tuple(self.counts),
+            budgets=tuple(budgets),
         )
 
     def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:
         """Carries a selection out after (or inside) layer `index`."""
-        merges = selection.merges
-        if not merges and bool((selection.keep == self.valid).all()):
+        selection = selection.settled()
+        assert selection.counts is not None
+        counts, merges = list(selection.counts), bool(selection.flows)
+        if not merges and counts == self.counts:
             return
         keep = selection.keep
-        order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices
-        order = order[:, : int(keep.sum(dim=1).max())]
+        order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(counts)]
+        self._seen = Seen(counts)
         if index == self.depth - 1:
-            self._seen = (self.valid, keep)
+            self._seen = Seen(self.counts, left=[one[:n] for one, n in zip(order, counts, strict=True)])
         self.compact(selection, order, cls)
-        self.dropped = True
+        self.dropped, self.merged = True, self.merged or merges
         if merges and self.origins is None:
-            self.origins = Origins.start(self.alive, self.valid, int(self.total.max()))
+            self.origins = Origins.start(self.alive, self.valid, max(self.totals))
         if self.origins is not None:
             self.origins.follow(selection, order, index, merges=merges)
         for name in ("signals", "last_signals"):
             found = getattr(self, name)
             if found is not None:
-                pairs = zip(found, keep, self.valid, strict=True)
-                setattr(self, name, [cut_signals(s, k[v]) for s, k, v in pairs])
-        self._cut_columns(selection, order)
+                own = zip(found, order, counts, strict=True)
+                setattr(self, name, [cut_signals(signals, columns[:n]) for signals, columns, n in own])
+        self._cut_columns(selection, order, counts)
 
-    def _cut_columns(self, selection: EncoderSelection, order: Tensor) -> None:
+    def _cut_columns(self, selection: EncoderSelection, order: Tensor, counts: list[int]) -> None:
         keep, width = selection.keep, self.valid.shape[1]
         for name, value in self.memory.items():
             if value.ndim >= 2 and value.shape[:2] == (keep.shape[0], width):
                 self.memory[name] = gather_tokens(value, order)
-        if selection.merges:
+        if selection.flows:
             # A last column takes what goes nowhere.
             sums = self.sizes.new_zeros(keep.shape[0], width + 1)
             sums.scatter_add_(1, selection.into.masked_fill(selection.into < 0, width), self.sizes)
@@ -260,13 +282,24 @@ class Encoding(ABC):
         self.sizes = self.sizes.gather(1, order)
         if selection.cls is not None:
             named = self.alive.gather(1, selection.cls.clamp(min=0)[:, None])[:, 0]
-            self.cls = torch.where(selection.cls >= 0, named, self.cls)
+            self.cls = torch.where(selection.cls >= 0, named, -1 if self.cls is None else self.cls)
         self.alive = self.alive.gather(1, order)
-        self.valid = torch.arange(order.shape[1], device=keep.device)[None] < keep.sum(dim=1, keepdim=True)
+        self.counts = counts
+        if self.full:
+            # Padding stands on the right, so that the first columns were full before.
+            self.valid = self.valid[:, : order.shape[1]]
+        else:
+            kept = torch.tensor(counts, device=keep.device)
+            self.valid = torch.arange(order.shape[1], device=keep.device)[None] < kept[:, None]
+
+    @property
+    def full(self) -> bool:
+        """Whether all images have equally many tokens alive, so that none is padded."""
+        return min(self.counts) == max(self.counts)
 
     def size_bias(self) -> Tensor | None:
         """(B, N) what attention adds to the logits of each key for the tokens that it stands for, or None."""
-        if not self.proportional or bool((self.sizes[self.valid] == 1).all()):
+        if not self.proportional or not self.merged:
             return None
         return self.sizes.clamp(min=1).log()
 
@@ -274,13 +307,11 @@ class Encoding(ABC):
         """(B, N) the token whose index and position each token alive takes: its heaviest member."""
         return self.alive if self.origins is None else self.origins.heaviest(self.alive)
 
-    def _image_signals(
-        self, kwargs: dict[str, Any], scale: float, began: tuple[Tensor, Tensor | None] | None
-    ) -> list[LayerSignals]:
-        """Of the tokens alive; began: (B, N) those that the layer began with, and where, if these were others."""
-        valid, places = (self.valid, None) if began is None else began
-        query, key, value = self.states(kwargs, places)
-        lengths = (self.prefix + valid.sum(dim=1) * self.group).tolist()
+    def _image_signals(self, kwargs: dict[str, Any], scale: float, began: Seen | None) -> list[LayerSignals]:
+        """Of the tokens alive; began: those that the layer began with, if these were others."""
+        seen = Seen(self.counts) if began is None else began
+        query, key, value = self.states(kwargs, seen.places)
+        lengths = [self.prefix + tokens * self.group for tokens in seen.counts]
         signals = [
             LayerSignals(
                 query=query[b, :, :n],
@@ -292,10 +323,10 @@ class Encoding(ABC):
             )
             for b, n in enumerate(lengths)
         ]
-        keep = self._seen[1]
-        if began is None or keep is None:
+        left = self._seen.left
+        if began is None or left is None:
             return signals
-        return [cut_signals(one, k[v]) for one, k, v in zip(signals, keep, valid, strict=True)]
+        return [cut_signals(one, columns) for one, columns in zip(signals, left, strict=True)]
 
     def note_layer(self, index: int, kwargs: dict[str, Any]) -> None:
         """Records the attention segments of a layer that is about to run, for the accounting."""
@@ -311,30 +342,29 @@ class Encoding(ABC):
         if index < len(self.mlp):
             self.mlp[index] = self._alive_patches()
 
-    def _alive_patches(self) -> Tensor:
-        return self.prefix + self.valid.sum(dim=1) * self.group
+    def _alive_patches(self) -> list[int]:
+        return [self.prefix + tokens * self.group for tokens in self.counts]
 
     def images(self, pixels: list[Tensor], maker: object) -> list[EncodedImage]:
         """What the decoder side has to know, image by image; `maker` is who will know them again."""
         none: list[None] = [None] * len(self.grids)
-        mlp = torch.stack(self.mlp, dim=1).tolist() if self.mlp else [()] * len(self.grids)
         signals: Sequence[LayerSignals | None] = self.signals or none
         last: Sequence[LayerSignals | None] = self.last_signals or none
-        names, cls = self.names(), self.cls.tolist()
-        asked = {layer: images.tolist() for layer, images in self.scored.items()}
+        names = self.names()
+        cls = [-1] * len(self.grids) if self.cls is None else self.cls.tolist()
         found = []
         for b, grid in enumerate(self.grids):
-            alive = names[b][self.valid[b]]
+            alive = names[b, : self.counts[b]]
             image = EncodedImage(
                 parts=(Part(grid),),
                 alive=alive,
                 signals=signals[b],
                 pixels=pixels[b],
                 segments=self.segments[b],
-                scored=tuple(layer for layer, images in asked.items() if images[b]),
+                scored=tuple(layer for layer, images in self.scored.items() if images[b]),
                 maker=maker,
                 last_signals=last[b],
-                mlp=tuple(mlp[b]),
+                mlp=tuple(layer[b] for layer in self.mlp),
                 cls=cls[b],
             )
             found.append(image if self.origins is None else self._merged(image, b, names[b]))
@@ -349,14 +379,12 @@ class Encoding(ABC):
         signals, last = (None if s is None else cut_signals(s, order) for s in (image.signals, image.last_signals))
         return replace(
             image, alive=image.alive[order], signals=signals, last_signals=last, owner=owner,
-            share=self.origins.share[row, : image.total], merged_at=int(self.origins.layer[row]),
+            share=self.origins.share[row, : image.total], merged_at=self.origins.layer[row],
         )  # fmt: skip
 
 
 def cut_signals(signals: LayerSignals, tokens: Tensor) -> LayerSignals:
-    """The signals of some of an image's tokens: a mask (N,) or indices in the order wanted."""
-    if tokens.dtype == torch.bool:
-        tokens = tokens.nonzero().flatten()
+    """The signals of some of an image's tokens, by their indices in the order wanted."""
     patches = signals.prefix + tokens[:, None] * signals.group + torch.arange(signals.group, device=tokens.device)
     rows = torch.cat([torch.arange(signals.prefix, device=tokens.device), patches.flatten()])
     return LayerSignals(

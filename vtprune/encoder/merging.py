@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ TIE = 1e-5
 
 def flow_together(states: Tensor, into: Tensor, weights: Tensor) -> Tensor:
     """(M, ...) states after row i was added to row into[i] (-1: nowhere) with weights[i], summed in fp32 or fp64."""
-    goes = into >= 0
     shape = (-1, *(1,) * (states.ndim - 1))
     whole = at_least_single(states)
-    parts = whole[goes] * weights[goes].to(whole).view(shape)
-    summed = torch.zeros_like(whole).index_add(0, into[goes].to(states.device), parts)
-    return summed.to(states.dtype)
+    # What goes nowhere goes to an extra row.
+    into = torch.where(into < 0, len(states), into).to(states.device)
+    summed = whole.new_zeros(len(states) + 1, *states.shape[1:])
+    return summed.index_add(0, into, whole * weights.to(whole).view(shape))[:-1].to(states.dtype)
 
 
 def check_selection(selection: EncoderSelection, valid: Tensor, method: str) -> None:
@@ -121,24 +122,33 @@ class Change:
         """(B, N, D) to (B, N', D)."""
         batch, tokens = states.shape[:2]
         if self.selection is not None:
-            into = flat_columns(self.selection.into)
-            flat = flow_together(states.flatten(0, 1), into, self.selection.weights.flatten())
+            flat = flow_together(states.flatten(0, 1), self._into, self.selection.weights.flatten())
             states = flat.unflatten(0, (batch, tokens))
             if self.cls is not None and self.selection.cls is not None:
-                rows = (self.selection.cls >= 0).nonzero().flatten()
-                states[rows, self.selection.cls[rows]] = self.cls[rows].to(states)
+                rows, at = torch.arange(batch, device=states.device), self.selection.cls.clamp(min=0)
+                stands = (self.selection.cls >= 0)[:, None]
+                states = states.index_put((rows, at), torch.where(stands, self.cls.to(states), states[rows, at]))
         return gather_tokens(states, self.order)
+
+    @cached_property
+    def _into(self) -> Tensor:
+        assert self.selection is not None
+        return flat_columns(self.selection.into)
 
     def spread(self, states: Tensor, tokens: int) -> Tensor:
         """(B, N', D) back to (B, N, D): every token gets the row of the token that it flowed into."""
-        inverse = self.order.new_zeros(self.order.shape[0], tokens)
-        inverse.scatter_(
-            1, self.order, torch.arange(self.order.shape[1], device=self.order.device).expand_as(self.order)
-        )
-        into = torch.arange(tokens, device=self.order.device).expand_as(inverse)
-        if self.selection is not None:
-            into = torch.where(self.selection.into < 0, into, self.selection.into)
-        return gather_tokens(states, inverse.gather(1, into))
+        return gather_tokens(states, self._column(tokens))
+
+    def _column(self, tokens: int) -> Tensor:
+        """(B, N) the column in which each token goes on."""
+        order = self.order
+        column = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        inverse = order.new_zeros(order.shape[0], tokens).scatter_(1, order, column)
+        if self.selection is None:
+            return inverse
+        into = self.selection.into
+        own = torch.arange(tokens, device=order.device).expand_as(inverse)
+        return inverse.gather(1, torch.where(into < 0, own, into))
 
 
 def flat_columns(into: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ class PackedEncoding(Encoding):
     def _places(self) -> Tensor:
         """(B, N) where each token alive stands among the groups of the sequence now."""
         place = torch.zeros_like(self._order)
-        place[self._order[self._alive]] = torch.arange(int(self._alive.sum()), device=place.device)
+        place[self._order[self._alive]] = torch.arange(sum(self.counts), device=place.device)
         return place[(self.alive + self._first[:, None]).clamp(max=place.numel() - 1)]
 
     def _pick(self, states: Tensor, places: Tensor) -> Tensor:
@@ -98,9 +99,9 @@ class PackedEncoding(Encoding):
 
     def compact(self, selection: EncoderSelection, order: Tensor, cls: Tensor | None) -> None:
         into = weights = None
-        if selection.merges:
+        if selection.flows:
             places, valid = self._places(), self.valid
-            count = int(self._alive.sum())
+            count = sum(self.counts)
             goes = places.gather(1, selection.into.clamp(min=0)).masked_fill(selection.into < 0, -1)
             into = torch.full((count,), -1, device=places.device)
             into[places[valid]] = goes[valid]
@@ -134,7 +135,7 @@ class PackedEncoding(Encoding):
         bias = self.size_bias()
         if bias is None:
             return None
-        packed = bias.new_zeros(int(self._alive.sum()))
+        packed = bias.new_zeros(sum(self.counts))
         packed[self._places()[self.valid]] = bias[self.valid]
         return packed.repeat_interleave(self.group)
 
@@ -193,7 +194,7 @@ class PackedEncoding(Encoding):
             return self._listed[1]
         lengths = boundaries.diff().tolist()
         ends = boundaries[1:].tolist()
-        limits = pad(self.valid.sum(dim=1).cumsum(0) * self.group, (1, 0)).tolist()
+        limits = [tokens * self.group for tokens in itertools.accumulate(self.counts, initial=0)]
         found: list[list[int]] = [[] for _ in self.grids]
         image = 0
         for length, end in zip(lengths, ends, strict=True):

@@ -47,7 +47,7 @@ class PaddedEncoding(Encoding):
         return states
 
     def compact(self, selection: EncoderSelection, order: Tensor, cls: Tensor | None) -> None:
-        self._change = Change(order, selection if selection.merges else None, cls)
+        self._change = Change(order, selection if selection.flows else None, cls)
 
     def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         states = args[0]
@@ -74,7 +74,7 @@ class PaddedEncoding(Encoding):
             return Cut(None, features.valid, features.bias)
         change, self._change = self._change, None
         valid, bias = None, self.size_bias()
-        if not bool(self.valid.all()):
+        if not self.full:
             valid = torch.cat([self.valid.new_ones(self.valid.shape[0], self.prefix), self.valid], dim=1)
         if bias is not None:
             if self.flash:
@@ -118,10 +118,11 @@ class PaddedEncoding(Encoding):
     def projector_output(self, states: Tensor) -> Tensor:
         if not self.dropped:
             return states
-        full = states.new_zeros(states.shape[0], int(self.total.max()), *states.shape[2:])
+        # Padding is written to an extra place that nobody reads.
+        full = states.new_zeros(states.shape[0], max(self.totals) + 1, *states.shape[2:])
         rows = torch.arange(states.shape[0], device=states.device)[:, None].expand(self.alive.shape)
-        valid = self.valid.to(states.device)
-        return full.index_put((rows[valid], self.names().to(states.device)[valid]), states[valid])
+        names = self.names() if self.full else self.names().masked_fill(~self.valid, max(self.totals))
+        return full.index_put((rows, names.to(states.device)), states)[:, :-1]
 
     def layer_segments(self, kwargs: dict[str, Any]) -> list[list[int]]:
-        return [[self.prefix + n] for n in self.valid.sum(dim=1).tolist()]
+        return [[self.prefix + tokens] for tokens in self.counts]

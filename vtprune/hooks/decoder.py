@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from vtprune.adapters.base import PIXELS, Adapter, Source
+from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.cache.adopting import (
     adopt_cache,
     cache_in,
@@ -20,6 +20,7 @@ from vtprune.cache.adopting import (
     with_cache,
 )
 from vtprune.cache.layer import PrunedLayer
+from vtprune.decoder.outline import Bools
 from vtprune.decoder.prompt import ImageSpan, PromptInfo, real_tokens, sight
 from vtprune.decoder.revival import Revival
 from vtprune.decoder.run import DecoderRun, Observer
@@ -120,6 +121,7 @@ class DecoderHooks:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
+        run.checks = frame.checks
         recording, lessons = self.recorder.open(run), self.teacher.open(run)
         revival = self._returning.open(run)
         run.shaper = revival or self.routing.open(run, recording, lessons) or run.shaper
@@ -209,34 +211,40 @@ class DecoderHooks:
     def _spans(self, frame: Frame, embeds: Tensor, prompt: PromptInfo) -> list[ImageSpan]:
         """Where each image of this forward stands, in the order of the prompt."""
         sources = [source for source in self.adapter.sources() if frame.encoded.get(source.kind)]
-        spans = [span for source in sources for span in self._placed(source, frame, embeds, prompt)]
-        if len(sources) > 1:
-            spans.sort(key=lambda span: (span.row, int(span.places[0])))
-        return spans
+        if not sources:
+            return []
+        given, ids = frame.inputs.get("inputs_embeds"), frame.inputs.get("input_ids")
+        shown = embeds if given is None else given
+        marks = prompt.look([self.adapter.placeholders(source, ids, shown) for source in sources]).marks
+        spans = [
+            span
+            for source, own in zip(sources, marks, strict=True)
+            for span in self._placed(source.kind, frame.encoded[source.kind], own, prompt)
+        ]
+        return spans if len(sources) == 1 else sorted(spans, key=lambda span: (span.row, span.first))
 
-    def _placed(self, source: Source, frame: Frame, embeds: Tensor, prompt: PromptInfo) -> Iterator[ImageSpan]:
+    def _placed(self, kind: str, images: list[EncodedImage], marks: Bools, prompt: PromptInfo) -> Iterator[ImageSpan]:
         """What one source shows: features fill its placeholders in row-major order."""
-        images, given = frame.encoded[source.kind], frame.inputs.get("inputs_embeds")
-        marks = self.adapter.placeholders(source, frame.inputs.get("input_ids"), embeds if given is None else given)
-        rows, places = marks.nonzero(as_tuple=True)
+        rows, places = marks.nonzero()
         first = 0
         for image in images:
             last = first + image.length
-            if last > rows.numel() or int(rows[first]) != int(rows[last - 1]):
+            if last > rows.size or rows[first] != rows[last - 1]:
                 raise VTPruneError(
-                    f"the prompt has {rows.numel()} {source.kind} placeholders, its {source.kind}s need "
+                    f"the prompt has {rows.size} {kind} placeholders, its {kind}s need "
                     f"{sum(one.length for one in images)} in unbroken rows"
                 )
-            alive, row = image.alive.to(embeds.device), int(rows[first])
-            talk = prompt.conversations.of(row, places[first])
-            span = ImageSpan(
-                row=row, places=places[first:last], image=image, kept=alive, offset=prompt.offset, talk=talk
+            row, own = int(rows[first]), places[first:last]
+            slots = np.arange(image.length) if image.slots is None else image.slots.cpu().numpy()
+            yield ImageSpan(
+                row=row,
+                stands=own[slots],
+                image=image,
+                kept=image.alive.to(prompt.device),
+                offset=prompt.offset,
+                talk=int(prompt.outline.number[row, own[0]]) if prompt.conversations.most > 1 else 0,
+                structural=np.delete(own, slots),
             )
-            if image.slots is not None:
-                slots, rest = image.slots.to(places.device), torch.ones(image.length, dtype=torch.bool)
-                rest[image.slots] = False
-                span.places, span.structural = span.places[slots], span.places[rest.to(places.device)]
-            yield span
             first = last
 
     def _adopt(self, cache: Cache | None, spans: list[ImageSpan]) -> list[PrunedLayer] | None:
@@ -269,8 +277,10 @@ class DecoderHooks:
         run = kwargs.get(RUN)
         if run is None or output is None:
             return None
+        run.checks.settle()
         for observer in run.observers:
             observer.close(run)
+        run.checks.settle()
         return self._restore(run, output)
 
     def _restore(self, run: DecoderRun, output: Any) -> Any:

@@ -78,16 +78,21 @@ class EncoderHooks:
             self.taps.refresh()
             encoding = self.adapter.start_encoding(source, arguments)
             encoding.proportional = self.sized
+            frame = self.state.frame
+            if frame is not None:
+                encoding.checks = frame.checks
             with self._encoding(encoding):
                 output = original(*args, **kwargs)
+            if frame is None:
+                encoding.checks.settle()
             rows = encoding.images(self.adapter.pixels(source, arguments), self.token)
             images = self.adapter.assemble(rows, arguments)
             features = output[1] if isinstance(output, tuple) else output.pooler_output
             # Features may be expanded for beams or handed in later; their records travel with the tensors.
             for tensor, image in zip(features, images, strict=True):
                 setattr(tensor, RECORD, image)
-            if self.state.frame is not None:
-                self.state.frame.encoded[source.kind] = images
+            if frame is not None:
+                frame.encoded[source.kind] = images
             return output
 
         return encode
@@ -182,24 +187,26 @@ class EncoderHooks:
     def _ask(
         self, encoding: Encoding, index: int, order: int, pruner: InEncoder, hidden: Tensor
     ) -> EncoderSelection | None:
-        totals = encoding.total
-        budget = torch.tensor([self._plans.of(n).in_encoder(order) for n in totals.tolist()], device=totals.device)
-        whole = encoding.valid.sum(dim=1) <= budget
-        if bool(whole.all()):
+        budgets = [self._plans.of(tokens).in_encoder(order) for tokens in encoding.totals]
+        whole = [alive <= budget for alive, budget in zip(encoding.counts, budgets, strict=True)]
+        if all(whole):
             return None
-        encoding.scored[index] = encoding.scored.get(index, whole.new_zeros(())) | ~whole
+        before = encoding.scored.get(index, [False] * len(whole))
+        encoding.scored[index] = [known or not spared for known, spared in zip(before, whole, strict=True)]
         shown = hidden if Read.HIDDEN in pruner.encoder_reads else None
         layer = encoding.layer(
-            index, encoding.arguments, scale=self.adapter.encoder_scale, budget=budget, hidden=shown
+            index, encoding.arguments, scale=self.adapter.encoder_scale, budgets=budgets, hidden=shown
         )
-        with full_precision(hidden.device):
+        with full_precision(hidden.device), encoding.checks.collecting():
             answer = pruner.prune_encoder(layer)
         if answer is None:
             return None
         selection = EncoderSelection.drop(answer) if isinstance(answer, Tensor) else answer
-        # An image within its budget is kept whole, whatever the method says of its neighbours.
-        selection = selection.sparing(whole, encoding.valid)
-        check_selection(selection, encoding.valid, pruner.name)
+        if any(whole) or not encoding.full:
+            # An image within its budget is kept whole, whatever the method says of its neighbours.
+            selection = selection.sparing(whole, encoding.valid, encoding.counts)
+        if not selection.sound:
+            check_selection(selection, encoding.valid, pruner.name)
         return selection
 
     def before_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

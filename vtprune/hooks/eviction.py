@@ -22,7 +22,7 @@ from vtprune.decoder.prompt import ImageSpan, numbers_in_rows
 from vtprune.decoder.run import DecoderRun, LayerView, Observer
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.answers import Eviction
-from vtprune.method.choosing import check_scores
+from vtprune.method.checks import check_scores
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InCache
@@ -95,7 +95,7 @@ class Watch(Observer):
     def after(self, run: DecoderRun, view: LayerView) -> LayerView:
         """Adds the attention of this forward in a layer to what the cache's entries got before."""
         assert run.layers is not None
-        with full_precision(view.hidden.device):
+        with full_precision(view.hidden.device), run.checks.collecting():
             self._add(run, view, run.layers[view.index])
         return view
 
@@ -134,7 +134,7 @@ class Watch(Observer):
         rows, cut = [row for row in self.rows if row not in self.prompts], self.of.cut
         if not rows:
             return
-        with full_precision(run.prompt.device):
+        with full_precision(run.prompt.device), run.checks.collecting():
             answers = {row: self.pruner.evict(self._row(run.layers, row)) for row in rows}
         for order, index in enumerate(cut):
             self._apply(run.layers[index], {row: answer[order] for row, answer in answers.items()})

@@ -70,8 +70,8 @@ class Probe:
     scale: float
     query: Tensor
     key: Tensor
-    first: Tensor
-    last: Tensor
+    first: list[list[int]]
+    last: list[list[int]]
     where: Tensor | None
 
     def of(self, span: ImageSpan, text: Tensor, budget: int) -> DecoderLayer:
@@ -86,7 +86,7 @@ class Probe:
             key=key,
             value=key[:, :0],
             vision=vision,
-            last=int(self.last[span.key]),
+            last=self.last[row][span.talk],
             scale=self.scale,
             total=span.image.total,
             indices=span.kept,
@@ -96,7 +96,7 @@ class Probe:
             text=text,
             memory={},
             entered=span.kept.numel(),
-            first=int(self.first[span.key]),
+            first=self.first[row][span.talk],
         )
 
 
@@ -123,9 +123,10 @@ class Prober:
         assert run.hidden is not None
         assert run.embeddings is not None
         places = run.layout(layer).places
-        first, last = self.run.ends(places)
+        first, last = self.run.ends([span.kept.numel() for span in self.run.spans], packed=places is not None)
         modules = list(self.adapter.decoder_layers)
-        query, key = self.adapter.query_and_keys(modules[layer], run.hidden, run.embeddings, last)
+        columns = torch.tensor(last, device=run.hidden.device)
+        query, key = self.adapter.query_and_keys(modules[layer], run.hidden, run.embeddings, columns)
         where = None if places is None else fill_index(places, run.prompt.length)
         return Probe(
             layer=layer,

@@ -36,7 +36,7 @@ class Recorder:
         known = getattr(cache, GENERATION, None) if cache is not None else None
         if known is not None and prompt.offset > 0 and not run.spans:
             return known
-        texts = prompt.conversations.counts(prompt.real()).tolist()
+        texts = prompt.outline.counts()
         for span in run.spans:
             texts[span.row][span.talk] -= span.image.total
         earlier: list[ImageTrail] = []

@@ -52,7 +52,7 @@ class Choosing(Observer):
         revival = self.revival
         if revival.decides(view.index):
             query = self.adapter.decoder_query(view.taps, view.embeddings)
-            with full_precision(view.hidden.device):
+            with full_precision(view.hidden.device), run.checks.collecting():
                 last = run.prompt.conversations.ends(view.places)[1][:, 0]
                 revival.decide(view, query=query, last=last, scale=self.adapter.decoder_scale)
         return view.without_front(revival.width(view.index))

@@ -127,7 +127,7 @@ class Routing(Shaper):
     def _routes(self, run: DecoderRun, index: int, entering: Entering) -> Routes:
         """Which of the tokens alive a layer computes."""
         tokens = self._tokens(run, index, entering)
-        with full_precision(tokens.hidden.device):
+        with full_precision(tokens.hidden.device), run.checks.collecting():
             routes = self._pruner.route(tokens)
         if routes.loss is not None:
             self._lessons.routing[index] = routes.loss

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
+from vtprune.decoder.outline import Ints, Key
 from vtprune.decoder.prompt import ImageSpan
-from vtprune.decoder.run import DecoderRun, LayerView, Texts
+from vtprune.decoder.run import DecoderRun, LayerView
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import NOTHING, BetweenLayers, Query, Read
@@ -36,13 +37,14 @@ class DecoderScoring:
 
 
 class SeenLayer:
-    """A layer that ran as methods see it; text: places of each conversation's text tokens."""
+    """A layer that ran as methods see it; words: places of each conversation's text tokens."""
 
-    def __init__(self, scoring: DecoderScoring, run: DecoderRun, view: LayerView, text: Texts) -> None:
-        self._scoring, self._view, self._text = scoring, view, text
+    def __init__(self, scoring: DecoderScoring, run: DecoderRun, view: LayerView, words: dict[Key, Ints]) -> None:
+        self._scoring, self._run, self._view, self._words = scoring, run, view, words
+        self._text = {key: run.on_device(places) for key, places in words.items()}
         self._where = None if view.places is None else fill_index(view.places, run.prompt.length)
-        first, self._last = run.ends(view.places)
-        self._ends: tuple[list[list[int]], list[list[int]]] = first.tolist(), self._last.tolist()
+        self._ends = run.ends([kept.numel() for kept in view.kept], packed=view.places is not None)
+        self._last = torch.tensor(self._ends[1], device=view.hidden.device)
         self._rotary = [part.expand(view.hidden.shape[0], *part.shape[1:]) for part in view.embeddings]
         self._states: dict[tuple[bool, bool], States] = {}
 
@@ -85,4 +87,6 @@ class SeenLayer:
             hidden=view.hidden[row] if Read.HIDDEN in looks else None,
             rotary=(cos[row], sin[row]),
             first=first,
+            text_after=int((self._words[span.key] > span.stands[-1]).sum()),
+            after=self._run.column_after(span, [kept.numel() for kept in view.kept], packed=self._where is not None),
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.decoder.outline import Ints
 from vtprune.decoder.prompt import ImageSpan, left_signals
 from vtprune.decoder.run import DecoderRun, LayerView, Observer
 from vtprune.errors import KeptWholeWarning, VTPruneError
@@ -109,7 +110,7 @@ class Selecting:
         run, recording = prober.run, dropping.recording
         for span in run.spans:
             run.mark(span)
-            recording.of(span).text_after = (run.texts[span.key] > span.places[-1]).sum()
+            recording.of(span).text_after = _after(run.words[span.key], span)
         for order, pruner in enumerate(self.pruners):
             probe = self._probe(prober, recording, order)
             for span in run.spans:
@@ -122,12 +123,12 @@ class Selecting:
                     stream = replace(stream, probe=probe.of(span, run.texts[span.key], stream.budget))
                 memory: dict[str, Any] = {}
                 if isinstance(pruner, BetweenLayers):
-                    with full_precision(inputs.embeds.device):
+                    with full_precision(inputs.embeds.device), run.checks.collecting():
                         memory = pruner.remember(stream)
                 # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
                 span.memories[order] = {name: _constant(value) for name, value in memory.items()}
                 if isinstance(pruner, BeforeDecoder) and plan.selects(order, span.kept.numel()):
-                    with full_precision(inputs.embeds.device):
+                    with full_precision(inputs.embeds.device), run.checks.collecting():
                         selection = pruner.select(replace(stream, memory=memory))
                     budget = plan.entering(order)
                     dropping.apply(run, span, selection, order=order, pruner=pruner, budget=budget, layer=0)
@@ -155,6 +156,7 @@ class Selecting:
     def _stream(self, run: DecoderRun, span: ImageSpan, *, order: int, inputs: Inputs) -> VisionStream:
         image, pruner, module, row = span.image, self.pruners[order], self.modules.get(order), span.row
         text = (run.texts if module is None else run.unlabelled)[span.key]
+        words = (run.words if module is None else run.unlabelled_words)[span.key]
         assert image.pixels is not None
         picture, budget = None, self.plans.of(image.total).entering(order)
         if Read.PICTURE in reads(pruner):
@@ -174,7 +176,7 @@ class Selecting:
             last_signals=left_signals(image.last_signals, image, span),
             picture=picture,
             source=self.facts.source,
-            text_after=int((text > span.places[-1]).sum()),
+            text_after=_after(words, span),
             module=module,
             training=module is not None and module.training and torch.is_grad_enabled(),
         )
@@ -200,10 +202,10 @@ class Scoring(Observer):
                 plan, entered = self.of.plans.of(span.image.total), span.entered.numel()
                 if not plan.asks(order, view.index, entered, alive=span.kept.numel()):
                     continue
-                seen = seen or SeenLayer(self.of.scoring, run, view, run.texts)
+                seen = seen or SeenLayer(self.of.scoring, run, view, run.words)
                 self.dropping.recording.of(span).asked.setdefault(order, []).append(view.index)
                 layer = seen.of(span, order)
-                with full_precision(view.hidden.device):
+                with full_precision(view.hidden.device), run.checks.collecting():
                     selection = pruner.prune_decoder(layer)
                 budget = plan.left(order, view.index, entered)
                 self.dropping.apply(
@@ -217,6 +219,11 @@ class Scoring(Observer):
             run.cut_caches(self.of.cut)
             for span in run.spans:
                 self.dropping.recording.of(span).cut = self.of.cut
+
+
+def _after(words: Ints, span: ImageSpan) -> int:
+    """How many words, by their places (T,), stand after an image."""
+    return int((words > span.stands[-1]).sum())
 
 
 def _constant(value: Any) -> Any:

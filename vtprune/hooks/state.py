@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from vtprune.decoder.run import DecoderRun
 from vtprune.encoder.encoding import EncodedImage, Encoding
+from vtprune.method.checks import Checks
 
 # The argument that carries a run through the layers' keyword arguments.
 RUN = "vtprune_run"
@@ -27,10 +28,12 @@ RECORD = "_vtprune_image"
 
 @dataclass
 class Frame:
-    """One forward of the multimodal model: its inputs, and what it shows once that is encoded, by kind."""
+    """One forward of the multimodal model: its inputs, what it shows once that is encoded, by kind, and the checks of
+    the scores that it chose tokens by."""
 
     inputs: dict[str, Any]
     encoded: dict[str, list[EncodedImage]] = field(default_factory=dict)
+    checks: Checks = field(default_factory=Checks)
 
 
 @dataclass

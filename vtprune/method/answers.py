@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
+from vtprune.method.choosing import top
 
 # How the note on an image begins that a method cannot cut to its budget.
 KEPT_WHOLE = "kept whole: "
@@ -28,18 +31,31 @@ class Selection:
 
     kept: (K,) int64 indices into the N tokens that the pruner was shown, ascending and distinct.
     vectors: (K, D) new vectors for the kept tokens, or None to leave them as they are.
-    merges: for each token with a new vector, where the vector came from.
+    merges: for each token with a new vector, where the vector came from; or a function that says so, which is called
+    when a report is asked for.
     note: what the report should say of this choice, "" for nothing.
     bias: (K,) what every decoder layer adds to the attention logits of each kept token as a key, or None; scores: (N,)
     what the layer of `Guided.learns_from` is to teach. Both are for training, carry gradients, and lift the budget.
+    sound: that the indices are ascending, distinct and inside N by the way they were made, so that the device need not
+    be asked.
     """
 
     kept: Tensor
     vectors: Tensor | None = None
-    merges: tuple[Merge, ...] = field(default=())
+    merges: tuple[Merge, ...] | Callable[[], tuple[Merge, ...]] = field(default=())
     note: str = ""
     bias: Tensor | None = None
     scores: Tensor | None = None
+    sound: bool = False
+
+    @classmethod
+    def best(cls, scores: Tensor, count: int) -> Selection:
+        """The `count` tokens with the highest of (N,) scores; ties go to the lowest index."""
+        return cls(top(scores, count), sound=True)
+
+    def merged(self) -> tuple[Merge, ...]:
+        """The merges themselves."""
+        return self.merges() if callable(self.merges) else self.merges
 
     @property
     def learns(self) -> bool:
@@ -51,9 +67,11 @@ class Selection:
         kept = self.kept
         if kept.ndim != 1 or kept.numel() == 0:
             raise VTPruneError(f"a selection keeps at least one token of {tokens}, got shape {tuple(kept.shape)}")
-        ascending = bool((kept[1:] > kept[:-1]).all())
-        if not ascending or int(kept[0]) < 0 or int(kept[-1]) >= tokens:
-            raise VTPruneError(f"kept indices must be ascending, distinct and below {tokens}, got {kept.tolist()}")
+        if not self.sound:
+            found = kept.tolist()
+            rising = all(one < two for one, two in itertools.pairwise(found))
+            if not rising or found[0] < 0 or found[-1] >= tokens:
+                raise VTPruneError(f"kept indices must be ascending, distinct and below {tokens}, got {found}")
         if self.vectors is not None and self.vectors.shape[0] != kept.numel():
             raise VTPruneError(f"{self.vectors.shape[0]} merged vectors for {kept.numel()} kept tokens")
         if self.bias is not None and self.bias.shape != kept.shape:
@@ -86,29 +104,44 @@ class EncoderSelection:
     keep: (B, N) bool. into: (B, N) int64, the column that each token's vector flows into: its own for a kept
     token, that of a kept token for one that is merged, -1 for one that is dropped. weights: (B, N) the share of
     each token in that vector. cls: (B,) int64, the kept column whose vector the CLS token's own vector replaces,
-    -1 for none.
+    -1 for none. counts: how many of each image are kept, where the method knows; flows: whether anything flows into
+    another token, is rescaled, or takes a token's place, where it knows; sound: that `into` names itself for a kept
+    token and a kept one or nothing for any other by the way it was made. What is not known the device is asked for.
     """
 
     keep: Tensor
     into: Tensor
     weights: Tensor
     cls: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+    flows: bool | None = None
+    sound: bool = False
 
     @classmethod
-    def drop(cls, keep: Tensor) -> EncoderSelection:
-        """Nothing flows: what (B, N) `keep` leaves out is dropped."""
+    def drop(cls, keep: Tensor, counts: tuple[int, ...] | None = None) -> EncoderSelection:
+        """Nothing flows: what (B, N) `keep` leaves out is dropped; counts: how many of each image it keeps."""
         column = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-        return cls(keep, column.masked_fill(~keep, -1), torch.ones(keep.shape, device=keep.device))
+        shares = torch.ones(keep.shape, device=keep.device)
+        return cls(keep, column.masked_fill(~keep, -1), shares, counts=counts, flows=False, sound=True)
 
-    @property
-    def merges(self) -> bool:
-        """Whether anything flows into another token, is rescaled, or takes a token's place."""
+    def settled(self) -> EncoderSelection:
+        """The same with `counts` and `flows`, for which the device is asked once."""
+        if self.counts is not None and self.flows is not None:
+            return self
+        flows = self._flows() if self.flows is None else torch.tensor(self.flows, device=self.keep.device)
+        found = torch.cat([self.keep.sum(dim=1), flows.long()[None]]).tolist()
+        return replace(self, counts=tuple(found[:-1]), flows=bool(found[-1]))
+
+    def _flows(self) -> Tensor:
         moved = (self.into >= 0) & ~self.keep
         rescaled = self.keep & (self.weights != 1)
-        return bool((moved | rescaled).any()) or (self.cls is not None and bool((self.cls >= 0).any()))
+        found = (moved | rescaled).any()
+        return found if self.cls is None else found | (self.cls >= 0).any()
 
-    def sparing(self, whole: Tensor, valid: Tensor) -> EncoderSelection:
-        """The same but for the rows of `whole` (B,), which keep every `valid` (B, N) token as it is."""
+    def sparing(self, spared: Sequence[bool], valid: Tensor, alive: Sequence[int]) -> EncoderSelection:
+        """The same but for the rows that are `spared` (B,), which keep every `valid` (B, N) token, `alive` (B,) of
+        them, as it is."""
+        whole = torch.tensor(spared, device=valid.device)
         rows = whole[:, None]
         column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
         return EncoderSelection(
@@ -116,6 +149,10 @@ class EncoderSelection:
             torch.where(rows, column, self.into).masked_fill(~valid, -1),
             torch.where(rows, 1.0, self.weights.float()),
             None if self.cls is None else self.cls.masked_fill(whole, -1),
+            counts=self.counts
+            and tuple(n if spare else own for spare, n, own in zip(spared, alive, self.counts, strict=True)),
+            flows=self.flows,
+            sound=self.sound,
         )
 
 

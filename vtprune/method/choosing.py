@@ -1,11 +1,9 @@
-"""Choosing the best by scores: scores that can be trusted, ties to the lowest index."""
+"""Choosing the best by scores, ties to the lowest index."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from vtprune.errors import ScoreError
 
 
 def best_of_each(scores: Tensor, image: Tensor, budgets: Tensor) -> Tensor:
@@ -17,18 +15,6 @@ def best_of_each(scores: Tensor, image: Tensor, budgets: Tensor) -> Tensor:
     mine = owner[..., None] == torch.arange(count, device=image.device)
     rank = torch.zeros_like(order).scatter(1, order, (mine.cumsum(dim=1) * mine).sum(dim=-1))
     return (image >= 0) & (rank <= budgets.gather(1, image.clamp(min=0)))
-
-
-def check_scores(scores: Tensor, method: str) -> Tensor:
-    """The scores (any shape) in fp32; raises ScoreError if one of them is NaN or infinite."""
-    scores = scores.float()
-    if not bool(torch.isfinite(scores).all()):
-        bad = int((~torch.isfinite(scores)).sum())
-        raise ScoreError(
-            f"{method}: {bad} of {scores.numel()} token scores are NaN or infinite; the model's activations "
-            "overflow (load it in float32 or bfloat16), the image holds invalid pixels, or the scores divide by zero"
-        )
-    return scores
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.options import check_type
 from vtprune.method.registry import register
@@ -113,6 +113,6 @@ def _selecting(function: Callable[..., Tensor], options: list[str]) -> Callable[
         if not isinstance(scores, Tensor) or scores.shape != (tokens,):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise VTPruneError(f"{self.name}: one score a token is wanted, a tensor of ({tokens},), got {got}")
-        return Selection(top(check_scores(scores.detach(), self.name), stream.budget))
+        return Selection.best(check_scores(scores.detach(), self.name), stream.budget)
 
     return select

@@ -70,6 +70,7 @@ class EncoderLayer:
         every (B, N) tensor in it along with the tokens.
     sizes: (B, N) how many tokens each one stands for: 1 until something merges.
     grids: (t, h, w) of each whole image in vision tokens.
+    alive, budgets: (B,) tokens of each image that are left, and `budget`, on the host (read back where not given).
     hidden: (B, P + N * group, D) hidden states after the layer (before its MLP for a method that merges there),
         laid out as query, key and value; None if no method asks (`Read.HIDDEN`).
     """
@@ -89,6 +90,18 @@ class EncoderLayer:
     sizes: Tensor
     grids: tuple[tuple[int, int, int], ...]
     hidden: Tensor | None = None
+    alive: tuple[int, ...] = ()
+    budgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.alive:
+            object.__setattr__(self, "alive", tuple(self.valid.sum(dim=1).tolist()))
+            object.__setattr__(self, "budgets", tuple(self.budget.tolist()))
+
+    @property
+    def full(self) -> bool:
+        """Whether no image is padded."""
+        return min(self.alive) == self.valid.shape[1]
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class DecoderLayer:
     hidden: (n, D) hidden states after the layer, if the method asks for them (`Read.HIDDEN`).
     rotary: cosines and sines (n, d) that the layer turned queries and keys by.
     first: place of the row's first token; what stands before it is padding.
+    text_after: how many of `text`, the last ones, stand after the image; after: the place after its last token.
 
     In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
     `Query.NEXT_LAYER`, and n counts the tokens of this turn that are left.
@@ -134,6 +148,8 @@ class DecoderLayer:
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     first: int = 0
+    text_after: int = 0
+    after: int = 0
 
     @property
     def last_query(self) -> Tensor:

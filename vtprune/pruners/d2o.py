@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Eviction
-from vtprune.method.choosing import check_scores
+from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Counted
 from vtprune.method.registry import register

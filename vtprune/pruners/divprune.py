@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from vtprune.pruners.parts.cosines import (
 )
 
 
+Floats = npt.NDArray[np.float32]
+
+
 def max_min_diverse(features: Tensor, count: int) -> Tensor:
     """`count` of N tokens in the order of choice: (count,) int64, distinct.
 
@@ -28,10 +33,13 @@ def max_min_diverse(features: Tensor, count: int) -> Tensor:
     the farthest from its nearest among those chosen; ties go to the lowest index. The distance is 1 - cosine:
     the running maximum of the cosine is what is kept, so a choice reads one row. Raises ScoreError for NaN.
 
-    The first choice takes all cosines; they are kept where they are no larger than the vectors.
+    The first choice takes all cosines, from which the others are made on the host; where they are too many to be kept,
+    each choice computes its own row.
     """
     vectors = unit_vectors(features, "divprune")
-    matrix, closest = cosine_matrix(vectors, keep=fits(*vectors.shape))
+    matrix, closest = cosine_matrix(vectors, keep=fits(len(vectors)))
+    if matrix is not None:
+        return torch.from_numpy(_chosen(matrix.cpu().numpy(), closest.cpu().numpy(), count)).to(features.device)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     taken = torch.zeros_like(closest)
     for turn in range(count):
@@ -39,8 +47,20 @@ def max_min_diverse(features: Tensor, count: int) -> Tensor:
         chosen[turn : turn + 1] = index
         taken.index_fill_(0, index, torch.inf)
         if turn + 1 < count:
-            row = cosine_row(vectors, matrix, index)
+            row = cosine_row(vectors, index)
             closest = torch.maximum(closest, row) if turn else row
+    return chosen
+
+
+def _chosen(matrix: Floats, closest: Floats, count: int) -> npt.NDArray[np.int64]:
+    """The same on the host, from all cosines (N, N) and each token's highest one to another (N,): a choice there takes
+    no longer than launching the first of its operations on a device."""
+    chosen = np.empty(count, dtype=np.int64)
+    taken = np.zeros_like(closest)
+    for turn in range(count):
+        index = chosen[turn] = (closest + taken).argmin()
+        taken[index] = np.inf
+        closest = np.maximum(closest, matrix[index]) if turn else matrix[index]
     return chosen
 
 
@@ -82,11 +102,11 @@ class DivPrune(BeforeDecoder):
 
     def select(self, stream: VisionStream) -> Selection:
         """Keeps the budget; raises ScoreError for NaN."""
-        return Selection(max_min_diverse(stream.features, stream.budget).sort().values)
+        return Selection(max_min_diverse(stream.features, stream.budget).sort().values, sound=True)
 
     def flops(self, work: Work) -> int:
-        """All cosines once; beyond D tokens, where they are not kept, also those of each chosen token."""
+        """All cosines once; where they are not kept, also those of each chosen token."""
         flops = matrix_flops(work.tokens, work.decoder_width)
-        if not fits(work.tokens, work.decoder_width):
+        if not fits(work.tokens):
             flops += 2 * (work.kept - 1) * work.tokens * work.decoder_width
         return flops

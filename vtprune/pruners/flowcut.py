@@ -10,8 +10,9 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.method.answers import Selection
-from vtprune.method.choosing import check_scores, top, top_mask
+from vtprune.method.answers import EncoderSelection, Selection
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import top_mask
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
@@ -46,9 +47,11 @@ def prune_count(attention: Tensor, alive: Tensor, budget: Tensor, remaining: int
 
 def encoder_signals(layer: EncoderLayer) -> tuple[Tensor, Tensor]:
     """Attention strength and score of each token at one encoder layer, both (B, N) fp32, 0 on padding."""
-    patches = repeat(layer.valid, "b n -> b (n g)", g=layer.group)
-    alive = torch.nn.functional.pad(patches, (layer.prefix, 0), value=True)
-    value = layer.value.float().where(alive[:, None, :, None], 0)
+    alive, value = None, layer.value.float()
+    if not layer.full:
+        patches = repeat(layer.valid, "b n -> b (n g)", g=layer.group)
+        alive = torch.nn.functional.pad(patches, (layer.prefix, 0), value=True)
+        value = value.where(alive[:, None, :, None], 0)
     density = value.mean(dim=1).abs().sum(dim=-1)[:, layer.prefix :]
     semantic = None
     if layer.prefix:
@@ -56,15 +59,19 @@ def encoder_signals(layer: EncoderLayer) -> tuple[Tensor, Tensor]:
         rows = attention_rows(value[:, :, :1], value, 1.0, alive)
         semantic = rows[:, :, 0, layer.prefix :].mean(dim=1)
     else:
-        states = layer.query.float().where(alive[:, None, :, None], 0)
-        query = states.sum(dim=2, keepdim=True) / alive.sum(dim=-1)[:, None, None, None]
+        states = layer.query.float()
+        count: Tensor | int = states.shape[2]
+        if alive is not None:
+            states = states.where(alive[:, None, :, None], 0)
+            count = alive.sum(dim=-1)[:, None, None, None]
+        query = states.sum(dim=2, keepdim=True) / count
     rows = attention_rows(query, layer.key, layer.scale, alive)
     attention = rows[:, :, 0, layer.prefix :].mean(dim=1)
     score = flow_score(attention, semantic, density)
 
     def pool(scores: Tensor) -> Tensor:
         tokens = reduce(scores, "b (n g) -> b n", "mean", g=layer.group)
-        return check_scores(tokens.where(layer.valid, 0), "flowcut")
+        return check_scores(tokens if layer.full else tokens.where(layer.valid, 0), "flowcut")
 
     return pool(attention), pool(score)
 
@@ -150,12 +157,12 @@ class FlowCut(InEncoder, BetweenLayers):
         """All of them (with CLS the last one leaves everything as it is)."""
         return tuple(range(self.model.encoder_depth))
 
-    def prune_encoder(self, layer: EncoderLayer) -> Tensor | None:
+    def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection | None:
         """Accumulates the score; every second layer says which tokens go on. Raises ScoreError for NaN."""
         remaining = layer.depth - 1 - layer.index - (layer.prefix > 0)
-        alive = layer.valid.sum(dim=-1)
-        if remaining < 0 or not bool((alive > layer.budget).any()):
+        if remaining < 0 or all(n <= budget for n, budget in zip(layer.alive, layer.budgets, strict=True)):
             return None
+        alive = torch.tensor(layer.alive, device=layer.valid.device)
         attention, score = encoder_signals(layer)
         past = layer.memory.get(MEMORY)
         score = score if past is None else 0.5 * past + 0.5 * score
@@ -163,11 +170,12 @@ class FlowCut(InEncoder, BetweenLayers):
         if remaining % 2:
             return None
         if remaining == 0:
-            return top_mask(score, layer.budget, layer.valid)
+            left = tuple(map(min, layer.alive, layer.budgets))
+            return EncoderSelection.drop(top_mask(score, layer.budget, layer.valid), left)
         count = prune_count(attention, alive, layer.budget, remaining)
         if self.variant == "released":
             count = count.max()
-        return top_mask(score, (alive - count).maximum(layer.budget), layer.valid)
+        return EncoderSelection.drop(top_mask(score, (alive - count).maximum(layer.budget), layer.valid))
 
     def drop_layers(self) -> tuple[int, ...]:
         """Decoder layer 1 where there is a second stage."""
@@ -177,7 +185,7 @@ class FlowCut(InEncoder, BetweenLayers):
         """Keeps the budget's best by the last prompt token; raises ScoreError for NaN."""
         if layer.vision.numel() <= layer.budget:
             return None
-        return Selection(top(check_scores(decoder_score(layer), self.name), layer.budget))
+        return Selection.best(check_scores(decoder_score(layer), self.name), layer.budget)
 
     def flops(self, work: Work) -> int:
         """A row of attention a layer and, with CLS and in the decoder, a row of value products."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import KEPT_WHOLE, Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import top
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
@@ -105,13 +106,15 @@ class FoPru(BeforeDecoder):
     def select(self, stream: VisionStream) -> Selection:
         """Keeps the `stream.budget` most significant tokens, or the rows that fit it."""
         if self.strategy == "rank":
-            return Selection(top(self.significance(stream), stream.budget))
+            return Selection.best(self.significance(stream), stream.budget)
         check_whole_grid("fopru with strategy 'row'", stream)
         width, budget = stream.grid[-1], stream.budget
         if budget < width:
             everything = torch.arange(stream.indices.numel(), device=stream.features.device)
-            return Selection(everything, note=f"{KEPT_WHOLE}no row of {width} tokens fits a budget of {budget}")
-        return Selection(top_rows(self.significance(stream), width, budget))
+            return Selection(
+                everything, note=f"{KEPT_WHOLE}no row of {width} tokens fits a budget of {budget}", sound=True
+            )
+        return Selection(top_rows(self.significance(stream), width, budget), sound=True)
 
     def flops(self, work: Work) -> int:
         """The logits of one layer's full map."""

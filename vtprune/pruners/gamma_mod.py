@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import Routes
-from vtprune.method.choosing import best_of_each, check_scores
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import best_of_each
 from vtprune.method.modules import FullLinear, own_randomness
 from vtprune.method.pruner import Counted, budget_of
 from vtprune.method.registry import register

@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool1d, avg_pool2d
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
@@ -123,7 +123,7 @@ class GemFilter(BeforeDecoder):
 
     def select(self, stream: VisionStream) -> Selection:
         """Keeps the tokens with the highest scores."""
-        return Selection(top(self.scores(stream), stream.budget))
+        return Selection.best(self.scores(stream), stream.budget)
 
     def flops(self, work: Work) -> int:
         """One row of logits; what the probe itself computes is counted with its layers."""

@@ -29,4 +29,4 @@ class Grid(BeforeDecoder):
         """Keeps one token a cell; raises VTPruneError if an earlier stage already dropped tokens."""
         check_whole_grid(self.name, stream)
         centres = [cell.centre for cell in cut(stream.grid, cell_grid(stream.grid, stream.budget))]
-        return Selection(torch.tensor(centres, device=stream.features.device))
+        return Selection(torch.tensor(centres, device=stream.features.device), sound=True)

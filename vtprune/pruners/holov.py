@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import top
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
@@ -229,7 +230,7 @@ class HoloV(BeforeDecoder):
             strips = self.strips(features.shape[0], stream.budget)
             alpha = RELEASED_ALPHA if self.alpha is None else self.alpha
             positions = select_strips(features, attention, strips=strips, budget=stream.budget, alpha=alpha).positions
-            return Selection(positions[positions >= 0].sort().values)
+            return Selection(positions[positions >= 0].sort().values, sound=True)
         crops = crops_of(stream.grid, self.crops or CROPS).to(stream.indices.device)[stream.indices]
         alpha = 1.0 if self.alpha is None else self.alpha
         return Selection(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vtprune.errors import VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Routes
-from vtprune.method.choosing import best_of_each, check_scores
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import best_of_each
 from vtprune.method.facts import Work
 from vtprune.method.modules import FullLinear, own_randomness
 from vtprune.method.pruner import Tunable

@@ -49,4 +49,5 @@ class Pool(BeforeDecoder):
             kept=torch.tensor([cell.centre for cell in cells], device=stream.features.device),
             vectors=pool_features(stream.features, stream.grid, shape),
             merges=tuple(merge for merge in merges if len(merge.members) > 1),
+            sound=True,
         )

@@ -54,4 +54,4 @@ class Random(BeforeDecoder):
         """Keeps `stream.budget` random tokens."""
         seed = pixel_seed(stream.pixels, self.seed)
         kept = random_tokens(stream.features.shape[0], stream.budget, seed)
-        return Selection(kept.to(stream.features.device))
+        return Selection(kept.to(stream.features.device), sound=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import EncoderSelection
-from vtprune.method.choosing import check_scores, top_mask
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import top_mask
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable, asked
 from vtprune.method.registry import register
@@ -183,8 +184,8 @@ class Turbo(InEncoder):
     def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:
         """What merges in this layer; raises ScoreError for NaN, VTPruneError for a budget out of reach."""
         remaining = (self.layers or layer.depth) - layer.index
-        alive = layer.valid.sum(dim=1).tolist()
-        counts = [self._count(*sizes, remaining) for sizes in zip(alive, layer.budget.tolist(), strict=True)]
+        counts = [self._count(*sizes, remaining) for sizes in zip(layer.alive, layer.budgets, strict=True)]
+        left = tuple(alive - merging for alive, merging in zip(layer.alive, counts, strict=True))
         value = check_scores(saliency(layer, sized=self.merge), self.name)
         metric = check_scores(mean_keys(layer), self.name)
         coefficient = self._coefficient(layer.index)
@@ -193,8 +194,9 @@ class Turbo(InEncoder):
         first = int(layer.prefix > 0)
         sources, into = bipartite(metric, value, layer.valid, count, first=first, coefficient=coefficient)
         if not self.merge:
-            return EncoderSelection.drop(layer.valid & ~sources)
-        return weighted_mean(sources, into, layer.sizes, layer.valid)
+            return EncoderSelection.drop(layer.valid & ~sources, left)
+        found = weighted_mean(sources, into, layer.sizes, layer.valid)
+        return replace(found, counts=left, flows=any(counts), sound=True)
 
     def _coefficient(self, index: int) -> float:
         """What semantic value weighs in a layer; raises VTPruneError where it is no finite number."""

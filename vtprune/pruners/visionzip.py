@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection
-from vtprune.method.choosing import check_scores, top_mask
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import top_mask
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
@@ -22,13 +25,17 @@ from vtprune.pruners.parts.patches import mean_keys, saliency
 @dataclass(frozen=True)
 class Zipped:
     """dominant, targets: (B, N) bool, the tokens that go on; into: (B, N) int64, for every other one the column of
-    its target (kept tokens: their own), -1 on padding and where an image has no targets."""
+    its target (kept tokens: their own), -1 on padding and where an image has no targets; counts, ends, lost: (B,)
+    how many go on, how many of these are targets, and how many do not go on."""
 
     dominant: Tensor
     targets: Tensor
     into: Tensor
+    counts: tuple[int, ...]
+    ends: tuple[int, ...]
+    lost: tuple[int, ...]
 
-    def selection(self, *, merge: bool, cls: Tensor | None) -> EncoderSelection:
+    def selection(self, *, merge: bool, cls: Sequence[bool] | None) -> EncoderSelection:
         """What goes on: each target plus the mean of what flows into it, or the target as it is without `merge`.
 
         cls: (B,) bool, the images whose CLS token takes the place of the first token that does not go on (that
@@ -40,37 +47,61 @@ class Zipped:
         flows = (into >= 0) & ~keep
         counts = torch.zeros(keep.shape, device=keep.device).scatter_add_(1, into.clamp(min=0), flows.float())
         weights = torch.where(flows, 1 / counts.gather(1, into.clamp(min=0)).clamp(min=1), 1.0)
-        if cls is None:
-            return EncoderSelection(keep, into, weights)
-        place = (~keep).int().argmax(dim=1)
-        keep = keep | ((column == place[:, None]) & cls[:, None])
-        return EncoderSelection(keep, into, weights, place.masked_fill(~cls, -1))
+        merges = merge and any(end and left for end, left in zip(self.ends, self.lost, strict=True))
+        if cls is None or not any(cls):
+            return EncoderSelection(keep, into, weights, counts=self.counts, flows=merges, sound=True)
+        place, stands = (~keep).int().argmax(dim=1), torch.tensor(cls, device=keep.device)
+        keep = keep | ((column == place[:, None]) & stands[:, None])
+        kept = tuple(n + (own and left > 0) for n, own, left in zip(self.counts, cls, self.lost, strict=True))
+        return EncoderSelection(
+            keep, into, weights, place.masked_fill(~stands, -1), counts=kept, flows=True, sound=True
+        )
 
 
-def zip_tokens(scores: Tensor, metric: Tensor, valid: Tensor, dominant: Tensor, contextual: Tensor) -> Zipped:
+def zip_tokens(
+    scores: Tensor,
+    metric: Tensor,
+    valid: Tensor,
+    *,
+    alive: Sequence[int],
+    dominant: Sequence[int],
+    contextual: Sequence[int],
+) -> Zipped:
     """Which tokens go on, and where the others would flow to, in a batch of images.
 
-    scores: (B, N); metric: (B, N, d) unit vectors; valid: (B, N) bool, padding on the right; dominant,
+    scores: (B, N); metric: (B, N, d) unit vectors; valid: (B, N) bool, the `alive` (B,) first ones; dominant,
     contextual: (B,) how many of each. The targets stand in the rest, in raster order, at 0, step, 2 step ...
     with step = max(1, rest // contextual); every other token of the rest flows into the target with the highest
     cosine. Ties go to the lowest index.
     """
-    chosen = top_mask(scores, dominant, valid)
+    first = [min(count, n) for count, n in zip(dominant, alive, strict=True)]
+    others = [n - count for n, count in zip(alive, first, strict=True)]
+    steps = [max(1, left // max(1, count)) for left, count in zip(others, contextual, strict=True)]
+    ends_at = [min(count, -(-left // step)) for count, left, step in zip(contextual, others, steps, strict=True)]
+    chosen = top_mask(scores, _column(first, valid)[:, 0], valid)
     rest = valid & ~chosen
-    rank = rest.cumsum(dim=1) - 1
-    step = (rest.sum(dim=1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
-    targets = rest & (rank % step == 0) & (rank // step < contextual[:, None])
+    rank, step = rest.cumsum(dim=1) - 1, _column(steps, valid)
+    targets = rest & (rank % step == 0) & (rank // step < _column(contextual, valid))
     column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-    most = int(targets.sum(dim=1).max())
+    most, counts = max(ends_at), tuple(map(operator.add, first, ends_at))
     if most == 0:
-        return Zipped(chosen, targets, column.masked_fill(~chosen, -1))
+        none = (0,) * len(others)
+        return Zipped(chosen, targets, column.masked_fill(~chosen, -1), counts, ends=none, lost=tuple(others))
     columns = torch.sort((~targets).to(torch.uint8), dim=1, stable=True).indices[:, :most]
     there = targets.gather(1, columns)
     ends = metric.gather(1, columns[..., None].expand(-1, -1, metric.shape[-1]))
     cosines = torch.matmul(metric, ends.transpose(1, 2)).masked_fill(~there[:, None], float("-inf"))
     nearest = columns.gather(1, cosines.argmax(dim=-1))
     into = torch.where(rest & ~targets, nearest, column)
-    return Zipped(chosen, targets, into.masked_fill(~valid | (rest & ~there[:, :1]), -1))
+    lost = tuple(left - end for left, end in zip(others, ends_at, strict=True))
+    return Zipped(
+        chosen, targets, into.masked_fill(~valid | (rest & ~there[:, :1]), -1), counts, ends=tuple(ends_at), lost=lost
+    )
+
+
+def _column(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """(B, 1) of a number an image."""
+    return torch.tensor(numbers, device=like.device)[:, None]
 
 
 # One contextual token to 5.4 dominant ones.
@@ -160,14 +191,14 @@ class VisionZip(InEncoder):
     def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:
         """Dominant and contextual tokens, and what flows into these; raises ScoreError for NaN."""
         scores = check_scores(saliency(layer), self.name)
-        contextual = torch.tensor([self.contextual_count(n) for n in layer.budget.tolist()], device=scores.device)
-        dominant = layer.budget.to(scores.device) - contextual
-        cls = dominant >= 2 if self.cls and layer.prefix else None
-        patches = dominant if cls is None else dominant - cls.long()
+        contextual = [self.contextual_count(budget) for budget in layer.budgets]
+        dominant = [budget - count for budget, count in zip(layer.budgets, contextual, strict=True)]
+        stands = [self.cls and bool(layer.prefix) and count >= 2 for count in dominant]
+        patches = [count - cls for count, cls in zip(dominant, stands, strict=True)]
         metric = check_scores(mean_keys(layer), self.name)
-        return zip_tokens(scores, metric, valid=layer.valid, dominant=patches, contextual=contextual).selection(
-            merge=self.merge, cls=cls
-        )
+        alive, valid = layer.alive, layer.valid
+        found = zip_tokens(scores, metric, valid, alive=alive, dominant=patches, contextual=contextual)
+        return found.selection(merge=self.merge, cls=stands if self.cls and layer.prefix else None)
 
     def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities to the targets."""

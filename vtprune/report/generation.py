@@ -248,7 +248,7 @@ class Generation:
         """That an answer starts from a token before the prompt's end, where that end is an image whose last token was
         dropped."""
         left = image.alive_at(self.depth)
-        ends = int(image.text_after) == 0 and [one for one in self.images if one.key == image.key][-1] is image
+        ends = image.text_after == 0 and [one for one in self.images if one.key == image.key][-1] is image
         if not ends or not left.numel() or int(left[-1]) == image.total - 1:
             return []
         return [
@@ -370,7 +370,7 @@ class Generation:
                 decoder_heads=decoder.heads,
                 prompt=words + sum(one.total for one in self.images if one.key == key),
                 text=words,
-                text_after=int(image.text_after),
+                text_after=image.text_after,
                 decoder_kv_width=decoder.kv_width,
                 decoder_pairs=self._pairs(key),
                 images=sum(self.plans.of(one.total).acts(index) for one in images),
@@ -403,7 +403,7 @@ def _mlp_tokens(images: list[ImageTrail]) -> list[tuple[int, ...]] | None:
 
 
 def _merged(image: ImageTrail) -> list[MergeReport]:
-    inside = [(image.encoded.merged_at, merge, "encoder") for merge in image.encoded.merges()]
+    inside = [(int(image.encoded.merged_at), merge, "encoder") for merge in image.encoded.merges()]
     later = [(layer, merge, "decoder") for layer, merge in image.merged()]
     return [
         MergeReport(

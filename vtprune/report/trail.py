@@ -3,7 +3,7 @@ alone reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.answers import Merge
+
+# Merges, or what makes them once somebody asks.
+Merged = tuple[Merge, ...] | Callable[[], tuple[Merge, ...]]
 
 
 @dataclass
@@ -25,7 +28,7 @@ class ImageTrail:
     merges: the decoder layer before which some of these tokens (n,) merged, and how. left: by order, the tokens that
     it left the last time that it acted on the decoder's side; asked: by order, the decoder layers after which it was
     asked; probed: by order, the tokens that its probe saw; memories: by order, what it remembers of the tokens left.
-    notes: what pruners said; text_after: how many text tokens of its conversation stand after it, on the device.
+    notes: what pruners said; text_after: how many text tokens of its conversation stand after it.
     """
 
     row: int
@@ -36,13 +39,13 @@ class ImageTrail:
     layers: list[Tensor] = field(default_factory=list)
     routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
-    merges: list[tuple[int, Tensor, tuple[Merge, ...]]] = field(default_factory=list)
+    merges: list[tuple[int, Tensor, Merged]] = field(default_factory=list)
     left: dict[int, int] = field(default_factory=dict)
     asked: dict[int, list[int]] = field(default_factory=dict)
     probed: dict[int, int] = field(default_factory=dict)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    text_after: int | Tensor = 0
+    text_after: int = 0
 
     @property
     def key(self) -> tuple[int, int]:
@@ -81,7 +84,8 @@ class ImageTrail:
         for layer, tokens, merges in self.merges:
             whole = tokens.tolist()
             found += [
-                (layer, Merge(whole[one.into], tuple(whole[m] for m in one.members), one.weights)) for one in merges
+                (layer, Merge(whole[one.into], tuple(whole[m] for m in one.members), one.weights))
+                for one in (merges() if callable(merges) else merges)
             ]
         return found
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
 
 
-def places_of(alive: Tensor) -> Tensor:
+def places_of(alive: Tensor, counted: Sequence[int] | None = None) -> Tensor:
     """Places of the True entries of `alive` (B, L) in each row, ascending, padded on the left with -1: (B, n).
 
-    Padding stands on the left so that the last column is every row's last token, as generation expects.
+    Padding stands on the left so that the last column is every row's last token, as generation expects. counted: (B,)
+    how many there are; where that is not known, the device is waited for.
     """
-    counts = alive.sum(dim=1)
-    width = int(counts.max())
+    counts = alive.sum(dim=1) if counted is None else torch.tensor(counted, device=alive.device)
+    width = int(counts.max()) if counted is None else max(counted)
     # A stable sort of the mask moves the places of dropped tokens to the front, kept ones to the back, in order.
     order = torch.sort(alive.to(torch.uint8), dim=1, stable=True).indices[:, alive.shape[1] - width :]
+    if counted is not None and min(counted) == width:
+        return order
     column = torch.arange(width, device=alive.device)
     return order.masked_fill(column[None] < (width - counts)[:, None], -1)
 
 
 def gather_tokens(states: Tensor, places: Tensor) -> Tensor:
     """Rows of `states` (B or 1, L, ...) at `places` (B, n); padding (-1) repeats place 0: (B, n, ...)."""
+    if places.shape[0] == 1:
+        # A row alone has no padding.
+        return states.index_select(1, places[0].to(states.device))
     index = places.clamp(min=0).to(states.device)
     batch = index.shape[0]
     if states.shape[0] != batch:
@@ -36,6 +44,8 @@ def relative_places(places: Tensor, previous: Tensor | None, length: int) -> Ten
     if previous is None:
         return places
     batch, width = previous.shape
+    if batch == 1 and places.shape[0] == 1:
+        return torch.searchsorted(previous, places)
     inverse = torch.zeros(batch, length, dtype=torch.long, device=places.device)
     column = torch.arange(width, device=places.device).expand(batch, width)
     # Padding columns write to an extra cell that nobody reads.
@@ -52,6 +62,9 @@ def fill_index(places: Tensor, length: int) -> Tensor:
     a dropped position repeats the last kept one before it. Returns (B, length).
     """
     batch, width = places.shape
+    if batch == 1 and width:
+        place = torch.arange(length, device=places.device)[None]
+        return (torch.searchsorted(places, place, right=True) - 1).clamp(min=0)
     column = torch.arange(width, device=places.device).expand(batch, width)
     marks = torch.full((batch, length + 1), -1, dtype=torch.long, device=places.device)
     marks.scatter_(1, places.masked_fill(places < 0, length), column)

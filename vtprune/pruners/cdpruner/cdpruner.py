@@ -106,7 +106,7 @@ class CDPruner(BeforeDecoder):
         if self.theta is not None:
             relevance = sharpen(relevance, self.theta)
         chosen, _ = greedy_dpp(stream.features, relevance, stream.budget)
-        return Selection(chosen.sort().values, note=note)
+        return Selection(chosen.sort().values, note=note, sound=True)
 
     def text_relevance(self, stream: VisionStream) -> tuple[Tensor, str]:
         """The cosine of each token to the question, (N,) fp32, and where it came from."""
@@ -139,7 +139,7 @@ class CDPruner(BeforeDecoder):
         """The cosines, a row of the Cholesky factor for each kept token, and the relevance."""
         tokens, width = work.tokens, work.decoder_width
         cosines = 2 * work.kept * tokens * width
-        if takes_matrix(tokens, width, work.kept):
+        if takes_matrix(tokens, work.kept):
             cosines = matrix_flops(tokens, width)
         relevance = 2 * tokens * width if self.clip is None else find_clip(self.clip).flops(work.text)
         return cosines + work.kept * (work.kept - 1) * tokens + relevance

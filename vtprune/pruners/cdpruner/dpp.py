@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vtprune.method.choosing import check_scores
+from vtprune.method.checks import check_scores
 from vtprune.pruners.parts.cosines import (
     cosine_matrix,
     cosine_row,
@@ -14,6 +16,9 @@ from vtprune.pruners.parts.cosines import (
 )
 
 EPS = 1e-6
+Floats = npt.NDArray[np.float32]
+# Multiplications of a choice that is made on the host: some tens of milliseconds.
+HOST_WORK = 2**28
 METHOD = "cdpruner"  # who errors name
 
 
@@ -35,13 +40,19 @@ def sharpen(relevance: Tensor, theta: float) -> Tensor:
     return (theta / (2 - 2 * theta) * (relevance - relevance.max())).exp()
 
 
-def takes_matrix(tokens: int, width: int, count: int) -> bool:
+def takes_matrix(tokens: int, count: int) -> bool:
     """Whether all cosines at once are faster than those of `count` tokens one by one.
 
     One product of matrices runs at the speed of arithmetic, a product with a vector at that of memory: about a
     twelfth of it on CPUs, less on GPUs.
     """
-    return fits(tokens, width) and 12 * count >= tokens
+    return fits(tokens) and 12 * count >= tokens
+
+
+def on_host(tokens: int, count: int) -> bool:
+    """Whether choosing `count` of so many tokens from all their cosines is little enough work for the host, which a
+    device needs longer to be told of than the host to do it."""
+    return takes_matrix(tokens, count) and tokens * count**2 <= HOST_WORK
 
 
 def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -55,9 +66,12 @@ def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor,
     """
     vectors = unit_vectors(features, METHOD)
     weight = check_scores(relevance, METHOD).square()
-    tokens, width = vectors.shape
-    matrix = cosine_matrix(vectors)[0] if takes_matrix(tokens, width, count) else None
+    tokens = len(vectors)
+    matrix = cosine_matrix(vectors)[0] if takes_matrix(tokens, count) else None
     left = vectors.any(dim=1).float()
+    if matrix is not None and on_host(tokens, count):
+        found = _greedy(matrix.cpu().numpy(), torch.stack([weight, left]).cpu().numpy(), count)
+        return torch.from_numpy(found[0]).to(features.device), torch.from_numpy(found[1]).to(features.device)
     gains = weight * left
     taken = torch.zeros_like(left)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
@@ -66,10 +80,29 @@ def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor,
         index = gains.argmax(dim=0, keepdim=True)
         chosen[turn : turn + 1] = index
         taken.index_fill_(0, index, torch.inf)
-        row = cosine_row(vectors, matrix, index)
+        row = cosine_row(vectors, index) if matrix is None else matrix.index_select(0, index)[0]
         row = row - factor[:turn].index_select(1, index)[:, 0] @ factor[:turn]
         pivot = left.index_select(0, index)
         factor[turn] = row * torch.where(pivot > EPS, pivot.clamp(min=EPS).rsqrt(), 0.0)
         left = (left - factor[turn].square()).clamp(min=0)
+        gains = weight * left - taken
+    return chosen, gains
+
+
+def _greedy(matrix: Floats, scales: Floats, count: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    """The same on the host, from all cosines (N, N), and from what scales each token's gain, and gains as yet (2, N)."""
+    weight, left = scales
+    chosen = np.empty(count, dtype=np.int64)
+    factor = np.zeros((count, len(left)), dtype=np.float32)
+    taken = np.zeros_like(left)
+    gains = weight * left
+    for turn in range(count):
+        index = chosen[turn] = gains.argmax()
+        taken[index] = np.inf
+        pivot = left[index]
+        if pivot > EPS:
+            row = matrix[index] - factor[:turn, index] @ factor[:turn]
+            factor[turn] = row / np.sqrt(pivot)
+            left = np.maximum(left - factor[turn] ** 2, 0)
         gains = weight * left - taken
     return chosen, gains

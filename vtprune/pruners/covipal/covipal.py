@@ -11,7 +11,8 @@ from torch.nn.functional import kl_div
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
+from vtprune.method.choosing import top
 from vtprune.method.facts import Work
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder, Guided
@@ -141,15 +142,15 @@ class CoViPAL(BeforeDecoder, Guided):
         """Keeps the tokens with the highest scores; in training, what the stage learns by."""
         scores = self.scores(stream)
         if not stream.training:
-            return Selection(top(scores.detach(), stream.budget))
+            return Selection.best(scores.detach(), stream.budget)
         everything = torch.arange(scores.numel(), device=scores.device)
         if self.stage == "guide":
-            return Selection(everything, scores=scores)
+            return Selection(everything, scores=scores, sound=True)
         log_shares = log_soft_top(scores, stream.budget, self.temperature)
         if self.relaxation == "soft":
-            return Selection(everything, bias=log_shares)
+            return Selection(everything, bias=log_shares, sound=True)
         kept = top(scores.detach(), stream.budget)
-        return Selection(kept, bias=(log_shares - log_shares.detach())[kept])
+        return Selection(kept, bias=(log_shares - log_shares.detach())[kept], sound=True)
 
     def lesson(self, scores: Tensor, layer: DecoderLayer) -> Tensor:
         """The divergence of softmaxed scores (N,) from the guide's attention."""

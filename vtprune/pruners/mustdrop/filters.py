@@ -107,11 +107,10 @@ def schedule(entered: int, budget: int, lengths: list[int]) -> list[int]:
 def rows_after(layer: DecoderLayer, *, text_only: bool) -> Tensor:
     """(T,) places of the tokens after the image, or of the text tokens among them; the last prompt token if there
     are none."""
-    end = int(layer.vision[-1])
     if text_only:
-        rows = layer.text[layer.text > end]
+        rows = layer.text[layer.text.numel() - layer.text_after :]
     else:
-        rows = torch.arange(end + 1, layer.last + 1, device=layer.vision.device)
+        rows = torch.arange(layer.after, layer.last + 1, device=layer.vision.device)
     return rows if rows.numel() else layer.vision.new_tensor([layer.last])
 
 
@@ -139,6 +138,6 @@ def threshold_factor(attention: Tensor) -> Tensor:
 def top_with_key(scores: Tensor, key: Tensor, count: int) -> Tensor:
     """(count,) ascending: the best of `scores` (N,), of which the `key` (N,) ones are certain of up to half the
     places (the best of them where they are more)."""
-    certain = key.nonzero().flatten()
-    certain = certain[top(scores[certain], count // 2)]
-    return top(scores.index_fill(0, certain, float("inf")), count)
+    best = scores.masked_fill(~key, float("-inf")).sort(descending=True, stable=True).indices[: count // 2]
+    certain = torch.zeros_like(key).index_fill_(0, best, True) & key
+    return top(scores.masked_fill(certain, float("inf")), count)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection, Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
@@ -130,22 +127,20 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         """The mean of each window whose tokens look alike; raises ScoreError for NaN."""
         return merge_alike(layer, self.merge_threshold, self.name, released=self.variant == "released")
 
-    def remember(self, stream: VisionStream) -> dict[str, Tensor]:
-        """CLS attention (N,), the key set (N,) bool, and how many tokens enter the decoder, (N,) alike."""
+    def remember(self, stream: VisionStream) -> dict[str, Any]:
+        """CLS attention (N,), the key set (N,) bool, and how many tokens enter the decoder."""
         assert stream.last_signals is not None
         score = check_scores(stream.last_signals.saliency(), self.name)
         tokens = score.numel()
         entering = tokens
         if self.keep is not None:
             entering = dual.most_entering(tokens, self.budget(stream.total), self._lengths())
-        entered = torch.full_like(score, entering, dtype=torch.long)
-        return {"saliency": score, "key": dual.key_set(score, self.key_share), "entering": entered}
+        return {"saliency": score, "key": dual.key_set(score, self.key_share), "entering": entering}
 
     def select(self, stream: VisionStream) -> Selection | None:
         """All tokens, or the most salient ones where the filters alone cannot meet `keep`."""
-        entering = int(stream.memory["entering"][0])
-        score = stream.memory["saliency"]
-        return None if entering >= score.numel() else Selection(top(score, entering))
+        entering, score = stream.memory["entering"], stream.memory["saliency"]
+        return None if entering >= score.numel() else Selection.best(score, entering)
 
     def drop_layers(self) -> tuple[int, ...]:
         """`layers`, or the published ones as fractions of the depth."""
@@ -159,17 +154,17 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         key, tokens, count = layer.memory["key"].to(layer.key.device), layer.vision.numel(), 0
         if self.keep is not None:
             stage = self.drop_layers().index(layer.index) + 1
-            entered = int(layer.memory["entering"][0])
-            count = dual.schedule(entered, self.budget(layer.total), self._lengths())[stage]
+            count = dual.schedule(layer.memory["entering"], self.budget(layer.total), self._lengths())[stage]
             if count >= tokens:
                 return None
         rows = dual.rows_after(layer, text_only=self.variant == "paper")
         attention = check_scores(attention_to_image(layer, rows), self.name)
         if count:
-            return Selection(dual.top_with_key(dual.threshold_factor(attention), key, count))
+            return Selection(dual.top_with_key(dual.threshold_factor(attention), key, count), sound=True)
         thresholds = dual.thresholds(self.global_threshold, self.individual_threshold)
         keep = key | dual.passes(attention, *thresholds)
-        return Selection(keep.nonzero().flatten() if bool(keep.any()) else top(attention.sum(dim=0), 1))
+        kept = keep.nonzero().flatten()
+        return Selection(kept, sound=True) if kept.numel() else Selection.best(attention.sum(dim=0), 1)
 
     def cut_caches(self) -> tuple[int, ...]:
         """From the first filter layer to the last, if `cut_cache`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection
-from vtprune.method.choosing import check_scores
+from vtprune.method.checks import check_scores
 from vtprune.method.views import EncoderLayer
 
 Grid3 = tuple[int, int, int]
@@ -93,7 +95,7 @@ def merge_windows(windows: Tensor, chosen: Tensor, valid: Tensor) -> EncoderSele
     weights = torch.ones(batch, tokens + 1, device=valid.device)
     weights = weights.scatter(1, places, share[..., None].expand(windows.shape).flatten(1))[:, :tokens]
     keep = valid & (into == column[:, :tokens])
-    return EncoderSelection(keep, into.masked_fill(~valid, -1), weights)
+    return EncoderSelection(keep, into.masked_fill(~valid, -1), weights, sound=True)
 
 
 def merge_alike(layer: EncoderLayer, threshold: float, method: str, *, released: bool) -> EncoderSelection:
@@ -101,7 +103,7 @@ def merge_alike(layer: EncoderLayer, threshold: float, method: str, *, released:
 
     Raises ScoreError for NaN, and VTPruneError where a token is missing.
     """
-    if not torch.equal(layer.valid.sum(dim=1), layer.total):
+    if layer.alive != tuple(math.prod(grid) for grid in layer.grids):
         raise VTPruneError(f"{method} merges windows of whole images: no stage may drop tokens before it")
     windows = batch_windows(layer.grids, ragged=not released).to(layer.valid.device)
     similarity = check_scores(window_similarity(token_means(layer), windows), method)

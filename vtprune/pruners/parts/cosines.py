@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.method.choosing import check_scores
+from vtprune.method.checks import check_scores
 
 CHUNK = 256
+# Of cosines that are held at once: those of 4,096 tokens.
+MOST_BYTES = 2**26
 
 
 def unit_vectors(features: Tensor, method: str) -> Tensor:
@@ -17,9 +19,9 @@ def unit_vectors(features: Tensor, method: str) -> Tensor:
     return features / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def fits(tokens: int, width: int) -> bool:
-    """Whether all N x N cosines take no more memory than the N x D vectors."""
-    return tokens <= width
+def fits(tokens: int) -> bool:
+    """Whether all N x N cosines may be held at once."""
+    return 4 * tokens**2 <= MOST_BYTES
 
 
 def cosine_matrix(vectors: Tensor, keep: bool = True) -> tuple[Tensor | None, Tensor]:
@@ -44,10 +46,8 @@ def cosine_matrix(vectors: Tensor, keep: bool = True) -> tuple[Tensor | None, Te
     return matrix, nearest
 
 
-def cosine_row(vectors: Tensor, matrix: Tensor | None, index: Tensor) -> Tensor:
+def cosine_row(vectors: Tensor, index: Tensor) -> Tensor:
     """(N,) cosines to the token at `index`, a tensor of one element (so that nothing waits for a device)."""
-    if matrix is not None:
-        return matrix.index_select(0, index)[0]
     return vectors @ vectors.index_select(0, index)[0]
 
 

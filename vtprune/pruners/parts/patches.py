@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from einops import reduce, repeat
 from torch import Tensor
@@ -13,7 +15,8 @@ from vtprune.tensors.attention import CHUNK_BYTES
 def mean_keys(layer: EncoderLayer) -> Tensor:
     """(B, N, d) unit vectors: the keys of each token averaged over heads and merged patches; 0 on padding."""
     keys = layer.key[:, :, layer.prefix :].float()
-    mean = reduce(keys, "b h (n g) d -> b n d", "mean", g=layer.group).where(layer.valid[..., None], 0)
+    mean = reduce(keys, "b h (n g) d -> b n d", "mean", g=layer.group)
+    mean = mean if layer.full else mean.where(layer.valid[..., None], 0)
     return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -25,18 +28,26 @@ def saliency(layer: EncoderLayer, *, sized: bool = False) -> Tensor:
     their padding, and queries in chunks: no map of all patches is ever whole.
     """
     found = torch.zeros(layer.valid.shape, device=layer.key.device, dtype=torch.float32)
-    lengths = layer.valid.sum(dim=1)
-    for tokens in lengths.unique().tolist():
-        rows = (lengths == tokens).nonzero().flatten()
-        patches = layer.prefix + tokens * layer.group
-        query, key = (states[rows, :, :patches].float() for states in (layer.query, layer.key))
-        bias = None
-        if sized:
-            log = repeat(layer.sizes[rows, :tokens].clamp(min=1).log(), "b n -> b (n g)", g=layer.group)
-            bias = torch.nn.functional.pad(log, (layer.prefix, 0))
-        received = mean_attention(query[:, :, :1] if layer.prefix else query, key, layer.scale, bias)
-        found[rows, :tokens] = reduce(received[:, layer.prefix :], "b (n g) -> b n", "sum", g=layer.group)
+    for tokens in sorted(set(layer.alive)):
+        rows = [row for row, alive in enumerate(layer.alive) if alive == tokens]
+        own = _saliency(layer, slice(None) if len(rows) == len(found) else rows, tokens, sized=sized)
+        if layer.full:
+            return own
+        found[rows, :tokens] = own
     return found
+
+
+def _saliency(layer: EncoderLayer, rows: slice | list[int], tokens: int, *, sized: bool) -> Tensor:
+    """(b, tokens) of the images `rows`, which have as many tokens."""
+    patches = layer.prefix + tokens * layer.group
+    asks = layer.query[rows, :, : 1 if layer.prefix else patches].float()
+    key = layer.key[rows, :, :patches].float()
+    bias = None
+    if sized:
+        log = repeat(layer.sizes[rows, :tokens].clamp(min=1).log(), "b n -> b (n g)", g=layer.group)
+        bias = torch.nn.functional.pad(log, (layer.prefix, 0))
+    received = mean_attention(asks, key, layer.scale, bias)
+    return reduce(received[:, layer.prefix :], "b (n g) -> b n", "sum", g=layer.group)
 
 
 def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -45,9 +56,9 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None
     query: (B, H, q, d), key: (B, H, n, d), bias: (B, n) added to the logits of each key.
     """
     batch, heads, count, _ = key.shape
-    received = torch.zeros(batch, count, device=key.device, dtype=torch.float32)
+    parts = []
     for chunk in query.split(max(1, CHUNK_BYTES // (4 * batch * heads * count)), dim=2):
         logits = torch.matmul(chunk * scale, key.transpose(-1, -2))
         logits = logits if bias is None else logits + bias[:, None, None]
-        received += reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum")
-    return received / (heads * query.shape[2])
+        parts.append(reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum"))
+    return functools.reduce(Tensor.add, parts) / (heads * query.shape[2])

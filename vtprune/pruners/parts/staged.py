@@ -14,7 +14,7 @@ from torch import Tensor
 from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
 from vtprune.method.pruner import Counted, Pruner, Tunable, budget_of
 from vtprune.method.stages import BetweenLayers
 from vtprune.method.views import DecoderLayer
@@ -183,7 +183,7 @@ class Staged(Scheduled, BetweenLayers):
         scores = check_scores(self.scores(layer), self.name)
         if self.decides:
             count = self.entropy_count(layer, scores)
-        return None if count >= scores.numel() else Selection(top(scores, count))
+        return None if count >= scores.numel() else Selection.best(scores, count)
 
     def entropy_count(self, layer: DecoderLayer, scores: Tensor) -> int:
         """How many tokens stay by the entropy of their scores, the mean over the layers staying in the budget."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import functools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from vtprune.method.answers import Merge, Selection
 from vtprune.tensors.attention import at_least_single
@@ -55,14 +55,14 @@ def density_peaks(points: Tensor, count: int, noise: Tensor | None = None) -> Te
     if noise is None:
         place = torch.arange(points.shape[0], device=points.device)
         denser |= (density[None, :] == density[:, None]) & (place[None, :] < place[:, None])
-    gap = distance.masked_fill(~denser, float(distance.max())).amin(dim=1)
+    gap = torch.where(denser, distance, distance.max()).amin(dim=1)
     centres = (density + gap.log()).sort(descending=True, stable=True).indices[:count]
     return distance[centres].argmin(dim=0).index_copy(0, centres, torch.arange(count, device=points.device))
 
 
 def cluster_shares(cluster: Tensor, count: int) -> Tensor:
     """(count, M) fp32 the share of each of M points in the mean of its cluster, from `cluster` (M,)."""
-    members = one_hot(cluster, count).T.float()
+    members = (cluster == torch.arange(count, device=cluster.device)[:, None]).float()
     return members / members.sum(dim=1, keepdim=True)
 
 
@@ -76,7 +76,7 @@ def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Select
     stay, rest = order[:direct], order[direct:]
     count = min(cluster_count(rest.numel()), limit - direct)
     if count < 1:
-        return Selection(stay.sort().values)
+        return Selection(stay.sort().values, sound=True)
     pool = rest[: pool_size(rest.numel())].to(features.device)
     cluster = density_peaks(features[pool], count)
     shares = cluster_shares(cluster, count)
@@ -85,7 +85,7 @@ def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Select
     into = torch.full((count,), scores.numel(), device=pool.device).scatter_reduce(0, cluster, pool, "amin")
     kept = torch.cat([stay.to(pool.device), into]).sort().values
     merged = features[kept].index_copy(0, torch.searchsorted(kept, into), vectors)
-    return Selection(kept, merged, _merges(pool, cluster, shares, into))
+    return Selection(kept, merged, functools.partial(_merges, pool, cluster, shares, into), sound=True)
 
 
 def _merges(pool: Tensor, cluster: Tensor, shares: Tensor, into: Tensor) -> tuple[Merge, ...]:

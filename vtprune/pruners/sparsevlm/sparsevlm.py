@@ -11,7 +11,7 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Selection
-from vtprune.method.choosing import check_scores, top
+from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
@@ -195,7 +195,7 @@ class SparseVLM(Staged):
         if left >= alive:
             return None
         if not self.recycles:
-            return Selection(top(scores, direct))
+            return Selection.best(scores, direct)
         assert layer.hidden is not None
         return recycle(layer.hidden[layer.vision], scores, direct, left)
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vtprune.method.choosing import check_scores
+from vtprune.method.checks import check_scores
 from vtprune.method.views import LayerSignals, VisionStream
 from vtprune.pruners.parts.cells import Grid3
 from vtprune.tensors.attention import attention_received

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -25,37 +26,38 @@ def cells_of(parts: Iterable[tuple[int, int]], size: float) -> Tensor:
     return torch.cat(cells)
 
 
-def direct_count(importance: Tensor, cells: Tensor, budget: int) -> int:
+def direct_count(importance: Tensor, cells: Tensor, count: int, budget: int) -> tuple[int, int]:
     """How many of the most important tokens may stay as they are, if each cell that holds others gets one token
-    more and all these are to be at most `budget`: as many as possible, 0 where the cells alone are too many.
+    more and all these are to be at most `budget`: as many as possible, 0 where the cells alone are too many; and how
+    many cells then hold others.
 
-    importance, cells: (N,), budget < N.
+    importance, cells: (N,), of `count` cells; budget < N.
     """
     tokens, device = importance.numel(), importance.device
     weakest_first = importance.sort(descending=True, stable=True).indices.flip(0)
     walked = cells[weakest_first]
-    opener = torch.full((int(cells.max()) + 1,), tokens, device=device)
+    opener = torch.full((count,), tokens, device=device)
     opener.scatter_reduce_(0, walked, torch.arange(tokens, device=device), "amin")
-    opened = torch.zeros(tokens + 1, dtype=torch.long, device=device)
-    opened[opener] = 1
+    opened = torch.zeros(tokens + 1, dtype=torch.long, device=device).index_fill_(0, opener, 1)
     # The n weakest lie in made[n - 1] cells.
     made = opened[:tokens].cumsum(dim=0)
     entering = torch.arange(tokens, device=device) + made.flip(0)
-    return max(0, int((entering <= budget).sum()) - 1)
+    direct = ((entering <= budget).sum() - 1).clamp(min=0)[None]
+    found: list[int] = torch.cat([direct, entering[direct] - direct]).tolist()
+    return found[0], found[1]
 
 
-def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, limit: int | None = None) -> Selection:
+def recycle(features: Tensor, importance: Tensor, cells: Tensor, count: int, direct: int, filled: int) -> Selection:
     """The `direct` most important tokens as they are, and of the others one a cell, where all of it flow together.
 
-    features: (N, D); importance, cells: (N,); limit: tokens in all, the least important cells are dropped to
-    meet it. A cell's vector is the mean weighted by importance (negative ones weigh nothing, and all weigh the
-    same where none is positive) and takes the place of its most important token (ties: the lowest). Gradients flow
-    through the vectors of the cell, and through the importance that weighs them.
+    features: (N, D); importance, cells: (N,), of `count` cells; filled: cells that go on, at most those that hold
+    other tokens, the most important ones first. A cell's vector is the mean weighted by importance (negative ones
+    weigh nothing, and all weigh the same where none is positive) and takes the place of its most important token
+    (ties: the lowest). Gradients flow through the vectors of the cell, and through the importance that weighs them.
     """
     order = importance.sort(descending=True, stable=True).indices
     stay, low = order[:direct], order[direct:].sort().values
-    names, group = torch.unique(cells[low], return_inverse=True)
-    worth, count, tokens = importance[low], names.numel(), importance.numel()
+    group, worth, tokens = cells[low], importance[low], importance.numel()
     best = worth.new_full((count,), -torch.inf).scatter_reduce_(0, group, worth, "amax")
     into = torch.full((count,), tokens, device=low.device)
     into.scatter_reduce_(0, group, low.masked_fill(worth < best[group], tokens), "amin")
@@ -63,11 +65,18 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, direct: int, li
     whole = at_least_single(features[low])
     parts = whole * shares[:, None].to(whole)
     vectors = parts.new_zeros(count, features.shape[1]).index_add(0, group, parts)
-    chosen = best.argsort(descending=True, stable=True)[: count if limit is None else max(0, limit - direct)]
+    chosen = best.argsort(descending=True, stable=True)[:filled]
     kept = torch.cat([stay, into[chosen]]).sort().values
     places = torch.searchsorted(kept, into[chosen])
     merged = features[kept].index_copy(0, places, vectors[chosen].to(features.dtype))
-    return Selection(kept, merged, _merges(low, group, shares=shares, into=into, chosen=set(chosen.tolist())))
+    flowed = functools.partial(_merges, low, group, shares=shares.detach(), into=into, chosen=chosen)
+    return Selection(kept, merged, flowed, sound=True)
+
+
+def filled_cells(importance: Tensor, cells: Tensor, count: int, direct: int) -> int:
+    """How many of `count` cells hold tokens other than the `direct` most important ones; importance, cells: (N,)."""
+    low = importance.sort(descending=True, stable=True).indices[direct:]
+    return int(torch.zeros(count, dtype=torch.bool, device=cells.device).index_fill_(0, cells[low], True).sum())
 
 
 def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -80,8 +89,9 @@ def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:
     return torch.where(sums > 0, positive / sums.where(sums > 0, torch.ones_like(sums)), 1 / sizes)
 
 
-def _merges(low: Tensor, group: Tensor, shares: Tensor, into: Tensor, chosen: set[int]) -> tuple[Merge, ...]:
+def _merges(low: Tensor, group: Tensor, shares: Tensor, into: Tensor, chosen: Tensor) -> tuple[Merge, ...]:
     """What flowed where, of groups of more than one token."""
+    went_on = set(chosen.tolist())
     members: dict[int, list[tuple[int, float]]] = {}
     for token, cell, share in zip(low.tolist(), group.tolist(), shares.tolist(), strict=True):
         members.setdefault(cell, []).append((token, share))
@@ -89,5 +99,5 @@ def _merges(low: Tensor, group: Tensor, shares: Tensor, into: Tensor, chosen: se
     return tuple(
         Merge(places[cell], *zip(*found, strict=True))
         for cell, found in sorted(members.items())
-        if cell in chosen and len(found) > 1
+        if cell in went_on and len(found) > 1
     )

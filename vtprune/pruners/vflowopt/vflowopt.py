@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import Selection
-from vtprune.method.choosing import top
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
@@ -19,7 +18,7 @@ from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.checks import check_choice, check_factor, is_number
 from vtprune.pruners.vflowopt.budget import Schedule, stage_layers
 from vtprune.pruners.vflowopt.importance import importance_map, token_entropy
-from vtprune.pruners.vflowopt.recycling import cells_of, direct_count, recycle
+from vtprune.pruners.vflowopt.recycling import cells_of, direct_count, filled_cells, recycle
 
 IMPORTANCE = "importance"
 
@@ -212,20 +211,25 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         tokens = importance.numel()
         budget = self.counts(stream.total)[0] if schedule.released else stream.budget
         if not self.recycle or budget >= tokens:
-            return Selection(top(importance, budget))
+            return Selection.best(importance, budget)
         size = schedule.settings(schedule.target(stream.total)).cell
         frames, height, width = stream.grid
-        cells = cells_of([(height, width)] * frames, size)[stream.indices.cpu()].to(features.device)
+        whole = cells_of([(height, width)] * frames, size)
+        count, cells = int(whole[-1]) + 1, whole.to(features.device)[stream.indices]
         if schedule.released:
-            return recycle(features, importance, cells, max(0, budget - int(tokens / size**2)))
-        return recycle(features, importance, cells=cells, direct=direct_count(importance, cells, budget), limit=budget)
+            direct = max(0, budget - int(tokens / size**2))
+            filled = filled_cells(importance, cells, count, direct)
+        else:
+            direct, filled = direct_count(importance, cells, count, budget)
+            filled = min(filled, budget - direct)
+        return recycle(features, importance, cells, count=count, direct=direct, filled=filled)
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the most important of the tokens that are left."""
         schedule, alive, count = self.schedule(), layer.vision.numel(), layer.budget
         if schedule.released:
             count = schedule.left(alive, layer.total, schedule.layers.index(layer.index + 1))
-        return Selection(top(layer.memory[IMPORTANCE], count)) if count < alive else None
+        return Selection.best(layer.memory[IMPORTANCE], count) if count < alive else None
 
     def flops(self, work: Work) -> int:
         """The logits of one layer's map for the received attention, again for the rows of the global patches (fewer
