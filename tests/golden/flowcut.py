@@ -121,8 +121,9 @@ def check_clip(case: Case) -> None:
         towers.RECORDER.chunks.clear()
         hidden = tower.encoder.layers[index](hidden, attention_mask=None)
         signals = towers.RECORDER.take()
-        keep = RELEASED.prune_encoder(encoder_layer(signals, index, depth, 1, total, budget, memory))
-        if keep is not None:
+        selection = RELEASED.prune_encoder(encoder_layer(signals, index, depth, 1, total, budget, memory))
+        if selection is not None:
+            keep = selection.keep
             hidden = torch.cat([hidden[:, :1], compact(hidden[:, 1:], keep)], dim=1)
             alive = compact(alive, keep)
             memory = {name: compact(scores, keep) for name, scores in memory.items()}
@@ -160,8 +161,9 @@ def prune_qwen(tower: torch.nn.Module, pixels: Tensor, grid: Tensor, budget: int
         reached = ends.clamp(max=hidden.shape[0]).unique()
         hidden = block(hidden, cu_seqlens=reached, position_embeddings=rotary)
         layer = encoder_layer(towers.RECORDER.take(), index, len(tower.blocks), 0, total, budget, memory)
-        keep = RELEASED.prune_encoder(layer)
-        if keep is not None:
+        selection = RELEASED.prune_encoder(layer)
+        if selection is not None:
+            keep = selection.keep
             hidden, alive, rotary = hidden[keep[0]], alive[keep[0]], [part[keep[0]] for part in rotary]
             memory = {name: compact(scores, keep) for name, scores in memory.items()}
             if alive.numel() < keep.numel():

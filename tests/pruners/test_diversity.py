@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.streams import few, stream
 from vtprune.errors import ScoreError, VTPruneError
+from vtprune.evals.speed.launches import counting
 from vtprune.method.pruner import Tunable
 from vtprune.pruners import CDPruner, DivPrune, divprune
 from vtprune.pruners.cdpruner import dpp
@@ -281,8 +282,21 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["divprune", "cdpruner"])
-def test_a_greedy_choice_reads_one_row_of_what_was_computed_before(method):
+def test_choices_on_the_host_launch_nothing(method):
+    features, relevance = vectors(96, 128), torch.rand(96, generator=torch.Generator().manual_seed(1))
+    launched = []
+    for picks in (24, 48):
+        with counting() as counts:
+            max_min_diverse(features, picks) if method == "divprune" else greedy_dpp(features, relevance, picks)
+        launched.append((counts.launched, counts.read))
+    assert launched[0] == launched[1]
+
+
+@pytest.mark.parametrize("method", ["divprune", "cdpruner"])
+def test_a_greedy_choice_reads_one_row_of_what_was_computed_before(method, monkeypatch):
     tokens, count = 96, 24
+    monkeypatch.setattr(dpp, "HOST_WORK", 0)
+    monkeypatch.setattr(divprune, "fits", lambda tokens: False)
     features, relevance = vectors(tokens, 128), torch.rand(tokens, generator=torch.Generator().manual_seed(1))
 
     def read(picks: int) -> int:
@@ -291,5 +305,7 @@ def test_a_greedy_choice_reads_one_row_of_what_was_computed_before(method):
         return reads.read
 
     # CDPruner also reads a column of its factor, no longer than what was chosen; nothing reads the matrix whole.
-    per_choice = (read(2 * count) - read(count)) / count
-    assert tokens <= per_choice <= 2 * tokens
+    # DivPrune, where no matrix is held, computes a row from the vectors, one of which it reads.
+    per_choice, width = (read(2 * count) - read(count)) / count, features.shape[1]
+    least, most = (tokens, 2 * tokens) if method == "cdpruner" else (width, width + tokens * width)
+    assert least <= per_choice <= most

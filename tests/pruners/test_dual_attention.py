@@ -28,7 +28,7 @@ def decoder_layer(*, before: int = 3, tokens: int = 8, after: int = 4, pad: int 
     key = torch.arange(tokens) < 2
     return DecoderLayer(
         *states, vision, states.shape[2] - 1, 0.5, tokens, torch.arange(tokens), tokens, 2, 32, text,
-        {"key": key, "entering": torch.full((tokens,), tokens), "saliency": torch.zeros(tokens)}, first=pad,
+        {"key": key, "entering": tokens, "saliency": torch.zeros(tokens)}, first=pad,
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_the_texts_rows_are_the_layers_own_causal_attention(pad: int) -> None:
 
 
 def test_rows_are_text_after_the_image_or_all_tokens_after_it_or_the_last_one() -> None:
-    layer = replace(decoder_layer(after=4), text=torch.tensor([0, 1, 2, 13, 14]))
+    layer = replace(decoder_layer(after=4), text=torch.tensor([0, 1, 2, 13, 14]), after=-1)
     assert dual.rows_after(layer, text_only=True).tolist() == [13, 14]
     assert dual.rows_after(layer, text_only=False).tolist() == [11, 12, 13, 14]
     last = decoder_layer(after=0)

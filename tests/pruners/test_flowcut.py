@@ -72,9 +72,11 @@ def encode(
             query, key, value, valid, torch.tensor(totals), torch.tensor(budgets), index, depth, 0.5, prefix,
             group, memory, valid.float(), ((1, 1, 1),) * len(images),
         )  # fmt: skip
-        mask = pruner.prune_encoder(layer)
-        if mask is None:
+        selection = pruner.prune_encoder(layer)
+        if selection is None:
             continue
+        mask = selection.keep
+        assert selection.settled().counts == tuple(mask.sum(dim=1).tolist())
         assert not bool((mask & ~valid).any())
         alive = [left[mask[row, : len(left)]] for row, left in enumerate(alive)]
         longest = max(map(len, alive))
@@ -135,10 +137,10 @@ def test_flowcut_prunes_at_every_second_layer_and_last_to_the_budget():
                 query, key, value, torch.ones(1, 16, dtype=torch.bool), torch.tensor([16]), torch.tensor([4]),
                 index, depth, 0.5, prefix, 1, memory, torch.ones(1, 16), ((1, 4, 4),),
             )  # fmt: skip
-            mask = FlowCut().prune_encoder(layer)
-            if mask is not None:
+            selection = FlowCut().prune_encoder(layer)
+            if selection is not None:
                 acted.append(index)
-                left = int(mask.sum())
+                left = int(selection.keep.sum())
         assert acted == layers
         assert left == 4
 
@@ -153,10 +155,10 @@ def test_flowcut_nan_raises_but_nan_padding_does_not():
             query, key, value, valid, torch.tensor([4]), torch.tensor([1]), 0, 2 + prefix, 0.5, prefix, 1, {},
             valid.float(), ((1, 2, 2),),
         )  # fmt: skip
-        mask = FlowCut().prune_encoder(layer)
-        assert mask is None or not mask[0, 3]
+        selection = FlowCut().prune_encoder(layer)
+        assert selection is None or not selection.keep[0, 3]
         with pytest.raises(ScoreError, match="flowcut"):
-            FlowCut().prune_encoder(replace(layer, valid=torch.ones_like(valid), memory={}))
+            FlowCut().prune_encoder(replace(layer, valid=torch.ones_like(valid), alive=(), memory={}))
 
 
 def test_flowcut_stages_follow_the_model():

@@ -250,7 +250,7 @@ def test_layers_that_the_decoder_does_not_have_are_refused() -> None:
 def test_windows_need_the_whole_grid() -> None:
     layer = encoder_layer([((1, 3, 3), torch.ones(9, 4))])
     with pytest.raises(VTPruneError, match="windows of whole images"):
-        MustDrop().prune_encoder(replace(layer, valid=torch.arange(9)[None] < 8))
+        MustDrop().prune_encoder(replace(layer, valid=torch.arange(9)[None] < 8, alive=()))
 
 
 def test_search_space_names_fields_and_fits_the_keep() -> None:

@@ -124,7 +124,8 @@ class DecoderLayer:
     hidden: (n, D) hidden states after the layer, if the method asks for them (`Read.HIDDEN`).
     rotary: cosines and sines (n, d) that the layer turned queries and keys by.
     first: place of the row's first token; what stands before it is padding.
-    text_after: how many of `text`, the last ones, stand after the image; after: the place after its last token.
+    text_after: how many of `text`, the last ones, stand after the image; after: the place after its last token
+        (both read back where not given).
 
     In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
     `Query.NEXT_LAYER`, and n counts the tokens of this turn that are left.
@@ -148,8 +149,14 @@ class DecoderLayer:
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     first: int = 0
-    text_after: int = 0
-    after: int = 0
+    text_after: int = -1
+    after: int = -1
+
+    def __post_init__(self) -> None:
+        if self.after < 0:
+            end = int(self.vision[-1])
+            object.__setattr__(self, "after", end + 1)
+            object.__setattr__(self, "text_after", int((self.text > end).sum()))
 
     @property
     def last_query(self) -> Tensor:

@@ -22,7 +22,6 @@ from vtprune.pruners.parts.cosines import (
     unit_vectors,
 )
 
-
 Floats = npt.NDArray[np.float32]
 
 

@@ -90,7 +90,8 @@ def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor,
 
 
 def _greedy(matrix: Floats, scales: Floats, count: int) -> tuple[npt.NDArray[np.int64], Floats]:
-    """The same on the host, from all cosines (N, N), and from what scales each token's gain, and gains as yet (2, N)."""
+    """The same on the host, from all cosines (N, N), and what scales each token's gain and what its vector adds as yet
+    (2, N)."""
     weight, left = scales
     chosen = np.empty(count, dtype=np.int64)
     factor = np.zeros((count, len(left)), dtype=np.float32)

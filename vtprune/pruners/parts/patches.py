@@ -27,13 +27,12 @@ def saliency(layer: EncoderLayer, *, sized: bool = False) -> Tensor:
     sized: whether keys weigh as many tokens as they stand for. Images of one length are taken together, without
     their padding, and queries in chunks: no map of all patches is ever whole.
     """
-    found = torch.zeros(layer.valid.shape, device=layer.key.device, dtype=torch.float32)
+    if layer.full:
+        return _saliency(layer, slice(None), layer.alive[0], sized=sized)
+    found = layer.key.new_zeros(layer.valid.shape).float()
     for tokens in sorted(set(layer.alive)):
         rows = [row for row, alive in enumerate(layer.alive) if alive == tokens]
-        own = _saliency(layer, slice(None) if len(rows) == len(found) else rows, tokens, sized=sized)
-        if layer.full:
-            return own
-        found[rows, :tokens] = own
+        found[rows, :tokens] = _saliency(layer, rows, tokens, sized=sized)
     return found
 
 

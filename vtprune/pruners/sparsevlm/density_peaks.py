@@ -85,7 +85,7 @@ def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Select
     into = torch.full((count,), scores.numel(), device=pool.device).scatter_reduce(0, cluster, pool, "amin")
     kept = torch.cat([stay.to(pool.device), into]).sort().values
     merged = features[kept].index_copy(0, torch.searchsorted(kept, into), vectors)
-    return Selection(kept, merged, functools.partial(_merges, pool, cluster, shares, into), sound=True)
+    return Selection(kept, merged, functools.partial(_merges, pool, cluster, shares=shares, into=into), sound=True)
 
 
 def _merges(pool: Tensor, cluster: Tensor, shares: Tensor, into: Tensor) -> tuple[Merge, ...]:
