@@ -90,14 +90,14 @@ class _Launches(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """Counts what the dispatcher does not see: tensors made into lists and arrays, or fetched."""
+    """Counts what the dispatcher does not see: tensors made into lists, or fetched."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self._counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy, Tensor.cpu):
+        if func in (Tensor.tolist, Tensor.cpu):
             self._counts.reads[func.__name__, _place()] += 1
         return func(*args, **(kwargs or {}))
 

@@ -122,9 +122,8 @@ def recycled(
     tokens = torch.cat([features[0], whole.flatten(0, 1)])
     importance = torch.cat([maps[0], worth.flatten()])
     count, size = importance.numel(), float(case["vit_m"])
-    cells = cells_of([(side, side), (whole.shape[0], whole.shape[1])], size)
+    cells, names = cells_of([(side, side), (whole.shape[0], whole.shape[1])], size)
     direct = max(0, released_count(count, float(case["vit_r"])) - int(count / size**2))
-    names = int(cells.max()) + 1
     filled = filled_cells(importance, cells, names, direct)
     selection = recycle(tokens, importance, cells, count=names, direct=direct, filled=filled)
     assert selection.vectors is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -59,8 +60,8 @@ def test_holov_crops_are_windows():
     crops = crops_of((1, 4, 4), 2).reshape(4, 4)
     assert crops.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
     assert crops_of((1, 5, 3), 4).reshape(5, 3)[:, 0].tolist() == [0, 0, 4, 8, 12]
-    assert crops_of((2, 4, 4), 4).unique().numel() == 32
-    assert crops_of((1, 24, 24), 4).bincount().tolist() == [36] * 16
+    assert len(set(crops_of((2, 4, 4), 4).tolist())) == 32
+    assert np.bincount(crops_of((1, 24, 24), 4)).tolist() == [36] * 16
 
 
 def test_holov_gives_every_crop_its_share():
@@ -68,9 +69,9 @@ def test_holov_gives_every_crop_its_share():
     attention[[2, 3, 6, 7]] = 0.019
     crops = crops_of((1, 4, 4), 2)
     kept = select_crops(torch.eye(16), attention, crops, 5)
-    assert crops[kept].bincount().tolist() == [1, 2, 1, 1]
+    assert np.bincount(crops[kept.numpy()]).tolist() == [1, 2, 1, 1]
     sharper = select_crops(torch.eye(16), attention, crops, 5, tau=9.0)
-    assert crops[sharper].bincount().tolist() == [1, 4]
+    assert np.bincount(crops[sharper.numpy()]).tolist() == [1, 4]
 
 
 def test_holov_keeps_an_even_spread_where_attention_does_not_differ():

@@ -27,9 +27,13 @@ class Packed:
     @classmethod
     def of(cls, states: Tensor, routes: Routes) -> Packed:
         """Packs what `routes` keeps of (B, n, D) states."""
-        if bool(routes.kept.all()):
+        counts = routes.counts
+        if counts is None:
+            found: list[int] = routes.kept.sum(dim=1).tolist()
+            counts = tuple(found)
+        if min(counts) == routes.kept.shape[1]:
             return cls(states, routes, None, routes.gate)
-        columns = places_of(routes.kept)
+        columns = places_of(routes.kept, counts)
         gate = None if routes.gate is None else gather_tokens(routes.gate, columns)
         return cls(states, routes, columns, gate)
 
@@ -46,6 +50,8 @@ class Packed:
     def unpack(self, computed: Tensor) -> Tensor:
         """(B, n, D) after the layer, which made (B, m, D) `computed` of what it was given."""
         routes, columns = self.routes, self.columns
+        if columns is not None and len(columns) == 1 and not self.empty:
+            return self._put_back(computed, columns[0])
         if columns is not None and not self.empty:
             # The columns of a row are its kept tokens in order, after its padding.
             order = routes.kept.cumsum(dim=1) - 1 + (columns < 0).sum(dim=1, keepdim=True)
@@ -58,3 +64,13 @@ class Packed:
             return computed
         skipped = self.states if routes.scale is None else self.states * routes.scale[..., None].to(self.states)
         return torch.where(routes.kept[..., None], computed, skipped)
+
+    def _put_back(self, computed: Tensor, columns: Tensor) -> Tensor:
+        """The same for one row, which has no padding."""
+        routes, states = self.routes, self.states
+        if routes.branch is not None:
+            before = states.index_select(1, columns)
+            branch = routes.branch.index_select(1, columns)[..., None].to(computed)
+            computed = before + branch * (computed - before)
+        skipped = states if routes.scale is None else states * routes.scale[..., None].to(states)
+        return skipped.index_copy(1, columns, computed)

@@ -440,6 +440,9 @@ class DecoderRun:
         key = (id(past), id(layout.places), id(front))
         if key not in self._slots:
             prompt = self.prompt
+            if not prompt.offset and layout.places is not None:
+                self._slots[key] = ((past, front), layout.places)
+                return layout.places
             old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past
             if layout.places is None:
                 new = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)
@@ -514,7 +517,7 @@ class DecoderRun:
             final = span.layers[-1]
             gone[span.row, self.prompt.offset + span.places] = True
             gone[span.row, self.prompt.offset + span.places[final]] = False
-        real = self.prompt.real_so_far()
+        real, left = self.prompt.real_so_far(), self.row_counts([span.layers[-1].numel() for span in self.spans])
         # Layers that share slots go on sharing them, and their masks.
         known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for index in sorted(indices):
@@ -525,11 +528,12 @@ class DecoderRun:
             key = -1 if layer.slots is None else id(slots)
             if key not in known:
                 drop = gone.gather(1, slots.clamp(min=0))
-                columns = places_of((slots >= 0) & ~drop & real.gather(1, slots.clamp(min=0)))
+                stays = (slots >= 0) & ~drop & real.gather(1, slots.clamp(min=0))
+                columns = places_of(stays, None if self.prompt.offset else left)
                 new = slots.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
                 known[key] = (new, columns, _marked(slots.masked_fill(~drop, -1), gone.shape[1]))
             new, columns, removed = known[key]
-            if bool(removed.any()):
+            if any(span.layers[index].numel() > span.layers[-1].numel() for span in self.spans):
                 layer.cut(new, columns)
                 if self.rotary is not None:
                     layer.add(SHIFT, removed.cumsum(dim=1))

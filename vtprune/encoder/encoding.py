@@ -59,7 +59,7 @@ class EncodedImage:
     owner: Tensor | None = None
     share: Tensor | None = None
     merged_at: int | Tensor = 0
-    cls: int = -1
+    cls: int | Tensor = -1
     slots: Tensor | None = None
     structural: int = 0
 
@@ -351,7 +351,7 @@ class Encoding(ABC):
         signals: Sequence[LayerSignals | None] = self.signals or none
         last: Sequence[LayerSignals | None] = self.last_signals or none
         names = self.names()
-        cls = [-1] * len(self.grids) if self.cls is None else self.cls.tolist()
+        cls = [-1] * len(self.grids) if self.cls is None else self.cls
         found = []
         for b, grid in enumerate(self.grids):
             alive = names[b, : self.counts[b]]

@@ -18,12 +18,21 @@ TIE = 1e-5
 
 def flow_together(states: Tensor, into: Tensor, weights: Tensor) -> Tensor:
     """(M, ...) states after row i was added to row into[i] (-1: nowhere) with weights[i], summed in fp32 or fp64."""
+    return add_rows(states, rows_of(into), weights)
+
+
+def add_rows(states: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """The same, from the `rows` that each one is added to (`rows_of`)."""
     shape = (-1, *(1,) * (states.ndim - 1))
     whole = at_least_single(states)
     # What goes nowhere goes to an extra row.
-    into = torch.where(into < 0, len(states), into).to(states.device)
     summed = whole.new_zeros(len(states) + 1, *states.shape[1:])
-    return summed.index_add(0, into, whole * weights.to(whole).view(shape))[:-1].to(states.dtype)
+    return summed.index_add(0, rows, whole * weights.to(whole).view(shape))[:-1].to(states.dtype)
+
+
+def rows_of(into: Tensor) -> Tensor:
+    """(M,) the row that each token flows to, one after the last for -1."""
+    return torch.where(into < 0, into.numel(), into)
 
 
 def check_selection(selection: EncoderSelection, valid: Tensor, method: str) -> None:
@@ -45,13 +54,14 @@ class Origins:
 
     column: (B, T) the column of the alive tokens that holds each original token, -1 if it is gone; share: (B, T)
     the weight that it has there; layer: (B,) the encoder layer of each image's last merge; nameless: (B, T) tokens in
-    whose place CLS stands, so that no other column may be called after them.
+    whose place CLS stands, so that no other column may be called after them; whole: whether nothing is gone.
     """
 
     column: Tensor
     share: Tensor
     layer: Tensor
     nameless: Tensor
+    whole: bool = False
 
     @classmethod
     def start(cls, alive: Tensor, valid: Tensor, width: int) -> Origins:
@@ -60,11 +70,23 @@ class Origins:
         places = alive.masked_fill(~valid, width)
         column.scatter_(1, places, torch.arange(alive.shape[1], device=alive.device).expand_as(places))
         column = column[:, :-1]
-        whole, none = torch.ones(column.shape, device=alive.device), torch.zeros_like(column)
-        return cls(column, whole, none[:, 0], none.bool())
+        share, none = torch.ones(column.shape, device=alive.device), torch.zeros_like(column)
+        return cls(column, share, none[:, 0], none.bool(), whole=column.shape == alive.shape)
 
     def follow(self, selection: EncoderSelection, order: Tensor, layer: int, *, merges: bool) -> None:
         """Takes note of a selection whose tokens go on in the columns `order` (B, N')."""
+        if selection.lossless and self.whole:
+            self.share = self.share * selection.weights.gather(1, self.column)
+            moved = selection.into.gather(1, self.column)
+            assert selection.counts is not None
+            fewer = [count < selection.into.shape[1] for count in selection.counts]
+            if any(fewer):
+                self.layer = self.layer.masked_fill(torch.tensor(fewer, device=self.layer.device), layer)
+            inverse = torch.empty_like(selection.into)
+            inverse.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+            self.column = inverse.gather(1, moved)
+            return
+        self.whole = False
         held, at = self.column >= 0, self.column.clamp(min=0)
         if selection.cls is not None:
             self.nameless = self.nameless | (held & (self.column == selection.cls[:, None]))
@@ -122,7 +144,7 @@ class Change:
         """(B, N, D) to (B, N', D)."""
         batch, tokens = states.shape[:2]
         if self.selection is not None:
-            flat = flow_together(states.flatten(0, 1), self._into, self.selection.weights.flatten())
+            flat = add_rows(states.flatten(0, 1), self._rows, self.selection.weights.flatten())
             states = flat.unflatten(0, (batch, tokens))
             if self.cls is not None and self.selection.cls is not None:
                 rows, at = torch.arange(batch, device=states.device), self.selection.cls.clamp(min=0)
@@ -131,15 +153,17 @@ class Change:
         return gather_tokens(states, self.order)
 
     @cached_property
-    def _into(self) -> Tensor:
+    def _rows(self) -> Tensor:
         assert self.selection is not None
-        return flat_columns(self.selection.into)
+        if self.selection.lossless and len(self.selection.into) == 1:
+            return self.selection.into[0]
+        return rows_of(flat_columns(self.selection.into))
 
     def spread(self, states: Tensor, tokens: int) -> Tensor:
         """(B, N', D) back to (B, N, D): every token gets the row of the token that it flowed into."""
-        return gather_tokens(states, self._column(tokens))
+        return gather_tokens(states, self.columns(tokens))
 
-    def _column(self, tokens: int) -> Tensor:
+    def columns(self, tokens: int) -> Tensor:
         """(B, N) the column in which each token goes on."""
         order = self.order
         column = torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -147,6 +171,8 @@ class Change:
         if self.selection is None:
             return inverse
         into = self.selection.into
+        if self.selection.lossless:
+            return inverse.gather(1, into)
         own = torch.arange(tokens, device=order.device).expand_as(inverse)
         return inverse.gather(1, torch.where(into < 0, own, into))
 

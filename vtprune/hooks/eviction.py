@@ -8,7 +8,7 @@ method says what each head goes on with. All that is remembered in between lies 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -86,6 +86,7 @@ class Watch(Observer):
     prompts: set[int]
     real: Tensor
     images: Tensor
+    _known: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
 
     def wants(self, index: int) -> bool:
         """Whether the attention of this layer counts."""
@@ -103,29 +104,38 @@ class Watch(Observer):
         index, offset, adapter = view.index, run.prompt.offset, self.of.adapter
         assert layer.keys is not None
         query = adapter.decoder_query(view.taps, view.embeddings)
-        slots, asked = _slots(layer), view.places
-        if asked is None:
-            asked = all_slots(run.prompt.length, run.prompt.batch, slots.device)
+        slots, asked = layer.slots, view.places
         scores = layer.values_of(SCORES)
-        density = layer.aux.get(DENSITY, torch.zeros(len(slots), 1, device=query.device)).clone()
+        density = layer.aux.get(DENSITY, torch.zeros(run.prompt.batch, 1, device=query.device)).clone()
         for row in self.rows:
-            columns = _real(slots[row], self.real[row])
-            queries = _real(torch.where(asked[row] < 0, -1, asked[row] + offset), self.real[row])
-            places = slots[row, columns].to(query.device)
+            columns, places = self._places(row, slots, 0)
+            queries, when = self._places(row, asked, offset)
             sums = attention_sums(
                 query=query[row][:, queries.to(query.device)],
                 key=layer.keys[row][:, columns.to(query.device)],
-                asked=asked[row, queries].to(query.device) + offset,
-                places=places,
+                asked=when.to(query.device),
+                places=places.to(query.device),
                 scale=adapter.decoder_scale,
             )
             sums = rearrange(sums, "(k g) n -> k g n", k=layer.keys.shape[1])
             if row in self.prompts and index in self.of.dense:
-                density[row] = self.pruner.density(check_scores(sums[..., places >= offset], self.pruner.name))
-            scores[row][:, columns.to(query.device)] += sums.sum(dim=1)
+                new = sums if not offset else sums[..., places.to(query.device) >= offset]
+                density[row] = self.pruner.density(check_scores(new, self.pruner.name))
+            scores[row].index_add_(1, columns.to(query.device), sums.sum(dim=1))
         layer.aux[DENSITY] = density
         if index in self.of.cut:
             layer.entries[SCORES] = scores
+
+    def _places(self, row: int, slots: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+        """The columns of a row's slots (B, n) that hold a token, and their places, which start from `first`; slots
+        None: all from there on. Layers that share their slots share the answer."""
+        key = row, id(slots), first
+        if key not in self._known:
+            own = torch.arange(self.real.shape[1] - first, device=self.real.device) if slots is None else slots[row]
+            columns = _real(torch.where(own < 0, -1, own + first), self.real[row])
+            # The slots are kept with the answer, so that their id is not given to others.
+            self._known[key] = columns, own[columns] + first, slots
+        return self._known[key][:2]
 
     def close(self, run: DecoderRun) -> None:
         """Cuts the caches of the rows to which this forward brought no image."""
@@ -159,9 +169,11 @@ class Watch(Observer):
     def _row(self, layers: list[PrunedLayer], row: int) -> CachedRow:
         images = self.images[row]
         numbers = images[images > 0].unique().tolist()
+        dense = sorted(self.of.dense)
+        densities: list[float] = torch.stack([layers[index].aux[DENSITY][row, 0] for index in dense]).tolist()
         return CachedRow(
             layers=tuple(self._entries(layers[index], row, index) for index in self.of.cut),
-            densities={index: float(layers[index].aux[DENSITY][row]) for index in sorted(self.of.dense)},
+            densities=dict(zip(dense, densities, strict=True)),
             totals={number: int((images == number).sum()) for number in numbers},
             first=int(layers[0].aux[CUTS][row]) == 0,
         )
@@ -169,9 +181,11 @@ class Watch(Observer):
     def _entries(self, layer: PrunedLayer, row: int, index: int) -> CacheEntries:
         assert layer.keys is not None
         assert layer.values is not None
-        columns = _real(_slots(layer)[row], self.real[row])
-        images = self.images[row].to(columns.device)[_slots(layer)[row, columns]]
-        columns = columns.to(layer.keys.device)
+        columns, places = self._places(row, layer.slots, 0)
+        key = row, id(columns), -1
+        if key not in self._known:
+            self._known[key] = columns, self.images[row].to(places.device)[places].to(layer.keys.device), None
+        images, columns = self._known[key][1], columns.to(layer.keys.device)
         state = {
             name.removeprefix(STATE): float(aux[row]) for name, aux in layer.aux.items() if name.startswith(STATE)
         }
@@ -179,7 +193,7 @@ class Watch(Observer):
             key=layer.keys[row][:, columns],
             value=layer.values[row][:, columns],
             scores=layer.values_of(SCORES)[row][:, columns],
-            images=images.to(columns.device),
+            images=images,
             index=index,
             state={name: value for name, value in state.items() if not math.isnan(value)},
         )
@@ -195,7 +209,7 @@ class Watch(Observer):
         slots = _head_slots(layer)
         kept = []
         for row in range(len(slots)):
-            columns, answer = _real(_slots(layer)[row], self.real[row]).to(device), answers.get(row)
+            columns, answer = self._places(row, layer.slots, 0)[0].to(device), answers.get(row)
             if answer is not None:
                 answer.check(columns.numel())
             kept.append(columns.expand(heads, -1) if answer is None else columns[answer.kept])
@@ -244,7 +258,7 @@ def _real(places: Tensor, real: Tensor) -> Tensor:
     return ((places >= 0) & real[places.clamp(min=0)]).nonzero().flatten()
 
 
-def _remember(layer: PrunedLayer, row: int, state: dict[str, float]) -> None:
+def _remember(layer: PrunedLayer, row: int, state: dict[str, float | Tensor]) -> None:
     assert layer.keys is not None
     for name, value in state.items():
         known = layer.aux.get(STATE + name)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
-from vtprune.decoder.conversation import Conversations
 from vtprune.decoder.packing import Packed
 from vtprune.decoder.prompt import numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, Layout, Shaper
@@ -22,8 +22,8 @@ from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InLayers
 from vtprune.method.views import RoutedTokens
+from vtprune.report.trail import Routed, RoutedText
 from vtprune.tensors.attention import full_precision
-from vtprune.tensors.compaction import fill_index
 
 
 class RoutedLayers:
@@ -106,6 +106,8 @@ class Routing(Shaper):
         self.packed: Packed | None = None
         # Kept while the run lives: slots and masks are known by the identity of these places.
         self._layouts: dict[int, Layout] = {}
+        self._marked: tuple[Tensor | None, Tensor, Tensor] | None = None
+        self._text: Tensor | None = None
 
     def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
         """Of the tokens alive those that a routed layer computes."""
@@ -132,27 +134,21 @@ class Routing(Shaper):
         if routes.loss is not None:
             self._lessons.routing[index] = routes.loss
         if not run.prompt.offset or run.spans:
-            text = tokens.real & (tokens.image < 0)
-            self._note(run, index, routes, places=entering.layout.places, text=text)
+            self._note(run, index, routes, places=entering.layout.places)
         return routes
 
     def _tokens(self, run: DecoderRun, index: int, entering: Entering) -> RoutedTokens:
         """What the method sees of them."""
-        places, device = entering.layout.places, entering.states.device
-        numbers = numbers_in_rows(run.spans)
-        image = torch.full((run.prompt.batch, run.prompt.length), -1, device=device)
-        for span, number in zip(run.spans, numbers, strict=True):
-            image[span.row, span.places] = number
-        real = run.prompt.real().to(device)
-        if places is not None:
-            real = real.gather(1, places.clamp(min=0)) & (places >= 0)
-            image = image.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
+        device, numbers = entering.states.device, numbers_in_rows(run.spans)
+        real, image = self._marks(run, entering)
         width = max([0, *numbers]) + 1
         totals, budgets = ([[0] * width for _ in range(run.prompt.batch)] for _ in range(2))
+        spared = [0] * run.prompt.batch
         for span, number in zip(run.spans, numbers, strict=True):
             total, entered = span.image.total, span.entered.numel()
             budget = self._of.plans.of(total).routed(self._of.order, index, entered)
             totals[span.row][number], budgets[span.row][number] = total, budget
+            spared[span.row] += max(0, span.kept.numel() - budget)
         return RoutedTokens(
             hidden=entering.states,
             norm=self._of.norm(index),
@@ -165,19 +161,44 @@ class Routing(Shaper):
             module=self._of.module,
             training=bool(self._of.adapter.language_model.training),
             continues=run.prompt.offset > 0 and not run.spans,
+            spared=tuple(spared),
         )
 
-    def _note(self, run: DecoderRun, index: int, routes: Routes, *, places: Tensor | None, text: Tensor) -> None:
-        """Leaves with the record what the layer computes of a prompt; places: (B, n) of the tokens alive (None: all);
-        text: (B, n) which of them are text."""
-        where = None if places is None else fill_index(places, run.prompt.length)
+    def _marks(self, run: DecoderRun, entering: Entering) -> tuple[Tensor, Tensor]:
+        """(B, n) of the tokens alive which ones hold a token, and the number of the image in its row that each one
+        belongs to, -1 for text: the same for all layers whose tokens are."""
+        places, device = entering.layout.places, entering.states.device
+        if self._marked is None or self._marked[0] is not places:
+            image = np.full((run.prompt.batch, run.prompt.length), -1)
+            for span, number in zip(run.spans, numbers_in_rows(run.spans), strict=True):
+                image[span.row, span.stands] = number
+            real, images = run.prompt.real().to(device), torch.from_numpy(image).to(device)
+            if places is not None:
+                real = real.gather(1, places.clamp(min=0)) & (places >= 0)
+                images = images.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
+            self._marked = places, real, images
+        return self._marked[1:]
+
+    def _note(self, run: DecoderRun, index: int, routes: Routes, *, places: Tensor | None) -> None:
+        """Leaves with the record what the layer computes of a prompt; places: (B, n) of the tokens alive, None for
+        all."""
+        kept = routes.kept.detach()
         for span in run.spans:
-            columns = span.places[span.kept]
-            columns = columns if where is None else where[span.row, columns]
-            computed = routes.kept[span.row, columns].to(span.kept.device)
-            self._recording.of(span).routed[index] = span.kept, computed
-        number = run.prompt.conversations.number
-        if places is not None:
-            number = number.gather(1, places.clamp(min=0))
-        conversations = Conversations(number, run.prompt.conversations.most)
-        self._recording.trail.routed_text[index] = conversations.counts(routes.kept & text)
+            self._recording.of(span).routed[index] = Routed(
+                alive=span.kept,
+                row=span.row,
+                places=span.places,
+                length=run.prompt.length,
+                layout=places,
+                computed_columns=kept,
+            )
+        self._recording.trail.routed_text[index] = RoutedText(self._words(run), kept, places)
+
+    def _words(self, run: DecoderRun) -> Tensor:
+        """(B, length) which conversation each text token of the input belongs to, -1 for all else."""
+        if self._text is None:
+            number = run.prompt.outline.number.copy()
+            for span in run.spans:
+                number[span.row, span.stands] = -1
+            self._text = torch.from_numpy(number)
+        return self._text

@@ -87,7 +87,8 @@ class Routes:
     kept: (B, n) bool, the others skip the layer. gate: (B, n) what the output of the layer's MLP is multiplied by, for
     kept tokens; scale: (B, n) what a skipped token's hidden state is multiplied by; branch: (B, n) what all that the
     layer adds to a kept token's hidden state is multiplied by. None leaves them as they are. loss: what the routing
-    adds to the loss in training, a scalar.
+    adds to the loss in training, a scalar. counts: (B,) how many are kept, where the method knows; else the device is
+    asked.
     """
 
     kept: Tensor
@@ -95,6 +96,7 @@ class Routes:
     scale: Tensor | None = None
     branch: Tensor | None = None
     loss: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class EncoderSelection:
     each token in that vector. cls: (B,) int64, the kept column whose vector the CLS token's own vector replaces,
     -1 for none. counts: how many of each image are kept, where the method knows; flows: whether anything flows into
     another token, is rescaled, or takes a token's place, where it knows; sound: that `into` names itself for a kept
-    token and a kept one or nothing for any other by the way it was made. What is not known the device is asked for.
+    token and a kept one or nothing for any other by the way it was made; lossless: that nothing is dropped, and no
+    image padded. What is not known the device is asked for.
     """
 
     keep: Tensor
@@ -116,6 +119,7 @@ class EncoderSelection:
     counts: tuple[int, ...] | None = None
     flows: bool | None = None
     sound: bool = False
+    lossless: bool = False
 
     @classmethod
     def drop(cls, keep: Tensor, counts: tuple[int, ...] | None = None) -> EncoderSelection:
@@ -128,8 +132,10 @@ class EncoderSelection:
         """The same with `counts` and `flows`, for which the device is asked once."""
         if self.counts is not None and self.flows is not None:
             return self
-        flows = self._flows() if self.flows is None else torch.tensor(self.flows, device=self.keep.device)
-        found = torch.cat([self.keep.sum(dim=1), flows.long()[None]]).tolist()
+        counts = self.keep.sum(dim=1)
+        if self.flows is not None:
+            return replace(self, counts=tuple(counts.tolist()))
+        found = torch.cat([counts, self._flows().long()[None]]).tolist()
         return replace(self, counts=tuple(found[:-1]), flows=bool(found[-1]))
 
     def _flows(self) -> Tensor:
@@ -162,20 +168,25 @@ class Eviction:
 
     kept: (Hkv, m) int64, the entries that stay, ascending in each head; the heads may keep different ones. key, value:
     (Hkv, m, d) what they are from now on; merged: (Hkv, m) how many evicted entries flowed into each. state: numbers
-    to remember until the next call.
+    to remember until the next call; sound: that the entries are ascending, distinct and inside the cache by the way
+    they were chosen.
     """
 
     kept: Tensor
     key: Tensor
     value: Tensor
     merged: Tensor
-    state: dict[str, float] = field(default_factory=dict)
+    state: dict[str, float | Tensor] = field(default_factory=dict)
+    sound: bool = False
 
     def check(self, entries: int) -> None:
         """Raises VTPruneError unless the entries are ascending, distinct and inside `entries` in every head."""
         kept, shapes = self.kept, {tuple(part.shape[:2]) for part in (self.kept, self.key, self.value, self.merged)}
         if kept.ndim != 2 or kept.numel() == 0 or len(shapes) != 1:
             raise VTPruneError(f"an eviction keeps equally many entries in every head, got shapes {sorted(shapes)}")
-        ascending = bool((kept[:, 1:] > kept[:, :-1]).all())
-        if not ascending or int(kept.min()) < 0 or int(kept.max()) >= entries:
+        if self.sound:
+            return
+        found = kept.tolist()
+        rising = all(one < two for head in found for one, two in itertools.pairwise(head))
+        if not rising or min(map(min, found)) < 0 or max(map(max, found)) >= entries:
             raise VTPruneError(f"kept entries must be ascending, distinct and below {entries} in every head")

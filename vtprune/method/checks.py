@@ -62,6 +62,14 @@ def check_scores(scores: Tensor, method: str) -> Tensor:
     return scores
 
 
+def listed(scores: Tensor, method: str) -> list[float]:
+    """The scores (N,) on the host; raises ScoreError if one of them is NaN or infinite."""
+    found: list[float] = scores.tolist()
+    if not all(map(math.isfinite, found)):
+        raise _error(scores, method)
+    return found
+
+
 def _error(scores: Tensor, method: str) -> ScoreError:
     bad = int((~torch.isfinite(scores)).sum())
     return ScoreError(

@@ -10,6 +10,12 @@ def best_of_each(scores: Tensor, image: Tensor, budgets: Tensor) -> Tensor:
     """(B, n) which tokens are among the best `budgets` (B, I) of their image (B, n) (-1: none, never among them) by
     their scores (B, n); ties go to the lowest index."""
     count = budgets.shape[1]
+    if count == 1:
+        mine = scores.masked_fill(image < 0, float("-inf"))
+        order = torch.sort(mine, dim=1, descending=True, stable=True).indices
+        column = torch.arange(order.shape[1], device=order.device)
+        first = torch.empty_like(image, dtype=torch.bool).scatter_(1, order, column < budgets)
+        return first & (image >= 0)
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     owner = image.gather(1, order)
     mine = owner[..., None] == torch.arange(count, device=image.device)

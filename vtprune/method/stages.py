@@ -197,13 +197,14 @@ class InCache(Pruner):
         """Decoder layers of which `evict` needs the density."""
         return self.evict_layers()
 
-    def density(self, sums: Tensor) -> float:
-        """A number for the attention of one row in one layer, which `evict` finds in `CachedRow.densities`.
+    def density(self, sums: Tensor) -> Tensor:
+        """A number, as a tensor, for the attention of one row in one layer, which `evict` finds in
+        `CachedRow.densities`.
 
         sums: (Hkv, G, n) what each token of the prompt got from all of its tokens, by query head, G of which share a
         key-value head.
         """
-        return 0.0
+        return sums.new_zeros(())
 
     @abstractmethod
     def evict(self, row: CachedRow) -> list[Eviction | None]:

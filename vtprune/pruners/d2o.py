@@ -26,7 +26,7 @@ from vtprune.tensors.attention import at_least_single
 ROUNDING = 1e-6
 
 
-def spread_of_columns(sums: Tensor) -> float:
+def spread_of_columns(sums: Tensor) -> Tensor:
     """The variance of the attention that tokens get, as a share of the largest that there could be, which is N where
     all N tokens attend to one alone; the mean over key-value heads of that of their mean map.
 
@@ -34,17 +34,17 @@ def spread_of_columns(sums: Tensor) -> float:
     """
     heads = sums.mean(dim=1)
     tokens = heads.shape[1]
-    return float(heads.var(dim=1).mean()) / tokens if tokens > 1 else 0.0
+    return heads.var(dim=1).mean() / tokens if tokens > 1 else sums.new_zeros(())
 
 
-def skew_of_heads(sums: Tensor) -> float:
+def skew_of_heads(sums: Tensor) -> Tensor:
     """The released code's number: the variances of (Hkv, G, N) column sums by query head, scaled to 0 .. 1 among the
     heads of the layer, and their mean."""
     if sums.shape[2] < 2:
-        return 0.0
+        return sums.new_zeros(())
     variance = sums.var(dim=2)
     low, high = variance.min(), variance.max()
-    return float(((variance - low) / (high - low + 1e-6)).mean())
+    return ((variance - low) / (high - low + 1e-6)).mean()
 
 
 def flatness(densities: Sequence[float]) -> list[float]:
@@ -95,7 +95,7 @@ def merge_evicted(
     *,
     by_order: bool = False,
     method: str = "",
-) -> tuple[Tensor, Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values (H, n, d) in which evicted entries flow into the kept ones that they are most alike.
 
     kept: (H, m) and evicted: (H, e) columns. m_e is the cosine of an evicted key to the nearest kept key of its head
@@ -109,7 +109,7 @@ def merge_evicted(
     cosines = unit.gather(1, evicted[..., None].expand(wide)) @ unit.gather(1, kept[..., None].expand(wide)).mT
     nearest = cosines.argmax(dim=2)
     alike = check_scores(cosines.gather(2, nearest[..., None])[..., 0], method)
-    average = float(alike.detach().mean())
+    average = alike.detach().mean()
     tau = average if threshold is None else (threshold + average) / 2
     decisive = alike.mean(dim=0, keepdim=True).expand_as(alike) if by_order else alike
     passed = decisive >= tau
@@ -216,7 +216,7 @@ class D2O(InCache):
         """Where text may go."""
         return self.text
 
-    def density(self, sums: Tensor) -> float:
+    def density(self, sums: Tensor) -> Tensor:
         """How concentrated attention is in a layer, from 0 to 1."""
         return skew_of_heads(sums) if self.released else spread_of_columns(sums)
 
@@ -234,20 +234,28 @@ class D2O(InCache):
         """Keeps the most attended entries of each head; raises ScoreError for NaN."""
         if self.text:
             return self._evict_all(row)
-        counts = {}
-        for number, total in row.totals.items():
-            held = [int((layer.images == number).sum()) for layer in row.layers]
-            counts[number] = self._sizes(row, held, total)
+        # Layers that share their entries share where an image's are, too.
+        known: dict[tuple[int, int], Tensor] = {}
+        own: dict[int, list[Tensor]] = {number: [] for number in row.totals}
+        for layer in row.layers:
+            for number, found in own.items():
+                key = id(layer.images), number
+                if key not in known:
+                    known[key] = (layer.images == number).nonzero().flatten()
+                found.append(known[key])
+        sizes = {
+            number: self._sizes(row, [columns.numel() for columns in own[number]], total)
+            for number, total in row.totals.items()
+        }
         return [
-            self._evict_images(layer, {number: sizes[order] for number, sizes in counts.items()})
+            self._evict_images(layer, [(own[number][order], sizes[number][order]) for number in own])
             for order, layer in enumerate(row.layers)
         ]
 
-    def _evict_images(self, layer: CacheEntries, counts: dict[int, int]) -> Eviction | None:
+    def _evict_images(self, layer: CacheEntries, images: list[tuple[Tensor, int]]) -> Eviction | None:
         scores = check_scores(layer.scores, self.name)
         cut = _Cut(layer, self)
-        for number, count in counts.items():
-            own = (layer.images == number).nonzero().flatten()
+        for own, count in images:
             kept, evicted = best_of(scores[:, own], count)
             cut.evict(own[kept], own[evicted], None)
         return cut.result({})
@@ -268,7 +276,9 @@ class D2O(InCache):
         window = torch.arange(candidates, scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
         cut = _Cut(layer, self)
         tau = cut.evict(torch.cat([kept, window], dim=1), evicted, layer.state.get("threshold"))
-        state = {"size": float(size)} if tau is None else {"size": float(size), "threshold": tau}
+        state: dict[str, float | Tensor] = (
+            {"size": float(size)} if tau is None else {"size": float(size), "threshold": tau}
+        )
         return cut.result(state, always=True)
 
     def flops(self, work: Work) -> int:
@@ -286,15 +296,17 @@ class _Cut:
         self._method, self._key, self._value = method, layer.key, layer.value
         self._stays = torch.ones(layer.scores.shape, dtype=torch.bool, device=layer.scores.device)
         self._merged = torch.zeros(layer.scores.shape, device=layer.scores.device)
+        self._left = layer.scores.shape[1]
 
-    def evict(self, kept: Tensor, evicted: Tensor, threshold: float | None) -> float | None:
+    def evict(self, kept: Tensor, evicted: Tensor, threshold: float | None) -> float | Tensor | None:
         """Takes (H, e) columns out, which may flow into those of `kept`; answers the new threshold."""
         if evicted.shape[1] == 0:
             return threshold
         self._stays.scatter_(1, evicted, False)
+        self._left -= evicted.shape[1]
         if not self._method.merge:
             return threshold
-        self._key, self._value, merged, threshold = merge_evicted(
+        self._key, self._value, merged, tau = merge_evicted(
             self._key,
             self._value,
             kept=kept,
@@ -304,13 +316,13 @@ class _Cut:
             method=self._method.name,
         )
         self._merged += merged
-        return threshold
+        return tau
 
-    def result(self, state: dict[str, float], *, always: bool = False) -> Eviction | None:
+    def result(self, state: dict[str, float | Tensor], *, always: bool = False) -> Eviction | None:
         """What is left, None if that is all of it."""
-        if bool(self._stays.all()) and not always:
+        if self._left == self._stays.shape[1] and not always:
             return None
-        kept = self._stays.nonzero()[:, 1].view(self._stays.shape[0], -1)
+        kept = torch.sort((~self._stays).to(torch.uint8), dim=1, stable=True).indices[:, : self._left]
         rows = torch.arange(len(kept), device=kept.device)[:, None]
         return Eviction(
             kept=kept,
@@ -318,4 +330,5 @@ class _Cut:
             value=self._value[rows, kept],
             merged=self._merged[rows, kept],
             state=state,
+            sound=True,
         )

@@ -70,10 +70,11 @@ def encoder_signals(layer: EncoderLayer) -> tuple[Tensor, Tensor]:
     score = flow_score(attention, semantic, density)
 
     def pool(scores: Tensor) -> Tensor:
-        tokens = reduce(scores, "b (n g) -> b n", "mean", g=layer.group)
-        return check_scores(tokens if layer.full else tokens.where(layer.valid, 0), "flowcut")
+        tokens = scores if layer.group == 1 else reduce(scores, "b (n g) -> b n", "mean", g=layer.group)
+        return tokens if layer.full else tokens.where(layer.valid, 0)
 
-    return pool(attention), pool(score)
+    # What is no number in the attention is none in the score that is made of it.
+    return pool(attention), check_scores(pool(score), "flowcut")
 
 
 def decoder_score(layer: DecoderLayer) -> Tensor:
@@ -165,7 +166,7 @@ class FlowCut(InEncoder, BetweenLayers):
         alive = torch.tensor(layer.alive, device=layer.valid.device)
         attention, score = encoder_signals(layer)
         past = layer.memory.get(MEMORY)
-        score = score if past is None else 0.5 * past + 0.5 * score
+        score = score if past is None else (past + score) * 0.5
         layer.memory[MEMORY] = score
         if remaining % 2:
             return None

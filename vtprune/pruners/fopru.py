@@ -24,7 +24,7 @@ STRATEGIES = ("rank", "row")
 
 def focal_significance(received: Tensor, given: Tensor) -> Tensor:
     """Of attention received and given, each (N,), the one with the larger variance (ties: received)."""
-    return given if given.var(correction=0) > received.var(correction=0) else received
+    return torch.where(given.var(correction=0) > received.var(correction=0), given, received)
 
 
 def top_rows(significance: Tensor, width: int, budget: int) -> Tensor:

@@ -184,7 +184,14 @@ class GammaMoD(InLayers, Trained):
         gate = logits.softmax(dim=-1)[..., 1]
         scores = check_scores(gate.detach().masked_fill(~tokens.real, 0.0), self.name)
         kept = self._computed(scores, tokens) | ~tokens.real
-        return Routes(kept, gate=gate, loss=self._loss(logits, kept, tokens) if tokens.training else None)
+        loss = self._loss(logits, kept, tokens) if tokens.training else None
+        return Routes(kept, gate=gate, loss=loss, counts=self._counts(tokens))
+
+    def _counts(self, tokens: RoutedTokens) -> tuple[int, ...] | None:
+        """How many that are in each row, where no threshold decides."""
+        if self.thresholds_decide or (self.released and (tokens.training or tokens.continues)):
+            return None
+        return tuple(tokens.image.shape[1] - spared for spared in tokens.spared) or None
 
     def _computed(self, scores: Tensor, tokens: RoutedTokens) -> Tensor:
         """(B, n) which tokens the layer computes."""

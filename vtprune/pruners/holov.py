@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
-from vtprune.method.checks import check_scores
-from vtprune.method.choosing import top
+from vtprune.method.checks import check_scores, listed
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
@@ -21,27 +22,30 @@ from vtprune.pruners.parts.cells import Grid3
 from vtprune.pruners.parts.checks import check_count, check_factor
 
 EPS = 1e-6
+Ints = npt.NDArray[np.int64]
 
 
 def diversity(features: Tensor) -> Tensor:
-    """Variance of each token's cosine similarities to the other tokens of its crop: (m, D) to (m,) fp32.
+    """Variance of each token's cosine similarities to the other tokens of its crop: (..., m, D) to (..., m) fp32.
 
     As in the released code, the token itself counts as a similarity of 0 and the divisor is m - 1.
     """
-    others = features.shape[0] - 1
+    others = features.shape[-2] - 1
     if others < 1:
-        return torch.zeros(features.shape[0], device=features.device)
+        return torch.zeros(features.shape[:-1], device=features.device)
     features = features.float()
     unit = features / (features.norm(dim=-1, keepdim=True) + EPS)
-    similarity = (unit @ unit.T).fill_diagonal_(0)
+    similarity = unit @ unit.mT
+    similarity.diagonal(dim1=-2, dim2=-1).zero_()
     mean = similarity.sum(dim=-1, keepdim=True) / others
     return (similarity - mean).square().sum(dim=-1) / others
 
 
 def holistic_score(features: Tensor, attention: Tensor, alpha: float) -> Tensor:
-    """A + alpha * gamma * V of one crop's tokens, V their diversity, gamma = mean|A| / mean|V|: (m,) fp32."""
+    """A + alpha * gamma * V of the tokens of crops, V their diversity, gamma = mean|A| / mean|V| of a crop:
+    (..., m, D) and (..., m) to (..., m) fp32."""
     variance = diversity(features)
-    gamma = attention.abs().mean() / (variance.abs().mean() + EPS)
+    gamma = attention.abs().mean(dim=-1, keepdim=True) / (variance.abs().mean(dim=-1, keepdim=True) + EPS)
     return attention + alpha * gamma * variance
 
 
@@ -71,17 +75,17 @@ def capped_quotas(weights: list[float], sizes: list[int], budget: int) -> list[i
     return quotas
 
 
-def crops_of(grid: Grid3, side: int) -> Tensor:
-    """The crop of each place of a (t, h, w) grid: (t * h * w,) int64; side x side crops a frame, fewer where
-    the frame is smaller; the first ones are larger where the sizes do not divide."""
+def crops_of(grid: Grid3, side: int) -> Ints:
+    """The crop of each place of a (t, h, w) grid: (t * h * w,); side x side crops a frame, fewer where the frame is
+    smaller; the first ones are larger where the sizes do not divide."""
     frames, height, width = grid
 
-    def part(length: int) -> Tensor:
-        sizes = [chunk.numel() for chunk in torch.arange(length).tensor_split(min(side, length))]
-        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    def part(length: int) -> Ints:
+        sizes = [len(chunk) for chunk in np.array_split(np.arange(length), min(side, length))]
+        return np.repeat(np.arange(len(sizes)), sizes)
 
-    frame = torch.arange(frames)[:, None, None] * side
-    return ((frame + part(height)[:, None]) * side + part(width)).flatten()
+    frame = np.arange(frames)[:, None, None] * side
+    return ((frame + part(height)[:, None]) * side + part(width)).reshape(-1)
 
 
 CROPS = 4
@@ -100,19 +104,33 @@ class StripSelection:
 
 
 def select_crops(
-    features: Tensor, attention: Tensor, crops: Tensor, budget: int, alpha: float = 1.0, tau: float = 1.0
+    features: Tensor, attention: Tensor, crops: Ints, budget: int, alpha: float = 1.0, tau: float = 1.0
 ) -> Tensor:
     """The `budget` tokens that go on: (budget,) int64, ascending.
 
-    features: (N, D); attention: (N,); crops: (N,) the crop of each token. A crop's weight is its mean
+    features: (N, D); attention: (N,); crops: (N,) the crop of each token, on the host. A crop's weight is its mean
     holistic score to the power `tau`; inside its quota the best scores stay. Raises ScoreError for NaN.
     """
-    members = [(crops == crop).nonzero().flatten() for crop in crops.unique()]
-    scores = [holistic_score(features[tokens], attention[tokens], alpha) for tokens in members]
-    check_scores(torch.cat(scores), "holov")
-    weights = torch.stack([score.mean() for score in scores]) ** tau
-    quotas = capped_quotas(weights.tolist(), [tokens.numel() for tokens in members], budget)
-    kept = [tokens[top(score, quota)] for tokens, score, quota in zip(members, scores, quotas, strict=True)]
+    members = [(crops == crop).nonzero()[0] for crop in np.unique(crops)]
+    # Crops of one size are taken together.
+    groups: dict[int, list[int]] = {}
+    for crop, tokens in enumerate(members):
+        groups.setdefault(len(tokens), []).append(crop)
+    places, scores = {}, {}
+    for size, own in groups.items():
+        places[size] = torch.from_numpy(np.stack([members[crop] for crop in own])).to(features.device)
+        scores[size] = holistic_score(features[places[size]], attention[places[size]], alpha)
+    means = torch.cat([score.mean(dim=-1) for score in scores.values()]) ** tau
+    found = listed(means, "holov")
+    order = [crop for own in groups.values() for crop in own]
+    weights = [weight for _, weight in sorted(zip(order, found, strict=True))]
+    quotas = capped_quotas(weights, [len(tokens) for tokens in members], budget)
+    kept = []
+    for size, own in groups.items():
+        ranked = torch.sort(scores[size], dim=-1, descending=True, stable=True).indices
+        chosen = np.concatenate([np.arange(quotas[crop]) + row * size for row, crop in enumerate(own)])
+        best = places[size].gather(1, ranked).flatten()
+        kept.append(best[torch.from_numpy(chosen).to(best.device)])
     return torch.cat(kept).sort().values
 
 
@@ -231,11 +249,12 @@ class HoloV(BeforeDecoder):
             alpha = RELEASED_ALPHA if self.alpha is None else self.alpha
             positions = select_strips(features, attention, strips=strips, budget=stream.budget, alpha=alpha).positions
             return Selection(positions[positions >= 0].sort().values, sound=True)
-        crops = crops_of(stream.grid, self.crops or CROPS).to(stream.indices.device)[stream.indices]
+        crops = crops_of(stream.grid, self.crops or CROPS)
+        if len(crops) != stream.indices.numel():
+            crops = crops[stream.indices.cpu().numpy()]
         alpha = 1.0 if self.alpha is None else self.alpha
-        return Selection(
-            select_crops(features, attention, crops=crops, budget=stream.budget, alpha=alpha, tau=self.tau)
-        )
+        kept = select_crops(features, attention, crops=crops, budget=stream.budget, alpha=alpha, tau=self.tau)
+        return Selection(kept, sound=True)
 
     def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities inside the crops."""

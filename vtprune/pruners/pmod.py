@@ -130,10 +130,11 @@ class PMoD(Scheduled, InLayers, Trained):
         scores = check_scores(math.copysign(1.0, self.scale) * logits.detach(), self.name)
         kept = best_of_each(scores, tokens.image, tokens.budgets) | ~vision
         gates = self.gates(logits, vision)
-        gates = torch.where(vision, gates, torch.ones_like(gates))
+        gates = gates.masked_fill(~vision, 1.0)
+        counts = tuple(vision.shape[1] - spared for spared in tokens.spared) or None
         if self.variant == "paper":
-            return Routes(kept, scale=gates, branch=gates)
-        return Routes(kept, gate=gates, scale=gates)
+            return Routes(kept, scale=gates, branch=gates, counts=counts)
+        return Routes(kept, gate=gates, scale=gates, counts=counts)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Nothing: other settings need other weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.checks import check_scores
-from vtprune.method.choosing import top_mask
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable, asked
 from vtprune.method.registry import register
@@ -41,30 +41,46 @@ def after(alive: int, most: int, layers: int) -> int:
 
 
 def bipartite(
-    metric: Tensor, value: Tensor, valid: Tensor, count: Tensor, *, first: int, coefficient: float
+    metric: Tensor, value: Tensor, valid: Tensor | None, count: Sequence[int], *, first: int, coefficient: float
 ) -> tuple[Tensor, Tensor]:
     """Sources (B, N) bool, `count` (B,) of them in each image, and into (B, N) int64: where they flow to.
 
-    metric: (B, N, d) unit vectors; value: (B, N) semantic value; valid: (B, N) bool, padding on the right. Every
+    metric: (B, N, d) unit vectors; value: (B, N) semantic value; valid: (B, N) bool, padding on the right, None for
+    none. Every
     second token from the column `first` on may flow into the one of the others whose cosine is highest; those
     do where that cosine minus `coefficient` times their own value is highest. Ties go to the lowest index.
     """
-    column = torch.arange(valid.shape[1], device=valid.device)
-    a, b = column[first::2], column[1 - first :: 2]
+    batch, tokens = value.shape
+    a, b = slice(first, None, 2), slice(1 - first, None, 2)
     cosines = torch.matmul(metric[:, a], metric[:, b].transpose(1, 2))
-    best, partner = cosines.masked_fill(~valid[:, None, b], float("-inf")).max(dim=-1)
+    if valid is not None:
+        cosines = cosines.masked_fill(~valid[:, None, b], float("-inf"))
+    best, partner = cosines.max(dim=-1)
     score = best - coefficient * value[:, a]
-    sources = torch.zeros_like(valid)
-    sources[:, a] = top_mask(score, count, valid[:, a])
-    into = column.repeat(valid.shape[0], 1)
-    into[:, a] = b[partner]
-    return sources, torch.where(sources, into, column)
+    if valid is not None:
+        score = score.masked_fill(~valid[:, a], float("-inf"))
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, : max(count)]
+    into = torch.arange(tokens, device=value.device).repeat(batch, 1)
+    sources = torch.zeros(batch, tokens, dtype=torch.bool, device=value.device)
+    if min(count) == max(count):
+        sources[:, a].scatter_(1, order, True)
+        into[:, a].scatter_(1, order, 2 * partner.gather(1, order) + (1 - first))
+        return sources, into
+    merges = torch.arange(max(count), device=value.device) < torch.tensor(count, device=value.device)[:, None]
+    sources[:, a].scatter_(1, order, merges)
+    into[:, a].scatter_(1, order, torch.where(merges, 2 * partner.gather(1, order) + (1 - first), 2 * order + first))
+    return sources, into
 
 
-def weighted_mean(sources: Tensor, into: Tensor, sizes: Tensor, valid: Tensor) -> EncoderSelection:
-    """Sources flow into their partners in proportion to the tokens that each one stands for; all (B, N)."""
-    sums = torch.zeros_like(sizes).scatter_add_(1, into, sizes.where(valid, 0))
-    return EncoderSelection(valid & ~sources, into.masked_fill(~valid, -1), sizes / sums.gather(1, into).clamp(min=1))
+def weighted_mean(sources: Tensor, into: Tensor, sizes: Tensor, valid: Tensor | None) -> EncoderSelection:
+    """Sources flow into their partners in proportion to the tokens that each one stands for; all (B, N), `valid` None
+    where there is no padding."""
+    own = sizes if valid is None else sizes.where(valid, 0)
+    sums = torch.zeros_like(sizes).scatter_add_(1, into, own)
+    weights = sizes / sums.gather(1, into).clamp(min=1)
+    if valid is None:
+        return EncoderSelection(~sources, into, weights, lossless=True)
+    return EncoderSelection(valid & ~sources, into.masked_fill(~valid, -1), weights)
 
 
 SCALE = 30
@@ -189,13 +205,13 @@ class Turbo(InEncoder):
         value = check_scores(saliency(layer, sized=self.merge), self.name)
         metric = check_scores(mean_keys(layer), self.name)
         coefficient = self._coefficient(layer.index)
-        count = torch.tensor(counts, device=value.device)
+        valid = None if layer.full else layer.valid
         # With CLS in the first place every second token is at an odd one.
         first = int(layer.prefix > 0)
-        sources, into = bipartite(metric, value, layer.valid, count, first=first, coefficient=coefficient)
+        sources, into = bipartite(metric, value, valid, counts, first=first, coefficient=coefficient)
         if not self.merge:
             return EncoderSelection.drop(layer.valid & ~sources, left)
-        found = weighted_mean(sources, into, layer.sizes, layer.valid)
+        found = weighted_mean(sources, into, layer.sizes, valid)
         return replace(found, counts=left, flows=any(counts), sound=True)
 
     def _coefficient(self, index: int) -> float:

@@ -223,7 +223,7 @@ class Generation:
                 kept_per_layer=[image.kept_at(layer).tolist() for layer in range(self.depth)],
                 merged=_merged(image),
                 cached_per_layer=[image.cached_at(layer).tolist() for layer in range(self.depth)],
-                cls=image.encoded.cls,
+                cls=int(image.encoded.cls),
                 notes=self._notes_of(image),
                 published_tokens=_published(self.pruners[-1], _counts(image, self.depth)),
                 steps=image_steps(self._log, image, self.depth),
@@ -317,7 +317,7 @@ class Generation:
     def _text_per_layer(self, key: tuple[int, int]) -> list[int]:
         """Text tokens of a conversation that each layer computed in the prefill."""
         whole, routed = self._text_of(key), self.trail.routed_text
-        return [int(routed[layer][key]) if layer in routed else whole for layer in range(self.depth)]
+        return [routed[layer].counts[key[1]][key[0]] if layer in routed else whole for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""

@@ -67,10 +67,14 @@ class CacheNote:
         """Notes what the layers hold; `mask`: (B, length) with 0 where a token is padding, or None. Waits for no
         device."""
         known: dict[tuple[int, int], Tensor | int] = {}
+        real = None
+        if mask is not None and any(layer.slots is not None for layer in layers):
+            device = next(layer.slots for layer in layers if layer.slots is not None).device
+            real = torch.nn.functional.pad(mask.to(device).bool(), (0, 1))
         for layer in layers:
             key = id(layer.slots), layer.length
             if key not in known:
-                known[key] = _entries(layer, mask)
+                known[key] = _entries(layer, mask, real)
         entries = tuple(known[id(layer.slots), layer.length] for layer in layers)
         whole = layers[0].length if mask is None else mask[:, : layers[0].length].sum(dim=1)
         steps = layers[0].log.steps if layers[0].log is not None else ()
@@ -143,14 +147,15 @@ def _returned(step: Step, rows: Sequence[int], depth: int) -> list[list[int]]:
     return ((first <= layers) & (layers < until)).sum(dim=2).tolist()
 
 
-def _entries(layer: PrunedLayer, mask: Tensor | None) -> Tensor | int:
+def _entries(layer: PrunedLayer, mask: Tensor | None, real: Tensor | None) -> Tensor | int:
     slots = layer.slots
     if slots is None:
         return layer.length if mask is None else mask[:, : layer.length].sum(dim=1)
-    if mask is None:
+    if real is None:
         return (slots >= 0).sum(dim=1) if layer.ragged else slots.shape[1]
-    real = mask.to(slots.device).bool().gather(1, slots.clamp(0, mask.shape[1] - 1))
-    return (real & (slots >= 0)).sum(dim=1)
+    # Padding, at -1, takes the extra place.
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    return real[rows, slots.clamp(max=real.shape[1] - 2) if layer.length >= real.shape[1] else slots].sum(dim=1)
 
 
 def _bytes(layer: PrunedLayer) -> int:

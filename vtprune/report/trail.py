@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +13,62 @@ from torch import Tensor
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.answers import Merge
+from vtprune.tensors.compaction import fill_index
 
 # Merges, or what makes them once somebody asks.
 Merged = tuple[Merge, ...] | Callable[[], tuple[Merge, ...]]
+
+
+@dataclass
+class Routed:
+    """Which of an image's tokens a routed layer computes, worked out when somebody asks.
+
+    alive: (n,) tokens of the image alive there; places: (total,) of its tokens in the row `row` of an input of
+    `length`; layout: (B, m) places of the tokens alive, None for all; computed_columns: (B, m) which of these the
+    layer computes.
+    """
+
+    alive: Tensor
+    row: int
+    places: Tensor
+    length: int
+    layout: Tensor | None
+    computed_columns: Tensor
+
+    @cached_property
+    def computed(self) -> Tensor:
+        """(k,) those that it computes."""
+        columns = self.places[self.alive]
+        if self.layout is not None:
+            where = fill_index(self.layout, self.length)
+            columns = where[self.row, columns]
+        return self.alive[self.computed_columns[self.row, columns].to(self.alive.device)]
+
+
+@dataclass
+class RoutedText:
+    """How many text tokens of each conversation a routed layer computes, worked out when somebody asks.
+
+    number: (B, L) the conversation of each text token of the input, -1 for all else; computed, layout: as in `Routed`.
+    """
+
+    number: Tensor
+    computed: Tensor
+    layout: Tensor | None
+
+    @cached_property
+    def counts(self) -> dict[int, list[int]]:
+        """By conversation, the tokens of each row."""
+        number = self.number.to(self.computed.device)
+        if self.layout is not None:
+            number = number.gather(1, self.layout.clamp(min=0)).masked_fill(self.layout < 0, -1)
+        most = int(self.number.max()) + 1
+        return {talk: ((number == talk) & self.computed).sum(dim=1).tolist() for talk in range(most)}
+
+    def of_rows(self, rows: Sequence[int]) -> RoutedText:
+        """The same of a cache whose rows are the prompt's `rows`."""
+        layout = None if self.layout is None else self.layout[list(rows)]
+        return RoutedText(self.number[list(rows)], self.computed[list(rows)], layout)
 
 
 @dataclass
@@ -23,8 +77,8 @@ class ImageTrail:
 
     places: (total,) of its tokens in the row's input, which follows `offset` places in the cache; talk: which of its
     row's conversations it belongs to; encoded: the image as the encoder left it, without what only methods look at.
-    layers: by decoder layer, the tokens (n,) alive there, once the forward is over; routed: by routed layer, those
-    tokens and which of them (n,) it computes; cut: the layers whose cache holds only what the last layer left.
+    layers: by decoder layer, the tokens (n,) alive there, once the forward is over; routed: by routed layer, which of
+    them it computes; cut: the layers whose cache holds only what the last layer left.
     merges: the decoder layer before which some of these tokens (n,) merged, and how. left: by order, the tokens that
     it left the last time that it acted on the decoder's side; asked: by order, the decoder layers after which it was
     asked; probed: by order, the tokens that its probe saw; memories: by order, what it remembers of the tokens left.
@@ -37,7 +91,7 @@ class ImageTrail:
     offset: int
     encoded: EncodedImage
     layers: list[Tensor] = field(default_factory=list)
-    routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    routed: dict[int, Routed] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
     merges: list[tuple[int, Tensor, Merged]] = field(default_factory=list)
     left: dict[int, int] = field(default_factory=dict)
@@ -70,8 +124,7 @@ class ImageTrail:
     def kept_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer `layer` processes."""
         if layer in self.routed:
-            alive, computed = self.routed[layer]
-            return alive[computed]
+            return self.routed[layer].computed
         return self.alive_at(layer)
 
     def cached_at(self, layer: int) -> Tensor:
@@ -92,11 +145,11 @@ class ImageTrail:
 
 @dataclass
 class Trail:
-    """The trails of the images that one forward brings; routed_text: by routed layer, (B, C) the text tokens of each
+    """The trails of the images that one forward brings; routed_text: by routed layer, the text tokens of each
     conversation that it computed."""
 
     images: list[ImageTrail] = field(default_factory=list)
-    routed_text: dict[int, Tensor] = field(default_factory=dict)
+    routed_text: dict[int, RoutedText] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spans: Sequence[ImageSpan]) -> Trail:
@@ -114,7 +167,7 @@ class Trail:
 
     def of_rows(self, rows: Sequence[int], length: int) -> Trail:
         """What is left of it in a cache of `length` places (0: unknown) whose rows are the prompt's `rows`."""
-        text = {layer: counts[list(rows)] for layer, counts in self.routed_text.items()}
+        text = {layer: counts.of_rows(rows) for layer, counts in self.routed_text.items()}
         return Trail(still_there(self.images, rows, length), text)
 
 

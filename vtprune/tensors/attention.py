@@ -29,7 +29,8 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | Non
     query: (..., H, Q, d), key: (..., H, N, d), valid: (..., N) bool, False where a key is padding.
     Returns (..., H, Q, N).
     """
-    logits = torch.matmul(query.float() * scale, key.float().transpose(-1, -2))
+    query = query.float() if scale == 1 else query.float() * scale
+    logits = torch.matmul(query, key.float().transpose(-1, -2))
     if valid is not None:
         logits = logits.masked_fill(~valid[..., None, None, :], float("-inf"))
     return logits.softmax(dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,18 +13,18 @@ from vtprune.method.answers import Merge, Selection
 from vtprune.tensors.attention import at_least_single
 
 
-def cells_of(parts: Iterable[tuple[int, int]], size: float) -> Tensor:
-    """The cell of each token of a sequence of raster grids: (N,) int64.
+def cells_of(parts: Iterable[tuple[int, int]], size: float) -> tuple[Tensor, int]:
+    """The cell of each token of a sequence of raster grids, (N,) int64 on the host, and how many there are.
 
     parts: (rows, cols) of each grid; size: side of a cell in tokens, any positive number. Grids share no cell.
     """
-    cells, first = [torch.empty(0, dtype=torch.long)], 0
+    cells, first = [np.empty(0, dtype=np.int64)], 0
     for rows, cols in parts:
-        row, col = (torch.div(torch.arange(n, dtype=torch.float64), size).floor().long() for n in (rows, cols))
+        row, col = (np.floor(np.arange(n) / size).astype(np.int64) for n in (rows, cols))
         own = row[:, None] * (col[-1] + 1) + col
-        cells.append(first + own.flatten())
+        cells.append(first + own.reshape(-1))
         first += int(own[-1, -1]) + 1
-    return torch.cat(cells)
+    return torch.from_numpy(np.concatenate(cells)), first
 
 
 def direct_count(importance: Tensor, cells: Tensor, count: int, budget: int) -> tuple[int, int]:

@@ -214,8 +214,8 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
             return Selection.best(importance, budget)
         size = schedule.settings(schedule.target(stream.total)).cell
         frames, height, width = stream.grid
-        whole = cells_of([(height, width)] * frames, size)
-        count, cells = int(whole[-1]) + 1, whole.to(features.device)[stream.indices]
+        whole, count = cells_of([(height, width)] * frames, size)
+        cells = whole.to(features.device)[stream.indices]
         if schedule.released:
             direct = max(0, budget - int(tokens / size**2))
             filled = filled_cells(importance, cells, count, direct)
