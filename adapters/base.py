@@ -146,8 +146,8 @@ class Adapter(ABC):
         """The state of one encoder pass, from the bound arguments of `source.encode`."""
 
     @abstractmethod
-    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
-        """The pixels of each row of the encoder's pass."""
+    def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
+        """The pixels of each row of the encoder's pass, that of `encoding`."""
 
     def assemble(self, rows: list[EncodedImage], arguments: dict[str, Any]) -> list[EncodedImage]:
         """The images that the rows of one encoder pass (crops, frames) make, one for each feature tensor of the

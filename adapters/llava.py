@@ -140,7 +140,7 @@ class LlavaAdapter(Adapter):
             flash=uses_flash(config.vision_config),
         )
 
-    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
+    def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
         return list(arguments[source.pixels])
 
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:

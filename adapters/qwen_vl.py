@@ -91,9 +91,10 @@ class Qwen2VLAdapter(Adapter):
         return layer.norm2, layer.mlp
 
     def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
-        vision, merge, grid_thw = self.model.config.vision_config, self._merge, arguments[_grids(source)]
+        # Read back once; all that follows from it is made on the host.
+        grid_thw = arguments[_grids(source)].cpu()
+        vision, merge = self.model.config.vision_config, self._merge
         grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grid_thw.tolist()]
-        device = arguments[source.pixels].device
         return PackedEncoding(
             grids,
             group=merge**2,
@@ -101,17 +102,16 @@ class Qwen2VLAdapter(Adapter):
             heads=vision.num_heads,
             depth=vision.depth,
             last=vision.depth - 1,
-            device=device,
-            order=self._order(grid_thw).to(device),
+            device=arguments[source.pixels].device,
+            order=self._order(grid_thw),
         )
 
     def _order(self, grid_thw: Tensor) -> Tensor:
-        """(S,) the raster index of the merge group at each place of the tower's sequence: raster order."""
+        """(S,) the raster index of the merge group at each place of the tower's sequence, on the host: in order."""
         return torch.arange(int(grid_thw.prod(dim=-1).sum()) // self._merge**2)
 
-    def pixels(self, source: Source, arguments: dict[str, Any]) -> list[Tensor]:
-        counts = arguments[_grids(source)].prod(dim=-1).tolist()
-        return list(arguments[source.pixels].split(counts))
+    def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
+        return list(arguments[source.pixels].split([total * encoding.group for total in encoding.totals]))
 
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
         vision, merge = self.model.config.vision_config, self._merge

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -48,6 +49,8 @@ FOLDERS = {name: str(Path(part.__path__[0])) for name, part in (("vtprune", vtpr
 ANSWERS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 # What computes nothing though its schema does not say so.
 VIEWS = ("_unsafe_view", "lift_fresh", "detach", "alias")
+# Marks a tensor that was fetched, and what was computed of it: the device is no longer asked for it.
+FETCHED = "_vtprune_fetched"
 
 
 @dataclass
@@ -78,6 +81,8 @@ class _Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if args and _is_fetched(args[0]):
+            return tree_map_only(Tensor, _fetched, func(*args, **(kwargs or {})))
         if not func.is_view and name not in VIEWS:
             self._counts.launches[name, _place()] += 1
         if name in ANSWERS or (name == "repeat_interleave" and (kwargs or {}).get("output_size") is None):
@@ -90,16 +95,33 @@ class _Launches(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """Counts what the dispatcher does not see: tensors made into lists, or fetched."""
+    """Counts what the dispatcher does not see: tensors made into lists, or fetched. What is fetched is copied and
+    marked, since on this machine the device is the host."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self._counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and _is_fetched(args[0]):
+            return _copied(args[0]) if func is Tensor.to else func(*args, **(kwargs or {}))
         if func in (Tensor.tolist, Tensor.cpu):
             self._counts.reads[func.__name__, _place()] += 1
-        return func(*args, **(kwargs or {}))
+        return _fetched(_copied(args[0])) if func is Tensor.cpu else func(*args, **(kwargs or {}))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    with _disable_current_modes():
+        return tensor.clone()
+
+
+def _fetched(tensor: Tensor) -> Tensor:
+    setattr(tensor, FETCHED, True)
+    return tensor
+
+
+def _is_fetched(value: Any) -> bool:
+    return isinstance(value, Tensor) and hasattr(value, FETCHED)
 
 
 def _place() -> str:

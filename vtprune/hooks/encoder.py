@@ -85,7 +85,7 @@ class EncoderHooks:
                 output = original(*args, **kwargs)
             if frame is None:
                 encoding.checks.settle()
-            rows = encoding.images(self.adapter.pixels(source, arguments), self.token)
+            rows = encoding.images(self.adapter.pixels(source, arguments, encoding), self.token)
             images = self.adapter.assemble(rows, arguments)
             features = output[1] if isinstance(output, tuple) else output.pooler_output
             # Features may be expanded for beams or handed in later; their records travel with the tensors.
