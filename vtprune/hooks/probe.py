@@ -74,8 +74,9 @@ class Probe:
     last: list[list[int]]
     where: Tensor | None
 
-    def of(self, span: ImageSpan, text: Tensor, budget: int) -> DecoderLayer:
-        """The layer as a method sees it, for one image and the places (T,) of its conversation's text."""
+    def of(self, span: ImageSpan, text: Tensor, budget: int, *, after: int, text_after: int) -> DecoderLayer:
+        """The layer as a method sees it, for one image and the places (T,) of its conversation's text; after,
+        text_after: as in `DecoderLayer`."""
         row = span.row
         vision = span.places[span.kept]
         if self.where is not None:
@@ -97,6 +98,8 @@ class Probe:
             memory={},
             entered=span.kept.numel(),
             first=self.first[row][span.talk],
+            after=after,
+            text_after=text_after,
         )
 
 

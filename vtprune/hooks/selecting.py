@@ -19,6 +19,7 @@ from vtprune.hooks.probe import Probe, Prober
 from vtprune.hooks.recording import Recording
 from vtprune.hooks.scoring import DecoderScoring, SeenLayer
 from vtprune.method.answers import KEPT_WHOLE, Selection
+from vtprune.method.asking import started, together
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plan
 from vtprune.method.pruner import Pruner
@@ -114,24 +115,36 @@ class Selecting:
         for order, pruner in enumerate(self.pruners):
             probe = self._probe(prober, recording, order)
             for span in run.spans:
-                plan = self.plans.of(span.image.total)
-                self._tell_whole(plan, span, order)
-                if not plan.acts(order):
-                    continue
-                stream = self._stream(run, span, order=order, inputs=inputs)
-                if probe is not None:
-                    stream = replace(stream, probe=probe.of(span, run.texts[span.key], stream.budget))
-                memory: dict[str, Any] = {}
-                if isinstance(pruner, BetweenLayers):
-                    with full_precision(inputs.embeds.device), run.checks.collecting():
-                        memory = pruner.remember(stream)
+                self._tell_whole(self.plans.of(span.image.total), span, order)
+            acting = [span for span in run.spans if self.plans.of(span.image.total).acts(order)]
+            streams = [self._stream(run, span, order=order, inputs=inputs) for span in acting]
+            if probe is not None:
+                streams = [
+                    self._probed(run, probe, span, stream) for span, stream in zip(acting, streams, strict=True)
+                ]
+            with full_precision(inputs.embeds.device), run.checks.collecting():
+                streams = _remembering(pruner, streams)
+            for span, stream in zip(acting, streams, strict=True):
                 # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
-                span.memories[order] = {name: _constant(value) for name, value in memory.items()}
-                if isinstance(pruner, BeforeDecoder) and plan.selects(order, span.kept.numel()):
-                    with full_precision(inputs.embeds.device), run.checks.collecting():
-                        selection = pruner.select(replace(stream, memory=memory))
-                    budget = plan.entering(order)
-                    dropping.apply(run, span, selection, order=order, pruner=pruner, budget=budget, layer=0)
+                span.memories[order] = {name: _constant(value) for name, value in stream.memory.items()}
+            if not isinstance(pruner, BeforeDecoder):
+                continue
+            asked = [
+                (span, stream)
+                for span, stream in zip(acting, streams, strict=True)
+                if self.plans.of(span.image.total).selects(order, span.kept.numel())
+            ]
+            with full_precision(inputs.embeds.device), run.checks.collecting():
+                selections = together([started(pruner.select, stream) for _, stream in asked])
+            for (span, _), selection in zip(asked, selections, strict=True):
+                budget = self.plans.of(span.image.total).entering(order)
+                dropping.apply(run, span, selection, order=order, pruner=pruner, budget=budget, layer=0)
+
+    def _probed(self, run: DecoderRun, probe: Probe, span: ImageSpan, stream: VisionStream) -> VisionStream:
+        """The stream of an image with the layer that its method selects by."""
+        after = run.column_after(span, [one.kept.numel() for one in run.spans], packed=probe.where is not None)
+        layer = probe.of(span, run.texts[span.key], stream.budget, after=after, text_after=stream.text_after)
+        return replace(stream, probe=layer)
 
     def _tell_whole(self, plan: Plan, span: ImageSpan, order: int) -> None:
         """Warns, once for each reason, of an image that a method cannot cut to its budget."""
@@ -184,8 +197,7 @@ class Selecting:
 
 @dataclass(frozen=True)
 class Scoring(Observer):
-    """Asks the methods, in their order and image by image, which tokens go on; each one sees what those before it
-    left."""
+    """Asks the methods, in their order, which tokens of each image go on; each one sees what those before it left."""
 
     of: Selecting
     dropping: Dropping
@@ -197,21 +209,25 @@ class Scoring(Observer):
     def after(self, run: DecoderRun, view: LayerView) -> LayerView:
         """Drops what the methods leave out, from the next layer on."""
         seen = None
-        for span in run.spans:
-            for order, pruner in self.of.acting(view.index):
-                plan, entered = self.of.plans.of(span.image.total), span.entered.numel()
-                if not plan.asks(order, view.index, entered, alive=span.kept.numel()):
-                    continue
-                seen = seen or SeenLayer(self.of.scoring, run, view, run.words)
+        for order, pruner in self.of.acting(view.index):
+            asked = [span for span in run.spans if self._asks(span, order, view.index)]
+            if not asked:
+                continue
+            seen = seen or SeenLayer(self.of.scoring, run, view, run.words)
+            layers = [seen.of(span, order) for span in asked]
+            with full_precision(view.hidden.device), run.checks.collecting():
+                selections = together([started(pruner.prune_decoder, layer) for layer in layers])
+            for span, selection in zip(asked, selections, strict=True):
                 self.dropping.recording.of(span).asked.setdefault(order, []).append(view.index)
-                layer = seen.of(span, order)
-                with full_precision(view.hidden.device), run.checks.collecting():
-                    selection = pruner.prune_decoder(layer)
-                budget = plan.left(order, view.index, entered)
+                budget = self.of.plans.of(span.image.total).left(order, view.index, span.entered.numel())
                 self.dropping.apply(
                     run, span, selection, order=order, pruner=pruner, budget=budget, layer=view.index + 1
                 )
         return view
+
+    def _asks(self, span: ImageSpan, order: int, index: int) -> bool:
+        plan = self.of.plans.of(span.image.total)
+        return plan.asks(order, index, span.entered.numel(), alive=span.kept.numel())
 
     def close(self, run: DecoderRun) -> None:
         """Cuts the caches that are to hold only what the last layer left."""
@@ -224,6 +240,14 @@ class Scoring(Observer):
 def _after(words: Ints, span: ImageSpan) -> int:
     """How many words, by their places (T,), stand after an image."""
     return int((words > span.stands[-1]).sum())
+
+
+def _remembering(pruner: Pruner, streams: list[VisionStream]) -> list[VisionStream]:
+    """The streams with what the method remembers of each."""
+    if not isinstance(pruner, BetweenLayers):
+        return streams
+    memories = together([started(pruner.remember, stream) for stream in streams])
+    return [replace(stream, memory=memory) for stream, memory in zip(streams, memories, strict=True)]
 
 
 def _constant(value: Any) -> Any:

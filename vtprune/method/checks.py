@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,11 +64,11 @@ def check_scores(scores: Tensor, method: str) -> Tensor:
     return scores
 
 
-def listed(scores: Tensor, method: str) -> list[float]:
-    """The scores (N,) on the host; raises ScoreError if one of them is NaN or infinite."""
+def listed(scores: npt.NDArray[np.float32], method: str) -> list[float]:
+    """The scores (N,), which are on the host; raises ScoreError if one of them is NaN or infinite."""
     found: list[float] = scores.tolist()
     if not all(map(math.isfinite, found)):
-        raise _error(scores, method)
+        raise _error(torch.from_numpy(scores), method)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune.method.answers import Selection
+from vtprune.method.asking import Asking, asking, started
 from vtprune.method.facts import Work
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder
@@ -25,7 +26,8 @@ from vtprune.pruners.parts.cosines import (
 Floats = npt.NDArray[np.float32]
 
 
-def max_min_diverse(features: Tensor, count: int) -> Tensor:
+@asking
+def max_min_diverse(features: Tensor, count: int) -> Asking[Tensor]:
     """`count` of N tokens in the order of choice: (count,) int64, distinct.
 
     features: (N, D), count <= N. The first token is the one whose nearest neighbour is farthest, each next one
@@ -38,7 +40,8 @@ def max_min_diverse(features: Tensor, count: int) -> Tensor:
     vectors = unit_vectors(features, "divprune")
     matrix, closest = cosine_matrix(vectors, keep=fits(len(vectors)))
     if matrix is not None:
-        return torch.from_numpy(_chosen(matrix.cpu().numpy(), closest.cpu().numpy(), count)).to(features.device)
+        found = yield torch.cat([matrix, closest[None]])
+        return torch.from_numpy(_chosen(found[:-1], found[-1], count)).to(features.device)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     taken = torch.zeros_like(closest)
     for turn in range(count):
@@ -99,9 +102,11 @@ class DivPrune(BeforeDecoder):
         """True for variant="released"."""
         return self.variant == "released"
 
-    def select(self, stream: VisionStream) -> Selection:
+    @asking
+    def select(self, stream: VisionStream) -> Asking[Selection]:
         """Keeps the budget; raises ScoreError for NaN."""
-        return Selection(max_min_diverse(stream.features, stream.budget).sort().values, sound=True)
+        chosen = yield from started(max_min_diverse, stream.features, stream.budget)
+        return Selection(chosen.sort().values, sound=True)
 
     def flops(self, work: Work) -> int:
         """All cosines once; where they are not kept, also those of each chosen token."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
+from vtprune.method.asking import Asking, asking, started
 from vtprune.method.checks import check_scores, listed
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
@@ -103,9 +104,10 @@ class StripSelection:
     positions: Tensor
 
 
+@asking
 def select_crops(
     features: Tensor, attention: Tensor, crops: Ints, budget: int, alpha: float = 1.0, tau: float = 1.0
-) -> Tensor:
+) -> Asking[Tensor]:
     """The `budget` tokens that go on: (budget,) int64, ascending.
 
     features: (N, D); attention: (N,); crops: (N,) the crop of each token, on the host. A crop's weight is its mean
@@ -121,7 +123,8 @@ def select_crops(
         places[size] = torch.from_numpy(np.stack([members[crop] for crop in own])).to(features.device)
         scores[size] = holistic_score(features[places[size]], attention[places[size]], alpha)
     means = torch.cat([score.mean(dim=-1) for score in scores.values()]) ** tau
-    found = listed(means, "holov")
+    known = yield means
+    found = listed(known, "holov")
     order = [crop for own in groups.values() for crop in own]
     weights = [weight for _, weight in sorted(zip(order, found, strict=True))]
     quotas = capped_quotas(weights, [len(tokens) for tokens in members], budget)
@@ -240,7 +243,8 @@ class HoloV(BeforeDecoder):
         """How many strips variant="released" cuts `tokens` into."""
         return self.crops or max(1, int(1024 / 576 * tokens / budget))
 
-    def select(self, stream: VisionStream) -> Selection:
+    @asking
+    def select(self, stream: VisionStream) -> Asking[Selection]:
         """Keeps the budget, crop by crop; raises ScoreError for NaN."""
         assert stream.signals is not None
         attention, features = stream.signals.saliency(), stream.features
@@ -251,9 +255,12 @@ class HoloV(BeforeDecoder):
             return Selection(positions[positions >= 0].sort().values, sound=True)
         crops = crops_of(stream.grid, self.crops or CROPS)
         if len(crops) != stream.indices.numel():
-            crops = crops[stream.indices.cpu().numpy()]
+            indices = yield stream.indices
+            crops = crops[indices]
         alpha = 1.0 if self.alpha is None else self.alpha
-        kept = select_crops(features, attention, crops=crops, budget=stream.budget, alpha=alpha, tau=self.tau)
+        kept = yield from started(
+            select_crops, features, attention, crops=crops, budget=stream.budget, alpha=alpha, tau=self.tau
+        )
         return Selection(kept, sound=True)
 
     def flops(self, work: Work) -> int:

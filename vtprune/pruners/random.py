@@ -10,12 +10,14 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
+from vtprune.method.asking import Asking, asking, started
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
 
 
-def pixel_seed(pixels: Tensor, seed: int) -> int:
+@asking
+def pixel_seed(pixels: Tensor, seed: int) -> Asking[int]:
     """A seed in 0 .. 2**63 - 1 from `seed` and an image's pixels (any shape).
 
     Of the pixels it reads which ones are above 0, where no rounding can take them across: the same in float32, float16
@@ -23,8 +25,8 @@ def pixel_seed(pixels: Tensor, seed: int) -> int:
     that float16 has rounded to the middle between two bfloat16 ones may go either way.) Images whose pixels lie on the
     same sides of 0, which is the mean colour in what processors make, share a seed.
     """
-    above = (pixels.detach() > 0).cpu().contiguous()
-    digest = hashlib.blake2b(above.numpy().tobytes(), digest_size=8, key=str(seed).encode())
+    above = yield pixels.detach() > 0
+    digest = hashlib.blake2b(above.tobytes(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -50,8 +52,9 @@ class Random(BeforeDecoder):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or abs(self.seed) >= 2**63:
             raise VTPruneError(f"random: seed is an int of at most 63 bits, got {self.seed!r}")
 
-    def select(self, stream: VisionStream) -> Selection:
+    @asking
+    def select(self, stream: VisionStream) -> Asking[Selection]:
         """Keeps `stream.budget` random tokens."""
-        seed = pixel_seed(stream.pixels, self.seed)
+        seed = yield from started(pixel_seed, stream.pixels, self.seed)
         kept = random_tokens(stream.features.shape[0], stream.budget, seed)
         return Selection(kept.to(stream.features.device), sound=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
+from vtprune.method.asking import Asking, asking, started
 from vtprune.method.beside import tokenizer_of
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
@@ -98,14 +99,15 @@ class CDPruner(BeforeDecoder):
             check_tokenizer(self.model.source)
         return {}
 
-    def select(self, stream: VisionStream) -> Selection:
+    @asking
+    def select(self, stream: VisionStream) -> Asking[Selection]:
         """Keeps the budget; raises ScoreError for NaN."""
         scores, note = self.text_relevance(stream)
         negate = self.clip is not None if self.negate is None else self.negate
         relevance = min_max((-scores if negate else scores)[None])[0]
         if self.theta is not None:
             relevance = sharpen(relevance, self.theta)
-        chosen, _ = greedy_dpp(stream.features, relevance, stream.budget)
+        chosen, _ = yield from started(greedy_dpp, stream.features, relevance, stream.budget)
         return Selection(chosen.sort().values, note=note, sound=True)
 
     def text_relevance(self, stream: VisionStream) -> tuple[Tensor, str]:

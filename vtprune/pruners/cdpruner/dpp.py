@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vtprune.method.asking import Asking, asking
 from vtprune.method.checks import check_scores
 from vtprune.pruners.parts.cosines import (
     cosine_matrix,
@@ -55,7 +56,8 @@ def on_host(tokens: int, count: int) -> bool:
     return takes_matrix(tokens, count) and tokens * count**2 <= HOST_WORK
 
 
-def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+@asking
+def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> Asking[tuple[Tensor, Tensor]]:
     """`count` of N tokens in the order of choice, (count,) int64 and distinct, and what each of the others would
     add to the determinant then, (N,), -inf for the chosen.
 
@@ -70,8 +72,9 @@ def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor,
     matrix = cosine_matrix(vectors)[0] if takes_matrix(tokens, count) else None
     left = vectors.any(dim=1).float()
     if matrix is not None and on_host(tokens, count):
-        found = _greedy(matrix.cpu().numpy(), torch.stack([weight, left]).cpu().numpy(), count)
-        return torch.from_numpy(found[0]).to(features.device), torch.from_numpy(found[1]).to(features.device)
+        known = yield torch.cat([matrix, torch.stack([weight, left])])
+        found, factors = _greedy(known[:-2], known[-2:], count)
+        return torch.from_numpy(found).to(features.device), torch.from_numpy(factors).to(features.device)
     gains = weight * left
     taken = torch.zeros_like(left)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtprune.method.asking import Asking, asking
 from vtprune.method.choosing import top
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners.parts.prompt_attention import attention_of_heads
@@ -23,10 +24,11 @@ def relevance(vision: Tensor, text: Tensor) -> Tensor:
     return torch.matmul(vision.float(), text.float().T).softmax(dim=-1).mean(dim=0)
 
 
-def choose_raters(scores: Tensor) -> tuple[int, ...]:
+@asking
+def choose_raters(scores: Tensor) -> Asking[tuple[int, ...]]:
     """The words above the mean of `scores` (T,), ascending; all of them where none is."""
-    above = (scores > scores.mean()).nonzero().flatten().tolist()
-    return tuple(above) or tuple(range(scores.numel()))
+    above = yield scores > scores.mean()
+    return tuple(above.nonzero()[0].tolist()) or tuple(range(scores.numel()))
 
 
 def positional_kernel(layer: DecoderLayer, rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Selection
+from vtprune.method.asking import Asking, asking, started
 from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Counted, Tunable
@@ -161,13 +162,15 @@ class SparseVLM(Staged):
             return super().ratios(share)
         return schedules.between(self.model.decoder_depth, self.places(share), share, self.settings())
 
-    def remember(self, stream: VisionStream) -> dict[str, Any]:
+    @asking
+    def remember(self, stream: VisionStream) -> Asking[dict[str, Any]]:
         """The raters, counted from the end of the row's text; raises ScoreError for NaN."""
         after = stream.text_after
         if not after:
             return {"raters": ()}
         scores = check_scores(relevance(stream.features, stream.text[-after:].to(stream.features.device)), self.name)
-        return {"raters": tuple(word - after for word in choose_raters(scores))}
+        raters = yield from started(choose_raters, scores)
+        return {"raters": tuple(word - after for word in raters)}
 
     def rows(self, layer: DecoderLayer) -> Tensor:
         """(T,) places of the raters, or of the last prompt token if no text follows the image."""

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from vtprune.method.asking import Asking, asking, started
 from vtprune.method.checks import check_scores
 from vtprune.method.views import LayerSignals, VisionStream
 from vtprune.pruners.parts.cells import Grid3
@@ -75,7 +76,8 @@ def token_entropy(stream: VisionStream, *, released: bool) -> Tensor:
     return entropy[stream.indices.to(entropy.device)]
 
 
-def global_attention(signals: LayerSignals, threshold: float) -> Tensor:
+@asking
+def global_attention(signals: LayerSignals, threshold: float) -> Asking[Tensor]:
     """Mean over heads and global patches of the attention that each patch gets from them: (N * group,) fp32.
 
     Global patches are those that receive more than `threshold` times the mean; where there are none, the one
@@ -86,22 +88,24 @@ def global_attention(signals: LayerSignals, threshold: float) -> Tensor:
     query, key, scale, prefix = signals.query, signals.key, signals.scale, signals.prefix
     with torch.no_grad():
         received = check_scores(attention_received(query, key, scale, skip=prefix), "vflowopt")
-        rows = (received > threshold * received.mean()).nonzero().flatten()
-    if rows.numel() == received.numel() and not query.requires_grad:
+        above = received > threshold * received.mean()
+    found = (yield above).nonzero()[0]
+    if len(found) == received.numel() and not query.requires_grad:
         return received
-    if not rows.numel():
-        rows = received.argmax()[None]
+    rows = torch.from_numpy(found).to(received.device) if len(found) else received.argmax()[None]
     chosen = torch.cat([query[:, :prefix], query[:, prefix + rows]], dim=1)
     return attention_received(chosen, key, scale, skip=prefix) * (received.numel() / rows.numel())
 
 
-def importance_map(signals: LayerSignals, entropy: Tensor | None, threshold: float, alpha: float) -> Tensor:
+@asking
+def importance_map(signals: LayerSignals, entropy: Tensor | None, threshold: float, alpha: float) -> Asking[Tensor]:
     """Attention from the global patches plus alpha times the softmax of the entropies: (N,) fp32.
 
     entropy: (N,), None for alpha 0. Patches that form one token share its entropy, so that both terms are means
     over the patches of a distribution over all of them. Raises ScoreError for NaN.
     """
-    attention = signals.pool(global_attention(signals, threshold))
+    received = yield from started(global_attention, signals, threshold)
+    attention = signals.pool(received)
     if entropy is None:
         return attention
     return check_scores(attention + alpha * entropy.to(attention).softmax(dim=0) / signals.group, "vflowopt")

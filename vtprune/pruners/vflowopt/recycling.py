@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune.method.answers import Merge, Selection
+from vtprune.method.asking import Asking, asking
 from vtprune.tensors.attention import at_least_single
 
 
@@ -27,7 +28,8 @@ def cells_of(parts: Iterable[tuple[int, int]], size: float) -> tuple[Tensor, int
     return torch.from_numpy(np.concatenate(cells)), first
 
 
-def direct_count(importance: Tensor, cells: Tensor, count: int, budget: int) -> tuple[int, int]:
+@asking
+def direct_count(importance: Tensor, cells: Tensor, count: int, budget: int) -> Asking[tuple[int, int]]:
     """How many of the most important tokens may stay as they are, if each cell that holds others gets one token
     more and all these are to be at most `budget`: as many as possible, 0 where the cells alone are too many; and how
     many cells then hold others.
@@ -44,8 +46,8 @@ def direct_count(importance: Tensor, cells: Tensor, count: int, budget: int) -> 
     made = opened[:tokens].cumsum(dim=0)
     entering = torch.arange(tokens, device=device) + made.flip(0)
     direct = ((entering <= budget).sum() - 1).clamp(min=0)[None]
-    found: list[int] = torch.cat([direct, entering[direct] - direct]).tolist()
-    return found[0], found[1]
+    found = yield torch.cat([direct, entering[direct] - direct])
+    return int(found[0]), int(found[1])
 
 
 def recycle(features: Tensor, importance: Tensor, cells: Tensor, count: int, direct: int, filled: int) -> Selection:
@@ -74,10 +76,12 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, count: int, dir
     return Selection(kept, merged, flowed, sound=True)
 
 
-def filled_cells(importance: Tensor, cells: Tensor, count: int, direct: int) -> int:
+@asking
+def filled_cells(importance: Tensor, cells: Tensor, count: int, direct: int) -> Asking[int]:
     """How many of `count` cells hold tokens other than the `direct` most important ones; importance, cells: (N,)."""
     low = importance.sort(descending=True, stable=True).indices[direct:]
-    return int(torch.zeros(count, dtype=torch.bool, device=cells.device).index_fill_(0, cells[low], True).sum())
+    filled = yield torch.zeros(count, dtype=torch.bool, device=cells.device).index_fill_(0, cells[low], True).sum()
+    return int(filled)
 
 
 def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:

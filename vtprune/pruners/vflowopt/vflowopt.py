@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from vtprune.errors import CannotCut, VTPruneError
 from vtprune.method.answers import Selection
+from vtprune.method.asking import Asking, asking, started
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Counted, Tunable
 from vtprune.method.registry import register
@@ -196,18 +195,22 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
             return None
         return counts[1 + self.schedule().layers.index(layer + 1)]
 
-    def remember(self, stream: VisionStream) -> dict[str, Tensor]:
+    @asking
+    def remember(self, stream: VisionStream) -> Asking[dict[str, Any]]:
         """The importance of each token: (N,) fp32; raises ScoreError for NaN."""
         assert stream.signals is not None
         alpha, schedule = self.entropy_weight, self.schedule()
         entropy = token_entropy(stream, released=schedule.released) if alpha else None
         threshold = schedule.settings(schedule.target(stream.total)).threshold
-        return {IMPORTANCE: importance_map(stream.signals, entropy, threshold, alpha)}
+        importance = yield from started(importance_map, stream.signals, entropy, threshold, alpha)
+        return {IMPORTANCE: importance}
 
-    def select(self, stream: VisionStream) -> Selection:
+    @asking
+    def select(self, stream: VisionStream) -> Asking[Selection]:
         """Keeps the most important tokens and one for every cell of the others; raises ScoreError for NaN."""
         features, schedule = stream.features, self.schedule()
-        importance = (stream.memory or self.remember(stream))[IMPORTANCE].to(features.device)
+        memory = stream.memory or (yield from started(self.remember, stream))
+        importance = memory[IMPORTANCE].to(features.device)
         tokens = importance.numel()
         budget = self.counts(stream.total)[0] if schedule.released else stream.budget
         if not self.recycle or budget >= tokens:
@@ -218,9 +221,9 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         cells = whole.to(features.device)[stream.indices]
         if schedule.released:
             direct = max(0, budget - int(tokens / size**2))
-            filled = filled_cells(importance, cells, count, direct)
+            filled = yield from started(filled_cells, importance, cells, count, direct)
         else:
-            direct, filled = direct_count(importance, cells, count, budget)
+            direct, filled = yield from started(direct_count, importance, cells, count, budget)
             filled = min(filled, budget - direct)
         return recycle(features, importance, cells, count=count, direct=direct, filled=filled)
 
