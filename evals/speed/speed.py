@@ -1,8 +1,9 @@
-"""What dropping tokens between decoder layers saves, in seconds: ``python -m vtprune.evals.speed``.
+"""What each method saves, in seconds: ``python -m vtprune.evals.speed``.
 
-A LLaVA of random weights runs in turns unpruned, under vtprune, under vtprune with the choices made beforehand (what
-scoring costs), and as research code is written (`research.py`), all keeping the same tokens. Every run is
-paired with the unpruned one of its round; medians of the ratios stand beside what the FLOPs promise.
+A LLaVA of random weights runs in turns unpruned and under every method; methods of the tower also run their tower
+alone, and for the two whose research code is written down (`research.py`) that runs too, as does vtprune with their
+choices made beforehand (what scoring costs), all keeping the same tokens. Every run is paired with the unpruned one of
+its round; medians of the ratios stand beside what the FLOPs promise, and beside the most memory held at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -22,7 +24,8 @@ from torch import Tensor
 import vtprune
 from vtprune.adapters import model_cost
 from vtprune.console.output import one_line_errors
-from vtprune.evals.settings import build_settings
+from vtprune.evals.settings import UNPRUNED, build_settings
+from vtprune.evals.speed.memory import peak_bytes
 from vtprune.evals.speed.overhead import (
     SIZES,
     Device,
@@ -43,32 +46,51 @@ from vtprune.evals.speed.replay import Recorded, record
 from vtprune.evals.speed.research import ResearchModel
 from vtprune.files import check_new_file, write_json
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import BetweenLayers, Query
+from vtprune.method.registry import available
+from vtprune.method.stages import BetweenLayers, InEncoder, Query
 from vtprune.method.texts import parse_keep, split_entries
 from vtprune.report.costs import flops
 from vtprune.report.report import Report
 
 # Rounds that are measured however long they take, and at the most.
 FEWEST, MOST = 3, 15
-# The wrapper alone, and what is added to a method's name for the two other ways to run it.
-WHOLE, GIVEN, RESEARCH = "keep=1.0", ", without scoring", ", research way"
+# The wrapper alone, and what is added to a method's name for the other ways to run it.
+WHOLE, GIVEN, RESEARCH, TOWER = "keep=1.0", ", without scoring", ", research way", ", the tower alone"
+# Methods whose research code is written down.
+RESEARCHED = ("fastv", "pyramid_drop")
 
+# Seconds of a prefill (or of the tower alone), and of a decode step (0 for the tower).
 Run = Callable[[], tuple[float, float]]
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way to run: what runs, the speed-ups that its FLOPs promise, the most bytes that a prefill holds, and whether
+    it is the tower alone, which has no decode step and is measured against the tower."""
+
+    run: Run
+    prefill: float = 1.0
+    decode: float = 1.0
+    peak: int = 0
+    tower: bool = False
+
+
+@dataclass(frozen=True)
 class Timing:
-    """One way to run against the unpruned model: paired seconds, and the speed-ups that its FLOPs promise."""
+    """One way to run against the unpruned model: paired seconds, the speed-ups that its FLOPs promise, and the most
+    bytes that a prefill holds of its own, unpruned and here (0: not measured). decode: None for the tower alone."""
 
     name: str
     prefill: Pairs
-    decode: Pairs
+    decode: Pairs | None
     promised_prefill: float = 1.0
     promised_decode: float = 1.0
+    peak: tuple[int, int] = (0, 0)
 
     def phases(self) -> dict[str, tuple[Pairs, float]]:
         """Prefill and decode step: seconds and the promise."""
-        return {"prefill": (self.prefill, self.promised_prefill), "decode": (self.decode, self.promised_decode)}
+        found = {"prefill": (self.prefill, self.promised_prefill)}
+        return found if self.decode is None else {**found, "decode": (self.decode, self.promised_decode)}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON."""
@@ -77,7 +99,7 @@ class Timing:
                    "delivered": speedups(pairs)[1] / promised}
             for name, (pairs, promised) in self.phases().items()
         }  # fmt: skip
-        return {"name": self.name, **phases}
+        return {"name": self.name, **phases, "peak_bytes": {"plain": self.peak[0], "wrapped": self.peak[1]}}
 
 
 def speedups(pairs: Pairs) -> tuple[float, float, float]:
@@ -139,26 +161,78 @@ def measure(
     """
     start = time.perf_counter()
     whole = replace(methods[0], keep=1.0)
-    runs: dict[str, tuple[Run, float, float]] = {WHOLE: (_wrapped(model, inputs, whole, steps), 1.0, 1.0)}
+    ways = {WHOLE: Way(_wrapped(model, inputs, whole, steps), peak=_peak(model, inputs, whole))}
     for pruner in methods:
-        one = record(model, inputs, pruner)
-        decode = promised_decode(model, one.report, steps)
-        scored, given = one.promised, one.promised_unscored
-        runs[pruner.name] = _wrapped(model, inputs, pruner, steps), scored, decode
-        runs[pruner.name + GIVEN] = _wrapped(model, inputs, one.replay, steps), given, decode
-        runs[pruner.name + RESEARCH] = _research(model, inputs, one, steps), scored, decode
-    # The prefills that were written down have warmed up the rest.
+        ways.update(_ways(model, inputs, pruner, steps))
+    # The prefills whose memory was measured have warmed up the rest.
+    held = _peak(model, inputs, None)
     run_once(model, inputs, steps)
     plain: list[tuple[float, float]] = []
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    towers: list[tuple[float, float]] = []
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     while len(plain) < FEWEST or (len(plain) < MOST and time.perf_counter() - start < budget):
         plain.append(run_once(model, inputs, steps))
-        for name, (run, _, _) in runs.items():
-            taken[name].append(run())
+        towers.append(_tower(model, inputs, None)())
+        for name, way in ways.items():
+            taken[name].append(way.run())
     return [
-        Timing(name, *(_pairs(plain, taken[name], phase) for phase in (0, 1)), *promised)
-        for name, (_, *promised) in runs.items()
+        Timing(
+            name,
+            _pairs(towers if way.tower else plain, taken[name], 0),
+            None if way.tower else _pairs(plain, taken[name], 1),
+            way.prefill,
+            way.decode,
+            peak=(held, way.peak) if way.peak else (0, 0),
+        )
+        for name, way in ways.items()
     ]
+
+
+def _ways(model: Any, inputs: dict[str, Tensor], pruner: Pruner, steps: int) -> dict[str, Way]:
+    """All ways to run a method, by name."""
+    report, name, peak = _report(model, inputs, pruner), pruner.name, _peak(model, inputs, pruner)
+    scored, decode = report.flops_full / report.flops, promised_decode(model, report, steps)
+    found = {name: Way(_wrapped(model, inputs, pruner, steps), scored, decode, peak)}
+    if name in RESEARCHED:
+        one = record(model, inputs, pruner)
+        found[name + GIVEN] = Way(_wrapped(model, inputs, one.replay, steps), one.promised_unscored, decode)
+        found[name + RESEARCH] = Way(_research(model, inputs, one, steps), scored, decode)
+    if isinstance(pruner, InEncoder) and not isinstance(pruner, BetweenLayers):
+        found[name + TOWER] = Way(_tower(model, inputs, pruner), _promised_tower(model, inputs, report), tower=True)
+    return found
+
+
+def _report(model: Any, inputs: dict[str, Tensor], pruner: Pruner) -> Report:
+    """Of a prefill under a method."""
+    with vtprune.wrapped(model, pruner):
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        return vtprune.report(model)
+
+
+def _peak(model: Any, inputs: dict[str, Tensor], pruner: Pruner | None) -> int:
+    """The most bytes that a prefill holds at once."""
+    with vtprune.wrapped(model, pruner) if pruner else nullcontext():
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        return peak_bytes(model.device, lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+
+
+def _tower(model: Any, inputs: dict[str, Tensor], pruner: Pruner | None) -> Run:
+    """The tower and the projector by themselves."""
+
+    def run() -> tuple[float, float]:
+        with vtprune.wrapped(model, pruner) if pruner else nullcontext():
+            return seconds(model.device, lambda: model.get_image_features(inputs["pixel_values"]))[0], 0.0
+
+    return run
+
+
+def _promised_tower(model: Any, inputs: dict[str, Tensor], report: Report) -> float:
+    """The speed-up of the tower and the projector by FLOPs, all of a method's scoring counted there."""
+    images = report.samples[0].images
+    text = inputs["input_ids"].shape[1] - sum(image.tokens for image in images)
+    whole = flops(model.config, sum(image.tokens for image in images), text_tokens=text, images=len(images))
+    own = report.flops_breakdown
+    return (whole.vision_tower + whole.projector) / (own.vision_tower + own.projector + own.scoring)
 
 
 def _pairs(plain: list[tuple[float, float]], other: list[tuple[float, float]], phase: int) -> Pairs:
@@ -183,22 +257,28 @@ def table(timings: Sequence[Timing], tokens: int) -> Table:
     for phase in ("prefill", "decode"):
         for heading in (f"{phase} ms", "speed-up", "quartiles", "by FLOPs", "delivered"):
             shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("peak MB", justify="right", no_wrap=True)
     prefill, decode = (f"{1e3 * statistics.median(pairs.plain):.1f}" for pairs, _ in timings[0].phases().values())
-    shown.add_row("unpruned", prefill, *[""] * 4, decode, end_section=True)
+    shown.add_row("unpruned", prefill, *[""] * 4, decode, *[""] * 4, _megabytes(timings[0].peak[0]), end_section=True)
     for timing in timings:
         cells = []
         for pairs, promised in timing.phases().values():
             low, middle, high = speedups(pairs)
             cells += [f"{1e3 * statistics.median(pairs.wrapped):.1f}", f"{middle:.2f}x", f"{low:.2f} to {high:.2f}"]
             cells += [f"{promised:.2f}x", f"{middle / promised:.0%}"]
-        shown.add_row(timing.name, *cells, end_section=timing.name == WHOLE or timing.name.endswith(RESEARCH))
+        cells += [""] * (10 - len(cells))
+        shown.add_row(timing.name, *cells, _megabytes(timing.peak[1]), end_section=timing.name == WHOLE)
     return shown
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}" if count else ""
 
 
 def verdicts(timings: Sequence[Timing]) -> str:
     """What the wrapper adds, and how vtprune stands to the research way."""
-    lines = [f"the wrapper adds {timings[0].prefill.ratio - 1:+.1%} to the prefill, "
-             f"{timings[0].decode.ratio - 1:+.1%} to a decode step"]  # fmt: skip
+    added = [f"{pairs.ratio - 1:+.1%}" for pairs, _ in timings[0].phases().values()]
+    lines = [f"the wrapper adds {added[0]} to the prefill, {added[1]} to a decode step"]
     for name, pairs in against_research(timings).items():
         low, middle, high = speedups(pairs)
         lines.append(f"{name} prefills {middle:.2f}x ({low:.2f} to {high:.2f}) as fast as written the research way")
@@ -206,7 +286,7 @@ def verdicts(timings: Sequence[Timing]) -> str:
 
 
 def main(
-    methods: Annotated[str, typer.Option(help="Decoder-stage methods, separated by commas.")] = "fastv,pyramid_drop",
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; all that ship by default.")] = "",
     keep: Annotated[str, typer.Option(help="A fraction (0.4), a percentage or a count an image.")] = "0.4",
     tokens: Annotated[str, typer.Option(help="Vision tokens, separated by commas: images of 576.")] = "576,2880",
     steps: Steps = 8,
@@ -216,7 +296,7 @@ def main(
     dtype: Dtype = "",
     output: Output = None,
 ) -> None:
-    """Time methods that drop tokens between decoder layers against their promise and against research code."""
+    """Time methods against what their FLOPs promise, and two of them against research code."""
     if output is not None:
         with one_line_errors(traceback=False):
             check_new_file(output)
@@ -225,8 +305,9 @@ def main(
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit()]
     if not counts or any(count < own or count % own for count in counts):
         raise typer.BadParameter(f"tokens: multiples of {own} (one image), separated by commas, got {tokens!r}")
-    pruners = [one.pruner() for one in build_settings(split_entries(methods), [parse_keep(keep)])[1:]]
-    model, console, written = build_model(SIZES[size], place, kind), Console(width=170), []
+    chosen = split_entries(methods) or [name for name in available() if name != UNPRUNED]
+    pruners = [one.pruner() for one in build_settings(chosen, [parse_keep(keep)])[1:]]
+    model, console, written = build_model(SIZES[size], place, kind), Console(width=180), []
     for count in counts:
         inputs = build_inputs(SIZES[size], place, kind, count // own)
         timings = measure(model, inputs, pruners, steps=steps, budget=budget)
