@@ -65,8 +65,8 @@ Run = Callable[[], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run: what runs, the speed-ups that its FLOPs promise, the most bytes that a prefill holds, and whether
-    it is the tower alone, which has no decode step and is measured against the tower."""
+    """One way to run: what runs, the speed-ups that its FLOPs promise, the most bytes that a prefill holds, and
+    whether it is the tower alone, which has no decode step and is measured against the tower."""
 
     run: Run
     prefill: float = 1.0

@@ -54,23 +54,17 @@ class PrunedLayer(DynamicLayer):
             new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
         return new
 
-    def announce(self, slots: Tensor | None, new_length: int, *, ragged: bool = False, returning: int = 0) -> None:
+    def announce(
+        self, slots: Tensor | None, new_length: int, *, ragged: bool = False, since: Tensor | None = None
+    ) -> None:
         """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None; `ragged`:
-        whether there may be padding among the new ones. The first `returning` of these are of places that the sequence
-        had before."""
+        whether there may be padding among the new ones; since: (K,) as in the class, once entries may have one."""
         heads = self.head_slots
         if heads is not None:
             assert slots is not None
             new = slots[:, None, heads.shape[2] :].expand(-1, heads.shape[1], -1)
             self.head_slots = torch.cat([heads, new.to(heads.device)], dim=2)
-        if slots is not None and (returning or self.since is not None):
-            held = 0 if self.keys is None else self.keys.shape[-2]
-            since = slots.new_zeros(slots.shape[1])
-            if self.since is not None:
-                since[:held] = self.since
-            since[held : held + returning] = self.length
-            self.since = since
-        self.slots = slots
+        self.slots, self.since = slots, since
         self.ragged = self.ragged or ragged
         self.length = new_length
         self._announced = True

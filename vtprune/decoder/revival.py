@@ -98,9 +98,10 @@ class Revival(Shaper):
         if flying is not None and not self._decided:
             flying = replace(flying, states=states[:, : self._width])
         entering = run.alive_at(index, states[:, self._width :])
+        together = not self._decided and entering.layout.relative is None and not entering.layout.vectors
         self.flying, self._decided = flying, False
         self._widths[index] = self._width = 0 if flying is None else flying.count
-        return replace(entering, front=flying)
+        return replace(entering, front=flying, joined=states if together else None)
 
     def leave(self, index: int, states: Tensor) -> Tensor:
         """Without the tokens that returned to layer `index`."""
@@ -151,6 +152,9 @@ class Revival(Shaper):
         """(B, K) which of the log's tokens each entry of a layer is, V for text and padding."""
         if slots is None:
             return self._index[:, :entries]
+        if len(slots) == 1:
+            # A row alone has no padding.
+            return self._index.gather(1, slots)
         return self._index.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, self.part.shape[1])
 
     def _among(self, slots: Tensor | None, entries: int) -> Tensor:
@@ -180,17 +184,23 @@ class Revival(Shaper):
         weights = check_scores(_attention(query, keys, last + self._width, scale=scale, mask=view.mask), self.name)
         wanted = self._wanted(weights.to(self.part.device), self.layers[index].slots, waiting.limits(self.log.images))
         pool, flew = waiting.tokens, torch.zeros_like(self.part)
+        entries = following.keys.shape[-2] if following.keys is not None else 0
+        missing = wanted & ~self._among(following.slots, entries)
+        counts = missing.sum(dim=1)
         if self.flying is not None:
             landed = replace(self.flying, states=view.hidden[:, : self._width])
             flew = self._among(landed.places, landed.count)
-            following.waiting = self._leave(waiting, landed, flew & ~wanted)
+            left = flew & ~wanted
+            # How many come and how many go depends on the scores: the device is asked for both at once.
+            coming, going = torch.stack([counts, left.sum(dim=1)]).tolist()
+            following.waiting = self._leave(waiting, landed, left, going)
             pool = pool.join(landed)
-        entries = following.keys.shape[-2] if following.keys is not None else 0
-        missing = wanted & ~self._among(following.slots, entries)
+        else:
+            coming = counts.tolist()
         self._until = self._until.masked_fill(self.part & ~wanted, index + 1)
         self._first = self._first.masked_fill(missing & ~flew, index + 1)
         self.part, self._narrowed, self._decided = wanted, True, True
-        self.flying = self._take(pool, missing)
+        self.flying = self._take(pool, missing, coming)
 
     def _wanted(self, weights: Tensor, slots: Tensor | None, limits: Tensor) -> Tensor:
         """(B, V) of the tokens that take part those with the highest `weights` (B, K), up to `limits` (B, I) an image;
@@ -200,19 +210,19 @@ class Revival(Shaper):
         scores = scores.scatter(1, self._tokens(slots, weights.shape[1]), weights)[:, :-1]
         return best_of_each(scores, self.log.owner.masked_fill(~self.part, -1), limits)
 
-    def _take(self, pool: Tokens, chosen: Tensor) -> Tokens | None:
-        """Of the pool the tokens `chosen` (B, V), in the order of their places."""
-        tokens = places_of(chosen)
-        if tokens.shape[1] == 0:
+    def _take(self, pool: Tokens, chosen: Tensor, counts: list[int]) -> Tokens | None:
+        """Of the pool the tokens `chosen` (B, V), `counts` (B,) of them, in the order of their places."""
+        if not max(counts):
             return None
+        tokens = places_of(chosen, counts)
         batch, count = chosen.shape
         column = torch.arange(pool.count, device=chosen.device).expand(batch, -1)
         at = torch.zeros(batch, count + 1, dtype=torch.long, device=chosen.device)
         at.scatter_(1, self._tokens(pool.places, pool.count), column)
         return pool.take(at.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -1))
 
-    def _leave(self, waiting: Waiting, landed: Tokens, left: Tensor) -> Waiting:
-        tokens = self._take(landed, left)
+    def _leave(self, waiting: Waiting, landed: Tokens, left: Tensor, counts: list[int]) -> Waiting:
+        tokens = self._take(landed, left, counts)
         return waiting if tokens is None else waiting.add(tokens, self.prompt.offset)
 
     def record(self, view: LayerView, spans: list[ImageSpan]) -> None:
@@ -222,9 +232,12 @@ class Revival(Shaper):
         for span, kept in zip(spans, view.kept, strict=True):
             gone[span.row, span.places[kept]] = True
             gone[span.row, span.places[span.kept]] = False
-        places = places_of(gone)
-        if places.shape[1] == 0:
+        counts = [0] * self.prompt.batch
+        for span, kept in zip(spans, view.kept, strict=True):
+            counts[span.row] += kept.numel() - span.kept.numel()
+        if not max(counts):
             return
+        places = places_of(gone, counts)
         self._left_out = True
         offset = self.prompt.offset
         at = relative_places(places, view.places, self.prompt.length)
@@ -259,10 +272,12 @@ class Revival(Shaper):
         if self._left_out:
             entered = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
             number = torch.zeros_like(entered, dtype=torch.long)
+            counts = [0] * prompt.batch
             for span, own in zip(spans, self._numbers(spans), strict=True):
                 entered[span.row, span.places[span.entered]] = True
                 number[span.row, span.places] = own
-            places = places_of(entered)
+                counts[span.row] += span.entered.numel()
+            places = places_of(entered, counts)
             owner = number.gather(1, places.clamp(min=0))
             places = torch.where(places < 0, places, places + prompt.offset)
             images = self._images(spans)

@@ -60,21 +60,31 @@ class Layout:
 @dataclass(frozen=True)
 class Entering:
     """The tokens that a decoder layer computes: those of the input at `layout`, with hidden states (B, n, D), behind
-    the ones of earlier forwards that return (`front`), if any."""
+    the ones of earlier forwards that return (`front`), if any; joined: (B, r + n, D) both of them where they stand
+    together already."""
 
     layout: Layout
     states: Tensor
     front: Tokens | None = None
+    joined: Tensor | None = None
 
-    def inputs(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Hidden states and rotary embeddings of all of them; embeddings: of the input's own."""
-        front, states = self.front, self.states
-        if front is None:
-            return states, embeddings
-        cos, sin = (part.expand(states.shape[0], *part.shape[1:]) for part in embeddings)
-        before = front.states.to(states), front.cos.to(cos), front.sin.to(sin)
-        joined = [torch.cat(pair, dim=1) for pair in zip(before, (states, cos, sin), strict=True)]
-        return joined[0], (joined[1], joined[2])
+    def all_states(self) -> Tensor:
+        """(B, r + n, D) the hidden states of all of them."""
+        if self.front is None:
+            return self.states
+        if self.joined is not None:
+            return self.joined
+        return torch.cat([self.front.states.to(self.states), self.states], dim=1)
+
+    def embeddings(self, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotary embeddings of all of them, from those of the input's `own`."""
+        if self.front is None:
+            return own
+        cos, sin = (part.expand(self.states.shape[0], *part.shape[1:]) for part in own)
+        return (
+            torch.cat([self.front.cos.to(cos), cos], dim=1),
+            torch.cat([self.front.sin.to(sin), sin], dim=1),
+        )
 
 
 class Shaper:
@@ -175,7 +185,10 @@ class DecoderRun:
         self._layouts: dict[int, Layout] = {}
         self._masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
         self._slots: dict[tuple[int, int, int], tuple[Any, Tensor | None]] = {}
+        self._sinces: dict[tuple[int, int, int], tuple[Any, Tensor]] = {}
         self._announced: set[int] = set()
+        # The last rotary embeddings of returning tokens and others, and what they were made of.
+        self._turned: tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
 
     @cached_property
     def _vision(self) -> tuple[Bools, Bools]:
@@ -388,7 +401,7 @@ class DecoderRun:
                     dtype=entering.states.dtype,
                 )  # fmt: skip
         embeddings = self._embeddings(index, layout, entering.states, kwargs["position_embeddings"])
-        states, embeddings = entering.inputs(embeddings)
+        states, embeddings = entering.all_states(), self._joined_embeddings(entering, embeddings)
         kwargs = {**kwargs, "attention_mask": mask}
         if embeddings is not kwargs["position_embeddings"]:
             kwargs["position_embeddings"] = embeddings
@@ -397,6 +410,15 @@ class DecoderRun:
         if args:
             return (states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": states}
+
+    def _joined_embeddings(self, entering: Entering, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotary embeddings of all tokens of a layer; layers with the same ones share them."""
+        if entering.front is None:
+            return own
+        key = entering.front.places, own[0], own[1]
+        if self._turned is None or any(one is not two for one, two in zip(key, self._turned[0], strict=True)):
+            self._turned = key, entering.embeddings(own)
+        return self._turned[1]
 
     def observe(self, index: int, output: Any, kwargs: dict[str, Any]) -> None:
         """Shows a layer that ran, with these keyword arguments, to those who watch it: once, in their order."""
@@ -427,10 +449,26 @@ class DecoderRun:
             self._announced.add(index)
             front = None if entering.front is None else entering.front.places
             slots = self._extend(layer.slots, layout, front)
-            returning = 0 if front is None else front.shape[1]
-            ragged = layout.ragged or (returning > 0 and prompt.batch > 1)
-            layer.announce(slots, prompt.offset + prompt.length, ragged=ragged, returning=returning)
+            ragged = layout.ragged or (front is not None and prompt.batch > 1)
+            since = self._extended_since(layer, slots, front)
+            layer.announce(slots, prompt.offset + prompt.length, ragged=ragged, since=since)
         return layer.slots, layer.ragged
+
+    def _extended_since(self, layer: PrunedLayer, slots: Tensor | None, front: Tensor | None) -> Tensor | None:
+        """`PrunedLayer.since` for the `slots` of a layer after this input, with the places `front` before its own;
+        layers with equal slots share one tensor."""
+        past = layer.since
+        if slots is None or (front is None and past is None):
+            return past
+        key = (id(past), id(slots), id(front))
+        if key not in self._sinces:
+            held = 0 if layer.keys is None else layer.keys.shape[-2]
+            returning = 0 if front is None else front.shape[1]
+            old = slots.new_zeros(held) if past is None else past
+            came = slots.new_full((returning,), self.prompt.offset)
+            new = slots.new_zeros(slots.shape[1] - held - returning)
+            self._sinces[key] = ((past, slots, front), torch.cat([old, came, new]))
+        return self._sinces[key][1]
 
     def _extend(self, past: Tensor | None, layout: Layout, front: Tensor | None) -> Tensor | None:
         """The slots of a layer after this input, with the places `front` before its own; layers with equal slots share
