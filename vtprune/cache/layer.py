@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vtprune.cache.waiting import VisionLog, Waiting
 from vtprune.errors import VTPruneError
+from vtprune.tensors.compaction import gather_tokens
 
 
 class PrunedLayer(DynamicLayer):
@@ -121,18 +122,17 @@ class PrunedLayer(DynamicLayer):
         """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`."""
         assert self.keys is not None
         assert self.values is not None
-        index = columns.clamp(min=0).to(self.keys.device)
-        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+
+        def taken(states: Tensor) -> Tensor:
+            return gather_tokens(states.transpose(1, 2), columns).transpose(1, 2)
+
         for name in self.entries:
-            self.entries[name] = self.values_of(name).transpose(1, 2)[rows, index].transpose(1, 2)
-        self.keys = self.keys.transpose(1, 2)[rows, index].transpose(1, 2)
-        self.values = self.values.transpose(1, 2)[rows, index].transpose(1, 2)
+            self.entries[name] = taken(self.values_of(name))
+        self.keys, self.values = taken(self.keys), taken(self.values)
         self.slots = slots
         if self.head_slots is not None:
-            found = self.head_slots.transpose(1, 2)[rows, index].masked_fill(
-                columns.to(index.device)[..., None] < 0, -1
-            )
-            self.head_slots = found.transpose(1, 2)
+            gone = (columns < 0).to(self.head_slots.device)[:, None]
+            self.head_slots = taken(self.head_slots).masked_fill(gone, -1)
         # Rows of one length need no padding; asking the device whether these are would cost a wait.
         self.ragged = self.ragged or len(slots) > 1
 

@@ -555,9 +555,10 @@ class DecoderRun:
             final = span.layers[-1]
             gone[span.row, self.prompt.offset + span.places] = True
             gone[span.row, self.prompt.offset + span.places[final]] = False
-        real, left = self.prompt.real_so_far(), self.row_counts([span.layers[-1].numel() for span in self.spans])
+        stay = self.prompt.real_so_far() & ~gone
+        left = self.row_counts([span.layers[-1].numel() for span in self.spans])
         # Layers that share slots go on sharing them, and their masks.
-        known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        known: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         for index in sorted(indices):
             layer = self.layers[index]
             slots = layer.slots
@@ -565,15 +566,20 @@ class DecoderRun:
                 slots = all_slots(gone.shape[1], gone.shape[0], gone.device)
             key = -1 if layer.slots is None else id(slots)
             if key not in known:
-                drop = gone.gather(1, slots.clamp(min=0))
-                stays = (slots >= 0) & ~drop & real.gather(1, slots.clamp(min=0))
+                at = slots.clamp(min=0)
+                stays = (stay.gather(1, at) & (slots >= 0)) if layer.ragged else stay.gather(1, at)
                 columns = places_of(stays, None if self.prompt.offset else left)
-                new = slots.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
-                known[key] = (new, columns, _marked(slots.masked_fill(~drop, -1), gone.shape[1]))
+                new = slots.gather(1, columns.clamp(min=0))
+                removed = None
+                if len(new) > 1:
+                    new = new.masked_fill(columns < 0, -1)
+                if self.rotary is not None:
+                    removed = _marked(slots.masked_fill(~gone.gather(1, at), -1), gone.shape[1])
+                known[key] = (new, columns, removed)
             new, columns, removed = known[key]
             if any(span.layers[index].numel() > span.layers[-1].numel() for span in self.spans):
                 layer.cut(new, columns)
-                if self.rotary is not None:
+                if removed is not None:
                     layer.add(SHIFT, removed.cumsum(dim=1))
 
     def restore(self, states: Tensor, index: int) -> Tensor:

@@ -8,8 +8,10 @@ method says what each head goes on with. All that is remembered in between lies 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -18,10 +20,12 @@ from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import all_slots
 from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.names import CUTS, DENSITY, IMAGES, MERGED, SCORES, STATE
+from vtprune.decoder.outline import Bools, Ints
 from vtprune.decoder.prompt import ImageSpan, numbers_in_rows
 from vtprune.decoder.run import DecoderRun, LayerView, Observer
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.answers import Eviction
+from vtprune.method.asking import Array, read_back
 from vtprune.method.checks import check_scores
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
@@ -56,37 +60,90 @@ class Evictor:
         new = [span for span in run.spans if self.plans.of(span.image.total).evicts(self.order)]
         if not new and IMAGES not in aux:
             return None
-        images = torch.zeros(prompt.batch, prompt.offset + prompt.length, dtype=torch.long, device=prompt.device)
-        images = _numbered(images, aux.get(IMAGES), new)
+        known = Known.of(run, run.layers, sorted(self.dense))
+        images = _numbered(known.images, new)
         if new:
-            aux[IMAGES] = images
-        real = prompt.real_so_far()
-        asking = images.any(dim=1) & real[:, -prompt.length :].any(dim=1)
-        rows = asking.nonzero().flatten().tolist()
+            aux[IMAGES] = torch.from_numpy(images).to(prompt.device)
+        asking = images.any(axis=1) & known.real[:, -prompt.length :].any(axis=1)
+        rows = np.flatnonzero(asking).tolist()
         if not rows:
             return None
         prompts = {span.row for span in run.spans} & set(rows)
         cuts = aux.get(CUTS, torch.zeros(prompt.batch, 1, device=prompt.device)).clone()
         cuts[sorted(prompts)] = 0
         aux[CUTS] = cuts
-        return Watch(of=self, pruner=pruner, rows=rows, prompts=prompts, real=real, images=images)
+        known = replace(known, images=images)
+        return Watch(of=self, pruner=pruner, rows=rows, prompts=prompts, known=known, device=prompt.device)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the host has to know of a cache that is to be cut: read back at once, before the layers run.
+
+    images and real: (B, offset + length) the number of the image at each place, 0 for none, and which places are not
+    padding; cuts: (B,) how often each row was cut since its last prompt; densities: (B,) by layer; states: (B,) what
+    the method remembers, by layer and name, NaN for nothing.
+    """
+
+    images: Ints
+    real: Bools
+    cuts: Array
+    densities: dict[int, Array]
+    states: dict[tuple[int, str], Array]
+
+    @classmethod
+    def of(cls, run: DecoderRun, layers: list[PrunedLayer], dense: list[int]) -> Known:
+        """Of the cache before this forward; a first prompt has left nothing to read."""
+        prompt, aux = run.prompt, layers[0].aux
+        images = np.zeros((prompt.batch, prompt.offset + prompt.length), dtype=np.int64)
+        if IMAGES not in aux and not prompt.offset:
+            return cls(images, prompt.outline.number >= 0, np.zeros(prompt.batch), {}, {})
+        values: dict[Any, Tensor] = {"real": prompt.real_so_far()}
+        values.update({name: aux[name] for name in (IMAGES, CUTS) if name in aux})
+        values.update({index: layers[index].aux[DENSITY] for index in dense if DENSITY in layers[index].aux})
+        for index, layer in enumerate(layers):
+            own = {(index, name): value for name, value in layer.aux.items() if name.startswith(STATE)}
+            values.update(own)
+        found = dict(zip(values, read_back(list(values.values())), strict=True))
+        if IMAGES in found:
+            width = min(images.shape[1], found[IMAGES].shape[1])
+            images[:, :width] = found[IMAGES][:, :width]
+        return cls(
+            images,
+            found["real"],
+            found[CUTS][:, 0] if CUTS in found else np.zeros(prompt.batch),
+            {index: found[index][:, 0] for index in dense if index in found},
+            {key: value[:, 0] for key, value in found.items() if isinstance(key, tuple)},
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """The columns (n,) of a layer that hold a row's tokens, and their places, there and on the host; of: what the
+    columns are counted in."""
+
+    columns: Tensor
+    places: Tensor
+    known: Ints
+    of: Tensor | None
 
 
 @dataclass(frozen=True)
 class Watch(Observer):
     """Watches the rows whose attention in this forward decides what leaves their caches, and cuts these in the end.
 
-    rows: with images that are to be cut; prompts: those of them to which this forward brings images; real and images:
-    (B, offset + length) which places are not padding, and the number of the image at each, 0 for none.
+    rows: with images that are to be cut; prompts: those of them to which this forward brings images.
     """
 
     of: Evictor
     pruner: InCache
     rows: list[int]
     prompts: set[int]
-    real: Tensor
-    images: Tensor
-    _known: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
+    known: Known
+    device: torch.device
+    _held: dict[tuple[int, int, int], Held] = field(default_factory=dict)
+    _slots: dict[int, tuple[Tensor, Ints]] = field(default_factory=dict)
+    _images: dict[int, tuple[Held, Ints]] = field(default_factory=dict)
 
     def wants(self, index: int) -> bool:
         """Whether the attention of this layer counts."""
@@ -108,34 +165,49 @@ class Watch(Observer):
         scores = layer.values_of(SCORES)
         density = layer.aux.get(DENSITY, torch.zeros(run.prompt.batch, 1, device=query.device)).clone()
         for row in self.rows:
-            columns, places = self._places(row, slots, 0)
-            queries, when = self._places(row, asked, offset)
+            held, own = self._places(row, slots, 0), self._places(row, asked, offset)
+            columns = held.columns.to(query.device)
             sums = attention_sums(
-                query=query[row][:, queries.to(query.device)],
-                key=layer.keys[row][:, columns.to(query.device)],
-                asked=when.to(query.device),
-                places=places.to(query.device),
+                query=query[row][:, own.columns.to(query.device)],
+                key=layer.keys[row][:, columns],
+                asked=own.places.to(query.device),
+                places=held.places.to(query.device),
                 scale=adapter.decoder_scale,
             )
             sums = rearrange(sums, "(k g) n -> k g n", k=layer.keys.shape[1])
             if row in self.prompts and index in self.of.dense:
-                new = sums if not offset else sums[..., places.to(query.device) >= offset]
+                later = (held.known >= offset).nonzero()[0]
+                new = sums[..., torch.from_numpy(later).to(query.device)] if offset else sums
                 density[row] = self.pruner.density(check_scores(new, self.pruner.name))
-            scores[row].index_add_(1, columns.to(query.device), sums.sum(dim=1))
+            scores[row].index_add_(1, columns, sums.sum(dim=1))
         layer.aux[DENSITY] = density
         if index in self.of.cut:
             layer.entries[SCORES] = scores
 
-    def _places(self, row: int, slots: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
-        """The columns of a row's slots (B, n) that hold a token, and their places, which start from `first`; slots
-        None: all from there on. Layers that share their slots share the answer."""
+    def _places(self, row: int, slots: Tensor | None, first: int) -> Held:
+        """The columns of a row's slots (B, n) that hold a token, neither -1 nor padding of the prompt, and their
+        places, which start from `first`; slots None: all from there on. Layers that share their slots share the
+        answer."""
         key = row, id(slots), first
-        if key not in self._known:
-            own = torch.arange(self.real.shape[1] - first, device=self.real.device) if slots is None else slots[row]
-            columns = _real(torch.where(own < 0, -1, own + first), self.real[row])
-            # The slots are kept with the answer, so that their id is not given to others.
-            self._known[key] = columns, own[columns] + first, slots
-        return self._known[key][:2]
+        if key not in self._held:
+            real, images = self.known.real[row], self.known.images
+            if slots is None:
+                places = np.arange(first, images.shape[1])
+            else:
+                if id(slots) not in self._slots:
+                    # The slots are kept with what was read, so that their id is not given to others.
+                    self._slots[id(slots)] = slots, read_back([slots])[0]
+                own = self._slots[id(slots)][1][row]
+                places = np.where(own < 0, -1, own + first)
+            columns = ((places >= 0) & real[np.maximum(places, 0)]).nonzero()[0]
+            device = self.device if slots is None else slots.device
+            self._held[key] = Held(
+                torch.from_numpy(columns).to(device),
+                torch.from_numpy(places[columns]).to(device),
+                places[columns],
+                slots,
+            )
+        return self._held[key]
 
     def close(self, run: DecoderRun) -> None:
         """Cuts the caches of the rows to which this forward brought no image."""
@@ -152,42 +224,43 @@ class Watch(Observer):
         aux[CUTS][rows] += 1
         if self.pruner.evicts_again:
             return
-        aux[IMAGES] = aux[IMAGES].clone()
-        aux[IMAGES][rows] = 0
-        if not bool(aux[IMAGES].any()):
+        left = self.known.images.copy()
+        left[rows] = 0
+        if left.any():
+            aux[IMAGES] = torch.from_numpy(left).to(run.prompt.device)
+        else:
             # Nothing is left to cut: later steps are those of any other cache.
             del aux[IMAGES]
             for index in cut:
                 run.layers[index].entries.pop(SCORES, None)
 
     def _guard(self, run: DecoderRun, layers: list[PrunedLayer]) -> None:
-        first = 0 if self.pruner.evicts_again else int(self.images.any(dim=0).nonzero()[0])
+        first = 0 if self.pruner.evicts_again else int(np.flatnonzero(self.known.images.any(axis=0))[0])
         end = run.prompt.offset + run.prompt.length
         for layer in layers:
             layer.guard = (first if layer.guard is None else min(first, layer.guard[0]), end)
 
     def _row(self, layers: list[PrunedLayer], row: int) -> CachedRow:
-        images = self.images[row]
-        numbers = images[images > 0].unique().tolist()
-        dense = sorted(self.of.dense)
-        densities: list[float] = torch.stack([layers[index].aux[DENSITY][row, 0] for index in dense]).tolist()
+        images = self.known.images[row]
+        numbers, totals = np.unique(images[images > 0], return_counts=True)
         return CachedRow(
             layers=tuple(self._entries(layers[index], row, index) for index in self.of.cut),
-            densities=dict(zip(dense, densities, strict=True)),
-            totals={number: int((images == number).sum()) for number in numbers},
-            first=int(layers[0].aux[CUTS][row]) == 0,
+            densities={index: float(values[row]) for index, values in self.known.densities.items()},
+            totals=dict(zip(numbers.tolist(), totals.tolist(), strict=True)),
+            first=int(self.known.cuts[row]) == 0,
         )
 
     def _entries(self, layer: PrunedLayer, row: int, index: int) -> CacheEntries:
         assert layer.keys is not None
         assert layer.values is not None
-        columns, places = self._places(row, layer.slots, 0)
-        key = row, id(columns), -1
-        if key not in self._known:
-            self._known[key] = columns, self.images[row].to(places.device)[places].to(layer.keys.device), None
-        images, columns = self._known[key][1], columns.to(layer.keys.device)
+        held = self._places(row, layer.slots, 0)
+        if id(held) not in self._images:
+            self._images[id(held)] = held, self.known.images[row][held.known]
+        images, columns = self._images[id(held)][1], held.columns.to(layer.keys.device)
         state = {
-            name.removeprefix(STATE): float(aux[row]) for name, aux in layer.aux.items() if name.startswith(STATE)
+            name.removeprefix(STATE): float(values[row])
+            for (own, name), values in self.known.states.items()
+            if own == index
         }
         return CacheEntries(
             key=layer.keys[row][:, columns],
@@ -209,7 +282,7 @@ class Watch(Observer):
         slots = _head_slots(layer)
         kept = []
         for row in range(len(slots)):
-            columns, answer = self._places(row, layer.slots, 0)[0].to(device), answers.get(row)
+            columns, answer = self._places(row, layer.slots, 0).columns.to(device), answers.get(row)
             if answer is not None:
                 answer.check(columns.numel())
             kept.append(columns.expand(heads, -1) if answer is None else columns[answer.kept])
@@ -227,14 +300,11 @@ class Watch(Observer):
         layer.cut_heads(keys, values, slots.gather(2, index).masked_fill(columns < 0, -1), entries)
 
 
-def _numbered(images: Tensor, known: Tensor | None, new: list[ImageSpan]) -> Tensor:
-    """(B, length) the number of the image at each place of the empty `images`: the new ones' after those `known`."""
-    if known is not None:
-        width = min(images.shape[1], known.shape[1])
-        images[:, :width] = known[:, :width].to(images.device)
-    first = images.amax(dim=1) + 1
+def _numbered(known: Ints, new: list[ImageSpan]) -> Ints:
+    """(B, length) the number of the image at each place: of the new ones after those `known`."""
+    images, first = known.copy(), known.max(axis=1) + 1
     for span, number in zip(new, numbers_in_rows(new), strict=True):
-        images[span.row, span.offset + span.places] = first[span.row] + number
+        images[span.row, span.offset + span.stands] = first[span.row] + number
     return images
 
 
@@ -250,12 +320,6 @@ def _head_slots(layer: PrunedLayer) -> Tensor:
     if layer.head_slots is not None:
         return layer.head_slots
     return _slots(layer).to(layer.keys.device)[:, None].expand(-1, layer.keys.shape[1], -1)
-
-
-def _real(places: Tensor, real: Tensor) -> Tensor:
-    """The columns of `places` (n,) that hold a token: neither -1 nor padding of the prompt."""
-    real = real.to(places.device)
-    return ((places >= 0) & real[places.clamp(min=0)]).nonzero().flatten()
 
 
 def _remember(layer: PrunedLayer, row: int, state: dict[str, float | Tensor]) -> None:

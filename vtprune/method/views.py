@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from einops import reduce
 from torch import Tensor
 
@@ -202,14 +204,14 @@ class CacheEntries:
 
     key, value: (Hkv, n, d), as the layer attends to them. scores: (Hkv, n) fp32, the attention that each entry has got
     from every token since the prompt began, summed over the query heads that share the key-value head. images: (n,)
-    the number of the image that an entry belongs to, 0 for everything that is not to be cut as an image. index:
-    0-based decoder layer. state: what the method's last `Eviction` of this row and layer told it to remember.
+    int64 on the host, the number of the image that an entry belongs to, 0 for what is not to be cut as an image.
+    index: 0-based decoder layer. state: what the method's last `Eviction` of this row and layer told it to remember.
     """
 
     key: Tensor
     value: Tensor
     scores: Tensor
-    images: Tensor
+    images: npt.NDArray[np.int64]
     index: int
     state: dict[str, float]
 

@@ -241,7 +241,8 @@ class D2O(InCache):
             for number, found in own.items():
                 key = id(layer.images), number
                 if key not in known:
-                    known[key] = (layer.images == number).nonzero().flatten()
+                    columns = (layer.images == number).nonzero()[0]
+                    known[key] = torch.from_numpy(columns).to(layer.key.device)
                 found.append(known[key])
         sizes = {
             number: self._sizes(row, [columns.numel() for columns in own[number]], total)
