@@ -180,8 +180,8 @@ def measure(
             name,
             _pairs(towers if way.tower else plain, taken[name], 0),
             None if way.tower else _pairs(plain, taken[name], 1),
-            way.prefill,
-            way.decode,
+            promised_prefill=way.prefill,
+            promised_decode=way.decode,
             peak=(held, way.peak) if way.peak else (0, 0),
         )
         for name, way in ways.items()
@@ -259,7 +259,8 @@ def table(timings: Sequence[Timing], tokens: int) -> Table:
             shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("peak MB", justify="right", no_wrap=True)
     prefill, decode = (f"{1e3 * statistics.median(pairs.plain):.1f}" for pairs, _ in timings[0].phases().values())
-    shown.add_row("unpruned", prefill, *[""] * 4, decode, *[""] * 4, _megabytes(timings[0].peak[0]), end_section=True)
+    unpruned = ["unpruned", prefill, *[""] * 4, decode, *[""] * 4, _megabytes(timings[0].peak[0])]
+    shown.add_row(*unpruned, end_section=True)
     for timing in timings:
         cells = []
         for pairs, promised in timing.phases().values():

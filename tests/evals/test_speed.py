@@ -132,18 +132,24 @@ def test_command_prints_a_table_and_writes_json(tmp_path: Path, monkeypatch: pyt
     app.command()(speed.main)
     output = tmp_path / "speed.json"
     arguments = ["--size", "small", "--tokens", "64,128", "--keep", "60%", "--steps", "2", "--budget", "0"]
+    arguments += ["--methods", "fastv,pyramid_drop,turbo"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(output)])
     assert result.exit_code == 0, result.output
     for words in ("64 vision tokens", "128 vision tokens", "the wrapper adds", "fastv prefills", "by FLOPs"):
         assert words in result.output
     written = json.loads(output.read_text())
-    assert [method["method"] for method in written["methods"]] == ["fastv", "pyramid_drop"]
+    assert [method["method"] for method in written["methods"]] == ["fastv", "pyramid_drop", "turbo"]
     assert [one["vision_tokens"] for one in written["measured"]] == [64, 128]
     for one in written["measured"]:
         names = [run["name"] for run in one["runs"]]
         ways = ["", speed.GIVEN, speed.RESEARCH]
-        assert names == [speed.WHOLE, *(method + way for method in ("fastv", "pyramid_drop") for way in ways)]
-        assert all(len(run[phase]["ratios"]) == speed.FEWEST for run in one["runs"] for phase in ("prefill", "decode"))
+        known = [method + way for method in ("fastv", "pyramid_drop") for way in ways]
+        assert names == [speed.WHOLE, *known, "turbo", "turbo" + speed.TOWER]
+        *whole, tower = one["runs"]
+        assert all(len(run[phase]["ratios"]) == speed.FEWEST for run in whole for phase in ("prefill", "decode"))
+        assert "decode" not in tower
+        assert tower["prefill"]["promised"] > 1
+        assert all(run["peak_bytes"]["plain"] > run["peak_bytes"]["wrapped"] > 0 for run in (whole[1], whole[-1]))
         assert set(one["against_research"]) == {"fastv", "pyramid_drop"}
 
 

@@ -97,7 +97,7 @@ class Known:
         prompt, aux = run.prompt, layers[0].aux
         images = np.zeros((prompt.batch, prompt.offset + prompt.length), dtype=np.int64)
         if IMAGES not in aux and not prompt.offset:
-            return cls(images, prompt.outline.number >= 0, np.zeros(prompt.batch), {}, {})
+            return cls(images, prompt.outline.number >= 0, cuts=np.zeros(prompt.batch), densities={}, states={})
         values: dict[Any, Tensor] = {"real": prompt.real_so_far()}
         values.update({name: aux[name] for name in (IMAGES, CUTS) if name in aux})
         values.update({index: layers[index].aux[DENSITY] for index in dense if DENSITY in layers[index].aux})
@@ -111,9 +111,9 @@ class Known:
         return cls(
             images,
             found["real"],
-            found[CUTS][:, 0] if CUTS in found else np.zeros(prompt.batch),
-            {index: found[index][:, 0] for index in dense if index in found},
-            {key: value[:, 0] for key, value in found.items() if isinstance(key, tuple)},
+            cuts=found[CUTS][:, 0] if CUTS in found else np.zeros(prompt.batch),
+            densities={index: found[index][:, 0] for index in dense if index in found},
+            states={key: value[:, 0] for key, value in found.items() if isinstance(key, tuple)},
         )
 
 

@@ -202,7 +202,7 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         alpha, schedule = self.entropy_weight, self.schedule()
         entropy = token_entropy(stream, released=schedule.released) if alpha else None
         threshold = schedule.settings(schedule.target(stream.total)).threshold
-        importance = yield from started(importance_map, stream.signals, entropy, threshold, alpha)
+        importance = yield from started(importance_map, stream.signals, entropy, threshold=threshold, alpha=alpha)
         return {IMPORTANCE: importance}
 
     @asking
@@ -221,9 +221,9 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         cells = whole.to(features.device)[stream.indices]
         if schedule.released:
             direct = max(0, budget - int(tokens / size**2))
-            filled = yield from started(filled_cells, importance, cells, count, direct)
+            filled = yield from started(filled_cells, importance, cells, count=count, direct=direct)
         else:
-            direct, filled = yield from started(direct_count, importance, cells, count, budget)
+            direct, filled = yield from started(direct_count, importance, cells, count=count, budget=budget)
             filled = min(filled, budget - direct)
         return recycle(features, importance, cells, count=count, direct=direct, filled=filled)
 
