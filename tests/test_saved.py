@@ -17,7 +17,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import tests.pruners  # noqa: F401  (some configs are of a method that it registers)
+import tests.matrix  # noqa: F401  (some configs are of a method that it registers)
 import vtprune
 from tests.saved import (
     ANSWERS,
