@@ -19,6 +19,7 @@ from vtprune.method.facts import ModelFacts
 from vtprune.tensors.attention import split_heads
 from vtprune.tensors.compaction import gather_tokens
 from vtprune.tensors.rotary import rotate
+from vtprune.tensors.taps import tapped
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -261,16 +262,16 @@ class Adapter(ABC):
         """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
         (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns, and no values.
         """
-        query, value, turn = taps["q"], taps["v"], embeddings
+        query, value, turn = tapped(taps, "q"), tapped(taps, "v"), embeddings
         if last is not None:
             query, value = gather_tokens(query, last), value[:, :0]
             turn = _columns(embeddings, last)
-        query, key = self._turned(query, turn), self._turned(taps["k"], embeddings)
+        query, key = self._turned(query, turn), self._turned(tapped(taps, "k"), embeddings)
         return query, self._repeated(key), self._repeated(self._split(value).float())
 
     def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """q (B, H, n, d) in fp32 with rotary embedding."""
-        return self._turned(taps["q"], embeddings)
+        return self._turned(tapped(taps, "q"), embeddings)
 
     def query_and_keys(
         self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor

@@ -6,6 +6,7 @@ few), of which vtprune sees the order of the packed sequence and the sizes.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
@@ -92,9 +93,9 @@ class Qwen2VLAdapter(Adapter):
 
     def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
         # Read back once; all that follows from it is made on the host.
-        grid_thw = arguments[_grids(source)].cpu()
+        grid_thw: list[list[int]] = arguments[_grids(source)].tolist()
         vision, merge = self.model.config.vision_config, self._merge
-        grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grid_thw.tolist()]
+        grids = [(t, h // merge, w // merge) for t, h, w in grid_thw]
         return PackedEncoding(
             grids,
             group=merge**2,
@@ -106,9 +107,9 @@ class Qwen2VLAdapter(Adapter):
             order=self._order(grid_thw),
         )
 
-    def _order(self, grid_thw: Tensor) -> Tensor:
+    def _order(self, grid_thw: list[list[int]]) -> Tensor:
         """(S,) the raster index of the merge group at each place of the tower's sequence, on the host: in order."""
-        return torch.arange(int(grid_thw.prod(dim=-1).sum()) // self._merge**2)
+        return torch.arange(sum(t * h * w for t, h, w in grid_thw) // self._merge**2)
 
     def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
         return list(arguments[source.pixels].split([total * encoding.group for total in encoding.totals]))
@@ -249,14 +250,21 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
                 f"tokens of a whole image; full-attention blocks are {blocks}"
             )
 
-    def _order(self, grid_thw: Tensor) -> Tensor:
-        from transformers.vision_utils import get_vision_window_index
-
+    def _order(self, grid_thw: list[list[int]]) -> Tensor:
         vision = self.model.config.vision_config
-        order: Tensor = get_vision_window_index(
-            grid_thw, spatial_merge_size=self._merge, window_size=vision.window_size, patch_size=vision.patch_size
-        )[0]
-        return order
+        grids = tuple((t, h, w) for t, h, w in grid_thw)
+        return _window_order(grids, merge=self._merge, window=vision.window_size, patch=vision.patch_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _window_order(grid_thw: tuple[tuple[int, int, int], ...], *, merge: int, window: int, patch: int) -> Tensor:
+    """(S,) the raster index of the merge group at each place of a sequence that is packed by windows, on the host."""
+    from transformers.vision_utils import get_vision_window_index
+
+    order: Tensor = get_vision_window_index(
+        torch.tensor(grid_thw), spatial_merge_size=merge, window_size=window, patch_size=patch
+    )[0]
+    return order.cpu()
 
 
 def _grids(source: Source) -> str:

@@ -2,8 +2,9 @@
 
 A LLaVA of random weights runs in turns unpruned and under every method; methods of the tower also run their tower
 alone, and for the two whose research code is written down (`research.py`) that runs too, as does vtprune with their
-choices made beforehand (what scoring costs), all keeping the same tokens. Every run is paired with the unpruned one of
-its round; medians of the ratios stand beside what the FLOPs promise, and beside the most memory held at once.
+choices made beforehand (what scoring costs), all keeping the same tokens. Every run is paired with an
+unpruned one shortly before it; medians of the ratios stand beside what the FLOPs promise, and beside the most memory
+held at once.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ from vtprune.report.report import Report
 
 # Rounds that are measured however long they take, and at the most.
 FEWEST, MOST = 3, 15
+# So many ways share one run of the unpruned model.
+BESIDE = 3
 # The wrapper alone, and what is added to a method's name for the other ways to run it.
 WHOLE, GIVEN, RESEARCH, TOWER = "keep=1.0", ", without scoring", ", research way", ", the tower alone"
 # Methods whose research code is written down.
@@ -167,19 +170,22 @@ def measure(
     # The prefills whose memory was measured have warmed up the rest.
     held = _peak(model, inputs, None)
     run_once(model, inputs, steps)
-    plain: list[tuple[float, float]] = []
-    towers: list[tuple[float, float]] = []
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    while len(plain) < FEWEST or (len(plain) < MOST and time.perf_counter() - start < budget):
-        plain.append(run_once(model, inputs, steps))
-        towers.append(_tower(model, inputs, None)())
-        for name, way in ways.items():
-            taken[name].append(way.run())
+    tower = _tower(model, inputs, None)
+    pairs: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {name: [] for name in ways}
+    rounds = 0
+    while rounds < FEWEST or (rounds < MOST and time.perf_counter() - start < budget):
+        rounds += 1
+        plain = (0.0, 0.0)
+        for turn, (name, way) in enumerate(ways.items()):
+            # A machine that drifts is followed: what is measured is never far from the unpruned run beside it.
+            if turn % BESIDE == 0:
+                plain = run_once(model, inputs, steps)
+            pairs[name].append((tower() if way.tower else plain, way.run()))
     return [
         Timing(
             name,
-            _pairs(towers if way.tower else plain, taken[name], 0),
-            None if way.tower else _pairs(plain, taken[name], 1),
+            _pairs(pairs[name], 0),
+            None if way.tower else _pairs(pairs[name], 1),
             promised_prefill=way.prefill,
             promised_decode=way.decode,
             peak=(held, way.peak) if way.peak else (0, 0),
@@ -235,8 +241,8 @@ def _promised_tower(model: Any, inputs: dict[str, Tensor], report: Report) -> fl
     return (whole.vision_tower + whole.projector) / (own.vision_tower + own.projector + own.scoring)
 
 
-def _pairs(plain: list[tuple[float, float]], other: list[tuple[float, float]], phase: int) -> Pairs:
-    return Pairs([one[phase] for one in plain], [one[phase] for one in other])
+def _pairs(pairs: list[tuple[tuple[float, float], tuple[float, float]]], phase: int) -> Pairs:
+    return Pairs([plain[phase] for plain, _ in pairs], [other[phase] for _, other in pairs])
 
 
 def against_research(timings: Sequence[Timing]) -> dict[str, Pairs]:

@@ -54,7 +54,7 @@ def run_layer(case: Case) -> None:
     count = torch.zeros(hidden.shape[0], 1, dtype=torch.long)
     tokens = RoutedTokens(
         hidden=hidden, norm=layer.input_layernorm, real=torch.ones_like(image, dtype=torch.bool), image=image,
-        totals=count, budgets=count, index=1, depth=2, module=router, training=training,
+        text=image < 0, totals=count, budgets=count, index=1, depth=2, module=router, training=training,
     )  # fmt: skip
     routes = pruner.route(tokens)
     logits = pruner.logits(tokens)
@@ -63,7 +63,7 @@ def run_layer(case: Case) -> None:
     if "route_prob" in case:
         expect_close("route_prob", logits.softmax(dim=-1)[..., 1], case["route_prob"])
     out, positions = computed(model, hidden, routes)
-    expect_equal("n_kept", routes.kept.sum(dim=1), case["n_kept"].expand(hidden.shape[0]))
+    expect_equal("n_kept", routes.computed(hidden).mask.sum(dim=1), case["n_kept"].expand(hidden.shape[0]))
     if "new_position_ids" in case:
         expect_equal("new_position_ids", positions, case["new_position_ids"])
     if "aux_loss" in case:

@@ -71,8 +71,9 @@ class Decoder:
         norm = self.model.layers[index].input_layernorm
         return self.method.route(
             RoutedTokens(
-                hidden, norm, real, image, target.sum(dim=1, keepdim=True), count, index, len(self.model.layers),
-                self.routers, False,
+                hidden=hidden, norm=norm, real=real, image=image, text=~target,
+                totals=target.sum(dim=1, keepdim=True), budgets=count, index=index, depth=len(self.model.layers),
+                module=self.routers, training=False,
             )
         )  # fmt: skip
 
@@ -145,8 +146,9 @@ def check_model(case: Case) -> None:
             routes = decoder.routes(index, hidden, target, real, torch.tensor([[count]]))
         hidden = decoder.layer(index, hidden, routes, real)
         if "kept_mask" in case:
+            kept = routes.computed(hidden).mask
             bits = ((case["kept_mask"][index][:, None] >> torch.arange(7, -1, -1)) & 1).flatten()[: target.shape[1]]
-            expect_equal(f"kept_mask of layer {index}", routes.kept[0].long(), bits)
+            expect_equal(f"kept_mask of layer {index}", kept[0].long(), bits)
     expect_close("last_hidden", decoder.model.norm(hidden), case["last_hidden"], **HIDDEN)
     caches = [
         Cached(columns[0], key[0], value[0])

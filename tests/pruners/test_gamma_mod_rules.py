@@ -28,8 +28,10 @@ def tokens_of(
     real = torch.ones(hidden.shape[:2], dtype=torch.bool)
     real[:, :padding] = False
     count = torch.tensor(budgets)
+    numbers = torch.tensor(image)
     return RoutedTokens(
-        hidden, lambda states: states, real, torch.tensor(image), count, count, 1, 5, module, training
+        hidden=hidden, norm=lambda states: states, real=real, image=numbers, text=numbers < 0, totals=count,
+        budgets=count, index=1, depth=5, module=module, training=training,
     )  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def states(logits: list[float]) -> Tensor:
 def test_ties_go_to_the_first_tokens_and_text_is_never_skipped() -> None:
     tokens = tokens_of(states([-9, 1, 1, 1, -9, 2, 3, -9]), [[-1, 0, 0, 0, -1, 1, 1, -1]], [[2, 1]])
     routes = GammaMoD().route(tokens)
-    assert routes.kept.tolist() == [[True, True, True, False, True, False, True, True]]
+    assert routes.computed(tokens.hidden).mask.tolist() == [[True, True, True, False, True, False, True, True]]
     assert routes.scale is None
     assert routes.loss is None
     assert routes.gate is not None
@@ -68,7 +70,7 @@ def test_released_training_skips_half_of_what_stands_before_the_question(padding
     tokens = tokens_of(states(logits), [image], [[0]], padding=padding, training=True)
     routes = GammaMoD(variant="released").route(tokens)
     kept = [False, True, False, True, False, True, True, True]
-    assert routes.kept.tolist() == [[True] * padding + kept]
+    assert routes.computed(tokens.hidden).mask.tolist() == [[True] * padding + kept]
     terms = [
         math.log1p(math.exp(-value if stays else value)) for value, stays in zip(logits[padding:], kept, strict=True)
     ]

@@ -27,13 +27,17 @@ class Packed:
     @classmethod
     def of(cls, states: Tensor, routes: Routes) -> Packed:
         """Packs what `routes` keeps of (B, n, D) states."""
-        counts = routes.counts
-        if counts is None:
-            found: list[int] = routes.kept.sum(dim=1).tolist()
-            counts = tuple(found)
-        if min(counts) == routes.kept.shape[1]:
+        counts, columns = routes.counts, routes.columns
+        if columns is None and routes.kept is not None:
+            kept = routes.kept.detach()
+            if counts is None:
+                found: list[int] = kept.sum(dim=1).tolist()
+                counts = tuple(found)
+            columns = places_of(kept, counts) if min(counts) < states.shape[1] else None
+        elif columns is not None and columns.shape[1] == states.shape[1]:
+            columns = None
+        if columns is None:
             return cls(states, routes, None, routes.gate)
-        columns = places_of(routes.kept, counts)
         gate = None if routes.gate is None else gather_tokens(routes.gate, columns)
         return cls(states, routes, columns, gate)
 
@@ -50,11 +54,12 @@ class Packed:
     def unpack(self, computed: Tensor) -> Tensor:
         """(B, n, D) after the layer, which made (B, m, D) `computed` of what it was given."""
         routes, columns = self.routes, self.columns
-        if columns is not None and len(columns) == 1 and not self.empty:
-            return self._put_back(computed, columns[0])
+        if columns is not None and not self.empty and (len(columns) == 1 or routes.columns is not None):
+            return self._put_back(computed, columns)
+        kept = routes.computed(self.states).mask
         if columns is not None and not self.empty:
             # The columns of a row are its kept tokens in order, after its padding.
-            order = routes.kept.cumsum(dim=1) - 1 + (columns < 0).sum(dim=1, keepdim=True)
+            order = kept.cumsum(dim=1) - 1 + (columns < 0).sum(dim=1, keepdim=True)
             computed = gather_tokens(computed, order.clamp(min=0))
         elif self.empty:
             computed = self.states
@@ -63,14 +68,16 @@ class Packed:
         if columns is None:
             return computed
         skipped = self.states if routes.scale is None else self.states * routes.scale[..., None].to(self.states)
-        return torch.where(routes.kept[..., None], computed, skipped)
+        return torch.where(kept[..., None], computed, skipped)
 
     def _put_back(self, computed: Tensor, columns: Tensor) -> Tensor:
-        """The same for one row, which has no padding."""
+        """The same for columns (B, m) without padding."""
         routes, states = self.routes, self.states
         if routes.branch is not None:
-            before = states.index_select(1, columns)
-            branch = routes.branch.index_select(1, columns)[..., None].to(computed)
+            before = gather_tokens(states, columns)
+            branch = routes.branch.gather(1, columns)[..., None].to(computed)
             computed = before + branch * (computed - before)
         skipped = states if routes.scale is None else states * routes.scale[..., None].to(states)
-        return skipped.index_copy(1, columns, computed)
+        if len(columns) == 1:
+            return skipped.index_copy(1, columns[0], computed)
+        return skipped.scatter(1, columns[..., None].expand_as(computed), computed)

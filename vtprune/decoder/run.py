@@ -483,14 +483,19 @@ class DecoderRun:
                 return layout.places
             old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past
             if layout.places is None:
-                new = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)
-                new = new.expand(prompt.batch, -1)
+                new = self._own_places
             else:
                 new = torch.where(layout.places < 0, layout.places, layout.places + prompt.offset)
             parts = [old, new] if front is None else [old, front, new]
             # These are kept alive with the entry, so their ids cannot be reused within this forward.
             self._slots[key] = ((past, front), torch.cat([part.to(old.device) for part in parts], dim=1))
         return self._slots[key][1]
+
+    @cached_property
+    def _own_places(self) -> Tensor:
+        """(B, length) the places of this input's tokens in the sequence."""
+        prompt = self.prompt
+        return all_slots(prompt.offset + prompt.length, prompt.batch, prompt.device)[:, prompt.offset :]
 
     def _mask(self, mask: Tensor | None, layout: Layout, slots: Tensor | None, ragged: bool) -> Tensor | None:
         # Layers of another type (sliding windows) come with another mask.

@@ -18,6 +18,7 @@ from vtprune.encoder.encoding import Call, Encoding
 from vtprune.encoder.merging import add_rows
 from vtprune.method.answers import EncoderSelection
 from vtprune.tensors.rotary import rotate
+from vtprune.tensors.taps import tapped
 
 # The argument that carries the bias of merged patches to the tower's attention.
 SIZE_BIAS = "vtprune_size_bias"
@@ -103,7 +104,7 @@ class PackedEncoding(Encoding):
         self._written: list[tuple[Any, NDArray[np.int64]]] = []
 
     def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        split = rearrange(self.taps["qkv"], "s (three h d) -> three h s d", three=3, h=self.heads)
+        split = rearrange(tapped(self.taps, "qkv"), "s (three h d) -> three h s d", three=3, h=self.heads)
         cos, sin = (part.float() for part in kwargs["position_embeddings"])
         query, key = rotate(split[0].float(), cos, sin), rotate(split[1].float(), cos, sin)
         places = self._places if places is None else places

@@ -13,6 +13,7 @@ from vtprune.encoder.merging import Change
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection
 from vtprune.tensors.attention import split_heads
+from vtprune.tensors.taps import tapped
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class PaddedEncoding(Encoding):
         self._inside: dict[int, tuple[Change, int]] = {}
 
     def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = (split_heads(self.taps[name], self.heads) for name in ("q", "k", "v"))
+        query, key, value = (split_heads(tapped(self.taps, name), self.heads) for name in ("q", "k", "v"))
         return query, key, value
 
     def hidden(self, states: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ class Recording(Observer):
         assert generation is not None
         if run.prompt.offset > 0 and not run.spans:
             generation.steps += 1
-        generation.note_cache(run.cache, run.layers, run.prompt.mask)
+        # A first prompt says on the host whether any of its rows is padded.
+        whole = bool(run.spans) and not run.prompt.offset and bool((run.prompt.outline.number >= 0).all())
+        generation.note_cache(run.cache, run.layers, run.prompt.mask, padded=not whole)
         if recorder.state.call is None or recorder.state.call.asks_for(run):
             recorder.last = generation
 

@@ -17,7 +17,7 @@ from vtprune.decoder.run import DecoderRun, Entering, Layout, Shaper
 from vtprune.hooks.learning import Lessons
 from vtprune.hooks.recording import Recording
 from vtprune.hooks.state import GATE, ThreadState
-from vtprune.method.answers import Routes
+from vtprune.method.answers import Computed, Routes
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InLayers
@@ -106,7 +106,7 @@ class Routing(Shaper):
         self.packed: Packed | None = None
         # Kept while the run lives: slots and masks are known by the identity of these places.
         self._layouts: dict[int, Layout] = {}
-        self._marked: tuple[Tensor | None, Tensor, Tensor] | None = None
+        self._marked: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
         self._text: Tensor | None = None
 
     def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
@@ -134,13 +134,14 @@ class Routing(Shaper):
         if routes.loss is not None:
             self._lessons.routing[index] = routes.loss
         if not run.prompt.offset or run.spans:
-            self._note(run, index, routes, places=entering.layout.places)
+            computed = routes.computed(entering.states)
+            self._note(run, index, computed, places=entering.layout.places)
         return routes
 
     def _tokens(self, run: DecoderRun, index: int, entering: Entering) -> RoutedTokens:
         """What the method sees of them."""
         device, numbers = entering.states.device, numbers_in_rows(run.spans)
-        real, image = self._marks(run, entering)
+        real, image, text = self._marks(run, entering)
         width = max([0, *numbers]) + 1
         totals, budgets = ([[0] * width for _ in range(run.prompt.batch)] for _ in range(2))
         spared = [0] * run.prompt.batch
@@ -154,6 +155,7 @@ class Routing(Shaper):
             norm=self._of.norm(index),
             real=real,
             image=image,
+            text=text,
             totals=torch.tensor(totals, device=device),
             budgets=torch.tensor(budgets, device=device),
             index=index,
@@ -164,9 +166,9 @@ class Routing(Shaper):
             spared=tuple(spared),
         )
 
-    def _marks(self, run: DecoderRun, entering: Entering) -> tuple[Tensor, Tensor]:
-        """(B, n) of the tokens alive which ones hold a token, and the number of the image in its row that each one
-        belongs to, -1 for text: the same for all layers whose tokens are."""
+    def _marks(self, run: DecoderRun, entering: Entering) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, n) of the tokens alive which ones hold a token, the number of the image in its row that each one belongs
+        to, -1 for text, and which are text: the same for all layers whose tokens are."""
         places, device = entering.layout.places, entering.states.device
         if self._marked is None or self._marked[0] is not places:
             image = np.full((run.prompt.batch, run.prompt.length), -1)
@@ -176,13 +178,12 @@ class Routing(Shaper):
             if places is not None:
                 real = real.gather(1, places.clamp(min=0)) & (places >= 0)
                 images = images.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
-            self._marked = places, real, images
+            self._marked = places, real, images, images < 0
         return self._marked[1:]
 
-    def _note(self, run: DecoderRun, index: int, routes: Routes, *, places: Tensor | None) -> None:
+    def _note(self, run: DecoderRun, index: int, computed: Computed, *, places: Tensor | None) -> None:
         """Leaves with the record what the layer computes of a prompt; places: (B, n) of the tokens alive, None for
         all."""
-        kept = routes.kept.detach()
         for span in run.spans:
             self._recording.of(span).routed[index] = Routed(
                 alive=span.kept,
@@ -190,9 +191,9 @@ class Routing(Shaper):
                 places=span.places,
                 length=run.prompt.length,
                 layout=places,
-                computed_columns=kept,
+                columns=computed,
             )
-        self._recording.trail.routed_text[index] = RoutedText(self._words(run), kept, places)
+        self._recording.trail.routed_text[index] = RoutedText(self._words(run), computed, places)
 
     def _words(self, run: DecoderRun) -> Tensor:
         """(B, length) which conversation each text token of the input belongs to, -1 for all else."""

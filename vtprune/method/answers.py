@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -84,19 +85,50 @@ class Selection:
 class Routes:
     """Which tokens of a batch a routed decoder layer computes, and what it makes of them.
 
-    kept: (B, n) bool, the others skip the layer. gate: (B, n) what the output of the layer's MLP is multiplied by, for
+    kept: (B, n) bool, the others skip the layer; or columns: (B, m), ascending, of those that are kept, where each row
+    keeps equally many; neither: all. gate: (B, n) what the output of the layer's MLP is multiplied by, for
     kept tokens; scale: (B, n) what a skipped token's hidden state is multiplied by; branch: (B, n) what all that the
     layer adds to a kept token's hidden state is multiplied by. None leaves them as they are. loss: what the routing
     adds to the loss in training, a scalar. counts: (B,) how many are kept, where the method knows; else the device is
     asked.
     """
 
-    kept: Tensor
+    kept: Tensor | None = None
     gate: Tensor | None = None
     scale: Tensor | None = None
     branch: Tensor | None = None
     loss: Tensor | None = None
     counts: tuple[int, ...] | None = None
+    columns: Tensor | None = None
+
+    def computed(self, states: Tensor) -> Computed:
+        """Which of the tokens (B, n, ...) the layer computes."""
+        kept = None if self.kept is None else self.kept.detach()
+        return Computed(kept, self.columns, shape=(states.shape[0], states.shape[1]), device=states.device)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Which tokens a routed layer computes of those of `shape` (B, n): `kept` (B, n) bool, or the `columns` (B, m) of
+    those; neither: all."""
+
+    kept: Tensor | None
+    columns: Tensor | None
+    shape: tuple[int, int]
+    device: torch.device
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, n) bool."""
+        if self.kept is not None:
+            return self.kept
+        mask = torch.full(self.shape, self.columns is None, device=self.device)
+        return mask if self.columns is None else mask.scatter_(1, self.columns, True)
+
+    def of_rows(self, rows: list[int]) -> Computed:
+        """Of some rows, in this order."""
+        kept, columns = (None if one is None else one[rows] for one in (self.kept, self.columns))
+        return Computed(kept, columns, (len(rows), self.shape[1]), self.device)
 
 
 @dataclass(frozen=True)

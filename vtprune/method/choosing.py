@@ -23,6 +23,13 @@ def best_of_each(scores: Tensor, image: Tensor, budgets: Tensor) -> Tensor:
     return (image >= 0) & (rank <= budgets.gather(1, image.clamp(min=0)))
 
 
+def best_columns(scores: Tensor, text: Tensor, count: int) -> Tensor:
+    """(B, count) ascending: the columns of all text (B, n), and of the best of the others by their scores (B, n), ties
+    to the lowest index; `count` of them in each row."""
+    order = torch.sort(scores.masked_fill(text, float("inf")), dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=1).values
+
+
 def top(scores: Tensor, count: int) -> Tensor:
     """Indices (count,) of the highest of `scores` (N,), ascending; ties go to the lowest index."""
     order = torch.sort(scores, descending=True, stable=True).indices

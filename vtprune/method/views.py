@@ -11,6 +11,8 @@ import numpy.typing as npt
 from einops import reduce
 from torch import Tensor
 
+from vtprune.method.answers import Routes
+from vtprune.method.choosing import best_columns, best_of_each
 from vtprune.tensors.attention import attention_received, attention_rows
 
 
@@ -173,7 +175,8 @@ class RoutedTokens:
     hidden: (B, n, D) hidden states; norm: the layer's own input norm. real: (B, n) which columns hold a token. image:
         (B, n) the number of the image that a token belongs to among those that its row brings, -1 for text.
     totals: (B, I) tokens of each whole image, 0 where a row has fewer images; budgets: (B, I) those that the layer is
-        to compute at the most; spared: (B,) how many these budgets leave out, on the host.
+        to compute at the most; spared: (B,) how many these budgets leave out, on the host. text: (B, n) which columns
+        hold no vision token.
     index: 0-based index of the layer; depth: number of decoder layers.
     module: what `Trained.make_module` made, with its weights as they are now; training: whether the decoder is in
         training mode. continues: whether these tokens follow what is in the cache, without a new image.
@@ -183,6 +186,7 @@ class RoutedTokens:
     norm: Callable[[Tensor], Tensor]
     real: Tensor
     image: Tensor
+    text: Tensor
     totals: Tensor
     budgets: Tensor
     index: int
@@ -195,7 +199,22 @@ class RoutedTokens:
     @property
     def vision(self) -> Tensor:
         """(B, n) which columns hold a vision token."""
-        return self.image >= 0
+        return ~self.text
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """(B,) how many tokens a layer computes that computes all text and the budgets, where that is known."""
+        return tuple(self.text.shape[1] - spared for spared in self.spared) or None
+
+    def best(self, scores: Tensor) -> Routes:
+        """All text, and of each image its budget of the tokens with the highest scores (B, n), ties to the lowest
+        index."""
+        counts = self.counts
+        if counts is not None and min(counts) == self.text.shape[1]:
+            return Routes(counts=counts)
+        if counts is not None and self.budgets.shape[1] == 1 and min(counts) == max(counts):
+            return Routes(columns=best_columns(scores, self.text, counts[0]), counts=counts)
+        return Routes(best_of_each(scores, self.image, self.budgets) | self.text, counts=counts)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtprune.method.answers import Selection
 from vtprune.method.asking import Asking, asking, started
+from vtprune.method.checks import listed
 from vtprune.method.facts import Work
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder
@@ -24,6 +25,7 @@ from vtprune.pruners.parts.cosines import (
 )
 
 Floats = npt.NDArray[np.float32]
+METHOD = "divprune"  # who errors name
 
 
 @asking
@@ -37,10 +39,13 @@ def max_min_diverse(features: Tensor, count: int) -> Asking[Tensor]:
     The first choice takes all cosines, from which the others are made on the host; where they are too many to be kept,
     each choice computes its own row.
     """
-    vectors = unit_vectors(features, "divprune")
-    matrix, closest = cosine_matrix(vectors, keep=fits(len(vectors)))
+    held = fits(len(features))
+    vectors = unit_vectors(features, None if held else METHOD)
+    matrix, closest = cosine_matrix(vectors, keep=held)
     if matrix is not None:
         found = yield torch.cat([matrix, closest[None]])
+        # A token without a finite length is alike to none, and first of all not to itself.
+        listed(found[:-1].sum(axis=0), METHOD)
         return torch.from_numpy(_chosen(found[:-1], found[-1], count)).to(features.device)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     taken = torch.zeros_like(closest)

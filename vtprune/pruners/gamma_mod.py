@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -183,25 +183,22 @@ class GammaMoD(InLayers, Trained):
         logits = self.logits(tokens)
         gate = logits.softmax(dim=-1)[..., 1]
         scores = check_scores(gate.detach().masked_fill(~tokens.real, 0.0), self.name)
-        kept = self._computed(scores, tokens) | ~tokens.real
-        loss = self._loss(logits, kept, tokens) if tokens.training else None
-        return Routes(kept, gate=gate, loss=loss, counts=self._counts(tokens))
+        decided = self._decided(scores, tokens)
+        routes = tokens.best(scores) if decided is None else Routes(decided | ~tokens.real)
+        loss = None
+        if tokens.training:
+            loss = self._loss(logits, routes.computed(scores).mask, tokens)
+        return replace(routes, gate=gate, loss=loss)
 
-    def _counts(self, tokens: RoutedTokens) -> tuple[int, ...] | None:
-        """How many that are in each row, where no threshold decides."""
-        if self.thresholds_decide or (self.released and (tokens.training or tokens.continues)):
-            return None
-        return tuple(tokens.image.shape[1] - spared for spared in tokens.spared) or None
-
-    def _computed(self, scores: Tensor, tokens: RoutedTokens) -> Tensor:
-        """(B, n) which tokens the layer computes."""
+    def _decided(self, scores: Tensor, tokens: RoutedTokens) -> Tensor | None:
+        """(B, n) which tokens the layer computes, where scores decide how many; None for a budget's best."""
         if self.released and tokens.training:
             return released_training(self, scores, tokens)
         if self.released and tokens.continues:
             return scores >= STEP_THRESHOLD
         if self.thresholds_decide:
             return scores > (PROMPT_THRESHOLD if self.threshold is None else self.threshold)
-        return best_of_each(scores, tokens.image, tokens.budgets) | ~tokens.vision
+        return None
 
     def _loss(self, logits: Tensor, kept: Tensor, tokens: RoutedTokens) -> Tensor | None:
         """The mean over the tokens that could be routed, weighed; None where there are none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,6 @@ from vtprune.errors import VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Routes
 from vtprune.method.checks import check_scores
-from vtprune.method.choosing import best_of_each
 from vtprune.method.facts import Work
 from vtprune.method.modules import FullLinear, own_randomness
 from vtprune.method.pruner import Tunable
@@ -114,27 +113,25 @@ class PMoD(Scheduled, InLayers, Trained):
             nn.init.zeros_(router.bias)
         return nn.ModuleDict(routers)
 
-    def gates(self, logits: Tensor, vision: Tensor) -> Tensor:
-        """(B, n) gates of the logits (B, n), in fp32; softmax is over a row's vision tokens."""
+    def gates(self, logits: Tensor, text: Tensor) -> Tensor:
+        """(B, n) gates of the logits (B, n), in fp32; softmax is over a row's tokens that are no text (B, n)."""
         if self.norm == "softmax":
-            values = logits.masked_fill(~vision, float("-inf")).softmax(dim=1).nan_to_num(0.0)
+            values = logits.masked_fill(text, float("-inf")).softmax(dim=1).nan_to_num(0.0)
         else:
             values = logits if self.norm == "none" else getattr(torch, self.norm)(logits)
         return self.bias + self.scale * values
 
     def route(self, tokens: RoutedTokens) -> Routes:
         """The tokens of each image with the highest gates, and all text; raises ScoreError for NaN."""
-        vision = tokens.vision
-        logits = tokens.module[str(tokens.index)](tokens.hidden)[..., 0].to(vision.device)
+        text = tokens.text
+        logits = tokens.module[str(tokens.index)](tokens.hidden)[..., 0].to(text.device)
         # The order of the gates, without the ties that saturated ones make.
-        scores = check_scores(math.copysign(1.0, self.scale) * logits.detach(), self.name)
-        kept = best_of_each(scores, tokens.image, tokens.budgets) | ~vision
-        gates = self.gates(logits, vision)
-        gates = gates.masked_fill(~vision, 1.0)
-        counts = tuple(vision.shape[1] - spared for spared in tokens.spared) or None
+        own = logits.detach() if self.scale >= 0 else -logits.detach()
+        routes = tokens.best(check_scores(own, self.name))
+        gates = self.gates(logits, text).masked_fill(text, 1.0)
         if self.variant == "paper":
-            return Routes(kept, scale=gates, branch=gates, counts=counts)
-        return Routes(kept, gate=gates, scale=gates, counts=counts)
+            return replace(routes, scale=gates, branch=gates)
+        return replace(routes, gate=gates, scale=gates)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Nothing: other settings need other weights."""

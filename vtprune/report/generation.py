@@ -99,14 +99,16 @@ class Generation:
         """Text tokens of this turn's prompt in each row."""
         return [sum(row) for row in self.texts]
 
-    def note_cache(self, cache: Cache | None, layers: list[PrunedLayer] | None, mask: Tensor | None) -> None:
+    def note_cache(
+        self, cache: Cache | None, layers: list[PrunedLayer] | None, mask: Tensor | None, *, padded: bool = True
+    ) -> None:
         """Remembers what the cache holds after a forward, `mask` (B, length) saying what is no padding (None: all);
-        nothing is counted until a report is asked for."""
+        padded: whether any may be. Nothing is counted until a report is asked for."""
         if cache is None or layers is None:
             return
         self._mask = mask
         self._cache = weakref.ref(cache)
-        self._notes.append(CacheNote.of(layers, mask))
+        self._notes.append(CacheNote.of(layers, mask if padded else None))
         self._log, self._heads = layers[0].log, [Heads.of(layer) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -69,8 +69,9 @@ class CacheNote:
         known: dict[tuple[int, int], Tensor | int] = {}
         real = None
         if mask is not None and any(layer.slots is not None for layer in layers):
-            device = next(layer.slots for layer in layers if layer.slots is not None).device
-            real = torch.nn.functional.pad(mask.to(device).bool(), (0, 1))
+            slots = next(layer.slots for layer in layers if layer.slots is not None)
+            rows = torch.arange(len(slots), device=slots.device)[:, None]
+            real = rows, torch.nn.functional.pad(mask.to(slots.device).bool(), (0, 1))
         for layer in layers:
             key = id(layer.slots), layer.length
             if key not in known:
@@ -147,15 +148,15 @@ def _returned(step: Step, rows: Sequence[int], depth: int) -> list[list[int]]:
     return ((first <= layers) & (layers < until)).sum(dim=2).tolist()
 
 
-def _entries(layer: PrunedLayer, mask: Tensor | None, real: Tensor | None) -> Tensor | int:
+def _entries(layer: PrunedLayer, mask: Tensor | None, real: tuple[Tensor, Tensor] | None) -> Tensor | int:
     slots = layer.slots
     if slots is None:
         return layer.length if mask is None else mask[:, : layer.length].sum(dim=1)
     if real is None:
         return (slots >= 0).sum(dim=1) if layer.ragged else slots.shape[1]
     # Padding, at -1, takes the extra place.
-    rows = torch.arange(len(slots), device=slots.device)[:, None]
-    return real[rows, slots.clamp(max=real.shape[1] - 2) if layer.length >= real.shape[1] else slots].sum(dim=1)
+    rows, held = real
+    return held[rows, slots.clamp(max=held.shape[1] - 2) if layer.length >= held.shape[1] else slots].sum(dim=1)
 
 
 def _bytes(layer: PrunedLayer) -> int:

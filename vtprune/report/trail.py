@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.encoder.encoding import EncodedImage
-from vtprune.method.answers import Merge
+from vtprune.method.answers import Computed, Merge
 from vtprune.tensors.compaction import fill_index
 
 # Merges, or what makes them once somebody asks.
@@ -24,8 +24,7 @@ class Routed:
     """Which of an image's tokens a routed layer computes, worked out when somebody asks.
 
     alive: (n,) tokens of the image alive there; places: (total,) of its tokens in the row `row` of an input of
-    `length`; layout: (B, m) places of the tokens alive, None for all; computed_columns: (B, m) which of these the
-    layer computes.
+    `length`; layout: (B, m) places of the tokens alive, None for all; columns: which of these the layer computes.
     """
 
     alive: Tensor
@@ -33,7 +32,7 @@ class Routed:
     places: Tensor
     length: int
     layout: Tensor | None
-    computed_columns: Tensor
+    columns: Computed
 
     @cached_property
     def computed(self) -> Tensor:
@@ -42,7 +41,7 @@ class Routed:
         if self.layout is not None:
             where = fill_index(self.layout, self.length)
             columns = where[self.row, columns]
-        return self.alive[self.computed_columns[self.row, columns].to(self.alive.device)]
+        return self.alive[self.columns.mask[self.row, columns].to(self.alive.device)]
 
 
 @dataclass
@@ -53,22 +52,23 @@ class RoutedText:
     """
 
     number: Tensor
-    computed: Tensor
+    computed: Computed
     layout: Tensor | None
 
     @cached_property
     def counts(self) -> dict[int, list[int]]:
         """By conversation, the tokens of each row."""
-        number = self.number.to(self.computed.device)
+        computed = self.computed.mask
+        number = self.number.to(computed.device)
         if self.layout is not None:
             number = number.gather(1, self.layout.clamp(min=0)).masked_fill(self.layout < 0, -1)
         most = int(self.number.max()) + 1
-        return {talk: ((number == talk) & self.computed).sum(dim=1).tolist() for talk in range(most)}
+        return {talk: ((number == talk) & computed).sum(dim=1).tolist() for talk in range(most)}
 
     def of_rows(self, rows: Sequence[int]) -> RoutedText:
         """The same of a cache whose rows are the prompt's `rows`."""
         layout = None if self.layout is None else self.layout[list(rows)]
-        return RoutedText(self.number[list(rows)], self.computed[list(rows)], layout)
+        return RoutedText(self.number[list(rows)], self.computed.of_rows(list(rows)), layout)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtprune.method.asking import Asking, asking
-from vtprune.method.checks import check_scores
+from vtprune.method.checks import check_scores, listed
 from vtprune.pruners.parts.cosines import (
     cosine_matrix,
     cosine_row,
@@ -24,16 +24,16 @@ METHOD = "cdpruner"  # who errors name
 
 
 def mean_cosine(tokens: Tensor, texts: Tensor) -> Tensor:
-    """(..., N) fp32: the mean cosine of tokens (..., N, E) to M text vectors (M, E); raises ScoreError for NaN."""
-    return unit_vectors(tokens, METHOD) @ unit_vectors(texts, METHOD).mean(dim=0)
+    """(..., N) fp32: the mean cosine of tokens (..., N, E) to M text vectors (M, E); NaN where there is none."""
+    return unit_vectors(tokens, None) @ unit_vectors(texts, None).mean(dim=0)
 
 
 def min_max(scores: Tensor, shared: bool = False) -> Tensor:
     """(B, N) scores to [0, 1] (plus `EPS` over the range, so that none is 0), each row by its own range or all
-    by one (`shared`); 1 everywhere where the scores are constant."""
+    by one (`shared`); 1 everywhere where the scores are constant, NaN where one is NaN."""
     dims = (0, 1) if shared else (1,)
     low, high = scores.amin(dim=dims, keepdim=True), scores.amax(dim=dims, keepdim=True)
-    return torch.where(high > low, (scores - low + EPS) / (high - low).clamp(min=torch.finfo().tiny), 1.0)
+    return torch.where(high == low, 1.0, (scores - low + EPS) / (high - low).clamp(min=torch.finfo().tiny))
 
 
 def sharpen(relevance: Tensor, theta: float) -> Tensor:
@@ -66,15 +66,23 @@ def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> Asking[tuple[
     nothing else. A choice costs one row of L and one of the factor. A token that those chosen span (up to `EPS`)
     explains nothing more; it stays a candidate and loses. Ties go to the lowest index; raises ScoreError for NaN.
     """
-    vectors = unit_vectors(features, METHOD)
-    weight = check_scores(relevance, METHOD).square()
-    tokens = len(vectors)
-    matrix = cosine_matrix(vectors)[0] if takes_matrix(tokens, count) else None
-    left = vectors.any(dim=1).float()
-    if matrix is not None and on_host(tokens, count):
-        known = yield torch.cat([matrix, torch.stack([weight, left])])
+    tokens = len(features)
+    if on_host(tokens, count):
+        vectors = unit_vectors(features, None)
+        left = vectors.any(dim=1).float()
+        matrix = cosine_matrix(vectors)[0]
+        assert matrix is not None
+        known = yield torch.cat([matrix, torch.stack([relevance.float(), left])])
+        # A token without a finite length is alike to none, and first of all not to itself.
+        for scores in (known[:-2].sum(axis=0), known[-2]):
+            listed(scores, METHOD)
+        known[-2] **= 2
         found, factors = _greedy(known[:-2], known[-2:], count)
         return torch.from_numpy(found).to(features.device), torch.from_numpy(factors).to(features.device)
+    vectors = unit_vectors(features, METHOD)
+    weight = check_scores(relevance, METHOD).square()
+    matrix = cosine_matrix(vectors)[0] if takes_matrix(tokens, count) else None
+    left = vectors.any(dim=1).float()
     gains = weight * left
     taken = torch.zeros_like(left)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)

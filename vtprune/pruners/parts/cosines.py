@@ -12,10 +12,12 @@ CHUNK = 256
 MOST_BYTES = 2**26
 
 
-def unit_vectors(features: Tensor, method: str) -> Tensor:
-    """(N, D) in fp32 at length 1; zero vectors stay zero. Raises ScoreError, in the name of `method`, for NaN."""
+def unit_vectors(features: Tensor, method: str | None) -> Tensor:
+    """(N, D) in fp32 at length 1; zero vectors stay zero. Raises ScoreError, in the name of `method`, for NaN; None
+    leaves it to whoever looks at what is made of them: vectors without a finite length are then NaN."""
     features = features.float()
-    lengths = check_scores(torch.linalg.vector_norm(features, dim=-1, keepdim=True), method)
+    lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    lengths = lengths.masked_fill(lengths.isinf(), torch.nan) if method is None else check_scores(lengths, method)
     return features / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 
