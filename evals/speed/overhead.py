@@ -37,7 +37,8 @@ DELIVERED_TARGET = 0.8
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of the LLaVA that is built: layers and widths of tower and decoder, pixels and tokens."""
+    """Sizes of the LLaVA that is built: layers and widths of tower and decoder, pixels and tokens; head: width of the
+    decoder's heads."""
 
     vision_width: int
     vision_layers: int
@@ -48,6 +49,7 @@ class ModelSize:
     image_size: int = 336
     patch_size: int = 14
     text_tokens: int = 64
+    head: int = 64
 
     @property
     def image_tokens(self) -> int:
@@ -60,10 +62,15 @@ class Size(StrEnum):
 
     base = "base"
     small = "small"
+    full = "full"
 
 
-# base has 269 million parameters, and the decoder is 89% of its prefill FLOPs.
+# base has 269 million parameters, and the decoder is 89% of its prefill FLOPs; full is LLaVA-1.5-7B's shape, for an
+# accelerator.
 SIZES = {
+    Size.full: ModelSize(
+        vision_width=1024, vision_layers=24, width=4096, layers=32, mlp_width=11008, vocabulary=32064, head=128
+    ),
     Size.base: ModelSize(vision_width=384, vision_layers=12, width=1024, layers=14, mlp_width=2816, vocabulary=32000),
     Size.small: ModelSize(vision_width=192, vision_layers=6, width=384, layers=8, mlp_width=1024, vocabulary=4000),
 }
@@ -134,8 +141,10 @@ class Measurement:
         }
 
 
-def build_model(size: ModelSize, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """A LLaVA of random weights, with SDPA."""
+def build_model(
+    size: ModelSize, device: torch.device, dtype: torch.dtype, *, attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
+    """A LLaVA of random weights; attention: the implementation that transformers is to use."""
     vision = CLIPVisionConfig(
         hidden_size=size.vision_width,
         intermediate_size=4 * size.vision_width,
@@ -144,7 +153,7 @@ def build_model(size: ModelSize, device: torch.device, dtype: torch.dtype) -> Ll
         image_size=size.image_size,
         patch_size=size.patch_size,
     )
-    heads = max(1, size.width // 64)
+    heads = max(1, size.width // size.head)
     text = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
@@ -156,21 +165,24 @@ def build_model(size: ModelSize, device: torch.device, dtype: torch.dtype) -> Ll
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=size.vocabulary - 1)
     torch.manual_seed(0)
     with device:
-        model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
     return model.eval()
 
 
-def build_inputs(size: ModelSize, device: torch.device, dtype: torch.dtype, images: int = 1) -> dict[str, Tensor]:
-    """One prompt: a few words, images of noise with a word after each, and the rest of the words."""
+def build_inputs(
+    size: ModelSize, device: torch.device, dtype: torch.dtype, images: int = 1, *, batch: int = 1
+) -> dict[str, Tensor]:
+    """Prompts of one length, `batch` of them: a few words, images of noise with a word after each, and the rest of the
+    words."""
     generator = torch.Generator().manual_seed(0)
-    text = torch.randint(3, size.vocabulary - 1, (size.text_tokens,), generator=generator)
+    rows = torch.randint(3, size.vocabulary - 1, (batch, size.text_tokens), generator=generator)
     image = torch.full((size.image_tokens,), size.vocabulary - 1)
-    pixels = torch.randn(images, 3, size.image_size, size.image_size, generator=generator)
-    parts = [part for place in range(4, 4 + images) for part in (image, text[place : place + 1])]
-    return {
-        "input_ids": torch.cat([text[:4], *parts, text[4 + images :]])[None].to(device),
-        "pixel_values": pixels.to(device, dtype),
-    }
+    pixels = torch.randn(batch * images, 3, size.image_size, size.image_size, generator=generator)
+    ids = []
+    for text in rows:
+        parts = [part for place in range(4, 4 + images) for part in (image, text[place : place + 1])]
+        ids.append(torch.cat([text[:4], *parts, text[4 + images :]]))
+    return {"input_ids": torch.stack(ids).to(device), "pixel_values": pixels.to(device, dtype)}
 
 
 def seconds(device: torch.device, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -286,7 +298,9 @@ def facts_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vision_tokens": vision,
-        "text_tokens": inputs["input_ids"].shape[1] - vision,
+        "text_tokens": inputs["input_ids"].numel() - vision,
+        "rows": len(inputs["input_ids"]),
+        "attention": model.config._attn_implementation,
         "device": torch.cuda.get_device_name(model.device) if cuda else platform.machine(),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
@@ -296,7 +310,7 @@ def facts_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 Steps = Annotated[int, typer.Option(min=1, help="Decode steps after each prefill.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
-Sized = Annotated[Size, typer.Option(help="base: 269M parameters; small: a quick look.")]
+Sized = Annotated[Size, typer.Option(help="base: 269M parameters; small: a quick look; full: 7B.")]
 Dtype = Annotated[str, typer.Option(help="Torch dtype; default float32 on cpu, else bfloat16.")]
 Output = Annotated[Path | None, typer.Option(help="JSON file for all that was measured.")]
 

@@ -199,7 +199,7 @@ def _ways(model: Any, inputs: dict[str, Tensor], pruner: Pruner, steps: int) -> 
     report, name, peak = _report(model, inputs, pruner), pruner.name, _peak(model, inputs, pruner)
     scored, decode = report.flops_full / report.flops, promised_decode(model, report, steps)
     found = {name: Way(_wrapped(model, inputs, pruner, steps), scored, decode, peak)}
-    if name in RESEARCHED:
+    if name in RESEARCHED and len(inputs["input_ids"]) == 1:
         one = record(model, inputs, pruner)
         found[name + GIVEN] = Way(_wrapped(model, inputs, one.replay, steps), one.promised_unscored, decode)
         found[name + RESEARCH] = Way(_research(model, inputs, one, steps), scored, decode)
@@ -301,6 +301,8 @@ def main(
     device: Device = "cpu",
     size: Sized = Size.base,
     dtype: Dtype = "",
+    batch: Annotated[int, typer.Option(min=1, help="Rows; research code is timed for one alone.")] = 1,
+    attention: Annotated[str, typer.Option(help="sdpa, flash_attention_2 or eager.")] = "sdpa",
     output: Output = None,
 ) -> None:
     """Time methods against what their FLOPs promise, and two of them against research code."""
@@ -314,9 +316,14 @@ def main(
         raise typer.BadParameter(f"tokens: multiples of {own} (one image), separated by commas, got {tokens!r}")
     chosen = split_entries(methods) or [name for name in available() if name != UNPRUNED]
     pruners = [one.pruner() for one in build_settings(chosen, [parse_keep(keep)])[1:]]
-    model, console, written = build_model(SIZES[size], place, kind), Console(width=180), []
+    console, written = Console(width=180), []
+    with one_line_errors(traceback=False):
+        try:
+            model = build_model(SIZES[size], place, kind, attention=attention)
+        except (ImportError, ValueError) as error:
+            raise vtprune.VTPruneError(f"attention {attention!r} cannot be had here: {error}") from error
     for count in counts:
-        inputs = build_inputs(SIZES[size], place, kind, count // own)
+        inputs = build_inputs(SIZES[size], place, kind, count // own, batch=batch)
         timings = measure(model, inputs, pruners, steps=steps, budget=budget)
         console.print(table(timings, count), verdicts(timings), "", sep="\n")
         written.append(
