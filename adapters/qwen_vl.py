@@ -109,7 +109,7 @@ class Qwen2VLAdapter(Adapter):
 
     def _order(self, grid_thw: list[list[int]]) -> Tensor:
         """(S,) the raster index of the merge group at each place of the tower's sequence, on the host: in order."""
-        return torch.arange(sum(t * h * w for t, h, w in grid_thw) // self._merge**2)
+        return torch.arange(sum(t * h * w for t, h, w in grid_thw) // self._merge**2, device="cpu")
 
     def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
         return list(arguments[source.pixels].split([total * encoding.group for total in encoding.totals]))

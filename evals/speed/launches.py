@@ -243,19 +243,25 @@ def count(model: Any, inputs: dict[str, Tensor]) -> Steps:
 MODELS: dict[str, Callable[[], Any]] = {"llava": llava, "qwen": qwen}
 
 
+@torch.inference_mode()
+def _warm_up(model: Any, inputs: dict[str, Tensor]) -> None:
+    """Reads a prompt, so that what is made once is made."""
+    model(**inputs, use_cache=True, logits_to_keep=1)
+
+
 def count_all(kind: str, batch: int, methods: list[str]) -> dict[str, Steps]:
     """The counts of the unpruned model, under "", and of each method, at 25% where it has no setting of its own that
     is for other depths."""
     model = MODELS[kind]()
     inputs = inputs_of(model, batch)
-    count(model, inputs)
+    _warm_up(model, inputs)
     found = {"": count(model, inputs)}
     for method in methods:
         given: dict[str, Any] = (
             {} if ":" in method or method in ("none", "pmod", "gamma_mod", "d2o") else {"keep": KEEP}
         )
         with vtprune.wrapped(model, method, **given):
-            count(model, inputs)
+            _warm_up(model, inputs)
             found[method] = count(model, inputs)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -91,11 +92,50 @@ def test_values_come_back_as_they_were(most: int, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(torch.from_numpy(np.asarray(found)), tensor.detach())
 
 
+def test_another_default_device_changes_nothing() -> None:
+    with torch.device("meta"):
+        found = read_back([torch.ones(2, device="cpu"), torch.tensor([True], device="cpu")])
+    assert [part.tolist() for part in found] == [[1.0, 1.0], [True]]
+
+
+def test_what_wraps_a_function_that_asks_is_called() -> None:
+    class Louder(Chooser):
+        @functools.wraps(Chooser.choose)
+        def choose(self, scores: Tensor) -> list[int]:
+            return [*super().choose(scores), -1]
+
+    scores = torch.tensor([1, 2])
+    assert together([started(Louder(1).choose, scores), started(Chooser(1).choose, scores)]) == [[4, -1], [4]]
+
+
 def test_few_large_tensors_are_not_copied_to_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 40)
     with counting() as counts:
         read_back([torch.ones(5), torch.ones(5), torch.ones(20), torch.ones(2)])
     assert counts.read == 3
+
+
+def test_an_error_that_comes_of_such_scores_gives_way_to_the_check() -> None:
+    checks = Checks()
+
+    def fails(scores: Tensor) -> None:
+        with checks.collecting():
+            check_scores(scores, "method")
+            raise ValueError("a consequence")
+
+    with pytest.raises(ScoreError, match="method: 1 of 1 token scores"):
+        fails(torch.tensor([float("nan")]))
+    with pytest.raises(ValueError, match="a consequence"):
+        fails(torch.ones(1))
+
+
+def test_many_scores_are_not_held_for_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtprune.method.checks.MOST", 2)
+    checks = Checks()
+    with checks.collecting():
+        check_scores(torch.full((3,), float("inf")), "broken")
+    with pytest.raises(ScoreError, match="broken: some of 3 token scores"):
+        checks.settle()
 
 
 def test_checks_that_wait_are_made_at_once_and_name_the_method() -> None:

@@ -20,12 +20,13 @@ NO_MEDIA = {"suppress_tokens": [90, 91, 92, 93]}
 
 
 @every_model
-@pytest.mark.parametrize("change", ["repeat", "select", "reorder", "copy"])
+@pytest.mark.parametrize("change", ["repeat", "select", "reorder", "copy", "first", "second"])
 def test_what_waits_follows_the_caches_rows(kind: str, change: str) -> None:
     model = vtprune.wrap(make(kind), "lazyllm")
     inputs = prompt(kind, ROWS[kind])
     tokens = next_tokens(3)
-    rows = {"repeat": [0, 0, 1, 1, 2, 2], "select": [2, 0], "reorder": [2, 0, 1], "copy": [0, 1, 2]}[change]
+    rows = {"repeat": [0, 0, 1, 1, 2, 2], "select": [2, 0], "reorder": [2, 0, 1], "copy": [0, 1, 2],
+            "first": [0], "second": [1]}[change]  # fmt: skip
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens[:, :3])], dim=1)
     caches = []
     for _ in range(2):
@@ -36,7 +37,7 @@ def test_what_waits_follows_the_caches_rows(kind: str, change: str) -> None:
     cache = caches[1]
     if change == "repeat":
         cache.batch_repeat_interleave(2)
-    elif change == "select":
+    elif change in ("select", "first", "second"):
         cache.batch_select_indices(torch.tensor(rows))
     elif change == "reorder":
         cache.reorder_cache(torch.tensor(rows))

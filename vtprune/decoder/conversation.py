@@ -29,11 +29,6 @@ class Conversations:
         column = torch.arange(number.shape[1], device=number.device)
         return own.int().argmax(dim=2), (own * column).max(dim=2).values
 
-    def counts(self, among: Tensor) -> Tensor:
-        """(B, most) how many of the tokens `among` (B, L) each conversation has."""
-        own = self.number[:, None] == torch.arange(self.most, device=self.number.device)[:, None]
-        return (own & among[:, None]).sum(dim=2)
-
     def running_sum(self, values: Tensor) -> Tensor:
         """(B, L) the sum of `values` (B, L) up to each token, from the first one of its conversation on."""
         whole = values.cumsum(dim=1)

@@ -56,8 +56,9 @@ class Packed:
         routes, columns = self.routes, self.columns
         if columns is not None and not self.empty and (len(columns) == 1 or routes.columns is not None):
             return self._put_back(computed, columns)
-        kept = routes.computed(self.states).mask
         if columns is not None and not self.empty:
+            assert routes.kept is not None
+            kept = routes.kept
             # The columns of a row are its kept tokens in order, after its padding.
             order = kept.cumsum(dim=1) - 1 + (columns < 0).sum(dim=1, keepdim=True)
             computed = gather_tokens(computed, order.clamp(min=0))
@@ -68,7 +69,7 @@ class Packed:
         if columns is None:
             return computed
         skipped = self.states if routes.scale is None else self.states * routes.scale[..., None].to(self.states)
-        return torch.where(kept[..., None], computed, skipped)
+        return torch.where(routes.computed(self.states).mask[..., None], computed, skipped)
 
     def _put_back(self, computed: Tensor, columns: Tensor) -> Tensor:
         """The same for columns (B, m) without padding."""

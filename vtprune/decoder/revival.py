@@ -85,10 +85,11 @@ class Revival(Shaper):
         length = self.prompt.offset + self.prompt.length
         self.part = log.places >= 0
         token = torch.arange(count, device=log.places.device).expand(batch, count)
-        # Padding writes to an extra cell that nobody reads.
+        # Padding writes to an extra cell, which belongs to no token.
         index = torch.full((batch, length + 1), count, device=log.places.device)
         index.scatter_(1, log.places.masked_fill(~self.part, length), token)
-        self._index = index[:, :-1]
+        index[:, length] = count
+        self._index, self._rows = index, torch.arange(batch, device=index.device)[:, None]
         self._until = torch.full_like(log.places, len(self.layers), dtype=torch.int16)
         self._first = self._until.clone()
 
@@ -150,12 +151,8 @@ class Revival(Shaper):
 
     def _tokens(self, slots: Tensor | None, entries: int) -> Tensor:
         """(B, K) which of the log's tokens each entry of a layer is, V for text and padding."""
-        if slots is None:
-            return self._index[:, :entries]
-        if len(slots) == 1:
-            # A row alone has no padding.
-            return self._index.gather(1, slots)
-        return self._index.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, self.part.shape[1])
+        # Padding, at -1, reads the extra cell.
+        return self._index[:, :entries] if slots is None else self._index[self._rows, slots]
 
     def _among(self, slots: Tensor | None, entries: int) -> Tensor:
         """(B, V) whether a token is among these entries."""

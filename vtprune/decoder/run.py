@@ -180,6 +180,8 @@ class DecoderRun:
         self._observed = -1
         # Of a run that took over another one's tokens: how many each row has.
         self._taken: list[int] | None = None
+        # The last answer of `row_counts`, and what it was for.
+        self._counted: tuple[tuple[int, ...], list[int]] | None = None
         # By image: the places of its tokens and their new vectors, until the next layer is fed them.
         self._changed: dict[ImageSpan, tuple[Tensor, Tensor]] = {}
         self._layouts: dict[int, Layout] = {}
@@ -290,8 +292,10 @@ class DecoderRun:
         """(B,) tokens of each row that are alive, where so many of each image are (None: as many as now)."""
         if self._taken is not None:
             return self._taken
-        kept = [span.kept.numel() for span in self.spans] if kept is None else kept
-        return [self._before(row, self.prompt.length, kept) for row in range(self.prompt.batch)]
+        key = tuple(span.kept.numel() for span in self.spans) if kept is None else tuple(kept)
+        if self._counted is None or self._counted[0] != key:
+            self._counted = key, [self._before(row, self.prompt.length, key) for row in range(self.prompt.batch)]
+        return self._counted[1]
 
     def drop(self, span: ImageSpan, selection: Selection) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from the next layer on."""
@@ -329,9 +333,17 @@ class DecoderRun:
             return
         if self.alive is None:
             # Once anything is dropped the padding goes with it: layers compute no more than the longest row needs.
-            self.alive = self.prompt.real().clone()
+            self.alive = self._real(self.prompt.real()).clone()
         self.alive[span.row, span.places] = False
         self.alive[span.row, span.places[span.kept]] = True
+
+    def _real(self, real: Tensor) -> Tensor:
+        """(B, L) what is no padding; an image counts with all of its tokens, whatever the mask hides of it."""
+        vision = self._vision[0]
+        if not (vision & (self.prompt.outline.number < 0)).any():
+            return real
+        own = torch.from_numpy(vision).to(real.device)
+        return real | torch.nn.functional.pad(own, (real.shape[1] - own.shape[1], 0))
 
     def take_over(self, other: DecoderRun) -> None:
         """Starts with the tokens and vectors that another run of this prompt has before its first layer."""
@@ -560,7 +572,7 @@ class DecoderRun:
             final = span.layers[-1]
             gone[span.row, self.prompt.offset + span.places] = True
             gone[span.row, self.prompt.offset + span.places[final]] = False
-        stay = self.prompt.real_so_far() & ~gone
+        stay = self._real(self.prompt.real_so_far()) & ~gone
         left = self.row_counts([span.layers[-1].numel() for span in self.spans])
         # Layers that share slots go on sharing them, and their masks.
         known: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}

@@ -243,13 +243,13 @@ class PackedEncoding(Encoding):
     def projector_output(self, states: Tensor) -> Tensor:
         if not self.dropped:
             return states
-        place = np.empty_like(self._order)
-        place[self._order] = np.arange(len(place))
-        full = states.new_zeros(len(place), *states.shape[1:])
+        full = states.new_zeros(len(self._order), *states.shape[1:])
         if self.origins is None:
             assert self._alive is not None
-            at = torch.from_numpy(place[self._order[self._alive]])
+            at = torch.from_numpy(self._alive)
         else:
+            place = np.empty_like(self._order)
+            place[self._order] = np.arange(len(place))
             first = torch.tensor(self._first, device=self.valid.device)[:, None]
             at = torch.from_numpy(place).to(first.device)[self._in_sequence(self.names() + first)]
         return full.index_copy(0, at.to(states.device), states)

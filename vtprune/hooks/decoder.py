@@ -121,7 +121,7 @@ class DecoderHooks:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
-        run.checks = frame.checks
+        run.checks, frame.closed = frame.checks, True
         recording, lessons = self.recorder.open(run), self.teacher.open(run)
         revival = self._returning.open(run)
         run.shaper = revival or self.routing.open(run, recording, lessons) or run.shaper

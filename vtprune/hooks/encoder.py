@@ -79,6 +79,9 @@ class EncoderHooks:
             encoding = self.adapter.start_encoding(source, arguments)
             encoding.proportional = self.sized
             frame = self.state.frame
+            if frame is not None and frame.closed:
+                # Of a forward that failed and is remembered by its traceback alone.
+                frame = None
             if frame is not None:
                 encoding.checks = frame.checks
             with self._encoding(encoding):

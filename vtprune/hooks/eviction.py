@@ -119,13 +119,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Held:
-    """The columns (n,) of a layer that hold a row's tokens, and their places, there and on the host; of: what the
-    columns are counted in."""
+    """The columns (n,) of a layer that hold a row's tokens, and their places, there and on the host."""
 
     columns: Tensor
     places: Tensor
     known: Ints
-    of: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,6 @@ class Watch(Observer):
                 torch.from_numpy(columns).to(device),
                 torch.from_numpy(places[columns]).to(device),
                 places[columns],
-                slots,
             )
         return self._held[key]
 
@@ -218,6 +215,8 @@ class Watch(Observer):
             return
         with full_precision(run.prompt.device), run.checks.collecting():
             answers = {row: self.pruner.evict(self._row(run.layers, row)) for row in rows}
+        # Before anything is cut by them.
+        run.checks.settle()
         for order, index in enumerate(cut):
             self._apply(run.layers[index], {row: answer[order] for row, answer in answers.items()})
         aux = run.layers[0].aux
@@ -286,6 +285,9 @@ class Watch(Observer):
             if answer is not None:
                 answer.check(columns.numel())
             kept.append(columns.expand(heads, -1) if answer is None else columns[answer.kept])
+        if len(kept) == 1:
+            self._apply_alone(layer, answers[0], kept[0], slots)
+            return
         columns = _pad_left(kept)
         index = columns.clamp(min=0)
         wide = index[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
@@ -298,6 +300,17 @@ class Watch(Observer):
                 entries[MERGED][row, :, -width:] += answer.merged
                 _remember(layer, row, answer.state)
         layer.cut_heads(keys, values, slots.gather(2, index).masked_fill(columns < 0, -1), entries)
+
+    def _apply_alone(self, layer: PrunedLayer, answer: Eviction | None, columns: Tensor, slots: Tensor) -> None:
+        """The same for the one row of a cache, which needs no padding; columns: (H, m) of what stays."""
+        assert answer is not None
+        assert layer.keys is not None
+        assert layer.values is not None
+        entries = {name: layer.values_of(name).gather(2, columns[None]) for name in {*layer.entries, MERGED}}
+        entries[MERGED] = entries[MERGED] + answer.merged
+        _remember(layer, 0, answer.state)
+        keys, values = answer.key.to(layer.keys)[None], answer.value.to(layer.values)[None]
+        layer.cut_heads(keys, values, slots.gather(2, columns[None]), entries)
 
 
 def _numbered(known: Ints, new: list[ImageSpan]) -> Ints:

@@ -170,7 +170,7 @@ class Routing(Shaper):
         """(B, n) of the tokens alive which ones hold a token, the number of the image in its row that each one belongs
         to, -1 for text, and which are text: the same for all layers whose tokens are."""
         places, device = entering.layout.places, entering.states.device
-        if self._marked is None or self._marked[0] is not places:
+        if self._marked is None or self._marked[0] is not places or self._marked[1].device != device:
             image = np.full((run.prompt.batch, run.prompt.length), -1)
             for span, number in zip(run.spans, numbers_in_rows(run.spans), strict=True):
                 image[span.row, span.stands] = number

@@ -54,7 +54,12 @@ class Dropping:
         if selection is None:
             return
         before = span.kept
-        selection.check(before.numel())
+        try:
+            selection.check(before.numel())
+        except VTPruneError:
+            # It may be the scores that are at fault.
+            run.checks.settle()
+            raise
         if budget is not None and selection.kept.numel() > budget and not selection.learns:
             raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
         run.drop(span, selection)

@@ -29,11 +29,12 @@ RECORD = "_vtprune_image"
 @dataclass
 class Frame:
     """One forward of the multimodal model: its inputs, what it shows once that is encoded, by kind, and the checks of
-    the scores that it chose tokens by."""
+    the scores that it chose tokens by. closed: whether its decoder began, so that what is encoded later is not its."""
 
     inputs: dict[str, Any]
     encoded: dict[str, list[EncodedImage]] = field(default_factory=dict)
     checks: Checks = field(default_factory=Checks)
+    closed: bool = False
 
 
 @dataclass

@@ -33,14 +33,15 @@ def asking(function: Callable[P, Asking[T]]) -> Callable[P, T]:
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
         return together([function(*args, **kwargs)])[0]
 
-    setattr(alone, _BY_STEPS, function)
+    # Both, as whoever wraps it copies what is set on it.
+    setattr(alone, _BY_STEPS, (alone, function))
     return alone
 
 
 def started(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Asking[T]:
     """A call of a function that may be one that asks, to be run by `together`, or by `yield from`."""
-    by_steps = getattr(function, _BY_STEPS, None)
-    if by_steps is None:
+    whole, by_steps = getattr(function, _BY_STEPS, (None, None))
+    if by_steps is None or getattr(function, "__func__", function) is not whole:
         return function(*args, **kwargs)
     owner = getattr(function, "__self__", None)
     own = args if owner is None else (owner, *args)
@@ -81,7 +82,7 @@ def _in_one(tensors: list[Tensor]) -> list[Array]:
     parts = [tensor.to(device).contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
     values, found, first = torch.cat(parts).cpu().numpy(), [], 0
     for tensor, part in zip(tensors, parts, strict=True):
-        own = values[first : first + part.numel()].view(torch.empty(0, dtype=tensor.dtype).numpy().dtype)
+        own = values[first : first + part.numel()].view(torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype)
         # A copy starts where numbers of its size may start.
         found.append(own.copy().reshape(tensor.shape))
         first += part.numel()

@@ -15,38 +15,47 @@ from torch import Tensor
 
 from vtprune.errors import ScoreError
 
+# Of the scores of one check that are held until it is made, to say how many are wrong.
+MOST = 2**18
+
 
 class Checks:
     """Checks that wait to be made: of scores that chose tokens already, before anything is answered by them."""
 
     def __init__(self) -> None:
-        # The method, its scores, and their extremes, which NaN and infinity show in.
-        self._open: list[tuple[str, Tensor, tuple[Tensor, Tensor]]] = []
+        # The method, its scores (None where they are too many to be kept), how many they are, and their extremes,
+        # which NaN and infinity show in.
+        self._open: list[tuple[str, Tensor | None, int, tuple[Tensor, Tensor]]] = []
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Within the block `check_scores` leaves its checks here."""
+        """Within the block `check_scores` leaves its checks here. An error in it may come of such scores, of which is
+        told first."""
         token = _collecting.set(self)
         try:
             yield
+        except Exception:
+            self.settle()
+            raise
         finally:
             _collecting.reset(token)
 
     def add(self, scores: Tensor, method: str) -> None:
         """Leaves the scores (any shape) of a method to be checked."""
         if scores.numel():
-            self._open.append((method, scores, torch.aminmax(scores)))
+            held = scores if scores.numel() <= MOST else None
+            self._open.append((method, held, scores.numel(), torch.aminmax(scores)))
 
     def settle(self) -> None:
         """Makes the checks; raises ScoreError for the first scores of which one is NaN or infinite."""
         found, self._open = self._open, []
         if not found:
             return
-        device = found[0][2][0].device
-        ends = torch.stack([end.to(device) for _, _, both in found for end in both]).tolist()
-        for (method, scores, _), low, high in zip(found, ends[::2], ends[1::2], strict=True):
+        device = found[0][3][0].device
+        ends = torch.stack([end.to(device) for *_, both in found for end in both]).tolist()
+        for (method, scores, count, _), low, high in zip(found, ends[::2], ends[1::2], strict=True):
             if not (math.isfinite(low) and math.isfinite(high)):
-                raise _error(scores, method)
+                raise _error(scores, method, count)
 
 
 _collecting: ContextVar[Checks | None] = ContextVar("checks", default=None)
@@ -60,7 +69,7 @@ def check_scores(scores: Tensor, method: str) -> Tensor:
     if checks is not None:
         checks.add(scores.detach(), method)
     elif not bool(torch.isfinite(scores).all()):
-        raise _error(scores, method)
+        raise _error(scores, method, scores.numel())
     return scores
 
 
@@ -68,13 +77,13 @@ def listed(scores: npt.NDArray[np.float32], method: str) -> list[float]:
     """The scores (N,), which are on the host; raises ScoreError if one of them is NaN or infinite."""
     found: list[float] = scores.tolist()
     if not all(map(math.isfinite, found)):
-        raise _error(torch.from_numpy(scores), method)
+        raise _error(torch.from_numpy(scores), method, len(found))
     return found
 
 
-def _error(scores: Tensor, method: str) -> ScoreError:
-    bad = int((~torch.isfinite(scores)).sum())
+def _error(scores: Tensor | None, method: str, count: int) -> ScoreError:
+    bad = "some" if scores is None else int((~torch.isfinite(scores)).sum())
     return ScoreError(
-        f"{method}: {bad} of {scores.numel()} token scores are NaN or infinite; the model's activations "
+        f"{method}: {bad} of {count} token scores are NaN or infinite; the model's activations "
         "overflow (load it in float32 or bfloat16), the image holds invalid pixels, or the scores divide by zero"
     )

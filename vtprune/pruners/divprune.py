@@ -43,9 +43,12 @@ def max_min_diverse(features: Tensor, count: int) -> Asking[Tensor]:
     vectors = unit_vectors(features, None if held else METHOD)
     matrix, closest = cosine_matrix(vectors, keep=held)
     if matrix is not None:
-        found = yield torch.cat([matrix, closest[None]])
-        # A token without a finite length is alike to none, and first of all not to itself.
-        listed(found[:-1].sum(axis=0), METHOD)
+        both = torch.cat([matrix, closest[None]])
+        # Other images may go as far as this before the device is asked.
+        del vectors, matrix
+        found = yield both
+        # A token without a finite length is alike to none, not even to itself.
+        listed(found[:-1].diagonal(), METHOD)
         return torch.from_numpy(_chosen(found[:-1], found[-1], count)).to(features.device)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     taken = torch.zeros_like(closest)

@@ -319,7 +319,9 @@ class Generation:
     def _text_per_layer(self, key: tuple[int, int]) -> list[int]:
         """Text tokens of a conversation that each layer computed in the prefill."""
         whole, routed = self._text_of(key), self.trail.routed_text
-        return [routed[layer].counts[key[1]][key[0]] if layer in routed else whole for layer in range(self.depth)]
+        found = {layer: text.counts.get(key[1]) for layer, text in routed.items()}
+        # A conversation without any text has nothing to be counted.
+        return [(found[layer] or [0] * self.rows)[key[0]] if layer in found else whole for layer in range(self.depth)]
 
     def _attend(self, cost: FlopsBreakdown, queries: list[int], past: list[int]) -> FlopsBreakdown:
         """Adds the attention of this turn's tokens to what the cache held before."""

@@ -72,9 +72,12 @@ def greedy_dpp(features: Tensor, relevance: Tensor, count: int) -> Asking[tuple[
         left = vectors.any(dim=1).float()
         matrix = cosine_matrix(vectors)[0]
         assert matrix is not None
-        known = yield torch.cat([matrix, torch.stack([relevance.float(), left])])
-        # A token without a finite length is alike to none, and first of all not to itself.
-        for scores in (known[:-2].sum(axis=0), known[-2]):
+        whole = torch.cat([matrix, torch.stack([relevance.float(), left])])
+        # Other images may go as far as this before the device is asked.
+        del vectors, matrix
+        known = yield whole
+        # A token without a finite length is alike to none, not even to itself.
+        for scores in (known[:-2].diagonal(), known[-2]):
             listed(scores, METHOD)
         known[-2] **= 2
         found, factors = _greedy(known[:-2], known[-2:], count)
