@@ -261,7 +261,6 @@ def count_all(kind: str, batch: int, methods: list[str]) -> dict[str, Steps]:
             {} if ":" in method or method in ("none", "pmod", "gamma_mod", "d2o") else {"keep": KEEP}
         )
         with vtprune.wrapped(model, method, **given):
-            _warm_up(model, inputs)
             found[method] = count(model, inputs)
     return found
 

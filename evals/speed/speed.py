@@ -203,7 +203,7 @@ def _ways(model: Any, inputs: dict[str, Tensor], pruner: Pruner, steps: int) -> 
         one = record(model, inputs, pruner)
         found[name + GIVEN] = Way(_wrapped(model, inputs, one.replay, steps), one.promised_unscored, decode)
         found[name + RESEARCH] = Way(_research(model, inputs, one, steps), scored, decode)
-    if isinstance(pruner, InEncoder) and not isinstance(pruner, BetweenLayers):
+    if isinstance(pruner, InEncoder) and report.tokens_per_layer[0] == report.tokens_per_layer[-1]:
         found[name + TOWER] = Way(_tower(model, inputs, pruner), _promised_tower(model, inputs, report), tower=True)
     return found
 

@@ -122,7 +122,7 @@ def test_methods_stay_within_their_bounds() -> None:
     assert not above
 
 
-@pytest.mark.parametrize("method", ["random", "holov", "divprune", "sparsevlm", "vflowopt"])
+@pytest.mark.parametrize("method", ["sparsevlm", "vflowopt"])
 def test_rows_of_a_batch_wait_together(method: str) -> None:
     one, several = (count_all("llava", batch, [method]) for batch in (1, 3))
     extra = [found[method].prefill.read - found[""].prefill.read for found in (one, several)]

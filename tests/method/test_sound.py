@@ -69,12 +69,20 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 EVERY = [one for one in [*PRUNERS, *CACHE, *GATED] if not isinstance(one, vtprune.NoPruning)]
 
 
+CASES = [
+    *(("llava-clip", one) for one in [*EVERY, *RELEASED]),
+    # Towers that pack images differ in what happens inside them.
+    *(("qwen2.5-vl", one) for one in EVERY if isinstance(one, InEncoder)),
+]
+# The first setting of each method is enough for a quick look.
+FIRST = {(kind, type(one).__name__): one for kind, one in reversed(CASES)}
+
+
 @pytest.mark.parametrize(
     ("kind", "pruner"),
     [
-        *(("llava-clip", one) for one in [*EVERY, *RELEASED]),
-        # Towers that pack images differ in what happens inside them.
-        *(("qwen2.5-vl", one) for one in EVERY if isinstance(one, InEncoder)),
+        pytest.param(kind, one, marks=[] if FIRST[kind, type(one).__name__] is one else [pytest.mark.slow])
+        for kind, one in CASES
     ],
     ids=lambda value: value if isinstance(value, str) else label(value),
 )
