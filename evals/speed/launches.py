@@ -245,7 +245,7 @@ MODELS: dict[str, Callable[[], Any]] = {"llava": llava, "qwen": qwen}
 
 @torch.inference_mode()
 def _warm_up(model: Any, inputs: dict[str, Tensor]) -> None:
-    """Reads a prompt, so that what is made once is made."""
+    """Reads a prompt, so that what is made once for images of one size is made."""
     model(**inputs, use_cache=True, logits_to_keep=1)
 
 
@@ -256,6 +256,8 @@ def count_all(kind: str, batch: int, methods: list[str]) -> dict[str, Steps]:
     inputs = inputs_of(model, batch)
     _warm_up(model, inputs)
     found = {"": count(model, inputs)}
+    with vtprune.wrapped(model, "none"):
+        _warm_up(model, inputs)
     for method in methods:
         given: dict[str, Any] = (
             {} if ":" in method or method in ("none", "pmod", "gamma_mod", "d2o") else {"keep": KEEP}
