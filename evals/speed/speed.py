@@ -204,7 +204,7 @@ def _ways(model: Any, inputs: dict[str, Tensor], pruner: Pruner, steps: int) -> 
         found[name + GIVEN] = Way(_wrapped(model, inputs, one.replay, steps), one.promised_unscored, decode)
         found[name + RESEARCH] = Way(_research(model, inputs, one, steps), scored, decode)
     if isinstance(pruner, InEncoder) and report.tokens_per_layer[0] == report.tokens_per_layer[-1]:
-        found[name + TOWER] = Way(_tower(model, inputs, pruner), _promised_tower(model, inputs, report), tower=True)
+        found[name + TOWER] = Way(_tower(model, inputs, pruner), promised_tower(model, report), tower=True)
     return found
 
 
@@ -232,11 +232,10 @@ def _tower(model: Any, inputs: dict[str, Tensor], pruner: Pruner | None) -> Run:
     return run
 
 
-def _promised_tower(model: Any, inputs: dict[str, Tensor], report: Report) -> float:
+def promised_tower(model: Any, report: Report) -> float:
     """The speed-up of the tower and the projector by FLOPs, all of a method's scoring counted there."""
-    images = report.samples[0].images
-    text = inputs["input_ids"].shape[1] - sum(image.tokens for image in images)
-    whole = flops(model.config, sum(image.tokens for image in images), text_tokens=text, images=len(images))
+    images = [image for sample in report.samples for image in sample.images]
+    whole = flops(model.config, sum(image.tokens for image in images), text_tokens=1, images=len(images))
     own = report.flops_breakdown
     return (whole.vision_tower + whole.projector) / (own.vision_tower + own.projector + own.scoring)
 

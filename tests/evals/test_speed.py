@@ -115,6 +115,16 @@ def test_flops_of_a_decode_step_are_torchs(model: Any) -> None:
     assert 1 < speed.promised_decode(model, report, 8) < 2
 
 
+def test_the_promise_of_a_tower_is_that_of_each_row(model: Any) -> None:
+    found = []
+    for batch in (1, 3):
+        with torch.inference_mode(), vtprune.wrapped(model, "turbo", keep=0.5):
+            model(**build_inputs(TINY, CPU, torch.float32, batch=batch))
+            found.append(speed.promised_tower(model, vtprune.report(model)))
+    assert found[0] > 1
+    assert found[1] == pytest.approx(found[0])
+
+
 def test_speedups_are_of_each_round_by_itself() -> None:
     pairs = Pairs(plain=[2.0, 4.0, 8.0], wrapped=[1.0, 4.0, 2.0])
     assert speed.speedups(pairs) == (1.5, 2.0, 3.0)
