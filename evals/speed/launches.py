@@ -84,13 +84,13 @@ class _Launches(TorchDispatchMode):
         if args and _is_fetched(args[0]):
             return tree_map_only(Tensor, _fetched, func(*args, **(kwargs or {})))
         if not func.is_view and name not in VIEWS:
-            self._counts.launches[name, _place()] += 1
+            self._counts.launches[name, place_in_code()] += 1
         if name in ANSWERS or (name == "repeat_interleave" and (kwargs or {}).get("output_size") is None):
-            self._counts.reads[name, _place()] += 1
+            self._counts.reads[name, place_in_code()] += 1
         elif name in ("index", "index_put", "index_put_"):
             masks = sum(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in args[1])
             if masks:
-                self._counts.reads["index by a mask", _place()] += masks
+                self._counts.reads["index by a mask", place_in_code()] += masks
         return func(*args, **(kwargs or {}))
 
 
@@ -106,7 +106,7 @@ class _Lists(TorchFunctionMode):
         if args and _is_fetched(args[0]):
             return _copied(args[0]) if func is Tensor.to else func(*args, **(kwargs or {}))
         if func in (Tensor.tolist, Tensor.cpu):
-            self._counts.reads[func.__name__, _place()] += 1
+            self._counts.reads[func.__name__, place_in_code()] += 1
         return _fetched(_copied(args[0])) if func is Tensor.cpu else func(*args, **(kwargs or {}))
 
 
@@ -124,7 +124,7 @@ def _is_fetched(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, FETCHED)
 
 
-def _place() -> str:
+def place_in_code() -> str:
     """The innermost line of vtprune's own code that is being run, "" for what the model itself does."""
     frame = sys._getframe(1)
     while frame is not None:

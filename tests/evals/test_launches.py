@@ -50,7 +50,7 @@ BOUNDS = {
     "lazyllm": Bound(1.15, 2, first=1.42, first_reads=4, later=1.42, later_reads=4),
     "d2o": Bound(1.52, 2, first=3.35, first_reads=2, later=1.12),
     "pmod": Bound(1.28, 2, first=1.09, later=1.09),
-    "gamma_mod": Bound(1.40, 2, first=1.40, first_reads=1, later=1.40, later_reads=1),
+    "gamma_mod": Bound(1.35, 2, first=1.40, first_reads=1, later=1.40, later_reads=1),
     "flowcut": Bound(1.53, 12),  # ten layers drop by a threshold
     "turbo": Bound(2.20, 2),
 }

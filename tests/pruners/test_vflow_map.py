@@ -23,7 +23,7 @@ from vtprune.pruners.vflowopt.importance import (
     released_entropy,
     wrapped_levels,
 )
-from vtprune.tensors.attention import CHUNK_BYTES
+from vtprune.tensors.attention import CPU_BYTES
 
 
 def random_signals(tokens: int = 36, *, prefix: int = 0, group: int = 1, seed: int = 0) -> LayerSignals:
@@ -97,7 +97,7 @@ def test_importance_is_that_of_the_full_map(threshold, prefix, group, monkeypatc
     expected = naive_importance(signals, entropy, threshold, -0.7)
     assert torch.allclose(importance_map(signals, entropy, threshold, -0.7), expected, atol=1e-7)
     # The same in chunks of a few rows.
-    monkeypatch.setattr("vtprune.tensors.attention.CHUNK_BYTES", CHUNK_BYTES >> 14)
+    monkeypatch.setattr("vtprune.tensors.attention.CPU_BYTES", CPU_BYTES >> 14)
     assert torch.allclose(importance_map(signals, entropy, threshold, -0.7), expected, atol=1e-7)
 
 

@@ -171,6 +171,7 @@ class Watch(Observer):
                 asked=own.places.to(query.device),
                 places=held.places.to(query.device),
                 scale=adapter.decoder_scale,
+                seen=np.searchsorted(held.known, own.known, side="right").tolist(),
             )
             sums = rearrange(sums, "(k g) n -> k g n", k=layer.keys.shape[1])
             if row in self.prompts and index in self.of.dense:

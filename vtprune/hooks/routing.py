@@ -164,7 +164,13 @@ class Routing(Shaper):
             training=bool(self._of.adapter.language_model.training),
             continues=run.prompt.offset > 0 and not run.spans,
             spared=tuple(spared),
+            whole=bool(run.spans) and self._whole(run, entering.layout.places),
         )
+
+    @staticmethod
+    def _whole(run: DecoderRun, places: Tensor | None) -> bool:
+        """Whether a prompt has no padding, as the host knows."""
+        return bool((run.prompt.outline.number >= 0).all()) and (places is None or run.prompt.batch == 1)
 
     def _marks(self, run: DecoderRun, entering: Entering) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n) of the tokens alive which ones hold a token, the number of the image in its row that each one belongs

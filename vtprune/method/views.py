@@ -176,7 +176,7 @@ class RoutedTokens:
         (B, n) the number of the image that a token belongs to among those that its row brings, -1 for text.
     totals: (B, I) tokens of each whole image, 0 where a row has fewer images; budgets: (B, I) those that the layer is
         to compute at the most; spared: (B,) how many these budgets leave out, on the host. text: (B, n) which columns
-        hold no vision token.
+        hold no vision token. whole: whether every column is known to hold a token.
     index: 0-based index of the layer; depth: number of decoder layers.
     module: what `Trained.make_module` made, with its weights as they are now; training: whether the decoder is in
         training mode. continues: whether these tokens follow what is in the cache, without a new image.
@@ -195,6 +195,7 @@ class RoutedTokens:
     training: bool
     continues: bool = False
     spared: tuple[int, ...] = ()
+    whole: bool = False
 
     @property
     def vision(self) -> Tensor:

@@ -182,7 +182,8 @@ class GammaMoD(InLayers, Trained):
         """The tokens with the highest p, or those above a threshold, each with its gate; raises ScoreError for NaN."""
         logits = self.logits(tokens)
         gate = logits.softmax(dim=-1)[..., 1]
-        scores = check_scores(gate.detach().masked_fill(~tokens.real, 0.0), self.name)
+        scores = gate.detach() if tokens.whole else gate.detach().masked_fill(~tokens.real, 0.0)
+        scores = check_scores(scores, self.name)
         decided = self._decided(scores, tokens)
         routes = tokens.best(scores) if decided is None else Routes(decided | ~tokens.real)
         loss = None

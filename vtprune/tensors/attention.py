@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
+# Scores that are held at once: what a CPU's cache holds, and what an accelerator's memory can spare for few launches.
+CPU_BYTES, CHUNK_BYTES = 8 * 2**20, 64 * 2**20
+
+
+def rows_at_once(device: torch.device, numbers: int) -> int:
+    """How many rows of so many fp32 numbers each are computed together on a device, at least one."""
+    return max(1, (CPU_BYTES if device.type == "cpu" else CHUNK_BYTES) // (4 * numbers))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
@@ -32,7 +39,7 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | Non
     query = query.float() if scale == 1 else query.float() * scale
     logits = torch.matmul(query, key.float().transpose(-1, -2))
     if valid is not None:
-        logits = logits.masked_fill(~valid[..., None, None, :], float("-inf"))
+        logits.masked_fill_(~valid[..., None, None, :], float("-inf"))
     return logits.softmax(dim=-1)
 
 
@@ -54,7 +61,7 @@ def attention_received_and_given(
 
 def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:
     heads, tokens, _ = key.shape
-    rows = max(1, CHUNK_BYTES // (4 * heads * tokens))
+    rows = rows_at_once(key.device, heads * tokens)
     turned = key.float().transpose(-1, -2)
     received = turned.new_zeros(tokens - skip)
     given = []
@@ -67,21 +74,27 @@ def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bo
     return received / (heads * (tokens - skip)), torch.cat(given)
 
 
-def attention_sums(query: Tensor, key: Tensor, asked: Tensor, places: Tensor, scale: float) -> Tensor:
+def attention_sums(
+    query: Tensor, key: Tensor, asked: Tensor, places: Tensor, scale: float, *, seen: Sequence[int] | None = None
+) -> Tensor:
     """The attention that each key gets from all queries up to which it is visible, in fp32, accumulated in chunks of
     queries.
 
     query: (H, Q, d), of the tokens at the places `asked` (Q,); key: (Hkv, N, d), at `places` (N,), each shared by
-    H / Hkv heads. Returns (H, N).
+    H / Hkv heads. seen: (Q,) how many of the keys lie at or before each query's place, where both stand in order of
+    their places: keys that no query of a chunk sees are left out. Returns (H, N).
     """
     group = query.shape[0] // key.shape[0]
     turned = key.float().transpose(-1, -2)
     sums = torch.zeros(query.shape[0], key.shape[1], device=key.device)
-    rows = max(1, CHUNK_BYTES // (4 * query.shape[0] * key.shape[1]))
-    for some, when in zip(query.split(rows, dim=1), asked.split(rows), strict=True):
+    rows = rows_at_once(key.device, query.shape[0] * key.shape[1])
+    for start in range(0, query.shape[1], rows):
+        some, when = query[:, start : start + rows], asked[start : start + rows]
+        end = key.shape[1] if seen is None else seen[start + len(when) - 1]
         some = rearrange(some.float() * scale, "(k g) q d -> k (g q) d", g=group)
-        logits = rearrange(torch.matmul(some, turned), "k (g q) n -> (k g) q n", g=group)
-        sums += logits.masked_fill(places > when[:, None], float("-inf")).softmax(dim=-1).sum(dim=1)
+        logits = rearrange(torch.matmul(some, turned[..., :end]), "k (g q) n -> (k g) q n", g=group)
+        weights = logits.masked_fill_(places[:end] > when[:, None], float("-inf")).softmax(dim=-1)
+        sums[:, :end].add_(weights.sum(dim=1))
     return sums
 
 

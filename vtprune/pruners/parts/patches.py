@@ -9,7 +9,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from vtprune.method.views import EncoderLayer
-from vtprune.tensors.attention import CHUNK_BYTES
+from vtprune.tensors.attention import rows_at_once
 
 
 def mean_keys(layer: EncoderLayer) -> Tensor:
@@ -56,7 +56,7 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None
     """
     batch, heads, count, _ = key.shape
     parts = []
-    for chunk in query.split(max(1, CHUNK_BYTES // (4 * batch * heads * count)), dim=2):
+    for chunk in query.split(rows_at_once(query.device, batch * heads * count), dim=2):
         logits = torch.matmul(chunk * scale, key.transpose(-1, -2))
         logits = logits if bias is None else logits + bias[:, None, None]
         parts.append(reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum"))

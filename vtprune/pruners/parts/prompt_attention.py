@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtprune.method.views import DecoderLayer
-from vtprune.tensors.attention import CHUNK_BYTES
+from vtprune.tensors.attention import rows_at_once
 
 
 def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -17,7 +17,7 @@ def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tens
     query, key = layer.query, layer.key.float()
     place = torch.arange(key.shape[1], device=key.device)
     vision = layer.vision.to(key.device)
-    for some in rows.to(key.device).split(max(1, CHUNK_BYTES // (4 * key.shape[0] * key.shape[1]))):
+    for some in rows.to(key.device).split(rows_at_once(key.device, key.shape[0] * key.shape[1])):
         hidden = (place > some[:, None]) | (place < layer.first)
         logits = torch.matmul(query[:, some].float() * layer.scale, key.transpose(-1, -2))
         yield some, logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)[..., vision]
