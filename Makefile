@@ -8,14 +8,14 @@ LOWEST := .venv-lowest
 INSTALL := PYTHONWARNINGS=ignore
 
 # One thread a test process: tiny models gain nothing from more, and two processes share two cores.
-test test-all test-lowest: export OMP_NUM_THREADS := 1
+test test-all test-browser test-lowest: export OMP_NUM_THREADS := 1
 
-.PHONY: bench bench-all test test-all test-lowest lint format clean
+.PHONY: bench bench-all test test-all test-browser test-lowest pictures lint format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(INSTALL) $(BIN)/python -m pip install --quiet --editable '.[eval,clip,dev]'
+	$(INSTALL) $(BIN)/python -m pip install --quiet --editable '.[eval,clip,demo,dev]'
 	@touch $(STAMP)
 
 bench: $(STAMP)
@@ -30,11 +30,22 @@ test: $(STAMP)
 test-all: $(STAMP) test-lowest
 	$(BIN)/python -m pytest -n 2
 
+# The demo in a real browser. `make test` runs these tests, too, where a Chromium is found.
+test-browser: $(STAMP)
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+		{ echo "no Chromium is found, and apt-get could not install one: install it, and run this again"; exit 1; }
+	$(BIN)/python -m pytest tests/evals/demo -m "not slow"
+
+# The README's picture of the demo, made by one of its tests.
+pictures: $(STAMP)
+	VTPRUNE_PICTURES=assets $(BIN)/python -m pytest tests/evals/demo/test_page.py -k picture
+
 # The lowest transformers release that vtprune supports, beside the newest one.
 test-lowest: $(STAMP)
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
-	$(INSTALL) $(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,dev]' 'transformers==5.20.0'
+	$(INSTALL) $(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,demo,dev]' 'transformers==5.20.0'
 	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow"
 
 lint: $(STAMP)

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.lmms",),
     ("evals.speed",),
     ("evals.ask", "evals.bench"),
-    ("evals.arank", "evals.tune"),
+    ("evals.arank", "evals.demo", "evals.tune"),
     ("cli",),
 )
 # What the floors below find by name, as they find what other packages bring, without a word of what is in it.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 import vtprune
 from vtprune.evals.lmms.efficiency import RowCost, row_costs
@@ -73,6 +74,17 @@ class StopAtText(StoppingCriteria):
         return torch.tensor(hit, device=input_ids.device)
 
 
+class StopWhen(StoppingCriteria):
+    """Breaks all rows off once it is asked to."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self.asked = asked
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(rows,) bool."""
+        return torch.full((len(input_ids),), self.asked(), device=input_ids.device)
+
+
 def _end_tokens(model: Any) -> set[int]:
     ends = model.generation_config.eos_token_id
     if ends is None:
@@ -96,8 +108,13 @@ def answer_batch(
     inputs: Any,
     *,
     generation: Generation,
+    streamer: BaseStreamer | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> list[Answer]:
-    """Answers of a wrapped model to a left-padded batch."""
+    """Answers of a wrapped model to a left-padded batch.
+
+    streamer: is told each token of a batch of one; stopped: asked after each token whether to break off.
+    """
     inputs = place(inputs, model)
     prompt = inputs["input_ids"].shape[1]
     clock = FirstTokenClock()
@@ -105,6 +122,8 @@ def answer_batch(
     stops = generation.stops
     if stops:
         criteria.append(StopAtText(tokenizer, stops, prompt))
+    if stopped is not None:
+        criteria.append(StopWhen(stopped))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     synchronise(model.device)
     start = time.perf_counter()
@@ -113,6 +132,7 @@ def answer_batch(
         **generation.arguments,
         pad_token_id=pad,
         stopping_criteria=criteria,
+        **({} if streamer is None else {"streamer": streamer}),
     )
     synchronise(model.device)
     seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ import typer
 from vtprune.cli.arank import arank
 from vtprune.cli.ask import ask
 from vtprune.cli.bench import bench
+from vtprune.cli.demo import demo
 from vtprune.cli.list import list_methods
 from vtprune.cli.train import train
 from vtprune.cli.tune import tune
@@ -44,6 +45,7 @@ app.command()(tune)
 app.command(name="list")(list_methods)
 app.command()(arank)
 app.command()(train)
+app.command()(demo)
 
 
 def main() -> None:

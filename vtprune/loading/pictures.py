@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vtprune.errors import InputError, PictureError
 
@@ -47,16 +47,17 @@ def whole_images() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _lenient
 
 
-def open_picture(source: Source, name: str | None = None) -> Image.Image:
+def open_picture(source: Source, name: str | None = None, *, most_pixels: int | None = None) -> Image.Image:
     """The upright RGB picture in a file, in its bytes, or in a PIL image, which is left as it is.
 
     EXIF orientation is applied, transparency is composited on white, and of an animation the first frame is taken.
     Sixteen bits of grey are scaled from 0..65535 to 0..255. Of 32-bit integers the range is the first of 0..255,
     0..65535 that holds all of them, of floats the first of 0..1, 0..255, 0..65535; where none does, black is the
-    smallest value and white the largest. name: what a message calls it (None: its path).
+    smallest value and white the largest. name: what a message calls it (None: its path). most_pixels: what a file may
+    unfold to, which its header says before anything is decoded (None: what PIL takes).
 
-    Raises PictureError, naming the file, for one that is not there, is no picture, is cut short, or holds what cannot
-    be shown (values that are not finite, colour spaces without a rule).
+    Raises PictureError, naming the file, for one that is not there, is no picture, is cut short, is too large, or
+    holds what cannot be shown (values that are not finite, colour spaces without a rule).
     """
     if name is None:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the picture"
@@ -66,10 +67,16 @@ def open_picture(source: Source, name: str | None = None) -> Image.Image:
                 source.load()
                 return _upright_rgb(source)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if most_pixels is not None and image.width * image.height > most_pixels:
+                    size = f"{image.width:,} x {image.height:,}"
+                    raise ValueError(f"it has {size} pixels, and at the most {most_pixels:,} are taken")
                 image.load()
                 return _upright_rgb(image)
     except FileNotFoundError as error:
         raise PictureError(f"no file {name}") from error
+    except UnidentifiedImageError as error:
+        # PIL's own message names the file, or an object in memory, once more.
+        raise PictureError(f"cannot read {name}: cannot identify image file: its format is not known") from error
     # PIL's decoders raise whatever their parsing runs into: struct.error, IndexError, zlib.error and more.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,289 @@
+"""The page: what is chosen on the left, four ways to look at it on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vtprune.errors import VTPruneError
+from vtprune.evals.demo import link
+from vtprune.evals.demo.failures import FEWEST, MOST
+from vtprune.evals.demo.handlers import COMPARED, Handlers, frame
+from vtprune.evals.demo.models import Models
+from vtprune.evals.demo.options import Kind, Option, about, as_trained, changed, choosable, options_of
+from vtprune.evals.demo.requests import Sentence
+
+HERE = Path(__file__).parent
+VIEW: dict[str, Any] = {
+    "html_template": (HERE / "view.html").read_text(encoding="utf-8"),
+    "css_template": (HERE / "view.css").read_text(encoding="utf-8"),
+    "js_on_load": (HERE / "view.js").read_text(encoding="utf-8"),
+}
+TITLE = "vtprune: see what a model still sees"
+ABOUT = f"""# {TITLE}
+A vision-language model reads a picture as a grid of patches. A pruner lets some of them go: choose a method and how
+much it may keep, ask a question, and see what is left, what it costs and whether the answer is still right."""
+# Never in the programs' interface, and never waiting in the queue.
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+LIGHT: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+
+
+def build(models: Models, examples: Sequence[tuple[str, str]], folder: Path, *, workers: int) -> gr.Blocks:
+    """The page for these models; examples: pictures with a question; folder: where downloads are written; workers: how
+    many visitors are served at once."""
+    handlers = Handlers(models, folder)
+    # What computes shares one queue.
+    shared = {**PRIVATE, "show_progress": "minimal", "concurrency_id": "model", "concurrency_limit": workers}
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 900)) as page:
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                inputs = _inputs(page, models, examples)
+            with gr.Column(scale=3, min_width=320), gr.Tabs():
+                with gr.Tab("Ask"):
+                    _ask_tab(handlers, inputs, shared)
+                with gr.Tab("Compare"):
+                    _compare_tab(handlers, inputs, shared)
+                with gr.Tab("Curve"):
+                    _curve_tab(handlers, inputs, shared)
+                with gr.Tab("Failures", visible=any(models[name].bundled for name in models.names)):
+                    _failures_tab(handlers, inputs, shared)
+        go, answer = gr.Button(visible=False), gr.JSON(visible=False)
+        go.click(handlers.answer, inputs, answer, api_name="answer", concurrency_id="model", concurrency_limit=workers)
+    return page
+
+
+def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]) -> list[Any]:
+    """Picture, question, model, method, keep and options, in this order."""
+    start = link.read({}, models)
+    image = gr.Image(
+        examples[0][0],
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        label="Picture",
+        height=260,
+        elem_id="picture",
+    )
+    question = gr.Textbox(
+        start.question, label="Question", info="What to ask about the picture.", elem_id="question", lines=2
+    )
+    method = gr.Dropdown(
+        _methods(models, start.model),
+        value=start.method,
+        label="Method",
+        info="How patches are chosen, merged or routed.",
+        elem_id="method",
+    )
+    told = gr.Markdown(_about(start.method, start.model, models))
+    keep = gr.Slider(
+        1,
+        100,
+        value=start.keep,
+        step=1,
+        label="Keep, % of the patches",
+        info="Counted as the method counts it: some take the mean over the decoder's layers.",
+        elem_id="keep",
+    )
+    model = gr.Dropdown(
+        models.names,
+        value=start.model,
+        label="Model",
+        info="Which model answers.",
+        visible=len(models.names) > 1,
+        elem_id="model",
+    )
+    with gr.Accordion("Options", open=False):
+        options = gr.Textbox(
+            "",
+            label="All options",
+            info="What differs from the method's own settings, as name=value with commas between.",
+            elem_id="options",
+        )
+        # Changes when the options of a link are to be shown one by one.
+        seed = gr.State("")
+        _controls(models, model, method, options=options, seed=seed)
+    with gr.Accordion("Other pictures and questions", open=False):
+        gr.Examples([list(one) for one in examples], [image, question], label="Examples", cache_examples=False)
+    with gr.Accordion("A link to this page as it stands", open=False):
+        address = gr.Textbox(label="Link", info="Holds all but the picture.", buttons=["copy"], elem_id="link")
+
+    _as_it_comes(image, model, method, keep)
+
+    def switched(name: str, how: str) -> tuple[Any, str]:
+        known = _methods(models, name)
+        own = how if how in known and not as_trained(models[name]) else link.default_method(models, name)
+        return gr.Dropdown(choices=known, value=own), _about(own, name, models)
+
+    def opened(request: gr.Request) -> tuple[Any, ...]:
+        found = link.read(dict(request.query_params), models)
+        return (
+            found.model,
+            gr.Dropdown(choices=_methods(models, found.model), value=found.method),
+            found.keep,
+            found.options,
+            found.options,
+            found.question,
+            _about(found.method, found.model, models),
+        )
+
+    model.input(switched, [model, method], [method, told], **LIGHT)
+    method.change(lambda how, name: _about(how, name, models), [method, model], told, **LIGHT)
+    method.input(lambda: "", None, options, **LIGHT)
+    page.load(opened, None, [model, method, keep, options, seed, question, told], **LIGHT)
+    held: list[Any] = [model, method, keep, options, question]
+    gr.on([one.change for one in held], None, held, address, js=link.WRITE, **LIGHT)
+    return [image, question, model, method, keep, options]
+
+
+def _as_it_comes(*components: Any) -> None:
+    """Hands what a visitor sends to the handlers as it comes: they refuse what cannot be with a sentence that says
+    what would be right, and nothing decodes an upload before the one door for pictures (`picture_of`)."""
+    for one in components:
+        one.preprocess = _path_of if isinstance(one, gr.Image) else lambda payload: payload
+
+
+def _path_of(payload: Any) -> str | None:
+    """The path of an upload in the temporary folder."""
+    return None if payload is None else payload.path
+
+
+def _methods(models: Models, name: str) -> list[str]:
+    own = as_trained(models[name])
+    return [*([own] if own else []), *choosable()]
+
+
+def _about(method: str, name: str, models: Models) -> str:
+    """What the page says below the method."""
+    trained = models[name].trained
+    return about(trained.method if trained is not None and method == as_trained(models[name]) else method)
+
+
+def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: Any) -> None:
+    """A control for each option of the method that is chosen, which write into the text of all options."""
+
+    @gr.render([model, method], triggers=[model.change, method.change, seed.change], queue=False)
+    def draw(name: str, how: str) -> None:
+        if how == as_trained(models[name]):
+            gr.Markdown("As it was trained: nothing is left to choose, and keep does not count.")
+            return
+        facts = models[name].facts
+        found = options_of(how, facts)
+        if not found:
+            gr.Markdown("This method has no options.")
+        controls = [_control(option) for option in found]
+
+        def gather(*values: Any) -> str:
+            try:
+                return changed(how, facts, {option.name: one for option, one in zip(found, values, strict=True)})
+            except VTPruneError as error:
+                raise Sentence(str(error)) from error
+
+        for control in controls:
+            control.input(gather, controls, options, **LIGHT)
+
+
+def _control(option: Option) -> Any:
+    label, told = option.name.replace("_", " "), option.help
+    if option.kind is Kind.SLIDER:
+        return gr.Slider(option.low, option.high, value=option.value, step=option.step, label=label, info=told)
+    if option.kind is Kind.SWITCH:
+        return gr.Checkbox(option.value, label=label, info=told)
+    if option.kind is Kind.CHOICE:
+        named = [("automatic" if one is None else str(one), one) for one in option.choices]
+        return gr.Dropdown(named, value=option.value, label=label, info=told)
+    if option.kind is Kind.NUMBER:
+        return gr.Number(option.value, label=label, info=told)
+    return gr.Textbox("", label=label, info=told)
+
+
+def _buttons(name: str, elem: str) -> tuple[Any, Any]:
+    """What starts and what cancels."""
+    with gr.Row():
+        return (
+            gr.Button(name, variant="primary", elem_id=f"{elem}-go"),
+            gr.Button("Cancel", variant="stop", elem_id=f"{elem}-cancel"),
+        )
+
+
+def _cancels(button: Any, event: Any, status: Any) -> None:
+    button.click(lambda: "Cancelled.", None, status, cancels=[event], **LIGHT)
+
+
+def _ask_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) -> None:
+    go, halt = _buttons("Ask", "ask")
+    status = gr.Markdown("", elem_id="ask-status")
+    with gr.Row():
+        plain = gr.Textbox(label="Unpruned answer", interactive=False, elem_id="unpruned")
+        pruned = gr.Textbox(label="Pruned answer", interactive=False, elem_id="pruned")
+    view = gr.HTML(None, elem_id="view", **VIEW)
+    numbers = gr.Markdown(elem_id="numbers")
+    with gr.Row():
+        png = gr.DownloadButton("Download the picture (PNG)", interactive=False, elem_id="png")
+        data = gr.DownloadButton("Download everything (JSON)", interactive=False, elem_id="json")
+    with gr.Accordion("The same in Python", open=False):
+        code = gr.Code(show_label=False, language="python", interactive=False, elem_id="code")
+    outputs = [status, plain, pruned, view, numbers, png, data, code]
+    _cancels(halt, gr.on([go.click, inputs[1].submit], handlers.ask, inputs, outputs, **shared), status)
+
+
+def _compare_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) -> None:
+    image, question, model, _, keep, _ = inputs
+    methods = gr.Dropdown(
+        choosable(),
+        value=["flowcut", "pyramid_drop", "grid"],
+        multiselect=True,
+        max_choices=COMPARED,
+        label="Methods",
+        info=f"Up to {COMPARED} side by side, each with its own settings, at the keep that is chosen above.",
+        elem_id="methods",
+    )
+    _as_it_comes(methods)
+    go, halt = _buttons("Compare", "compare")
+    numbers = gr.Markdown("", elem_id="compare-numbers")
+    with gr.Row():
+        views = [gr.HTML(None, min_width=240, elem_id=f"view-{place}", **VIEW) for place in range(COMPARED)]
+    given = [image, question, model, methods, keep]
+    _cancels(halt, go.click(handlers.compare, given, [numbers, *views], **shared), numbers)
+
+
+def _curve_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) -> None:
+    gr.Markdown(
+        "The answer and how sure the model is of it, the mean probability of its tokens, from all patches to few; "
+        "beside it what it then thinks of the unpruned answer."
+    )
+    go, halt = _buttons("Draw", "curve")
+    plot = gr.LinePlot(
+        frame([]),
+        x="keep %",
+        y="confidence",
+        color="of",
+        x_lim=[0, 100],
+        y_lim=[0, 1],
+        label="Confidence against keep",
+        elem_id="curve",
+    )
+    points = gr.Markdown(elem_id="points")
+    _cancels(halt, go.click(handlers.curve, inputs, [plot, points], **shared), points)
+
+
+def _failures_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) -> None:
+    count = gr.Slider(
+        FEWEST,
+        MOST,
+        value=60,
+        step=10,
+        label="Questions",
+        info="How many of the drawn benchmark's are asked, unpruned and under the method.",
+        elem_id="count",
+    )
+    go, halt = _buttons("Find failures", "failures")
+    found = gr.Markdown("", elem_id="failures-status")
+    gallery = gr.Gallery(
+        label="Right without pruning, wrong with it", columns=3, object_fit="contain", elem_id="gallery"
+    )
+    given = [*inputs[2:], count]
+    _cancels(halt, go.click(handlers.failures, given, [found, gallery], **shared), found)

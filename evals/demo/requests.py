@@ -1,0 +1,55 @@
+"""What every request of a visitor goes through: one line in the log, and errors that are a sentence."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+from PIL import Image
+
+from vtprune.errors import InputError, VTPruneError
+from vtprune.loading.pictures import open_picture
+
+log = logging.getLogger("vtprune.demo")
+
+# Pixels that a picture may unfold to; bytes of an upload.
+MOST_PIXELS, MOST_BYTES = 40_000_000, 20 * 2**20
+
+
+class Sentence(gr.Error):
+    """An error that the page shows as it stands."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, duration=None, title="This did not work", print_exception=False)
+
+
+@contextmanager
+def logged(kind: str, what: str) -> Iterator[None]:
+    """One line for a request: what was asked for, how it ended and how long it took; never the question or picture.
+    A refusal becomes the sentence that says what would be right, what else goes wrong a sentence that says so."""
+    start, end = time.perf_counter(), "cancelled"
+    try:
+        yield
+        end = "done"
+    except VTPruneError as error:
+        end = "refused"
+        raise Sentence(str(error)) from error
+    except Exception as error:
+        end = f"failed ({type(error).__name__})"
+        log.exception("%s failed", kind)
+        raise Sentence(
+            "Something went wrong on the server, which has written down what; try other settings or another picture."
+        ) from error
+    finally:
+        log.info("%s %s: %s in %.2f s", kind, what, end, time.perf_counter() - start)
+
+
+def picture_of(path: str | None) -> Image.Image:
+    """The upright RGB picture in an uploaded file; raises InputError for none, and PictureError for what is no picture
+    or unfolds to more than MOST_PIXELS."""
+    if not path:
+        raise InputError("image: choose a picture first")
+    return open_picture(path, "the picture", most_pixels=MOST_PIXELS)

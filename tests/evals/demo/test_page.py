@@ -1,0 +1,194 @@
+"""The page in a real browser: what a visitor does, and reads back."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vtprune.assets import EXAMPLE_IMAGE
+
+DONE = "document.querySelector('#numbers table') && document.querySelector('#view canvas')"
+
+
+def ask(page: Any) -> None:
+    page.click("#ask-go")
+    page.wait_for_function(DONE)
+    page.wait_for_selector("#png:not([disabled])")
+
+
+def busy(address: str) -> int:
+    with urllib.request.urlopen(f"{address}/health") as answer:
+        found: int = json.load(answer)["answering"]
+        return found
+
+
+def wait_until_idle(address: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while busy(address):
+        assert time.monotonic() < end, f"somebody is still being answered after {seconds} s"
+        time.sleep(0.1)
+
+
+def test_a_visitor_uploads_asks_moves_the_slider_and_downloads(page: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.png"
+    Image.open(EXAMPLE_IMAGE).convert("RGB").resize((300, 300)).save(own)
+    page.click("[aria-label='Remove Image'], [aria-label='Clear']")
+    page.set_input_files("#picture input[type=file]", own)
+    page.wait_for_selector("#picture img")
+    page.fill("#keep input[type=number]", "40")
+    page.press("#keep input[type=number]", "Tab")
+    page.fill("#question textarea", "what is written on the yellow square?")
+    started = time.monotonic()
+    page.click("#ask-go")
+    page.wait_for_function("document.querySelector('#unpruned textarea').value == 'h'")
+    assert time.monotonic() - started < 5
+    page.wait_for_function(DONE)
+    assert page.input_value("#pruned textarea") == "h"
+    assert "flowcut, keep 40%" in page.inner_text("#numbers")
+    assert re.search(r"vision tokens\s+144\s+5[78] \(40%\)", page.inner_text("#numbers"))
+    with page.expect_download() as held:
+        page.click("#png")
+    assert Image.open(held.value.path()).width > 500
+    with page.expect_download() as held:
+        page.click("#json")
+    data = json.loads(Path(held.value.path()).read_text())
+    assert [one["answer"]["text"].strip() for one in data["answers"]] == ["h", "h"]
+    assert data["answers"][1]["report"]["samples"][0]["images"][0]["grid"] == [1, 12, 12]
+    page.get_by_text("The same in Python").click()
+    assert "vtprune.wrap(model, 'flowcut:keep=0.4')" in page.inner_text("#code")
+
+
+def test_the_layers_and_the_fate_of_each_patch_can_be_walked_by_keyboard(page: Any) -> None:
+    page.fill("#keep input[type=number]", "50")
+    page.click("#method input")
+    page.get_by_role("option", name="pyramid_drop", exact=True).click()
+    ask(page)
+    slider = page.locator("#view input[type=range]")
+    counts = []
+    for _ in range(7):
+        counts.append(int(page.inner_text("#view .vt-count").split()[0]))
+        slider.press("ArrowLeft")
+    assert counts == sorted(counts)
+    assert counts[-1] == 144 > counts[0]
+    page.focus("#view canvas")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#view .vt-fate").startswith("row 1, column 1: ")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#view .vt-fate").startswith("row 2, column 1: ")
+    page.hover("#view canvas", position={"x": 5, "y": 5})
+    assert page.inner_text("#view .vt-fate").startswith("row 1, column 1: left before decoder layer ")
+    page.click("#view .vt-play")
+    page.wait_for_function("document.querySelector('#view .vt-play').textContent == 'Play'")
+    assert page.inner_text("#view .vt-count").startswith(f"{counts[0]} of 144")
+
+
+def test_methods_are_compared_side_by_side(page: Any) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#compare-go")
+    page.wait_for_selector("#view-2 canvas")
+    titles = [page.inner_text(f"#view-{place} .vt-title") for place in range(3)]
+    assert [title.partition(",")[0] for title in titles] == ["flowcut", "pyramid_drop", "grid"]
+    assert "pyramid_drop, keep 25%" in page.inner_text("#compare-numbers")
+
+
+def test_the_curve_is_drawn_from_all_patches_to_few(page: Any) -> None:
+    page.get_by_role("tab", name="Curve").click()
+    page.click("#curve-go")
+    page.wait_for_function("document.querySelectorAll('#points tr').length == 11")
+    lines = page.inner_text("#points").splitlines()
+    assert "confidence" in lines[0]
+    assert lines[1].split() == ["100%", "h", "1.000", "1.000"]
+    assert page.locator("#curve canvas, #curve svg").count()
+
+
+def test_failures_show_what_was_lost(page: Any) -> None:
+    page.get_by_role("tab", name="Failures").click()
+    page.fill("#count input[type=number]", "20")
+    page.fill("#keep input[type=number]", "5")
+    page.click("#failures-go")
+    page.wait_for_function("document.querySelector('#failures-status').innerText.startsWith('20 of 20')")
+    asked = re.search(r"(\d+) right unpruned, (\d+) right under .*, (\d+) lost", page.inner_text("#failures-status"))
+    assert asked is not None
+    plain, pruned, lost = map(int, asked.groups())
+    assert plain > pruned
+    assert lost >= plain - pruned
+    page.wait_for_selector("#gallery img")
+    assert "; pruned: " in page.inner_text("#gallery")
+
+
+def test_a_run_can_be_cancelled(page: Any, address: str) -> None:
+    page.get_by_role("tab", name="Failures").click()
+    page.fill("#count input[type=number]", "300")
+    page.press("#count input[type=number]", "Tab")
+    page.click("#failures-go")
+    page.wait_for_function("/^[1-9]\\d* of 300/.test(document.querySelector('#failures-status').innerText)")
+    page.click("#failures-cancel")
+    page.wait_for_function("document.querySelector('#failures-status').innerText == 'Cancelled.'")
+    wait_until_idle(address, 10)
+
+
+def test_a_tab_that_is_closed_in_the_middle_leaves_nobody_waiting(browser: Any, address: str) -> None:
+    page = browser.new_page()
+    page.goto(address)
+    page.get_by_role("tab", name="Failures").click()
+    page.fill("#count input[type=number]", "300")
+    page.press("#count input[type=number]", "Tab")
+    page.click("#failures-go")
+    page.wait_for_function("/^[1-9]\\d* of 300/.test(document.querySelector('#failures-status').innerText)")
+    page.close()
+    wait_until_idle(address, 15)
+
+
+def test_a_link_opens_the_page_as_it_stood(browser: Any, address: str) -> None:
+    page = browser.new_page()
+    page.goto(f"{address}/?method=visionzip&keep=37&options=merge=False&question=how%20many%20squares%20are%20there?")
+    page.wait_for_function("document.querySelector('#method input')?.value == 'visionzip'")
+    page.wait_for_function("document.querySelector('#keep input[type=number]')?.value == '37'")
+    assert page.input_value("#question textarea") == "how many squares are there?"
+    page.get_by_text("Options", exact=True).click()
+    page.wait_for_function("document.querySelector('#options textarea, #options input')?.value == 'merge=False'")
+    page.get_by_label("contextual").first.wait_for()
+    page.get_by_label("cls").click()
+    page.wait_for_function("/cls=False/.test(document.querySelector('#options textarea, #options input')?.value)")
+    page.wait_for_function("/cls%3DFalse/.test(location.href)")
+    page.close()
+
+
+def test_what_cannot_be_done_is_said_in_a_sentence(page: Any) -> None:
+    page.fill("#question textarea", " ")
+    page.click("#ask-go")
+    page.wait_for_selector("text=question: write a question about the picture first")
+    assert "Traceback" not in page.content()
+
+
+def test_every_control_has_a_name(page: Any) -> None:
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('input:not([type=file]), textarea, button, canvas, select')]
+        .filter(one => one.offsetParent !== null)
+        .filter(one => !(one.labels?.length || one.ariaLabel || one.title || one.innerText?.trim()
+            || one.closest('label') || one.getAttribute('aria-labelledby')))
+        .map(one => one.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
+
+
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1280, "light")])
+def test_a_picture_of_the_page_at_the_widths_of_a_phone_and_a_desktop(
+    browser: Any, address: str, pictures: Path, width: int, theme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(f"{address}/?method=visionzip&keep=20&__theme={theme}")
+    page.wait_for_selector("#picture img")
+    page.wait_for_function("document.querySelector('#method input')?.value == 'visionzip'")
+    ask(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("document.activeElement.blur()")
+    page.screenshot(path=pictures / ("demo.png" if theme == "light" else "demo-phone.png"), full_page=theme == "light")
+    page.close()
