@@ -36,7 +36,7 @@ class Point:
 
 
 def curve(
-    models: Models, name: str, image: Image.Image, text: str, setting: Callable[[float], Setting]
+    models: Models, name: str, image: Image.Image, text: str, *, setting: Callable[[float], Setting]
 ) -> Iterator[list[Point]]:
     """The points so far, from all tokens to few; setting: what a keep in percent asks for. A keep that the method
     cannot reach is refused by itself. Raises VTPruneError for what cannot be asked at all."""

@@ -67,7 +67,7 @@ def failures(models: Models, name: str, setting: Setting, count: int) -> Iterato
     if not FEWEST <= count <= MOST:
         raise InputError(f"failures: from {FEWEST} to {MOST} questions are asked, not {count}")
     rows = read_eval_rows(SHAPES_EVAL)[:count]
-    found = Found(0, len(rows), 0, 0, ())
+    found = Found(0, len(rows), plain=0, pruned=0, failures=())
     yield found
     with models.lent(name) as model, quiet_untrained():
         size = default_batch(model)

@@ -58,7 +58,7 @@ def _marks(kept: Sequence[int], tokens: int) -> str:
 
 def sentence(report: ImageReport, token: int) -> str:
     """Where a patch is, at which layer it left, and whom it flowed into."""
-    return f"{place(report, token)}: {_fate(report, token)}."
+    return f"{place(report, token)}: {_fate(report, token)}{_later(report, token)}."
 
 
 def place(report: ImageReport, token: int) -> str:
@@ -87,6 +87,23 @@ def _fate(report: ImageReport, token: int) -> str:
         left = f"left before decoder layer {len(there)} (counted from 0)"
         return f"{left} and {flowed}" if flowed else f"{left}{merged}"
     return f"computed in {len(there)} of {depth} decoder layers ({_runs(there)}){merged}"
+
+
+def _later(report: ImageReport, token: int) -> str:
+    """What became of it after the prompt was read: whether it returned, and whose caches it left."""
+    parts = []
+    for number, step in enumerate(report.steps, 1):
+        if any(
+            token in attended and token not in kept
+            for attended, kept in zip(step.attended_per_layer, report.kept_per_layer, strict=True)
+        ):
+            parts.append(f"returned at decode step {number}")
+            break
+    heads = [head for layer in report.cached_per_head for head in layer]
+    if heads:
+        holding = sum(token in head for head in heads)
+        parts.append(f"after the prompt in {holding} of the {len(heads)} cut caches of heads")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _when(merge: MergeReport) -> str:

@@ -86,7 +86,7 @@ class Handlers:
         with logged("curve", _what(name, how, share, extra)):
             chosen(loaded, how, share, extra)
             opened = picture_of(path)
-            for now in curve(self.models, name, opened, text, lambda kept: chosen(loaded, how, kept, extra)):
+            for now in curve(self.models, name, opened, text, setting=lambda kept: chosen(loaded, how, kept, extra)):
                 yield frame(now), points(now)
 
     def failures(self, name: str, how: str, share: float, extra: str, count: float) -> Iterator[tuple[Any, Any]]:

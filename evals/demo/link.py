@@ -47,9 +47,8 @@ def read(query: Mapping[str, str], models: Models) -> Choice:
     except ValueError:
         keep = KEEP
     keep = keep if 1 <= keep <= 100 else KEEP
-    return Choice(
-        model, method, keep, query.get("options", "")[:LONGEST], query.get("question", QUESTION)[:LONGEST_QUESTION]
-    )
+    question = query.get("question", QUESTION)[:LONGEST_QUESTION]
+    return Choice(model, method, keep, options=query.get("options", "")[:LONGEST], question=question)
 
 
 def default_method(models: Models, model: str) -> str:

@@ -187,17 +187,18 @@ def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: An
 
 
 def _control(option: Option) -> Any:
-    label, told = option.name.replace("_", " "), option.help
+    """The control of one option, for a visitor to change."""
+    common: dict[str, Any] = {"label": option.name.replace("_", " "), "info": option.help, "interactive": True}
     if option.kind is Kind.SLIDER:
-        return gr.Slider(option.low, option.high, value=option.value, step=option.step, label=label, info=told)
+        return gr.Slider(option.low, option.high, value=option.value, step=option.step, **common)
     if option.kind is Kind.SWITCH:
-        return gr.Checkbox(option.value, label=label, info=told)
+        return gr.Checkbox(option.value, **common)
     if option.kind is Kind.CHOICE:
         named = [("automatic" if one is None else str(one), one) for one in option.choices]
-        return gr.Dropdown(named, value=option.value, label=label, info=told)
+        return gr.Dropdown(named, value=option.value, **common)
     if option.kind is Kind.NUMBER:
-        return gr.Number(option.value, label=label, info=told)
-    return gr.Textbox("", label=label, info=told)
+        return gr.Number(option.value, **common)
+    return gr.Textbox("", **common)
 
 
 def _buttons(name: str, elem: str) -> tuple[Any, Any]:
@@ -264,6 +265,7 @@ def _curve_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) ->
         x_lim=[0, 100],
         y_lim=[0, 1],
         label="Confidence against keep",
+        buttons=["export"],
         elem_id="curve",
     )
     points = gr.Markdown(elem_id="points")

@@ -44,7 +44,7 @@ def logged(kind: str, what: str) -> Iterator[None]:
             "Something went wrong on the server, which has written down what; try other settings or another picture."
         ) from error
     finally:
-        log.info("%s %s: %s in %.2f s", kind, what, end, time.perf_counter() - start)
+        log.info(f"{kind} {what}: {end} in {time.perf_counter() - start:.2f} s")
 
 
 def picture_of(path: str | None) -> Image.Image:

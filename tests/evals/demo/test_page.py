@@ -183,12 +183,12 @@ def test_every_control_has_a_name(page: Any) -> None:
 def test_a_picture_of_the_page_at_the_widths_of_a_phone_and_a_desktop(
     browser: Any, address: str, pictures: Path, width: int, theme: str
 ) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.goto(f"{address}/?method=visionzip&keep=20&__theme={theme}")
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    page.goto(f"{address}/?method=vflowopt&keep=20&__theme={theme}")
     page.wait_for_selector("#picture img")
-    page.wait_for_function("document.querySelector('#method input')?.value == 'visionzip'")
+    page.wait_for_function("document.querySelector('#method input')?.value == 'vflowopt'")
     ask(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.evaluate("document.activeElement.blur()")
-    page.screenshot(path=pictures / ("demo.png" if theme == "light" else "demo-phone.png"), full_page=theme == "light")
+    page.screenshot(path=pictures / ("demo.png" if theme == "light" else "demo-phone.png"))
     page.close()
