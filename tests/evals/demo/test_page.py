@@ -181,7 +181,7 @@ def test_every_control_has_a_name(page: Any) -> None:
 
 @pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1280, "light")])
 def test_a_picture_of_the_page_at_the_widths_of_a_phone_and_a_desktop(
-    browser: Any, address: str, pictures: Path, width: int, theme: str
+    browser: Any, address: str, pictures: Path, tmp_path: Path, width: int, theme: str
 ) -> None:
     page = browser.new_page(viewport={"width": width, "height": 1000})
     page.goto(f"{address}/?method=vflowopt&keep=20&__theme={theme}")
@@ -190,5 +190,5 @@ def test_a_picture_of_the_page_at_the_widths_of_a_phone_and_a_desktop(
     ask(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.evaluate("document.activeElement.blur()")
-    page.screenshot(path=pictures / ("demo.png" if theme == "light" else "demo-phone.png"))
+    page.screenshot(path=pictures / "demo.png" if theme == "light" else tmp_path / "phone.png", full_page=True)
     page.close()
