@@ -61,10 +61,10 @@ class Progress:
     complete: bool = False
 
 
-def check_question(loaded: Loaded, text: str) -> str:
+def check_question(loaded: Loaded, text: str | None) -> str:
     """The question without spaces around it; raises InputError for one that is empty, too long, or holds what the
     model takes for a picture."""
-    text = text.strip()
+    text = (text or "").strip()
     if not text:
         raise InputError("question: write a question about the picture first")
     if len(text) > LONGEST_QUESTION:

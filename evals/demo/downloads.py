@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from vtprune.provenance import versions
 
 
 def write(folder: Path, image: Image.Image, text: str, *, model: str, finished: list[Finished]) -> tuple[str, str]:
-    """The paths of a PNG and of a JSON file in a new folder under `folder`, of which the last answer is pruned."""
-    here = Path(tempfile.mkdtemp(dir=folder))
+    """The paths of a PNG and of a JSON file in a folder; the last of the answers is the pruned one."""
     unpruned, pruned = finished[0], finished[-1]
     kept = pruned.report.samples[0].images[0]
     title = (
@@ -26,7 +24,7 @@ def write(folder: Path, image: Image.Image, text: str, *, model: str, finished: 
         f"unpruned: {unpruned.answer.text.strip()}\npruned: {pruned.answer.text.strip()}"
     )
     name = re.sub(r"\W+", "-", pruned.setting.method).strip("-")
-    picture, data = here / f"{name}.png", here / f"{name}.json"
+    picture, data = folder / f"{name}.png", folder / f"{name}.json"
     write_bytes(picture, encoded(compare(image, pruned.report, title), ".png"))
     write_json(data, {"model": model, "question": text, "answers": [as_json(one) for one in finished], **versions()})
     return str(picture), str(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ CELL = 80
 
 @dataclass(frozen=True)
 class Handlers:
-    """folder: where downloads are written."""
+    """folder: where downloads lie until the page has them."""
 
     models: Models
     folder: Path
@@ -52,15 +53,17 @@ class Handlers:
                 last = (status, now.texts.get(UNPRUNED, ""), now.texts.get(label, ""))
                 yield *last, *same
             seen = self._seen(name, opened, text)
-            picture, data = write(self.folder, seen, text.strip(), model=name, finished=now.finished)
-            yield (
-                *last,
-                fates(seen, now.finished[1].report.samples[0].images[0], html.escape(label)),
-                numbers(now.finished),
-                gr.DownloadButton(value=picture, interactive=True),
-                gr.DownloadButton(value=data, interactive=True),
-                snippet(self.models[name], setting, text.strip(), tokens=LONGEST_ANSWER),
-            )
+            # The page has taken both files into its own folder once it asks for more.
+            with tempfile.TemporaryDirectory(dir=self.folder) as here:
+                picture, data = write(Path(here), seen, text.strip(), model=name, finished=now.finished)
+                yield (
+                    *last,
+                    fates(seen, now.finished[1].report.samples[0].images[0], html.escape(label)),
+                    numbers(now.finished),
+                    gr.DownloadButton(value=picture, interactive=True),
+                    gr.DownloadButton(value=data, interactive=True),
+                    snippet(self.models[name], setting, text.strip(), tokens=LONGEST_ANSWER),
+                )
 
     def compare(self, path: str, text: str, name: str, hows: list[str], share: float) -> Iterator[tuple[Any, ...]]:
         """The numbers, and a view a method."""

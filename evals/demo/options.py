@@ -183,7 +183,7 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def chosen(loaded: Loaded, method: str, keep: float, options: str = "") -> Setting:
+def chosen(loaded: Loaded, method: str, keep: float, options: str | None = "") -> Setting:
     """What a visitor chose, keep in percent of an image's tokens; raises InputError with what would be right.
 
     Nothing that is chosen names a file: a method is one of `choosable`, or what came with the model.
@@ -196,6 +196,7 @@ def chosen(loaded: Loaded, method: str, keep: float, options: str = "") -> Setti
         raise InputError(f"method: choose one of {', '.join(known)}")
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 100:
         raise InputError(f"keep: a share of the image's tokens above 0% and up to 100%, got {keep!r}")
+    options = options or ""
     if len(options) > LONGEST:
         raise InputError(f"options: at the most {LONGEST} characters")
     given = read_options(method, dict(parse_options(options))) if options.strip() else {}

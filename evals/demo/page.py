@@ -15,6 +15,7 @@ from vtprune.evals.demo.handlers import COMPARED, Handlers, frame
 from vtprune.evals.demo.models import Models
 from vtprune.evals.demo.options import Kind, Option, about, as_trained, changed, choosable, options_of
 from vtprune.evals.demo.requests import Sentence
+from vtprune.method.texts import parse_options
 
 HERE = Path(__file__).parent
 VIEW: dict[str, Any] = {
@@ -113,10 +114,10 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
 
     _as_it_comes(image, model, method, keep)
 
-    def switched(name: str, how: str) -> tuple[Any, str]:
+    def switched(name: str, how: str) -> tuple[Any, ...]:
         known = _methods(models, name)
         own = how if how in known and not as_trained(models[name]) else link.default_method(models, name)
-        return gr.Dropdown(choices=known, value=own), _about(own, name, models)
+        return gr.Dropdown(choices=known, value=own), _about(own, name, models), "", ""
 
     def opened(request: gr.Request) -> tuple[Any, ...]:
         found = link.read(dict(request.query_params), models)
@@ -130,9 +131,9 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
             _about(found.method, found.model, models),
         )
 
-    model.input(switched, [model, method], [method, told], **LIGHT)
+    model.input(switched, [model, method], [method, told, options, seed], **LIGHT)
     method.change(lambda how, name: _about(how, name, models), [method, model], told, **LIGHT)
-    method.input(lambda: "", None, options, **LIGHT)
+    method.input(lambda: ("", ""), None, [options, seed], **LIGHT)
     page.load(opened, None, [model, method, keep, options, seed, question, told], **LIGHT)
     held: list[Any] = [model, method, keep, options, question]
     gr.on([one.change for one in held], None, held, address, js=link.WRITE, **LIGHT)
@@ -165,8 +166,8 @@ def _about(method: str, name: str, models: Models) -> str:
 def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: Any) -> None:
     """A control for each option of the method that is chosen, which write into the text of all options."""
 
-    @gr.render([model, method], triggers=[model.change, method.change, seed.change], queue=False)
-    def draw(name: str, how: str) -> None:
+    @gr.render([model, method, seed], triggers=[model.change, method.change, seed.change], queue=False)
+    def draw(name: str, how: str, linked: str) -> None:
         if how == as_trained(models[name]):
             gr.Markdown("As it was trained: nothing is left to choose, and keep does not count.")
             return
@@ -174,7 +175,8 @@ def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: An
         found = options_of(how, facts)
         if not found:
             gr.Markdown("This method has no options.")
-        controls = [_control(option) for option in found]
+        said = _said(linked)
+        controls = [_control(option, said.get(option.name, option.value)) for option in found]
 
         def gather(*values: Any) -> str:
             try:
@@ -186,19 +188,36 @@ def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: An
             control.input(gather, controls, options, **LIGHT)
 
 
-def _control(option: Option) -> Any:
-    """The control of one option, for a visitor to change."""
+def _said(options: str) -> dict[str, Any]:
+    """The options of a link by name; what cannot be read is told when it is asked with."""
+    try:
+        return {
+            name: ", ".join(map(str, value)) if isinstance(value, tuple) else value
+            for name, value in parse_options(options)
+        }
+    except VTPruneError:
+        return {}
+
+
+def _control(option: Option, value: Any) -> Any:
+    """The control of one option at a value, for a visitor to change."""
     common: dict[str, Any] = {"label": option.name.replace("_", " "), "info": option.help, "interactive": True}
     if option.kind is Kind.SLIDER:
-        return gr.Slider(option.low, option.high, value=option.value, step=option.step, **common)
+        return gr.Slider(option.low, option.high, value=_within(option, value), step=option.step, **common)
     if option.kind is Kind.SWITCH:
-        return gr.Checkbox(option.value, **common)
+        return gr.Checkbox(bool(value), **common)
     if option.kind is Kind.CHOICE:
         named = [("automatic" if one is None else str(one), one) for one in option.choices]
-        return gr.Dropdown(named, value=option.value, **common)
+        return gr.Dropdown(named, value=value if value in option.choices else option.value, **common)
     if option.kind is Kind.NUMBER:
-        return gr.Number(option.value, **common)
-    return gr.Textbox("", **common)
+        return gr.Number(value if isinstance(value, int | float) else option.value, **common)
+    return gr.Textbox(str(value or ""), **common)
+
+
+def _within(option: Option, value: Any) -> float:
+    """Where a slider stands."""
+    known = isinstance(value, int | float) and option.low <= value <= option.high
+    return float(value if known else option.value)
 
 
 def _buttons(name: str, elem: str) -> tuple[Any, Any]:

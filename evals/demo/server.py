@@ -119,9 +119,9 @@ def serve(options: Options, tell: Callable[[str], Any] = print) -> None:
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("vtprune.demo").setLevel(logging.INFO)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with served(options) as address:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         tell(f"the demo is at {address}; stop it with Ctrl-C")
         stop.wait()
     tell("stopped")

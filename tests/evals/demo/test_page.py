@@ -155,8 +155,11 @@ def test_a_link_opens_the_page_as_it_stood(browser: Any, address: str) -> None:
     page.get_by_text("Options", exact=True).click()
     page.wait_for_function("document.querySelector('#options textarea, #options input')?.value == 'merge=False'")
     page.get_by_label("contextual").first.wait_for()
+    assert not page.get_by_label("merge").is_checked()
     page.get_by_label("cls").click()
-    page.wait_for_function("/cls=False/.test(document.querySelector('#options textarea, #options input')?.value)")
+    page.wait_for_function(
+        "/^cls=False,merge=False$/.test(document.querySelector('#options textarea, #options input')?.value)"
+    )
     page.wait_for_function("/cls%3DFalse/.test(location.href)")
     page.close()
 

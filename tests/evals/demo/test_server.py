@@ -159,6 +159,11 @@ def test_animations_and_deep_and_transparent_pictures_are_seen_as_a_viewer_shows
     ("changes", "reason"),
     [
         ({"text": ""}, "question: write a question"),
+        ({"text": None}, "question: write a question"),
+        ({"name": None}, "model: this page has tiny-llava"),
+        ({"how": None}, "method: choose one of"),
+        ({"how": ["fopru"]}, "method: choose one of"),
+        ({"share": None}, "keep: "),
         ({"text": "why " * 25_000}, "question: at the most 2,000 characters"),
         ({"text": "what is <image> here?"}, "reads as the place of a picture"),
         ({"name": "/etc/passwd"}, "model: this page has tiny-llava"),
