@@ -94,7 +94,7 @@ def ask_at_once(address: str, models: Models, folder: Path, visitors: int, reque
 
 
 def test_visitors_with_different_methods_do_not_mix(address: str, models: Models, tmp_path: Path) -> None:
-    assert ask_at_once(address, models, tmp_path, visitors=4, requests=12) == []
+    assert ask_at_once(address, models, tmp_path, visitors=3, requests=7) == []
 
 
 @pytest.mark.slow
