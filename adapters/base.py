@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -245,10 +245,26 @@ class Adapter(ABC):
         """Whether the decoder makes a cache where it is not told."""
         return bool(self.inner.language_model.config.use_cache)
 
-    def added_inputs(self, arguments: dict[str, Any]) -> list[str]:
-        """Names of the decoder's arguments, of those given, that hold values to be added in the places of vision
-        tokens between its layers (deepstack); none unless a family has some."""
-        return []
+    @property
+    def records_states(self) -> bool:
+        """Whether the decoder hands out hidden states where it is not told."""
+        return bool(self.inner.language_model.config.output_hidden_states)
+
+    @property
+    def plane_mergers(self) -> tuple[nn.Module, ...]:
+        """The modules that make, of what a layer of the tower puts out, the values that the decoder adds to its vision
+        tokens after each of its first layers (deepstack), one for each of these; none unless a family has some."""
+        return ()
+
+    def change_planes(self, output: Any, change: Callable[[int, Sequence[Tensor]], Sequence[Tensor]]) -> None:
+        """Puts in the output of `source.encode`, in the place of the values (n, D) of each image in each plane, what
+        `change` makes of them; nothing where there are none."""
+        return
+
+    def take_planes(self, arguments: dict[str, Any]) -> tuple[list[Tensor], Tensor] | None:
+        """Takes these values (V, D), one for each of the first layers, out of the decoder's arguments, with where they
+        stand, (B, L) bool; None where there are none."""
+        return None
 
     @property
     def decoder_scale(self) -> float:

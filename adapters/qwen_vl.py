@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: dynamic resolution, a packed tower, a 2x2 merger, M-RoPE positions.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: dynamic resolution, a packed tower, a 2x2 merger, M-RoPE positions.
 
 One file, as they are one family: they differ in the tower's blocks alone (Qwen2.5-VL's attend within windows but for a
 few), of which vtprune sees the order of the packed sequence and the sizes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -256,6 +256,41 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         return _window_order(grids, merge=self._merge, window=vision.window_size, patch=vision.patch_size)
 
 
+class Qwen3VLAdapter(Qwen2VLAdapter):
+    """`Qwen3VLForConditionalGeneration`: no windows, norms before the rotary embedding, and planes (deepstack): what
+    blocks of the tower say of each token is added to it after the first decoder layers."""
+
+    name = "qwen3_vl"
+    models = ("Qwen3VLForConditionalGeneration",)
+    notes = "as qwen2_vl; what deepstack adds to a token stays with it, merged tokens take theirs along"
+
+    model_types = ("qwen3_vl",)
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelCost:
+        tower = config.vision_config
+        blocks = tower_sizes(
+            tower.hidden_size, tower.num_heads, tower.intermediate_size, gated=False, layers=tower.depth
+        )
+        return _sizes(config, blocks, tower.out_hidden_size, planes=len(tower.deepstack_visual_indexes))
+
+    @property
+    def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    @property
+    def plane_mergers(self) -> tuple[nn.Module, ...]:
+        return tuple(self.inner.visual.deepstack_merger_list)
+
+    def change_planes(self, output: Any, change: Callable[[int, Sequence[Tensor]], Sequence[Tensor]]) -> None:
+        features = list(output.deepstack_features)
+        output.deepstack_features = [tuple(change(plane, values)) for plane, values in enumerate(features)]
+
+    def take_planes(self, arguments: dict[str, Any]) -> tuple[list[Tensor], Tensor] | None:
+        values, marks = arguments.pop("deepstack_visual_embeds", None), arguments.pop("visual_pos_masks", None)
+        return (list(values), marks) if values else None
+
+
 @functools.lru_cache(maxsize=64)
 def _window_order(grid_thw: tuple[tuple[int, int, int], ...], *, merge: int, window: int, patch: int) -> Tensor:
     """(S,) the raster index of the merge group at each place of a sequence that is packed by windows, on the host."""
@@ -273,9 +308,16 @@ def _grids(source: Source) -> str:
 
 
 def _sizes(
-    config: Any, blocks: TransformerCost, out_width: int, *, window: int | None = None, full: Iterable[int] = ()
+    config: Any,
+    blocks: TransformerCost,
+    out_width: int,
+    *,
+    window: int | None = None,
+    full: Iterable[int] = (),
+    planes: int = 0,
 ) -> ModelCost:
-    """The sizes of a model of the family; window: as in `PackedVisionCost`; full: layers without windows."""
+    """The sizes of a model of the family; window: as in `PackedVisionCost`; full: layers without windows; planes: as
+    in `ModelCost`."""
     tower = config.vision_config
     patch_h, patch_w = pair(tower.patch_size)
     frames = tower.temporal_patch_size
@@ -284,7 +326,7 @@ def _sizes(
     vision = PackedVisionCost(
         blocks, tower.in_channels * volume * blocks.width, merge=merge, window=window, full_layers=frozenset(full)
     )
-    return model_sizes(config, vision, merged * merged + merged * out_width)
+    return model_sizes(config, vision, merged * merged + merged * out_width, planes=planes)
 
 
 def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:

@@ -9,15 +9,17 @@ from vtprune.cost.sizes import ModelCost, TransformerCost, VisionCost
 from vtprune.errors import UnsupportedModelError
 
 # Decoders that are Llama's kin; add one here once its layers are known to be.
-DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 
 
-def model_sizes(config: Any, vision: VisionCost, projector_macs: int) -> ModelCost:
-    """The sizes of a whole model; raises UnsupportedModelError for a decoder that is no kin of Llama's."""
+def model_sizes(config: Any, vision: VisionCost, projector_macs: int, *, planes: int = 0) -> ModelCost:
+    """The sizes of a whole model; planes: as in `ModelCost`. Raises UnsupportedModelError for a decoder that is no
+    kin of Llama's."""
     text = config.text_config
     if text.model_type not in DECODERS:
         raise UnsupportedModelError(f"no cost for decoder {text.model_type!r}; supported: {', '.join(DECODERS)}")
-    return ModelCost(vision, projector_macs, decoder_sizes(text), text.hidden_size * text.vocab_size)
+    head = text.hidden_size * text.vocab_size
+    return ModelCost(vision, projector_macs, decoder_sizes(text), head, planes=planes)
 
 
 def decoder_sizes(text: Any) -> TransformerCost:

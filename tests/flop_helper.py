@@ -17,6 +17,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -49,7 +51,7 @@ def measured_breakdown(model: nn.Module, inputs: dict[str, Any]) -> FlopsBreakdo
         """Sums the modules of that name: one, called once."""
         return sum(sum(ops.values()) for path, ops in by_module.items() if path.endswith(name))
 
-    merger = part(".visual.merger")
+    merger = part(".visual.merger") + part(".visual.deepstack_merger_list.0") + part(".visual.deepstack_merger_list.1")
     return FlopsBreakdown(
         vision_tower=part(".model.vision_tower") + part(".model.visual") - merger,
         projector=part(".model.multi_modal_projector") + merger,
@@ -86,9 +88,9 @@ def llava_config(tower: str = "clip", **changes: Any) -> LlavaConfig:
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, **(select | changes))
 
 
-def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig:
-    """A Qwen of dynamic resolution; 2.5 has windows of 3 x 3 decoder tokens in two of its four layers."""
-    text = {
+def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig | Qwen3VLConfig:
+    """A Qwen of dynamic resolution; 2.5 has windows of 3 x 3 decoder tokens in two of its four layers; 3 has planes."""
+    text: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 56,
@@ -116,6 +118,18 @@ def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig:
             vision_config=sizes | {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 3},
             **tokens,
         )
+    if version == "3":
+        planes = {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+        widths = {"hidden_size": 24, "intermediate_size": 44, "out_hidden_size": 32}
+        return Qwen3VLConfig(
+            text_config={
+                **text,
+                "head_dim": 12,
+                "rope_parameters": text["rope_parameters"] | {"mrope_section": [2, 2, 2]},
+            },
+            vision_config=sizes | planes | widths,
+            **tokens,
+        )
     windows = {"window_size": 24, "fullatt_block_indexes": [1, 3]}
     widths = {"hidden_size": 24, "intermediate_size": 44, "out_hidden_size": 32}
     return Qwen2_5_VLConfig(text_config=text, vision_config=sizes | windows | widths, **tokens)
@@ -128,6 +142,7 @@ def build(config: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
         "llava": LlavaForConditionalGeneration,
         "qwen2_vl": Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+        "qwen3_vl": Qwen3VLForConditionalGeneration,
     }
     return classes[config.model_type]._from_config(config, attn_implementation=attention).eval()
 

@@ -18,6 +18,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 IMAGE, START, END, PAD = 90, 91, 92, 0
@@ -56,7 +58,7 @@ def _llava(tower: dict[str, Any], strategy: str) -> Any:
     return LlavaForConditionalGeneration(config)
 
 
-def _qwen(config: Any, model: Any, tower: dict[str, Any]) -> Any:
+def _qwen(config: Any, model: Any, tower: dict[str, Any], text: dict[str, Any] | None = None) -> Any:
     return model(config(
         vision_config={
             "hidden_size": 32, "depth": 6, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
@@ -67,6 +69,7 @@ def _qwen(config: Any, model: Any, tower: dict[str, Any]) -> Any:
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
             "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            **(text or {}),
         },
         image_token_id=IMAGE, video_token_id=93, vision_start_token_id=START, vision_end_token_id=END,
     ))  # fmt: skip
@@ -78,6 +81,16 @@ def _qwen2_5() -> Any:
     return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, tower)
 
 
+def _qwen3() -> Any:
+    tower = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64}
+    return _qwen(
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        {**tower, "deepstack_visual_indexes": [1, 2, 3]},
+        {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
+    )
+
+
 def _qwen2() -> Any:
     return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, {"embed_dim": 32, "mlp_ratio": 2})
 
@@ -87,10 +100,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "llava-siglip": lambda: _llava({"model_type": "siglip_vision_model"}, "full"),
     "qwen2.5-vl": _qwen2_5,
     "qwen2-vl": _qwen2,
+    "qwen3-vl": _qwen3,
 }
 MODELS = list(BUILDERS)
 # Models that differ from another one of these only in their tower: `make test` runs them where towers matter.
-TOWER_ONLY = frozenset({"qwen2-vl"})
+TOWER_ONLY = frozenset({"qwen2-vl", "qwen3-vl"})
 
 
 @functools.cache
@@ -127,6 +141,7 @@ ROWS = {
     "llava-siglip": [LONG, SHORT, TWO],
     "qwen2.5-vl": ANY_SIZE,
     "qwen2-vl": ANY_SIZE,
+    "qwen3-vl": ANY_SIZE,
 }
 
 
@@ -176,7 +191,7 @@ def tower_order(model: Any, grid_thw: Tensor) -> Tensor:
     from transformers.vision_utils import get_vision_window_index
 
     vision = model.config.vision_config
-    if model.config.model_type == "qwen2_vl":
+    if not hasattr(vision, "window_size"):
         return torch.arange(int(grid_thw.prod(dim=-1).sum()) // 4)
     order: Tensor = get_vision_window_index(grid_thw, 2, vision.window_size, vision.patch_size)[0]
     return order

@@ -99,8 +99,9 @@ def run_masked(
             handles.append(layer.register_forward_hook(_keep_as_it_was(_skipped(ids, report, index))))
         handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings, merges), with_kwargs=True))
     positions = positions_of(kind, model, inputs, ids.shape[1])
+    planes = _planes(model, inputs, ids, report, features)
     try:
-        out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+        out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **planes)
     finally:
         for handle in handles:
             handle.remove()
@@ -131,6 +132,32 @@ def embeddings_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: 
         features = model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output
     embeds[ids == IMAGE] = torch.cat(list(features))
     return embeds
+
+
+def _planes(
+    model: Any, inputs: dict[str, Tensor], ids: Tensor, report: vtprune.Report, features: Any
+) -> dict[str, Any]:
+    """What a decoder adds to vision tokens after its first layers, where the model has such; a token that others
+    flowed into before a layer takes theirs along from that layer on."""
+    if "pixel_values" not in inputs or model.config.model_type != "qwen3_vl":
+        return {}
+    if features is None:
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).deepstack_features
+    else:
+        features = features.planes
+    marks, planes = ids == IMAGE, [torch.cat(list(plane)) for plane in features]
+    number = marks.flatten().cumsum(0).view_as(ids) - 1
+    for index, plane in enumerate(planes):
+        for layer in range(index + 1):
+            for row, into, members, weights in _merges(ids, report, layer):
+                plane[number[row, into]] = (plane[number[row, members]] * weights[:, None]).sum(dim=0)
+    return {"deepstack_visual_embeds": planes, "visual_pos_masks": marks}
+
+
+class Features(list[Tensor]):
+    """Features of each image, and the planes that go with them: of each plane a tensor an image."""
+
+    planes: list[list[Tensor]]
 
 
 def _merges(ids: Tensor, report: vtprune.Report, layer: int) -> list[tuple[int, int, Tensor, Tensor]]:
@@ -230,11 +257,14 @@ def _replace(mask: Tensor, embeddings: Any, merges: list[tuple[int, int, Tensor,
     return hook
 
 
-def image_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+def image_features(model: Any, inputs: dict[str, Tensor]) -> Features:
     """Features of the wrapped model, zeros where its encoder dropped tokens."""
     grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
     with torch.no_grad():
-        return [one.clone() for one in model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output]
+        out = model.model.get_image_features(inputs["pixel_values"], **grids)
+    found = Features(one.clone() for one in out.pooler_output)
+    found.planes = [[one.clone() for one in plane] for plane in getattr(out, "deepstack_features", None) or ()]
+    return found
 
 
 def difference_from_masked(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[float, vtprune.Report]:

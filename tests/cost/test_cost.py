@@ -40,6 +40,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "qwen2.5-vl, three images": (qwen_config(), GRIDS),
     "qwen2.5-vl, frames": (qwen_config(), [(3, 4, 5)]),
     "qwen2-vl, three images": (qwen_config("2"), GRIDS),
+    "qwen3-vl, three images": (qwen_config("3"), GRIDS),
     "text alone": (qwen_config(), []),
 }
 
@@ -346,8 +347,8 @@ OK: dict[str, Any] = {"tokens_per_layer": 8, "text_tokens": 4, "images": 1}
         (QWEN, {"images": [(1, 0, 7)]}, "at least 1"),
         (QWEN, {"images": [5]}, r"grids \(t, h, w\)"),
         (QWEN, {"images": [(1, 5, 7)], "encoder_tokens_per_layer": [[140, 140, 70, 70]]}, "lengths there"),
-        (GPT2Config(), {}, "llava, qwen2_vl, qwen2_5_vl"),
-        (object(), {}, "llava, qwen2_vl, qwen2_5_vl"),
+        (GPT2Config(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl"),
+        (object(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl"),
         (LlavaConfig(text_config=VICUNA_7B, vision_config=ViTConfig()), {}, "clip_vision_model"),
         (LlavaConfig(text_config=OPTConfig(), vision_config=TOWER), {}, "llama"),
     ],

@@ -15,6 +15,8 @@ IMAGES, CUTS = "images to cut", "cuts"
 
 # Aux tensors of each layer. How many tokens were dropped before each place, where positions are renumbered.
 SHIFT = "position_shift"
+# What is added to the vision tokens of a prompt after a layer, by place, where tokens may return.
+PLANES = "planes"
 # How dense the attention to a prompt was; and, followed by a name, what a method that cuts caches remembers.
 DENSITY, STATE = "density", "eviction: "
 

@@ -62,6 +62,7 @@ def prefill_flops(
     encoder_tokens_per_layer: Sequence[Sequence[Alive]] | None = None,
     encoder_mlp_tokens_per_layer: Sequence[Sequence[int]] | None = None,
     projector_tokens: int | None = None,
+    plane_tokens: int | None = None,
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
@@ -82,9 +83,12 @@ def prefill_flops(
     mlp: Sequence[Sequence[int] | None] = encoder_mlp_tokens_per_layer or none
     if projector_tokens is None:
         projector_tokens = sum(model.vision.features(grid) for grid in grids)
+    if plane_tokens is None:
+        plane_tokens = model.planes * sum(model.vision.features(grid) for grid in grids)
+    projected = count("projector_tokens", projector_tokens) + count("plane_tokens", plane_tokens)
     return FlopsBreakdown(
         vision_tower=2 * sum(model.vision.image_macs(g, a, m) for g, a, m in zip(grids, alive, mlp, strict=True)),
-        projector=2 * model.projector_macs * count("projector_tokens", projector_tokens),
+        projector=2 * model.projector_macs * projected,
         decoder=2 * sum(decoder.layer_macs((n,)) for n in lengths),
         head=2 * model.head_macs * count("logits", logits),
         scoring=count("scoring", scoring),

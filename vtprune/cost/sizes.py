@@ -211,12 +211,14 @@ class PackedVisionCost(VisionCost):
 
 @dataclass(frozen=True)
 class ModelCost:
-    """One model: its tower, its decoder, and the multiply-accumulates of projector and head a token."""
+    """One model: its tower, its decoder, and the multiply-accumulates of projector and head a token; planes: how many
+    modules like the projector make values that the decoder adds between its layers."""
 
     vision: VisionCost
     projector_macs: int
     decoder: TransformerCost
     head_macs: int
+    planes: int = 0
 
 
 def count(name: str, value: object) -> int:

@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache
 
 from vtprune.cache.adopting import all_slots
 from vtprune.cache.layer import PrunedLayer
-from vtprune.cache.names import SHIFT
+from vtprune.cache.names import PLANES, SHIFT
 from vtprune.cache.waiting import Tokens
 from vtprune.decoder.outline import Bools, Ints, Key
+from vtprune.decoder.planes import Planes
 from vtprune.decoder.prompt import ImageSpan, PromptInfo
 from vtprune.encoder.encoding import Call
 from vtprune.errors import VTPruneError
@@ -175,6 +176,11 @@ class DecoderRun:
         self.taps: dict[str, Tensor] = {}
         # Of the scores that tokens drop by.
         self.checks = Checks()
+        # What is added to vision tokens after the first layers, and the places of those that returned to this one.
+        self.planes: Planes | None = None
+        # What layers put out before something was added, where the model's own records say that; else None.
+        self.bare: dict[int, Tensor] | None = None
+        self._front: Tensor | None = None
         self.alive: Tensor | None = None
         self.bias: Tensor | None = None
         self._observed = -1
@@ -300,6 +306,9 @@ class DecoderRun:
     def drop(self, span: ImageSpan, selection: Selection) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from the next layer on."""
         left = selection.kept.to(span.kept.device)
+        start = self._observed + 1
+        if self.planes is not None and start < self.planes.depth:
+            self.planes.merge(span.row, span.places[span.kept], selection.merged(), start=start)
         span.keep(left)
         self.mark(span)
         vectors, earlier = selection.vectors, self._changed.get(span)
@@ -350,6 +359,7 @@ class DecoderRun:
         self.alive = None if other.alive is None else other.alive.clone()
         self._taken = other.row_counts()
         self._changed = dict(other._changed)
+        self.planes = other.planes
 
     def layout(self, index: int) -> Layout:
         """The layout of a layer; fixed the first time that it is asked for."""
@@ -402,6 +412,7 @@ class DecoderRun:
         """The inputs of decoder layer `index`, cut to the tokens that it computes, with this layer's own mask."""
         entering = self.shaper.enter(self, index, args[0] if args else kwargs["hidden_states"])
         layout = entering.layout
+        self._front = None if entering.front is None else entering.front.places
         slots, ragged = self._announce(index, entering)
         given = kwargs.get("attention_mask")
         mask = self.shaper.mask(given, layout.places, slots)
@@ -422,6 +433,29 @@ class DecoderRun:
         if args:
             return (states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": states}
+
+    def with_planes(self, index: int, states: Tensor) -> Tensor:
+        """The states (B, r + n, D) that layer `index` put out, with what the decoder adds after it to vision tokens,
+        those that returned to it among them."""
+        front, planes = self._front, self.planes
+        if self.bare is not None:
+            self.bare[index] = states
+        if planes is not None and index < planes.depth:
+            own = states if front is None else states[:, front.shape[1] :]
+            own = own + planes.at(index, self.layout(index).places).to(own)
+            states = own if front is None else torch.cat([states[:, : front.shape[1]], own], dim=1)
+        known = None if front is None or self.layers is None else self.layers[index].aux.get(PLANES)
+        if front is None or known is None:
+            return states
+        back = states[:, : front.shape[1]] + gather_tokens(known, front).to(states)
+        return torch.cat([back, states[:, front.shape[1] :]], dim=1)
+
+    def leave_planes(self) -> None:
+        """Leaves with the cache what tokens of this input need of them if they return."""
+        if self.planes is None or self.layers is None:
+            return
+        for index in range(self.planes.depth):
+            self.layers[index].extend(PLANES, self.planes.at(index, None), self.prompt.offset)
 
     def _joined_embeddings(self, entering: Entering, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The rotary embeddings of all tokens of a layer; layers with the same ones share them."""

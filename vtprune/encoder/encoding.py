@@ -44,7 +44,8 @@ class EncodedImage:
     token that holds each token (-1: none) and its weight there, None if nothing merged; merged_at: the layer of the
     last merge; cls: the token in whose place the CLS token stands, -1 for none; slots: (total,) which of its
     placeholders, in the order of the prompt, each vision token stands at, None for all; structural: how many of its
-    placeholders are no vision tokens (ends of rows).
+    placeholders are no vision tokens (ends of rows); planes: tokens alive where each of the values was made that the
+    decoder adds to them between its layers.
     """
 
     parts: tuple[Part, ...]
@@ -62,6 +63,7 @@ class EncodedImage:
     cls: int | Tensor = -1
     slots: Tensor | None = None
     structural: int = 0
+    planes: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -91,6 +93,28 @@ class Seen:
     counts: list[int]
     places: Tensor | None = None
     left: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class PlaneNote:
+    """Which tokens were alive where values were made that the decoder adds between its layers: names (B, N) of the
+    first `counts` (B,) of each image, and the share (B, T) of each token in the one that held it (None: all alone)."""
+
+    names: Tensor
+    counts: tuple[int, ...]
+    share: Tensor | None
+
+    def combined(self, row: int, values: Tensor, image: EncodedImage) -> Tensor:
+        """(T, D) values of a whole image with those of its tokens added up that flowed together since."""
+        if image.owner is None or image.share is None:
+            return values
+        token = self.names[row, : self.counts[row]]
+        before = 1.0 if self.share is None else self.share[row, token]
+        owner = image.owner[token]
+        weight = (image.share[token] / before).masked_fill(owner < 0, 0.0)
+        summed = torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+        own = values[token].to(summed) * weight[:, None].to(summed)
+        return summed.index_add(0, owner.clamp(min=0), own).to(values.dtype)
 
 
 class Encoding(ABC):
@@ -147,6 +171,8 @@ class Encoding(ABC):
         self.mlp: list[list[int]] = []
         # (B,) by layer: the images that a pruner scored there, because they had more tokens than they may keep.
         self.scored: dict[int, list[bool]] = {}
+        # Of the values that the decoder adds between its layers, as they are made.
+        self.planes: list[PlaneNote] = []
         self._decided = (-1, 0)
         # The tokens that layers past the features see, and what was left of them for the features.
         self._seen: Seen = Seen(self.counts)
@@ -345,6 +371,11 @@ class Encoding(ABC):
     def _alive_patches(self) -> list[int]:
         return [self.prefix + tokens * self.group for tokens in self.counts]
 
+    def note_plane(self) -> None:
+        """Notes which tokens are alive where values are made of them that the decoder adds between its layers."""
+        share = None if self.origins is None else self.origins.share
+        self.planes.append(PlaneNote(self.names(), tuple(self.counts), share))
+
     def images(self, pixels: list[Tensor], maker: object) -> list[EncodedImage]:
         """What the decoder side has to know, image by image; `maker` is who will know them again."""
         none: list[None] = [None] * len(self.grids)
@@ -366,6 +397,7 @@ class Encoding(ABC):
                 last_signals=last[b],
                 mlp=tuple(layer[b] for layer in self.mlp),
                 cls=cls[b],
+                planes=tuple(plane.counts[b] for plane in self.planes),
             )
             found.append(image if self.origins is None else self._merged(image, b, names[b]))
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from vtprune.cache.adopting import (
 )
 from vtprune.cache.layer import PrunedLayer
 from vtprune.decoder.outline import Bools
+from vtprune.decoder.planes import Planes
 from vtprune.decoder.prompt import ImageSpan, PromptInfo, real_tokens, sight
 from vtprune.decoder.revival import Revival
 from vtprune.decoder.run import DecoderRun, Observer
@@ -65,7 +66,9 @@ class DecoderHooks:
         self.tapped = self._selecting.layers | self._evictor.watched | self.teacher.layers
         self._returning = Returning(adapter, pruners, self.tapped)
         self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)
-        self.entered = self.tapped | self.routing.layers
+        # Layers after which the decoder adds something to vision tokens.
+        self.adding = frozenset(range(len(adapter.plane_mergers)))
+        self.entered = self.tapped | self.routing.layers | self.adding
         self.recorder = Recorder(adapter, pruners, facts, state)
         self.checkpoints = Checkpoints(adapter.decoder_layers, state)
         self.modules = modules
@@ -115,13 +118,19 @@ class DecoderHooks:
         flash = self.adapter.flash
         if spans:
             self._check_packed(prompt, kwargs, flash=flash)
-            self._check_added(kwargs)
         layers = self._adopt(cache, spans)
         if layers is None and not spans and not self.routing.routes_text:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
         run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
         run.checks, frame.closed = frame.checks, True
+        if spans:
+            kwargs = dict(kwargs)
+            planes = self.adapter.take_planes(kwargs)
+            run.planes = None if planes is None else Planes(*planes)
+            asked = kwargs.get("output_hidden_states")
+            if planes is not None and (self.adapter.records_states if asked is None else asked):
+                run.bare = {}
         recording, lessons = self.recorder.open(run), self.teacher.open(run)
         revival = self._returning.open(run)
         run.shaper = revival or self.routing.open(run, recording, lessons) or run.shaper
@@ -198,16 +207,6 @@ class DecoderHooks:
                 "it holds several conversations here; give each of them a row of its own"
             )
 
-    def _check_added(self, kwargs: dict[str, Any]) -> None:
-        """Raises VTPruneError for what a decoder adds in the places of vision tokens between its layers, which would
-        meet fewer tokens than it is for."""
-        added = self.adapter.added_inputs(kwargs)
-        if added:
-            raise VTPruneError(
-                f"this decoder adds {' and '.join(added)} to its vision tokens between layers, which is not pruned "
-                "with them; unwrap the model"
-            )
-
     def _spans(self, frame: Frame, embeds: Tensor, prompt: PromptInfo) -> list[ImageSpan]:
         """Where each image of this forward stands, in the order of the prompt."""
         sources = [source for source in self.adapter.sources() if frame.encoded.get(source.kind)]
@@ -281,19 +280,29 @@ class DecoderHooks:
         for observer in run.observers:
             observer.close(run)
         run.checks.settle()
+        if isinstance(run.shaper, Revival):
+            run.leave_planes()
         return self._restore(run, output)
+
+    def adding_forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer, and what the decoder adds to vision tokens after it."""
+        output, run = forward(*args, **kwargs), self.state.running
+        return run.with_planes(index, output) if isinstance(run, DecoderRun) else output
 
     def _restore(self, run: DecoderRun, output: Any) -> Any:
         """The decoder's output with hidden states at the full length of the input."""
         states = run.restore(output[0], self._depth - 1)
-        if states is output[0]:
+        if states is output[0] and not run.bare:
             return None
         if isinstance(output, tuple):
             return (states, *output[1:])
         output.last_hidden_state = states
         if output.hidden_states is not None:
             # The first one is the input of layer 0, the others are outputs of layers 0, 1, ...
+            # The model notes them before something is added to vision tokens.
+            bare = run.bare or {}
             output.hidden_states = tuple(
-                run.restore(one, max(0, index - 1)) for index, one in enumerate(output.hidden_states)
+                run.restore(bare.get(index - 1, one), max(0, index - 1))
+                for index, one in enumerate(output.hidden_states)
             )
         return output

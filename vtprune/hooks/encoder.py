@@ -91,6 +91,14 @@ class EncoderHooks:
             rows = encoding.images(self.adapter.pixels(source, arguments, encoding), self.token)
             images = self.adapter.assemble(rows, arguments)
             features = output[1] if isinstance(output, tuple) else output.pooler_output
+            if encoding.origins is not None and encoding.planes:
+                self.adapter.change_planes(
+                    output,
+                    lambda plane, values: [
+                        encoding.planes[plane].combined(row, own, image)
+                        for row, (own, image) in enumerate(zip(values, rows, strict=True))
+                    ],
+                )
             # Features may be expanded for beams or handed in later; their records travel with the tensors.
             for tensor, image in zip(features, images, strict=True):
                 setattr(tensor, RECORD, image)
@@ -217,6 +225,13 @@ class EncoderHooks:
         if self.state.encoding is None or not args:
             return None
         return (self.state.encoding.projector_input(args[0]), *args[1:]), kwargs
+
+    def after_plane(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The same for what the decoder adds between its layers, made of what a layer of the tower put out."""
+        if self.state.encoding is None or output is None:
+            return None
+        self.state.encoding.note_plane()
+        return self.state.encoding.projector_output(output)
 
     def after_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Brings what it put out to the full length."""

@@ -94,6 +94,9 @@ class Wrapping:
         for projector in adapter.projectors:
             self._before(projector, hooks.before_projector)
             self._after(projector, hooks.after_projector)
+        for merger in adapter.plane_mergers:
+            self._before(merger, hooks.before_projector)
+            self._after(merger, hooks.after_plane)
 
     def _install_decoder(self, adapter: Adapter) -> None:
         hooks, routing, teacher = self._decoder, self._decoder.routing, self._decoder.teacher
@@ -116,6 +119,8 @@ class Wrapping:
                 self.override(layer, "forward", functools.partial(routing.routed_forward, layer.forward))
                 self._before(adapter.decoder_attention(layer), routing.before_attention)
                 self._after(adapter.decoder_mlp(layer), routing.after_mlp)
+            if index in hooks.adding:
+                self.override(layer, "forward", functools.partial(hooks.adding_forward, index, layer.forward))
         self._before(adapter.model, teacher.open_loss)
         self._after(adapter.model, teacher.add_loss)
 

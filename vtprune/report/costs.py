@@ -25,6 +25,7 @@ def flops(
     encoder_tokens_per_layer: Sequence[Sequence[Alive]] | None = None,
     encoder_mlp_tokens_per_layer: Sequence[Sequence[int]] | None = None,
     projector_tokens: int | None = None,
+    plane_tokens: int | None = None,
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
@@ -36,7 +37,9 @@ def flops(
     encoder_tokens_per_layer[image][layer]: patches left in an encoder layer (CLS not among them), or the
     lengths (all tokens) of its attention segments; None if all; encoder_mlp_tokens_per_layer: the same for all
     tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
-    projector, None for all; scoring: FLOPs of the method itself; logits: positions through the head.
+    projector, None for all; plane_tokens: tokens through the modules that make what the decoder adds between its
+    layers (deepstack), of all of them together; scoring: FLOPs of the method itself; logits: positions through the
+    head.
     Raises VTPruneError for bad counts and lengths, an unknown convention or an unknown model.
     """
     return prefill_flops(
@@ -48,6 +51,7 @@ def flops(
         encoder_tokens_per_layer=encoder_tokens_per_layer,
         encoder_mlp_tokens_per_layer=encoder_mlp_tokens_per_layer,
         projector_tokens=projector_tokens,
+        plane_tokens=plane_tokens,
         scoring=scoring,
         logits=logits,
     )

@@ -279,6 +279,7 @@ class Generation:
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(int(image.encoded.alive.numel()) for image in fresh),
+                plane_tokens=sum(sum(image.encoded.planes) for image in fresh),
                 scoring=sum(self._scoring(images, place) for place in range(len(images)))
                 + self._probes(key, past)
                 + sum(pruner.row_flops(own[0] + text) for pruner in self.pruners if isinstance(pruner, InLayers)),
