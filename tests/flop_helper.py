@@ -89,7 +89,7 @@ def llava_config(tower: str = "clip", **changes: Any) -> LlavaConfig:
 
 
 def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig | Qwen3VLConfig:
-    """A Qwen of dynamic resolution; 2.5 has windows of 3 x 3 decoder tokens in two of its four layers; 3 has planes."""
+    """A Qwen of dynamic resolution; 2.5 has windows of 3 x 3 decoder tokens in two of its four layers, 3 planes."""
     text: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,

@@ -99,7 +99,7 @@ def run_masked(
             handles.append(layer.register_forward_hook(_keep_as_it_was(_skipped(ids, report, index))))
         handles.append(layer.register_forward_pre_hook(_replace(mask, embeddings, merges), with_kwargs=True))
     positions = positions_of(kind, model, inputs, ids.shape[1])
-    planes = _planes(model, inputs, ids, report, features)
+    planes = _merged_planes(planes_of(model, inputs, ids, features), ids, report)
     try:
         out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **planes)
     finally:
@@ -134,24 +134,47 @@ def embeddings_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: 
     return embeds
 
 
-def _planes(
-    model: Any, inputs: dict[str, Tensor], ids: Tensor, report: vtprune.Report, features: Any
-) -> dict[str, Any]:
-    """What a decoder adds to vision tokens after its first layers, where the model has such; a token that others
-    flowed into before a layer takes theirs along from that layer on."""
+def planes_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any = None) -> dict[str, Any]:
+    """What a decoder adds to vision tokens after its first layers, as it is given that; {} where it adds nothing."""
     if "pixel_values" not in inputs or model.config.model_type != "qwen3_vl":
         return {}
-    if features is None:
-        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).deepstack_features
-    else:
-        features = features.planes
-    marks, planes = ids == IMAGE, [torch.cat(list(plane)) for plane in features]
-    number = marks.flatten().cumsum(0).view_as(ids) - 1
-    for index, plane in enumerate(planes):
+    planes = getattr(features, "planes", None)
+    if planes is None:
+        planes = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).deepstack_features
+    return {
+        "deepstack_visual_embeds": [torch.cat(list(plane)) for plane in planes],
+        "visual_pos_masks": ids == IMAGE,
+    }
+
+
+def added(model: Any, inputs: dict[str, Tensor], ids: Tensor) -> list[Tensor]:
+    """The same by layer, (B, L, D) with zeros for text; 0 for layers after which nothing is added."""
+    given = planes_of(model, inputs, ids)
+    if not given:
+        return []
+    marks = given["visual_pos_masks"]
+    found = []
+    for plane in given["deepstack_visual_embeds"]:
+        whole = plane.new_zeros(*ids.shape, plane.shape[-1])
+        whole[marks] = plane
+        found.append(whole)
+    return found
+
+
+def through_norm(attention: Any, name: str, states: Tensor) -> Tensor:
+    """Queries or keys (..., d) through the norm that some families have behind the projection."""
+    norm = getattr(attention, f"{name}_norm", None)
+    return states if norm is None else norm(states)
+
+
+def _merged_planes(planes: dict[str, Any], ids: Tensor, report: vtprune.Report) -> dict[str, Any]:
+    """The same for tokens that others flowed into before a layer: they take theirs along from that layer on."""
+    number = (ids == IMAGE).flatten().cumsum(0).view_as(ids) - 1
+    for index, plane in enumerate(planes.get("deepstack_visual_embeds", [])):
         for layer in range(index + 1):
             for row, into, members, weights in _merges(ids, report, layer):
                 plane[number[row, into]] = (plane[number[row, members]] * weights[:, None]).sum(dim=0)
-    return {"deepstack_visual_embeds": planes, "visual_pos_masks": marks}
+    return planes
 
 
 class Features(list[Tensor]):

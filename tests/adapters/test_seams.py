@@ -274,15 +274,3 @@ def test_an_image_of_several_rectangles_is_one_row_of_tokens() -> None:
     assert (one.grid, one.total, one.length) == ((1, 4, 5), 20, 20)
     crops = replace(one, parts=(Part((1, 2, 2), "base"), Part((1, 4, 5), "crops")), structural=4)
     assert (crops.grid, crops.total, crops.length) == ((1, 1, 24), 24, 28)
-
-
-# ---- what a decoder adds
-
-
-def test_values_that_a_decoder_adds_to_vision_tokens_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LlavaAdapter, "added_inputs", lambda self, arguments: ["deepstack_visual_embeds"])
-    model = vtprune.wrap(make("llava-clip"), "random:keep=9")
-    with pytest.raises(vtprune.VTPruneError, match="adds deepstack_visual_embeds to its vision tokens between layers"):
-        model(**prompt("llava-clip", [LONG]))
-    text = torch.tensor([[5, 6, 7]])
-    assert model(input_ids=text).logits.shape[:2] == text.shape

@@ -32,6 +32,8 @@ SAMPLE = [
     ("llava-siglip", vtprune.SparseVLM()),
     ("llava-siglip", Drops(layers=(0, 2), first=True, merge=True)),
     ("qwen2.5-vl", vtprune.PMoD(keep=0.6)),
+    ("qwen3-vl", vtprune.Turbo(keep=0.5)),
+    ("qwen3-vl", vtprune.VFlowOpt(keep=0.25)),
 ]
 each = pytest.mark.parametrize("pruner", TRAINED, ids=label)
 

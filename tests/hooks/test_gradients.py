@@ -22,6 +22,8 @@ SAMPLE = [
     ("llava-clip", vtprune.SparseVLM()),
     ("llava-siglip", Drops(layers=(0, 2), first=True, merge=True)),
     ("qwen2.5-vl", vtprune.D2O()),
+    ("qwen3-vl", vtprune.Turbo(keep=0.5)),
+    ("qwen3-vl", vtprune.VFlowOpt(keep=0.25)),
     ("llava-clip", vtprune.LazyLLM(keep=14)),
     ("llava-clip", vtprune.PMoD(keep=0.6, layers=(2,), schedule="linear")),
 ]

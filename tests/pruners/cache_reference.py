@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models import IMAGE
-from tests.oracle import embeddings_of, positions_of
+from tests.oracle import added, embeddings_of, positions_of, through_norm
 
 
 @dataclass
@@ -52,6 +52,8 @@ class Reference:
         self.sizes: dict[int, int] = {}
         self.thresholds: dict[int, float] = {}
         self.sets: list[list[list[list[int]]]] = []
+        # What is added after the first layers, (L, D) each.
+        self.added: list[Tensor] = []
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Tensor], tokens: Tensor, first: int = 1) -> Tensor:
@@ -62,6 +64,7 @@ class Reference:
         states = embeddings_of(self.model, inputs, ids, None)
         cos, sin = self.decoder.rotary_emb(states, positions_of(self.kind, self.model, inputs, ids.shape[1]))
         marks = self._marks(ids[0], inputs)
+        self.added = [plane[0] for plane in added(self.model, inputs, ids)]
         logits = []
         ends = [length, *range(length + first, ids.shape[1] + 1)]
         for start, end in zip([0, *ends], ends, strict=False):
@@ -89,6 +92,7 @@ class Reference:
                 part(normed).view(len(normed), -1, attention.head_dim).transpose(0, 1)
                 for part in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
+            query, key = through_norm(attention, "q", query), through_norm(attention, "k", key)
             query, key = _turn(query, cos, sin), _turn(key, cos, sin)
             for head, entries in enumerate(self.caches[index]):
                 for token in range(len(normed)):
@@ -109,6 +113,8 @@ class Reference:
                 self.density.append(self._density(columns))
             states = states + attention.o_proj(torch.cat(mixed, dim=-1))
             states = states + layer.mlp(layer.post_attention_layernorm(states))
+            if index < len(self.added):
+                states = states + self.added[index][first : first + len(states)]
         return self.model.lm_head(self.decoder.norm(states))
 
     def _density(self, columns: list[Tensor]) -> float:

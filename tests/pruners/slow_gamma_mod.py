@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models import IMAGE
-from tests.oracle import STEPS, _mask, embeddings_of, full_mask, next_tokens, positions_of
+from tests.oracle import STEPS, _mask, embeddings_of, full_mask, next_tokens, planes_of, positions_of
 
 # From p (B, L + STEPS), the ids, and which of them are no padding, to what a layer computes.
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -105,7 +105,7 @@ def run_slow(
             handles += [layer.register_forward_hook(after(index)), layer.mlp.register_forward_hook(gate(index))]
     try:
         positions = positions_of(kind, model, inputs, ids.shape[1])
-        out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+        out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **planes_of(model, inputs, ids))
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.models import IMAGE, PAST
+from tests.oracle import through_norm
 
 Sets = list[set[int]]
 
@@ -20,7 +21,7 @@ Sets = list[set[int]]
 @dataclass
 class SlowLazyLLM:
     """ids: (L,) every token that will be fed; embeds: (L, D); positions: (..., 1, L); images: the places of each of
-    them; boundaries: the layers before which tokens drop.
+    them; boundaries: the layers before which tokens drop; added: (L, D) what the first layers are followed by.
 
     hidden[layer][place]: the layer's input for a token; states[layer][place]: its key and value. attended, computed:
     by forward and layer, the vision tokens that the new tokens attended to, and those that were computed.
@@ -33,6 +34,7 @@ class SlowLazyLLM:
     images: list[list[int]]
     boundaries: tuple[int, ...]
     ratio: float = 0.3
+    added: list[Tensor] = field(default_factory=list)
     fed: int = 0
     attended: list[Sets] = field(default_factory=list)
     computed: list[Sets] = field(default_factory=list)
@@ -96,6 +98,7 @@ class SlowLazyLLM:
             attention = layer.self_attn
             q, k, v = (part(normed).view(1, -1, 1, attention.head_dim) for part in
                        (attention.q_proj, attention.k_proj, attention.v_proj))  # fmt: skip
+            q, k = through_norm(attention, "q", q), through_norm(attention, "k", k)
             q, k = apply_rotary_pos_emb(q, k, *decoder.rotary_emb(normed, self.positions[..., place : place + 1]))
             self.states[index][place] = (k[0, :, 0], v[0, :, 0])
             self.queries[place] = q[0, :, 0]
@@ -109,7 +112,8 @@ class SlowLazyLLM:
         logits = (keys * query).sum(dim=-1) * layer.self_attn.scaling
         mixed = (logits.softmax(dim=0)[..., None] * values).sum(dim=0)
         state = self.hidden[index][place] + layer.self_attn.o_proj(mixed.flatten())
-        self.hidden[index + 1][place] = state + layer.mlp(layer.post_attention_layernorm(state))
+        state = state + layer.mlp(layer.post_attention_layernorm(state))
+        self.hidden[index + 1][place] = state + self.added[index][place] if index < len(self.added) else state
         return dict(zip(seen, logits, strict=True))
 
 

@@ -203,7 +203,8 @@ def test_text_is_weighed_with_and_without_a_cache(kind: str) -> None:
 def test_a_layer_that_computes_nothing_is_passed_by(kind: str, rows: Any) -> None:
     inputs = prompt(kind, rows or ROWS[kind])
     model = make(kind)
-    wrapped(model, GammaMoD(variant="released", threshold=0.999, layers=(2,)))
+    # Nothing is added behind this layer, whatever the family.
+    wrapped(model, GammaMoD(variant="released", threshold=0.999, layers=(3,)))
     with torch.no_grad():
         router(model).zero_()
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=True)
@@ -211,9 +212,9 @@ def test_a_layer_that_computes_nothing_is_passed_by(kind: str, rows: Any) -> Non
         actual = model(**inputs).logits
     padding = inputs["input_ids"] == 0
     assert out.shape[1] == inputs["input_ids"].shape[1] + 4
-    assert [vtprune.report(cache).kv_tokens_per_layer[2][row] for row in range(len(padding))] == [0] * len(padding)
+    assert [vtprune.report(cache).kv_tokens_per_layer[3][row] for row in range(len(padding))] == [0] * len(padding)
     vtprune.unwrap(model)
-    del model.model.language_model.layers[2]
+    del model.model.language_model.layers[3]
     model.model.language_model.config.num_hidden_layers = 4
     for index, layer in enumerate(model.model.language_model.layers):
         layer.self_attn.layer_idx = index

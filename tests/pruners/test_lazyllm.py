@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vtprune
 from tests.models import DECODER_LAYERS, IMAGE, MODELS, PAST, ROWS, TWO, Row, make, prompt
-from tests.oracle import STEPS, TOLERANCE, compare, next_tokens, run_masked, run_wrapped
+from tests.oracle import STEPS, TOLERANCE, added, compare, next_tokens, run_masked, run_wrapped
 from tests.pruners.slow_lazyllm import SlowLazyLLM, steps, turn
 from vtprune.report.report import ImageReport
 
@@ -49,7 +49,13 @@ def _slow(kind: str, parts: list[dict[str, Tensor]], tokens: Tensor) -> SlowLazy
             images.append(places[: len(feature)])
             places = places[len(feature) :]
     return SlowLazyLLM(
-        model, ids[0], embeds, _positions(kind, model, {**inputs, "input_ids": ids}), images, BOUNDARIES
+        model,
+        ids[0],
+        embeds,
+        _positions(kind, model, {**inputs, "input_ids": ids}),
+        images=images,
+        boundaries=BOUNDARIES,
+        added=[plane[0] for plane in added(model, inputs, ids)],
     )
 
 
@@ -239,10 +245,12 @@ def test_what_waits_is_counted_beside_the_cache(kind: str) -> None:
     cache = turn(model, prompt(kind, ROWS[kind][:1])).past_key_values
     report = vtprune.report(cache)
     text = model.config.get_text_config()
-    head = text.hidden_size // text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     counts = [len(kept) for kept in report.samples[0].images[0].kept_per_layer]
     waiting = counts[0] - counts[-1]
-    assert report.aux_bytes == 4 * waiting * (text.hidden_size + 2 * head)
+    planes = sum(values.nbytes for layer in cache.layers for name, values in layer.aux.items() if name == "planes")
+    assert (planes > 0) is (kind == "qwen3-vl")
+    assert report.aux_bytes == 4 * waiting * (text.hidden_size + 2 * head) + planes
     assert report.kv_bytes == report.kv_bytes_allocated
     # Nothing that returns leaves, and what was computed on the way and cut again comes on top.
     steps(model, cache, next_tokens(1))

@@ -18,7 +18,7 @@ import vtprune
 from tests.cost.test_cost import LLAVA_7B
 from tests.golden.runner import run_case
 from tests.models import MODELS, ROWS, make, prompt
-from tests.oracle import TOLERANCE, compare, next_tokens, run_masked, run_wrapped
+from tests.oracle import TOLERANCE, compare, image_features, next_tokens, run_masked, run_wrapped
 from tests.pruners.test_dual_attention import decoder_layer
 from tests.streams import few, stream
 from vtprune.encoder.merging import flow_together
@@ -170,9 +170,8 @@ def test_thresholds_are_exact_and_a_row_of_a_batch_is_that_row_alone(
     inputs = prompt(kind, ROWS[kind], padding)
     model = vtprune.wrap(make(kind), pruner)
     logits, report, cache = run_wrapped(kind, model, inputs)
-    grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
+    features = image_features(model, inputs)
     with torch.no_grad():
-        features = [one.clone() for one in model.model.get_image_features(inputs["pixel_values"], **grids)[1]]
         alone = []
         for row in ROWS[kind]:
             model(**prompt(kind, [row]))

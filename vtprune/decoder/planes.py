@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtprune.method.answers import Merge
+from vtprune.method.answers import Selection
 from vtprune.tensors.compaction import gather_tokens
 
 
@@ -34,17 +34,21 @@ class Planes:
         rows = self._rows if places is None else gather_tokens(self._rows, places)
         return self._values[index][rows]
 
-    def merge(self, row: int, places: Tensor, merges: Sequence[Merge], *, start: int) -> None:
+    def follow(self, selection: Selection, row: int, places: Tensor, *, start: int) -> None:
         """Lets tokens of a row take along, from layer `start` on, the values of those that flow into them; places:
-        (N,) of the tokens that the merges count."""
-        if not merges:
-            return
+        (N,) of the tokens that the selection was made of."""
         own = self._rows[row, places.to(self._rows.device)]
+        merges = () if selection.mix is not None else selection.merged()
+        if selection.mix is None and not merges:
+            return
         for index in range(start, self.depth):
             values = self._values[index]
-            into = [own[merge.into] for merge in merges]
-            new = [_weighted(values[own[list(merge.members)]], merge.weights) for merge in merges]
-            self._values[index] = values.index_copy(0, torch.stack(into), torch.stack(new))
+            if selection.mix is not None:
+                into, new = own[selection.kept.to(own.device)], selection.mix(values[own])
+            else:
+                into = torch.stack([own[merge.into] for merge in merges])
+                new = torch.stack([_weighted(values[own[list(merge.members)]], merge.weights) for merge in merges])
+            self._values[index] = values.index_copy(0, into, new)
 
 
 def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:

@@ -308,7 +308,7 @@ class DecoderRun:
         left = selection.kept.to(span.kept.device)
         start = self._observed + 1
         if self.planes is not None and start < self.planes.depth:
-            self.planes.merge(span.row, span.places[span.kept], selection.merged(), start=start)
+            self.planes.follow(selection, span.row, span.places[span.kept], start=start)
         span.keep(left)
         self.mark(span)
         vectors, earlier = selection.vectors, self._changed.get(span)

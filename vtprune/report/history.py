@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtprune.cache.layer import PrunedLayer
-from vtprune.cache.names import ROWS
+from vtprune.cache.names import PLANES, ROWS
 from vtprune.cache.waiting import Step, VisionLog
 from vtprune.report.report import ImageStep
 from vtprune.report.trail import ImageTrail
@@ -80,6 +80,7 @@ class CacheNote:
         whole = layers[0].length if mask is None else mask[:, : layers[0].length].sum(dim=1)
         steps = layers[0].log.steps if layers[0].log is not None else ()
         waiting = sum(layer.waiting.bytes for layer in layers if layer.waiting is not None)
+        waiting += sum(layer.aux[PLANES].nbytes for layer in layers if PLANES in layer.aux)
         return cls(
             rows=origins(layers),
             entries=entries,

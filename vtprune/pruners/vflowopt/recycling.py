@@ -65,15 +65,19 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, count: int, dir
     into = torch.full((count,), tokens, device=low.device)
     into.scatter_reduce_(0, group, low.masked_fill(worth < best[group], tokens), "amin")
     shares = _shares(worth, group, count)
-    whole = at_least_single(features[low])
-    parts = whole * shares[:, None].to(whole)
-    vectors = parts.new_zeros(count, features.shape[1]).index_add(0, group, parts)
     chosen = best.argsort(descending=True, stable=True)[:filled]
     kept = torch.cat([stay, into[chosen]]).sort().values
     places = torch.searchsorted(kept, into[chosen])
-    merged = features[kept].index_copy(0, places, vectors[chosen].to(features.dtype))
+
+    def mix(values: Tensor) -> Tensor:
+        """(N, D) values of the tokens to (K, D) of those that go on."""
+        whole = at_least_single(values[low])
+        parts = whole * shares[:, None].to(whole)
+        vectors = parts.new_zeros(count, values.shape[1]).index_add(0, group, parts)
+        return values[kept].index_copy(0, places, vectors[chosen].to(values.dtype))
+
     flowed = functools.partial(_merges, low, group, shares=shares.detach(), into=into, chosen=chosen)
-    return Selection(kept, merged, flowed, sound=True)
+    return Selection(kept, mix(features), flowed, sound=True, mix=mix)
 
 
 @asking
