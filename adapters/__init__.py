@@ -10,11 +10,17 @@ from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
-from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen25VLAdapter
+from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen3VLMoeAdapter, Qwen25VLAdapter
 from vtprune.cost.sizes import ModelCost
 from vtprune.errors import UnsupportedModelError
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, Qwen2VLAdapter, Qwen25VLAdapter, Qwen3VLAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    Qwen2VLAdapter,
+    Qwen25VLAdapter,
+    Qwen3VLAdapter,
+    Qwen3VLMoeAdapter,
+)
 # What a config says beside the architecture: where it came from, how it runs, what generation does.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 

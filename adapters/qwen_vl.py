@@ -291,6 +291,16 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
         return (list(values), marks) if values else None
 
 
+class Qwen3VLMoeAdapter(Qwen3VLAdapter):
+    """`Qwen3VLMoeForConditionalGeneration`: the same with a mixture of experts in each decoder layer."""
+
+    name = "qwen3_vl_moe"
+    models = ("Qwen3VLMoeForConditionalGeneration",)
+    notes = "as qwen3_vl; a token that is dropped goes through no expert"
+
+    model_types = ("qwen3_vl_moe",)
+
+
 @functools.lru_cache(maxsize=64)
 def _window_order(grid_thw: tuple[tuple[int, int, int], ...], *, merge: int, window: int, patch: int) -> Tensor:
     """(S,) the raster index of the merge group at each place of a sequence that is packed by windows, on the host."""

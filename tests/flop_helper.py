@@ -19,6 +19,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -88,7 +90,7 @@ def llava_config(tower: str = "clip", **changes: Any) -> LlavaConfig:
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, **(select | changes))
 
 
-def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig | Qwen3VLConfig:
+def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig | Qwen3VLConfig | Qwen3VLMoeConfig:
     """A Qwen of dynamic resolution; 2.5 has windows of 3 x 3 decoder tokens in two of its four layers, 3 planes."""
     text: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -118,14 +120,17 @@ def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig | Qwen
             vision_config=sizes | {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 3},
             **tokens,
         )
-    if version == "3":
+    if version.startswith("3"):
         planes = {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
         widths = {"hidden_size": 24, "intermediate_size": 44, "out_hidden_size": 32}
-        return Qwen3VLConfig(
+        few = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        kind, experts = (Qwen3VLMoeConfig, few) if version == "3, experts" else (Qwen3VLConfig, {})
+        return kind(
             text_config={
                 **text,
                 "head_dim": 12,
                 "rope_parameters": text["rope_parameters"] | {"mrope_section": [2, 2, 2]},
+                **experts,
             },
             vision_config=sizes | planes | widths,
             **tokens,
@@ -143,8 +148,13 @@ def build(config: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
         "qwen2_vl": Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
         "qwen3_vl": Qwen3VLForConditionalGeneration,
+        "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
     }
-    return classes[config.model_type]._from_config(config, attn_implementation=attention).eval()
+    model = classes[config.model_type]._from_config(config, attn_implementation=attention).eval()
+    if config.model_type == "qwen3_vl_moe":
+        # The counter does not know products of groups: the experts one by one.
+        model.set_experts_implementation("eager")
+    return model
 
 
 def prompt(image_tokens: list[int], text_tokens: int) -> torch.Tensor:

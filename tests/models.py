@@ -20,6 +20,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 IMAGE, START, END, PAD = 90, 91, 92, 0
@@ -28,7 +30,7 @@ PAST = "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).pa
 DECODER_LAYERS = 5
 
 
-def _spread(model: Any, scale: float = 3.0) -> Any:
+def spread(model: Any, scale: float = 3.0) -> Any:
     """Larger weights than the default's, so that attention is peaky and tokens differ."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -81,14 +83,20 @@ def _qwen2_5() -> Any:
     return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, tower)
 
 
-def _qwen3() -> Any:
-    tower = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64}
-    return _qwen(
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        {**tower, "deepstack_visual_indexes": [1, 2, 3]},
-        {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
-    )
+TOWER_3 = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64}
+TEXT_3 = {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def qwen3(planes: list[int]) -> Any:
+    """A Qwen3-VL whose tower makes planes of what these of its six blocks put out."""
+    tower = {**TOWER_3, "deepstack_visual_indexes": planes}
+    return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, tower, TEXT_3)
+
+
+def _qwen3_moe() -> Any:
+    tower = {**TOWER_3, "deepstack_visual_indexes": [1, 2, 3]}
+    return _qwen(Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, tower, {**TEXT_3, **EXPERTS})
 
 
 def _qwen2() -> Any:
@@ -100,17 +108,18 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "llava-siglip": lambda: _llava({"model_type": "siglip_vision_model"}, "full"),
     "qwen2.5-vl": _qwen2_5,
     "qwen2-vl": _qwen2,
-    "qwen3-vl": _qwen3,
+    "qwen3-vl": lambda: qwen3([1, 2, 3]),
+    "qwen3-vl-moe": _qwen3_moe,
 }
 MODELS = list(BUILDERS)
 # Models that differ from another one of these only in their tower: `make test` runs them where towers matter.
-TOWER_ONLY = frozenset({"qwen2-vl", "qwen3-vl"})
+TOWER_ONLY = frozenset({"qwen2-vl", "qwen3-vl", "qwen3-vl-moe"})
 
 
 @functools.cache
 def _original(kind: str) -> Any:
     torch.manual_seed(0)
-    return _spread(BUILDERS[kind]())
+    return spread(BUILDERS[kind]())
 
 
 def make(kind: str, attention: str = "sdpa") -> Any:
@@ -142,6 +151,7 @@ ROWS = {
     "qwen2.5-vl": ANY_SIZE,
     "qwen2-vl": ANY_SIZE,
     "qwen3-vl": ANY_SIZE,
+    "qwen3-vl-moe": ANY_SIZE,
 }
 
 

@@ -136,7 +136,7 @@ def embeddings_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: 
 
 def planes_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any = None) -> dict[str, Any]:
     """What a decoder adds to vision tokens after its first layers, as it is given that; {} where it adds nothing."""
-    if "pixel_values" not in inputs or model.config.model_type != "qwen3_vl":
+    if "pixel_values" not in inputs or not model.config.model_type.startswith("qwen3_vl"):
         return {}
     planes = getattr(features, "planes", None)
     if planes is None:

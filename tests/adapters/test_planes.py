@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vtprune
-from tests.models import ANY_SIZE, _qwen, _spread, make, prompt
+from tests.models import ANY_SIZE, make, prompt, qwen3, spread
 from tests.oracle import difference_from_masked
 from vtprune.method.pruner import Pruner
 from vtprune.report.report import ImageReport
@@ -88,17 +87,8 @@ def test_what_merged_before_a_plane_was_made_has_the_plane_of_the_merged_vector(
 @pytest.mark.parametrize("indexes", [[], [2], [0, 1, 2, 3, 4]], ids=["none", "one", "as many as layers"])
 @pytest.mark.parametrize("pruner", [vtprune.Pool(keep=0.3), vtprune.PyramidDrop(keep=0.5)], ids=repr)
 def test_any_number_of_planes_is_exact(indexes: list[int], pruner: Pruner) -> None:
-    tower = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64}
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
     torch.manual_seed(0)
-    model = _spread(
-        _qwen(
-            Qwen3VLConfig,
-            Qwen3VLForConditionalGeneration,
-            {**tower, "deepstack_visual_indexes": indexes},
-            {"head_dim": 12, "rope_parameters": rope},
-        )
-    )
+    model = spread(qwen3(indexes))
     model.generation_config.eos_token_id = None
     inputs = prompt(KIND, ANY_SIZE)
     difference, _ = difference_from_masked(KIND, vtprune.wrap(model, pruner), inputs)

@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "qwen2.5-vl, frames": (qwen_config(), [(3, 4, 5)]),
     "qwen2-vl, three images": (qwen_config("2"), GRIDS),
     "qwen3-vl, three images": (qwen_config("3"), GRIDS),
+    "qwen3-vl, experts": (qwen_config("3, experts"), GRIDS),
     "text alone": (qwen_config(), []),
 }
 
@@ -347,8 +348,8 @@ OK: dict[str, Any] = {"tokens_per_layer": 8, "text_tokens": 4, "images": 1}
         (QWEN, {"images": [(1, 0, 7)]}, "at least 1"),
         (QWEN, {"images": [5]}, r"grids \(t, h, w\)"),
         (QWEN, {"images": [(1, 5, 7)], "encoder_tokens_per_layer": [[140, 140, 70, 70]]}, "lengths there"),
-        (GPT2Config(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl"),
-        (object(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl"),
+        (GPT2Config(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe"),
+        (object(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe"),
         (LlavaConfig(text_config=VICUNA_7B, vision_config=ViTConfig()), {}, "clip_vision_model"),
         (LlavaConfig(text_config=OPTConfig(), vision_config=TOWER), {}, "llama"),
     ],
@@ -370,3 +371,10 @@ def test_bad_input_says_what_would_be_right(config: Any, changes: dict[str, Any]
 def test_bad_kv_input_says_what_would_be_right(entries: Any, dtype: Any, says: str) -> None:
     with pytest.raises(VTPruneError, match=says):
         kv_bytes(LLAVA, entries, dtype)
+
+
+def test_a_decoder_of_which_some_layers_have_no_experts_is_refused() -> None:
+    config = qwen_config("3, experts")
+    config.text_config.mlp_only_layers = [1]
+    with pytest.raises(VTPruneError, match="some layers have experts and others have none"):
+        flops(config, 10, text_tokens=3, images=[(1, 2, 5)])

@@ -22,7 +22,7 @@ from vtprune.method.stages import InEncoder
 from vtprune.method.views import EncoderLayer
 
 TOLERANCE = 2e-5
-DEPTH = {"llava-clip": 5, "llava-siglip": 5, "qwen2.5-vl": 6, "qwen2-vl": 6, "qwen3-vl": 6}
+DEPTH = {"llava-clip": 5, "llava-siglip": 5, "qwen2.5-vl": 6, "qwen2-vl": 6, "qwen3-vl": 6, "qwen3-vl-moe": 6}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class TransformerCost:
     """The sizes that the cost of a stack of transformer layers depends on.
 
     heads: of the queries; query_width, kv_width: heads x head size of queries and of keys; mlp_matrices: 3 if gated,
-    else 2.
+    else 2; experts: of a mixture, among which a router chooses those whose widths make up the `mlp_width` of a token.
     """
 
     width: int
@@ -35,6 +35,7 @@ class TransformerCost:
     mlp_width: int
     mlp_matrices: int
     layers: int
+    experts: int = 0
 
     @property
     def head_size(self) -> int:
@@ -50,7 +51,7 @@ class TransformerCost:
         """Multiply-accumulates of one layer; causal attention is counted in full. mlp_tokens: tokens that go through
         its MLP, None for all."""
         projections = 2 * self.width * (self.query_width + self.kv_width)
-        mlp = self.mlp_matrices * self.width * self.mlp_width
+        mlp = self.width * (self.mlp_matrices * self.mlp_width + self.experts)
         scores_and_values = 2 * self.query_width * sum(n * n for n in segments)
         through = sum(segments) if mlp_tokens is None else mlp_tokens
         return sum(segments) * projections + through * mlp + scores_and_values
