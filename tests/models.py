@@ -126,6 +126,9 @@ def make(kind: str, attention: str = "sdpa") -> Any:
     """A fresh copy of the tiny model of this kind, always with the same weights."""
     model = copy.deepcopy(_original(kind))
     model.set_attn_implementation(attention)
+    if attention == "eager" and kind.endswith("moe"):
+        # One expert after the other, whose products torch's counter knows.
+        model.set_experts_implementation("eager")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model
