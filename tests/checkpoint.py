@@ -20,6 +20,12 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from vtprune.evals.tiny_models.architecture import build_model, build_processor
@@ -46,25 +52,68 @@ QWEN_TEMPLATE = (
 )
 
 
-def _qwen_processor() -> Qwen2_5_VLProcessor:
-    """Byte-level text; images of any size between 4 and 64 vision tokens."""
+def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level text."""
     specials = [*QWEN_TOKENS, "<|video_pad|>"]
     pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in specials])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=specials[0],
         eos_token=specials[2],
         additional_special_tokens=specials[1:],
     )
+
+
+def _qwen_processor() -> Qwen2_5_VLProcessor:
+    """Images of any size between 4 and 64 vision tokens."""
     images = Qwen2VLImageProcessor(patch_size=14, min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
     videos = Qwen2VLVideoProcessor(patch_size=14)
     return Qwen2_5_VLProcessor(
-        image_processor=images, tokenizer=fast, video_processor=videos, chat_template=QWEN_TEMPLATE
+        image_processor=images, tokenizer=_qwen_tokenizer(), video_processor=videos, chat_template=QWEN_TEMPLATE
     )
+
+
+@cache
+def random_qwen3_checkpoint(*, experts: bool) -> str:
+    """The folder of a Qwen3-VL with the published 2B's (30B-A3B's) shapes, scaled in width and depth: heads wider than
+    the width says, two queries a key, three planes, patches of 16 pixels; written once a process."""
+    folder = mkdtemp(prefix="vtprune-qwen3-checkpoint-")
+    images = Qwen2VLImageProcessor(
+        patch_size=16, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor = Qwen3VLProcessor(
+        image_processor=images,
+        tokenizer=_qwen_tokenizer(),
+        video_processor=Qwen3VLVideoProcessor(patch_size=16),
+        chat_template=QWEN_TEMPLATE,
+    )
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24} if experts else {}
+    given: dict[str, Any] = {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 128, "depth": 6, "num_heads": 4, "patch_size": 16,
+            "out_hidden_size": 32, "deepstack_visual_indexes": [1, 2, 4], "num_position_embeddings": 2304,
+        },
+        "text_config": {
+            "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": len(processor.tokenizer), "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+            },
+            **mixture,
+        },
+        "vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Qwen3VLMoeConfig(**given) if experts else Qwen3VLConfig(**given)
+    kind = Qwen3VLMoeForConditionalGeneration if experts else Qwen3VLForConditionalGeneration
+    kind(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @cache

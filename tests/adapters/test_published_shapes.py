@@ -1,0 +1,81 @@
+"""Folders as the published models lie in them load, are wrapped and generate, along the ways that people use."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import vtprune
+from tests.checkpoint import random_qwen3_checkpoint
+from vtprune.evals.ask.ask import run_ask
+from vtprune.loading.model import load_model
+from vtprune.loading.prompts import encode, place, question
+
+both = pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+
+
+def _loaded(experts: bool) -> tuple[Any, Any]:
+    model, processor = load_model(random_qwen3_checkpoint(experts=experts))
+    model.generation_config.eos_token_id = None
+    return model, processor
+
+
+def _pictures() -> list[Image.Image]:
+    noise = torch.Generator().manual_seed(0)
+    sizes = [(160, 224), (128, 128), (200, 96)]
+    return [
+        Image.fromarray(torch.randint(0, 256, (*size, 3), generator=noise, dtype=torch.uint8).numpy())
+        for size in sizes
+    ]
+
+
+@both
+@pytest.mark.parametrize("method", ["fopru", "turbo", "pyramid_drop", "vflowopt", "lazyllm"])
+def test_a_row_of_a_batch_is_that_row_alone_with_beams_too(experts: bool, method: str) -> None:
+    model, processor = _loaded(experts)
+    chats = [
+        question(picture, text) for picture, text in zip(_pictures(), ["why?", "what is here?", "no"], strict=True)
+    ]
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    with vtprune.wrapped(model, method, keep=0.5):
+        together = place(encode(processor, chats), model)
+        rows = model.generate(**together, **options)[:, together["input_ids"].shape[1] :]
+        report = vtprune.report(model)
+        for chat, row in zip(chats, rows, strict=True):
+            alone = place(encode(processor, [chat]), model)
+            assert torch.equal(model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :], row)
+    assert report.flops < report.flops_full
+    assert len(report.samples) == 6
+
+
+@both
+def test_keeping_everything_generates_what_the_unwrapped_model_does(experts: bool) -> None:
+    model, processor = _loaded(experts)
+    inputs = place(encode(processor, [question(_pictures()[0], "why?")]), model)
+    options: dict[str, Any] = {
+        "max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True
+    }  # fmt: skip
+    plain = model.generate(**inputs, **options)
+    with vtprune.wrapped(model, "fopru", keep=1.0):
+        wrapped = model.generate(**inputs, **options)
+    assert all(torch.equal(one, other) for one, other in zip(plain.scores, wrapped.scores, strict=True))
+
+
+def test_ask_shows_what_a_qwen3_vl_keeps(tmp_path: Path) -> None:
+    picture, output = tmp_path / "in.png", tmp_path / "out.png"
+    _pictures()[0].save(picture)
+    console = Console(file=io.StringIO(), width=160)
+    folder = random_qwen3_checkpoint(experts=False)
+    asked = run_ask(
+        picture, "why?", console, method="flowcut", keep=0.5, output=output, model_name=folder, max_new_tokens=4
+    )
+    image = asked.report.samples[0].images[0]
+    # 160 x 224 pixels are 5 x 7 vision tokens of 2 x 2 patches of 16 pixels.
+    assert (image.grid, len(image.kept_per_layer[-1])) == ((1, 5, 7), 18)
+    assert Image.open(output).width > 300
