@@ -29,6 +29,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 import vtprune
@@ -174,6 +176,21 @@ def qwen(layers: tuple[int, int] = (32, 28)) -> Any:
     return _made(Qwen2_5_VLForConditionalGeneration, config)
 
 
+def qwen3(layers: tuple[int, int] = (24, 28)) -> Any:
+    """Qwen3-VL-2B's shape, with three planes."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 5e6}
+    config = Qwen3VLConfig(
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 16, "depth": layers[0], "num_heads": 2,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [layers[0] * part // 4 - 1 for part in (1, 2, 3)],
+        },
+        text_config={**_decoder(layers[1]), "head_dim": 8, "rope_parameters": rope},
+        image_token_id=IMAGE, vision_start_token_id=IMAGE + 1, vision_end_token_id=IMAGE + 2, video_token_id=IMAGE + 3,
+    )  # fmt: skip
+    return _made(Qwen3VLForConditionalGeneration, config)
+
+
 def _decoder(layers: int) -> dict[str, Any]:
     return {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2,
@@ -240,7 +257,7 @@ def count(model: Any, inputs: dict[str, Tensor]) -> Steps:
     return Steps(prefill, *steps)
 
 
-MODELS: dict[str, Callable[[], Any]] = {"llava": llava, "qwen": qwen}
+MODELS: dict[str, Callable[[], Any]] = {"llava": llava, "qwen": qwen, "qwen3": qwen3}
 
 
 @torch.inference_mode()
@@ -300,7 +317,7 @@ def places(method: str, counts: Counts) -> Table:
 
 def main(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; all that ship by default.")] = "",
-    model: Annotated[str, typer.Option(help="llava or qwen.")] = "llava",
+    model: Annotated[str, typer.Option(help="llava, qwen (Qwen2.5-VL) or qwen3.")] = "llava",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     detail: Annotated[bool, typer.Option("--detail", help="Also where in the code they are.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the counts.")] = None,

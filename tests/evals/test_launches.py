@@ -129,6 +129,15 @@ def test_rows_of_a_batch_wait_together(method: str) -> None:
     assert extra[1] <= extra[0]
 
 
+def test_what_a_decoder_adds_between_its_layers_costs_few_launches_and_no_wait() -> None:
+    found = count_all("qwen3", 1, ["grid", "pool"])
+    plain = found.pop("").prefill
+    for method, own in found.items():
+        assert own.prefill.launched <= 1.05 * plain.launched, method
+        # The model itself waits for each plane, to see where it stands.
+        assert own.prefill.read < plain.read, method
+
+
 @pytest.mark.slow
 def test_packed_towers_wait_once_a_cut_and_rows_of_a_batch_together() -> None:
     one, eight = (count_all("qwen", batch, list(BOUNDS)) for batch in (1, 8))
@@ -149,4 +158,4 @@ def test_the_command_prints_and_writes_what_it_counted(tmp_path: Path) -> None:
     assert written["unpruned"]["prefill"]["read_backs"] < written["grid"]["prefill"]["read_backs"]
     refused = CliRunner().invoke(app, ["--model", "bert"])
     assert refused.exit_code == 2
-    assert "model is one of llava, qwen, got 'bert'" in refused.output.replace("\n", " ")
+    assert "model is one of llava, qwen, qwen3, got 'bert'" in refused.output.replace("\n", " ")

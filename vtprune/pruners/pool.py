@@ -45,9 +45,14 @@ class Pool(BeforeDecoder):
         shape = cell_grid(stream.grid, stream.budget)
         cells = cut(stream.grid, shape)
         merges = (Merge(cell.centre, cell.members, (1 / len(cell.members),) * len(cell.members)) for cell in cells)
+
+        def mix(values: Tensor) -> Tensor:
+            return pool_features(values, stream.grid, shape)
+
         return Selection(
             kept=torch.tensor([cell.centre for cell in cells], device=stream.features.device),
-            vectors=pool_features(stream.features, stream.grid, shape),
+            vectors=mix(stream.features),
             merges=tuple(merge for merge in merges if len(merge.members) > 1),
             sound=True,
+            mix=mix,
         )

@@ -80,12 +80,18 @@ def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Select
     pool = rest[: pool_size(rest.numel())].to(features.device)
     cluster = density_peaks(features[pool], count)
     shares = cluster_shares(cluster, count)
-    members = at_least_single(features[pool])
-    vectors = torch.matmul(shares.to(members), members).to(features.dtype)
     into = torch.full((count,), scores.numel(), device=pool.device).scatter_reduce(0, cluster, pool, "amin")
     kept = torch.cat([stay.to(pool.device), into]).sort().values
-    merged = features[kept].index_copy(0, torch.searchsorted(kept, into), vectors)
-    return Selection(kept, merged, functools.partial(_merges, pool, cluster, shares=shares, into=into), sound=True)
+    places = torch.searchsorted(kept, into)
+
+    def mix(values: Tensor) -> Tensor:
+        """(N, D) values of the tokens to (K, D) of those that go on."""
+        members = at_least_single(values[pool])
+        vectors = torch.matmul(shares.to(members), members).to(values.dtype)
+        return values[kept].index_copy(0, places, vectors)
+
+    flowed = functools.partial(_merges, pool, cluster, shares=shares, into=into)
+    return Selection(kept, mix(features), flowed, sound=True, mix=mix)
 
 
 def _merges(pool: Tensor, cluster: Tensor, shares: Tensor, into: Tensor) -> tuple[Merge, ...]:
