@@ -38,8 +38,8 @@ class Selection:
     bias: (K,) what every decoder layer adds to the attention logits of each kept token as a key, or None; scores: (N,)
     what the layer of `Guided.learns_from` is to teach. Both are for training, carry gradients, and lift the budget.
     sound: that the indices are ascending, distinct and inside N by the way they were made, so that the device need not
-    be asked. mix: what made `vectors`, for other values (N, D) of the same tokens, which belong to them as their vectors
-    do (what a decoder adds between its layers); None: as the merges say, with constant weights.
+    be asked. mix: what made `vectors`, for other values (N, D) that belong to the same tokens (what a decoder adds to
+    them between its layers); None: as the merges say, with constant weights.
     """
 
     kept: Tensor
