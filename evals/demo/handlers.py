@@ -136,6 +136,8 @@ class Handlers:
 
 def label_of(setting: Setting) -> str:
     """The method with its options and what it keeps."""
+    if setting.folder:
+        return f"{setting.method}, as trained"
     return setting.label if setting.keep is None else f"{setting.label}, keep {show_keep(setting.keep)}"
 
 

@@ -264,8 +264,12 @@ def _compare_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) 
     _as_it_comes(methods)
     go, halt = _buttons("Compare", "compare")
     numbers = gr.Markdown("", elem_id="compare-numbers")
+    views = []
     with gr.Row():
-        views = [gr.HTML(None, min_width=240, elem_id=f"view-{place}", **VIEW) for place in range(COMPARED)]
+        for place in range(COMPARED):
+            # Columns stand below each other where a screen is narrow.
+            with gr.Column(min_width=220):
+                views.append(gr.HTML(None, elem_id=f"view-{place}", **VIEW))
     given = [image, question, model, methods, keep]
     _cancels(halt, go.click(handlers.compare, given, [numbers, *views], **shared), numbers)
 

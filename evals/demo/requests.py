@@ -17,6 +17,8 @@ log = logging.getLogger("vtprune.demo")
 
 # Pixels that a picture may unfold to; bytes of an upload.
 MOST_PIXELS, MOST_BYTES = 40_000_000, 20 * 2**20
+# What an upload may be: formats whose headers say how large the picture is.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class Sentence(gr.Error):
@@ -52,4 +54,4 @@ def picture_of(path: str | None) -> Image.Image:
     or unfolds to more than MOST_PIXELS."""
     if not path:
         raise InputError("image: choose a picture first")
-    return open_picture(path, "the picture", most_pixels=MOST_PIXELS)
+    return open_picture(path, "the picture", most_pixels=MOST_PIXELS, formats=FORMATS)

@@ -47,14 +47,21 @@ def whole_images() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _lenient
 
 
-def open_picture(source: Source, name: str | None = None, *, most_pixels: int | None = None) -> Image.Image:
+def open_picture(
+    source: Source,
+    name: str | None = None,
+    *,
+    most_pixels: int | None = None,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """The upright RGB picture in a file, in its bytes, or in a PIL image, which is left as it is.
 
     EXIF orientation is applied, transparency is composited on white, and of an animation the first frame is taken.
     Sixteen bits of grey are scaled from 0..65535 to 0..255. Of 32-bit integers the range is the first of 0..255,
     0..65535 that holds all of them, of floats the first of 0..1, 0..255, 0..65535; where none does, black is the
     smallest value and white the largest. name: what a message calls it (None: its path). most_pixels: what a file may
-    unfold to, which its header says before anything is decoded (None: what PIL takes).
+    unfold to, which its header says before anything is decoded (None: what PIL takes). formats: those that a file may
+    be in, as PIL names them (None: all that PIL knows; some hold pictures larger than their header says).
 
     Raises PictureError, naming the file, for one that is not there, is no picture, is cut short, is too large, or
     holds what cannot be shown (values that are not finite, colour spaces without a rule).
@@ -66,7 +73,7 @@ def open_picture(source: Source, name: str | None = None, *, most_pixels: int | 
             if isinstance(source, Image.Image):
                 source.load()
                 return _upright_rgb(source)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
                 if most_pixels is not None and image.width * image.height > most_pixels:
                     size = f"{image.width:,} x {image.height:,}"
                     raise ValueError(f"it has {size} pixels, and at the most {most_pixels:,} are taken")

@@ -98,6 +98,18 @@ def test_methods_are_compared_side_by_side(page: Any) -> None:
     assert "pyramid_drop, keep 25%" in page.inner_text("#compare-numbers")
 
 
+def test_what_is_compared_stands_below_each_other_on_a_phone(browser: Any, address: str) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(address)
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#compare-go")
+    page.wait_for_selector("#view-2 canvas")
+    boxes = [page.locator(f"#view-{place} canvas").bounding_box() for place in range(3)]
+    page.close()
+    assert all(box["width"] > 200 for box in boxes)
+    assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"] < boxes[2]["y"]
+
+
 def test_the_curve_is_drawn_from_all_patches_to_few(page: Any) -> None:
     page.get_by_role("tab", name="Curve").click()
     page.click("#curve-go")

@@ -112,6 +112,11 @@ def large(path: Path) -> None:
     Image.new("1", (8_000, 6_000)).save(path)
 
 
+def icon(path: Path) -> None:
+    """A format that holds pictures of its own, of any size."""
+    Image.new("RGB", (64, 64)).save(path, format="ICO")
+
+
 def text_file(path: Path) -> None:
     path.write_text("this is no picture")
 
@@ -125,6 +130,7 @@ def cut_short(path: Path) -> None:
     [
         (bomb, "400000000 pixels"),
         (large, "8,000 x 6,000 pixels, and at the most 40,000,000 are taken"),
+        (icon, "cannot identify image file"),
         (text_file, "cannot identify image file"),
         (cut_short, "cannot read the picture"),
     ],
