@@ -69,6 +69,8 @@ def check_question(loaded: Loaded, text: str | None) -> str:
         raise InputError("question: write a question about the picture first")
     if len(text) > LONGEST_QUESTION:
         raise InputError(f"question: at the most {LONGEST_QUESTION:,} characters, this one has {len(text):,}")
+    if not text.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise InputError("question: it holds half a character, which is no text; write it again")
     check_text(loaded.processor, text, "question")
     return text
 

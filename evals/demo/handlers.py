@@ -67,12 +67,11 @@ class Handlers:
 
     def compare(self, path: str, text: str, name: str, hows: list[str], share: float) -> Iterator[tuple[Any, ...]]:
         """The numbers, and a view a method."""
-        hows = [str(how) for how in hows or []][:COMPARED]
         same = (gr.skip(),) * COMPARED
-        with logged("compare", _what(name, "+".join(hows), share, "")):
-            if not hows:
+        with logged("compare", _what(name, str(hows), share, "")):
+            if not hows or not isinstance(hows, list):
                 raise InputError(f"methods: choose one, or up to {COMPARED}")
-            settings = [chosen(self.models[name], how, share) for how in hows]
+            settings = [chosen(self.models[name], how, share) for how in hows[:COMPARED]]
             opened = picture_of(path)
             for now in self._progress(name, opened, text, settings):
                 yield f"{now.doing} …" if now.doing else numbers(now.finished), *same
@@ -87,7 +86,10 @@ class Handlers:
         """The plot and the table below it."""
         loaded = self.models[name]
         with logged("curve", _what(name, how, share, extra)):
-            chosen(loaded, how, share, extra)
+            if chosen(loaded, how, share, extra).folder:
+                raise InputError(
+                    "method: as trained it keeps what it was trained to, so nothing is to be drawn; choose another"
+                )
             opened = picture_of(path)
             for now in curve(self.models, name, opened, text, setting=lambda kept: chosen(loaded, how, kept, extra)):
                 yield frame(now), points(now)
@@ -143,7 +145,8 @@ def label_of(setting: Setting) -> str:
 
 def _what(name: str, how: str, share: float, extra: str) -> str:
     """What a line of the log tells of a request: words of one line, and never the question."""
-    return " ".join(f"model={name} method={how} keep={share}% options={extra or '-'}"[:200].split())
+    text = f"model={name} method={how} keep={share}% options={extra or '-'}"[:200]
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 def _notes(now: Progress) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -137,9 +137,10 @@ def _choices(kind: type[Pruner], name: str, tunable: Tunable | None) -> tuple[An
 
 
 def _slider(name: str, tunable: Tunable, value: float, help_: str) -> Option:
-    low, high = float(tunable.low), float(tunable.high)
-    step = 1.0 if tunable.whole else (high - low) / STEPS
-    return Option(name, Kind.SLIDER, min(max(float(value), low), high), help_, low=low, high=high, step=step)
+    # Rounded outwards, so that the range holds what the method has found.
+    low, high = math.floor(1000 * tunable.low) / 1000, math.ceil(1000 * tunable.high) / 1000
+    step = 1.0 if tunable.whole else round((high - low) / STEPS, 4)
+    return Option(name, Kind.SLIDER, round(min(max(value, low), high), 3), help_, low=low, high=high, step=step)
 
 
 def _help(kind: type[Pruner], name: str) -> str:
@@ -154,33 +155,41 @@ def _help(kind: type[Pruner], name: str) -> str:
     return textwrap.shorten(text[:1].upper() + text[1:] + ".", HELP, placeholder=" …")
 
 
-def changed(method: str, facts: ModelFacts, values: Mapping[str, Any]) -> str:
-    """The options that differ from what they stand at, as `vtprune` takes them: "alpha=2.0,crops=8"."""
-    parts = []
-    for option in options_of(method, facts):
-        value = values.get(option.name, option.value)
-        if option.kind is Kind.LAYERS:
-            value = _layers(str(value or ""))
-        if value in (None, AUTOMATIC, ()) or value == option.value:
-            continue
+def changed(method: str, facts: ModelFacts, text: str, name: str, value: Any) -> str:
+    """The text of all options, as `vtprune` takes it ("alpha=2.0,crops=8"), once one of them was moved to a value; one
+    that stands where the method has it is left out. What cannot be read is written down as it is, and told of when it
+    is asked with."""
+    option = next(one for one in options_of(method, facts) if one.name == name)
+    try:
+        held = dict(parse_options(text))
+    except VTPruneError:
+        held = {}
+    held.pop(name, None)
+    value = _read(option, value)
+    if value not in (None, AUTOMATIC, ()) and value != option.value:
         if isinstance(value, float) and value.is_integer() and _whole(method, option):
             value = int(value)
-        parts.append(f"{option.name}={show_value(value)}")
-    return ",".join(parts)
+        held[name] = value
+    return ",".join(f"{one}={show_value(own)}" for one, own in held.items())
+
+
+def _read(option: Option, value: Any) -> Any:
+    """What a control holds, as a value of its option; a text that is none stays a text."""
+    if option.kind is Kind.LAYERS:
+        parts = [part for part in re.split(r"[\s,()]+", str(value or "")) if part]
+        return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else str(value)
+    if option.kind is Kind.NUMBER and isinstance(value, str):
+        try:
+            return float(value) if value.strip() else None
+        except ValueError:
+            return value
+    return value
 
 
 def _whole(method: str, option: Option) -> bool:
     """Whether an option is a whole number."""
     types_ = _types(typing.get_type_hints(pruner_class(method))[option.name])
     return int in types_ and float not in types_
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    """`2, 5` as numbers; raises InputError for anything else."""
-    parts = [part for part in re.split(r"[\s,()]+", text) if part]
-    if not all(part.isdigit() for part in parts):
-        raise InputError(f"layers: write the numbers of decoder layers as 2, 5, not {text!r}")
-    return tuple(int(part) for part in parts)
 
 
 def chosen(loaded: Loaded, method: str, keep: float, options: str | None = "") -> Setting:
@@ -200,12 +209,15 @@ def chosen(loaded: Loaded, method: str, keep: float, options: str | None = "") -
     if len(options) > LONGEST:
         raise InputError(f"options: at the most {LONGEST} characters")
     given = read_options(method, dict(parse_options(options))) if options.strip() else {}
-    allowed = {option.name for option in options_of(method, loaded.facts)}
-    for name in given:
+    allowed = {option.name: option for option in options_of(method, loaded.facts)}
+    for name, value in given.items():
         if name not in allowed:
             raise InputError(
                 f"options: {name!r} is not chosen here; {method} has {', '.join(sorted(allowed)) or 'no options'}"
             )
+        option = allowed[name]
+        if option.kind is Kind.SLIDER and isinstance(value, int | float) and not option.low <= value <= option.high:
+            raise InputError(f"options: {name} is chosen from {option.low:g} to {option.high:g} here, got {value!r}")
     setting = Setting(method, keep / 100, tuple(given.items()))
     try:
         create(method, keep=setting.keep, **given)

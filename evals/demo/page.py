@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from vtprune.errors import VTPruneError
 from vtprune.evals.demo import link
@@ -15,6 +18,7 @@ from vtprune.evals.demo.handlers import COMPARED, Handlers, frame
 from vtprune.evals.demo.models import Models
 from vtprune.evals.demo.options import Kind, Option, about, as_trained, changed, choosable, options_of
 from vtprune.evals.demo.requests import Sentence
+from vtprune.method.facts import ModelFacts
 from vtprune.method.texts import parse_options
 
 HERE = Path(__file__).parent
@@ -70,7 +74,7 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
         elem_id="picture",
     )
     question = gr.Textbox(
-        start.question, label="Question", info="What to ask about the picture.", elem_id="question", lines=2
+        start.question, label="Question", info="What to ask about the picture; Enter asks.", elem_id="question"
     )
     method = gr.Dropdown(
         _methods(models, start.model),
@@ -115,6 +119,8 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
     _as_it_comes(image, model, method, keep)
 
     def switched(name: str, how: str) -> tuple[Any, ...]:
+        if name not in models.names:
+            raise Sentence(f"model: this page has {', '.join(models.names)}")
         known = _methods(models, name)
         own = how if how in known and not as_trained(models[name]) else link.default_method(models, name)
         return gr.Dropdown(choices=known, value=own), _about(own, name, models), "", ""
@@ -134,6 +140,8 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
     model.input(switched, [model, method], [method, told, options, seed], **LIGHT)
     method.change(lambda how, name: _about(how, name, models), [method, model], told, **LIGHT)
     method.input(lambda: ("", ""), None, [options, seed], **LIGHT)
+    # What was typed stands in the controls, too.
+    options.blur(lambda text: text or "", options, seed, **LIGHT)
     page.load(opened, None, [model, method, keep, options, seed, question, told], **LIGHT)
     held: list[Any] = [model, method, keep, options, question]
     gr.on([one.change for one in held], None, held, address, js=link.WRITE, **LIGHT)
@@ -148,8 +156,14 @@ def _as_it_comes(*components: Any) -> None:
 
 
 def _path_of(payload: Any) -> str | None:
-    """The path of an upload in the temporary folder."""
-    return None if payload is None else payload.path
+    """The path of an upload in the temporary folder. A request may name any path: what lies elsewhere, or is no file,
+    is nobody's upload."""
+    if payload is None or not payload.path:
+        return None
+    path, folder = os.path.realpath(payload.path), os.path.realpath(get_upload_folder())
+    if os.path.commonpath([path, folder]) != folder or not os.path.isfile(path):
+        raise Sentence("image: this picture is not there, or no longer; choose it again")
+    return path
 
 
 def _methods(models: Models, name: str) -> list[str]:
@@ -159,8 +173,10 @@ def _methods(models: Models, name: str) -> list[str]:
 
 def _about(method: str, name: str, models: Models) -> str:
     """What the page says below the method."""
-    trained = models[name].trained
-    return about(trained.method if trained is not None and method == as_trained(models[name]) else method)
+    trained = models[name].trained if name in models.names else None
+    if trained is not None and method == as_trained(models[name]):
+        return f"{about(trained.method)} It keeps what it was trained to keep, whatever is chosen below."
+    return about(method) if method in choosable() else ""
 
 
 def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: Any) -> None:
@@ -178,14 +194,14 @@ def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: An
         said = _said(linked)
         controls = [_control(option, said.get(option.name, option.value)) for option in found]
 
-        def gather(*values: Any) -> str:
-            try:
-                return changed(how, facts, {option.name: one for option, one in zip(found, values, strict=True)})
-            except VTPruneError as error:
-                raise Sentence(str(error)) from error
+        for option, control in zip(found, controls, strict=True):
+            write = functools.partial(_moved, how, facts, option.name)
+            control.input(write, [options, control], options, **LIGHT)
 
-        for control in controls:
-            control.input(gather, controls, options, **LIGHT)
+
+def _moved(method: str, facts: ModelFacts, name: str, text: str, value: Any) -> str:
+    """The text of all options once a control was moved."""
+    return changed(method, facts, text or "", name, value)
 
 
 def _said(options: str) -> dict[str, Any]:
@@ -210,7 +226,9 @@ def _control(option: Option, value: Any) -> Any:
         named = [("automatic" if one is None else str(one), one) for one in option.choices]
         return gr.Dropdown(named, value=value if value in option.choices else option.value, **common)
     if option.kind is Kind.NUMBER:
-        return gr.Number(value if isinstance(value, int | float) else option.value, **common)
+        # A number that is not given would show as 0.
+        shown = "" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
+        return gr.Textbox(shown, placeholder="automatic", **common)
     return gr.Textbox(str(value or ""), **common)
 
 

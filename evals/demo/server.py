@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -91,7 +92,10 @@ def served(options: Options) -> Iterator[str]:
                 css=".prose td, .prose th { word-break: normal; overflow-wrap: normal; }",
             )
         except OSError as error:
-            raise InputError(f"port: {options.port} on {options.host} cannot be had: {error}") from error
+            raise InputError(
+                f"port: {options.port} on {options.host} cannot be had; give another --port, or the address of this "
+                "machine as --host"
+            ) from error
         try:
             yield shared or local
         finally:
@@ -119,9 +123,18 @@ def serve(options: Options, tell: Callable[[str], Any] = print) -> None:
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("vtprune.demo").setLevel(logging.INFO)
     stop = threading.Event()
-    with served(options) as address:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+
+    def leave(*_: Any) -> None:
+        # While models are loaded nobody waits for the event.
+        stop.set()
+        if not ready:
+            raise KeyboardInterrupt
+
+    ready = False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    with contextlib.suppress(KeyboardInterrupt), served(options) as address:
+        ready = True
         tell(f"the demo is at {address}; stop it with Ctrl-C")
         stop.wait()
     tell("stopped")

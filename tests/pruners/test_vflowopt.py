@@ -42,6 +42,8 @@ def facts(depth: int) -> ModelFacts:
 
 
 def test_cells_are_floors_of_rows_and_columns_and_parts_share_none():
+    # Cells smaller than a token hold one each, and no others are made.
+    assert cells_of([(3, 5)], 1e-9)[1] == 15
     assert cells_of([(3, 5)], 2.5)[0].reshape(3, 5).tolist() == [[0, 0, 0, 1, 1]] * 3
     assert cells_of([(4, 4)], 2.5)[0].reshape(4, 4)[:, ::3].tolist() == [[0, 1]] * 3 + [[2, 3]]
     assert cells_of([(2, 2), (1, 3)], 10)[0].tolist() == [0, 0, 0, 0, 1, 1, 1]

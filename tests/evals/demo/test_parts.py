@@ -16,9 +16,9 @@ import vtprune
 from tests.checkpoint import random_qwen_checkpoint
 from vtprune.assets import ASSETS, EXAMPLE_IMAGE
 from vtprune.cli.app import app
-from vtprune.errors import InputError
+from vtprune.errors import InputError, VTPruneError
 from vtprune.evals.demo import link
-from vtprune.evals.demo.asking import ROWS, Finished, ask, cost_table, encoded, stream
+from vtprune.evals.demo.asking import ROWS, Finished, ask, check_question, cost_table, encoded, stream
 from vtprune.evals.demo.curve import KEEPS, curve
 from vtprune.evals.demo.fates import fates, sentence
 from vtprune.evals.demo.models import Loaded, Models, load_models
@@ -58,13 +58,15 @@ def test_each_field_of_a_method_is_a_control_with_a_line_of_help(loaded: Loaded,
 
 
 @every_method
-def test_controls_that_nobody_touched_change_nothing(loaded: Loaded, method: str) -> None:
-    values = {option.name: option.value for option in options_of(method, loaded.facts)}
-    assert changed(method, loaded.facts, values) == ""
+def test_a_control_that_is_where_it_was_changes_nothing(loaded: Loaded, method: str) -> None:
+    for option in options_of(method, loaded.facts):
+        # What the page shows of a number that the method finds itself is an empty field.
+        shown = "" if option.value is None else option.value
+        assert changed(method, loaded.facts, "", option.name, shown) == ""
 
 
 @every_method
-def test_each_control_reaches_its_field(loaded: Loaded, method: str) -> None:
+def test_each_control_reaches_its_field_and_leaves_the_others(loaded: Loaded, method: str) -> None:
     for option in options_of(method, loaded.facts):
         value: Any = None
         if option.kind is Kind.SLIDER:
@@ -77,12 +79,35 @@ def test_each_control_reaches_its_field(loaded: Loaded, method: str) -> None:
             value = "2, 3"
         if value is None:
             continue
-        text = changed(method, loaded.facts, {option.name: value})
-        if (method, option.name) == ("fastv", "layers"):
-            text += ",schedule=steps"
-        setting = chosen(loaded, method, 50, text)
-        held = getattr(setting.pruner(), option.name)
+        before = "schedule=steps" if (method, option.name) == ("fastv", "layers") else ""
+        text = changed(method, loaded.facts, before, option.name, value)
+        assert text.startswith(before)
+        held = getattr(chosen(loaded, method, 50, text).pruner(), option.name)
         assert held == ((2, 3) if option.kind is Kind.LAYERS else value)
+        # Moved back, it is as if nobody had touched it.
+        back = "" if option.kind is Kind.LAYERS else option.value
+        assert changed(method, loaded.facts, text, option.name, back) == before
+
+
+def test_numbers_are_typed_and_what_is_none_is_told_when_it_is_asked_with(loaded: Loaded) -> None:
+    facts = loaded.facts
+    assert changed("fastv", facts, "layers=(2,)", "ratio", "0.3") == "layers=(2,),ratio=0.3"
+    assert changed("fastv", facts, "layers=(2,),ratio=0.3", "ratio", "") == "layers=(2,)"
+    assert changed("turbo", facts, "", "r", "3") == "r=3"
+    for method, name, value in (("fastv", "ratio", "half"), ("fastv", "layers", "2, x")):
+        with pytest.raises(VTPruneError, match=name):
+            chosen(loaded, method, 50, changed(method, facts, "", name, value)).pruners()
+
+
+@pytest.mark.parametrize("text", ["cell=1e-9", "cell=0.01", "cell=1000000", "alpha=7"])
+def test_what_no_slider_reaches_is_refused(loaded: Loaded, text: str) -> None:
+    with pytest.raises(InputError, match=r"is chosen from .* to .* here"):
+        chosen(loaded, "vflowopt", 50, text)
+
+
+def test_half_a_character_is_no_question(loaded: Loaded) -> None:
+    with pytest.raises(InputError, match="half a character"):
+        check_question(loaded, "why \ud800?")
 
 
 def test_what_was_trained_comes_with_its_own_model_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -216,17 +217,38 @@ def test_no_address_opens_a_file_of_the_server(address: str, place: str) -> None
     assert caught.value.code in (403, 404)
 
 
-def test_a_picture_cannot_be_named_that_was_not_uploaded(address: str) -> None:
-    payload = {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, *GIVEN.values()]}
+def told(address: str, picture: Any, place: str = "answer", **changes: Any) -> str:
+    """What the server answers to a request that no client would make."""
+    payload = {"data": [picture, *{**GIVEN, **changes}.values()]}
     request = urllib.request.Request(
-        f"{address}/gradio_api/call/answer", json.dumps(payload).encode(), {"Content-Type": "application/json"}
+        f"{address}/gradio_api/call/{place}", json.dumps(payload).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request) as answer:
-        event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{address}/gradio_api/call/answer/{event}") as answer:
-        told = answer.read().decode()
-    assert "event: error" in told
-    assert "root:" not in told
+    try:
+        with urllib.request.urlopen(request) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{address}/gradio_api/call/{place}/{event}", timeout=20) as answer:
+            found: str = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return f"event: error {error.code}"
+    return found
+
+
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {"meta": {"_type": "x"}}, {}], ids=str)
+def test_a_picture_cannot_be_named_that_was_not_uploaded(address: str, tmp_path: Path, meta: dict[str, Any]) -> None:
+    secret, pipe = tmp_path / "secret.png", tmp_path / "pipe"
+    secret.write_bytes(EXAMPLE_IMAGE.read_bytes())
+    os.mkfifo(pipe)
+    answers = {told(address, {"path": str(path), **meta}) for path in (secret, pipe, tmp_path, "/etc/passwd", "/none")}
+    assert all("event: error" in answer for answer in answers)
+    # Whether a file is there cannot be told either.
+    assert len(answers) == 1 or "gradio.FileData" in str(meta)
+
+
+def test_a_line_of_the_log_is_one_line_of_plain_text(client: Client, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO, logger="vtprune.demo"), pytest.raises(AppError):
+        answers(client, EXAMPLE_IMAGE, how="flowcut\x1b[31m\nred")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "vtprune.demo"]
+    assert line.isprintable()
 
 
 def test_who_comes_when_the_queue_is_full_is_told_so_and_nobody_else_is_lost(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ def cells_of(parts: Iterable[tuple[int, int]], size: float) -> tuple[Tensor, int
     parts: (rows, cols) of each grid; size: side of a cell in tokens, any positive number. Grids share no cell.
     """
     cells, first = [np.empty(0, dtype=np.int64)], 0
+    # A cell smaller than a token holds one all the same.
+    size = max(size, 1.0)
     for rows, cols in parts:
         row, col = (np.floor(np.arange(n) / size).astype(np.int64) for n in (rows, cols))
         own = row[:, None] * (col[-1] + 1) + col
