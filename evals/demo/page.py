@@ -201,7 +201,7 @@ def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: An
 
 def _moved(method: str, facts: ModelFacts, name: str, text: str, value: Any) -> str:
     """The text of all options once a control was moved."""
-    return changed(method, facts, text or "", name, value)
+    return changed(method, facts, text or "", name=name, value=value)
 
 
 def _said(options: str) -> dict[str, Any]:
