@@ -35,7 +35,7 @@ test-browser: $(STAMP)
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 		{ echo "no Chromium is found, and apt-get could not install one: install it, and run this again"; exit 1; }
-	$(BIN)/python -m pytest tests/evals/demo -m "not slow"
+	$(BIN)/python -m pytest tests/evals/demo/test_page.py
 
 # The README's picture of the demo, made by one of its tests.
 pictures: $(STAMP)
