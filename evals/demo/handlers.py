@@ -84,8 +84,8 @@ class Handlers:
 
     def curve(self, path: str, text: str, name: str, how: str, share: float, extra: str) -> Iterator[tuple[Any, Any]]:
         """The plot and the table below it."""
-        loaded = self.models[name]
         with logged("curve", _what(name, how, share, extra)):
+            loaded = self.models[name]
             if chosen(loaded, how, share, extra).folder:
                 raise InputError(
                     "method: as trained it keeps what it was trained to, so nothing is to be drawn; choose another"

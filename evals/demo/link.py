@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vtprune.evals.demo.asking import LONGEST_QUESTION
 from vtprune.evals.demo.models import Models
 from vtprune.evals.demo.options import LONGEST, as_trained, choosable
 
@@ -12,7 +13,6 @@ from vtprune.evals.demo.options import LONGEST, as_trained, choosable
 METHOD, KEEP, QUESTION = "flowcut", 25.0, "what is written on the yellow square?"
 # The same names in the page's own JavaScript.
 NAMES = ("model", "method", "keep", "options", "question")
-LONGEST_QUESTION = 2000
 
 # Writes the address of the page anew, and answers with it.
 WRITE = """(...values) => {
