@@ -16,6 +16,7 @@ from vtprune.decoder.prompt import PromptInfo
 from vtprune.encoder.encoding import EncodedImage, Encoding
 from vtprune.method.beside import image_statistics
 from vtprune.method.facts import ModelFacts
+from vtprune.method.kinds import IMAGE, VIDEO
 from vtprune.tensors.attention import split_heads
 from vtprune.tensors.compaction import gather_tokens
 from vtprune.tensors.rotary import rotate
@@ -41,7 +42,6 @@ class Projections:
 
 # Norms of queries and keys, by tap, as transformers names them.
 QK_NORMS = {"q": "q_norm", "k": "k_norm"}
-IMAGE, VIDEO = "image", "video"
 # By kind, the names that transformers has for the method of the inner model that encodes it and for its pixels.
 ENCODE = {IMAGE: "get_image_features", VIDEO: "get_video_features"}
 PIXELS = {IMAGE: "pixel_values", VIDEO: "pixel_values_videos"}
@@ -148,16 +148,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
-        """The pixels of each row of the encoder's pass, that of `encoding`."""
+        """The pixels of each unit of the encoder's pass, that of `encoding`."""
 
-    def assemble(self, rows: list[EncodedImage], arguments: dict[str, Any]) -> list[EncodedImage]:
-        """The images that the rows of one encoder pass (crops, frames) make, one for each feature tensor of the
-        model: each row is an image, unless a family says else."""
-        return rows
+    def assemble(self, images: list[EncodedImage], arguments: dict[str, Any]) -> list[EncodedImage]:
+        """The images or videos of one encoder pass, one for each feature tensor of the model, with what else is known
+        of them (which placeholders are no vision tokens): as they are, unless a family says more."""
+        return images
 
     @abstractmethod
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(t, 3, H, W) the pixels of one image as the encoder got them, in [0, 1]."""
+        """(t, 3, H, W) the pixels of one image, or of each frame of a video, as the encoder got them, in [0, 1]."""
 
     @property
     def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -249,6 +249,11 @@ class Adapter(ABC):
     def records_states(self) -> bool:
         """Whether the decoder hands out hidden states where it is not told."""
         return bool(self.inner.language_model.config.output_hidden_states)
+
+    @property
+    def returns_dicts(self) -> bool:
+        """Whether the model answers with output objects, not tuples, where it is not told."""
+        return bool(self.model.config.return_dict)
 
     @property
     def plane_mergers(self) -> tuple[nn.Module, ...]:

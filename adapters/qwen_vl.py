@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,18 +25,23 @@ from vtprune.encoder.encoding import Encoding
 from vtprune.encoder.packed import SIZE_BIAS, PackedEncoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.facts import ModelFacts
+from vtprune.method.kinds import IMAGE, VIDEO
 from vtprune.tensors.rotary import rotate
 
 if TYPE_CHECKING:
     from vtprune.cache.layer import PrunedLayer
 
 
+# The arguments that say how large images and videos are, and how far apart in time the frames of these lie.
+SIZES = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
 class Qwen2VLAdapter(Adapter):
-    """`Qwen2VLForConditionalGeneration`; images only, several a prompt and of any size."""
+    """`Qwen2VLForConditionalGeneration`; images and videos, several a prompt and of any size."""
 
     name = "qwen2_vl"
     models = ("Qwen2VLForConditionalGeneration",)
-    notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+    notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images and videos"
 
     model_types = ("qwen2_vl",)
 
@@ -74,6 +79,10 @@ class Qwen2VLAdapter(Adapter):
     def _merge(self) -> int:
         return int(self.model.config.vision_config.spatial_merge_size)
 
+    def sources(self) -> tuple[Source, ...]:
+        config = self.model.config
+        return Source(IMAGE, config.image_token_id), Source(VIDEO, config.video_token_id)
+
     def facts(self) -> ModelFacts:
         config, text = self.model.config, self.model.config.get_text_config()
         return ModelFacts(
@@ -95,9 +104,11 @@ class Qwen2VLAdapter(Adapter):
         # Read back once; all that follows from it is made on the host.
         grid_thw: list[list[int]] = arguments[_grids(source)].tolist()
         vision, merge = self.model.config.vision_config, self._merge
-        grids = [(t, h // merge, w // merge) for t, h, w in grid_thw]
         return PackedEncoding(
-            grids,
+            # A frame is what attention never leaves.
+            [(1, h // merge, w // merge) for t, h, w in grid_thw for _ in range(t)],
+            units=[t for t, _, _ in grid_thw],
+            kind=source.kind,
             group=merge**2,
             prefix=0,
             heads=vision.num_heads,
@@ -117,7 +128,7 @@ class Qwen2VLAdapter(Adapter):
     def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
         vision, merge = self.model.config.vision_config, self._merge
         frames, height, width = grid
-        # An image is repeated to fill the patch's depth in time; the first of these is the picture.
+        # A patch is several frames of a video deep in time; an image is repeated to fill it. The first is the picture.
         pattern = "(t h w gh gw) (c time ph pw) -> time t c (h gh ph) (w gw pw)"
         sizes = {"t": frames, "h": height, "w": width, "gh": merge, "gw": merge}
         size = vision.patch_size
@@ -153,8 +164,8 @@ class Qwen2VLAdapter(Adapter):
             input_ids, types = values["input_ids"], values["mm_token_type_ids"]
             if input_ids is None or types is None or not bool(types[:, -length:].any()):
                 return text[None] + delta.to(text.device)
-            return self._image_positions(
-                input_ids, types[:, -length:], grid_thw=values["image_grid_thw"], text=text, delta=delta, mask=mask
+            return self._positions_of_new(
+                input_ids, types[:, -length:], given=values, text=text, delta=delta, mask=mask
             )
 
         return compute_3d_position_ids
@@ -175,10 +186,10 @@ class Qwen2VLAdapter(Adapter):
             shifted = text[None].expand(3, -1, -1) + delta.to(text.device)
             types = model_kwargs.get("mm_token_type_ids")
             if types is not None and bool(types[:, past:].any()):
-                new = self._image_positions(
+                new = self._positions_of_new(
                     input_ids[:, past:],
                     types[:, past:],
-                    grid_thw=model_kwargs.get("image_grid_thw"),
+                    given=model_kwargs,
                     text=text[:, past:],
                     delta=delta,
                     mask=mask,
@@ -188,22 +199,23 @@ class Qwen2VLAdapter(Adapter):
 
         return prepare
 
-    def _image_positions(
+    def _positions_of_new(
         self,
         input_ids: Tensor,
         types: Tensor,
-        grid_thw: Tensor | None,
+        given: Mapping[str, Any],
         *,
         text: Tensor,
         delta: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """M-RoPE positions (3, B, q) of new tokens with images, after a cache whose delta is known."""
+        """M-RoPE positions (3, B, q) of new tokens with images or videos, after a cache whose delta is known; given:
+        the call's arguments, of which those count that say how large they are, and how far apart frames lie."""
         length = input_ids.shape[1]
         own_mask = None if mask is None or mask.ndim != 2 else mask[:, -length:]
-        positions, _ = self.inner.get_rope_index(
-            input_ids, mm_token_type_ids=types, image_grid_thw=grid_thw, attention_mask=own_mask
-        )
+        known = inspect.signature(self.inner.get_rope_index).parameters
+        sizes = {name: given[name] for name in SIZES if name in known and given.get(name) is not None}
+        positions, _ = self.inner.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=own_mask, **sizes)
         # Padding may stand between turns: what counts is how many real tokens came before.
         before = text[:, :1] if own_mask is None or mask is None else mask[:, :-length].sum(dim=1, keepdim=True)
         return positions + (before + delta).to(text.device)[None]
@@ -229,7 +241,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
 
     name = "qwen2_5_vl"
     models = ("Qwen2_5_VLForConditionalGeneration",)
-    notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images only (no video)"
+    notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images and videos"
 
     model_types = ("qwen2_5_vl",)
 

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-IMAGE, START, END, PAD = 90, 91, 92, 0
+IMAGE, START, END, VIDEO, PAD = 90, 91, 92, 93, 0
 # The name that forward and generate have for the cache: another one since transformers 5.24.
 PAST = "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
 DECODER_LAYERS = 5
@@ -73,7 +73,7 @@ def _qwen(config: Any, model: Any, tower: dict[str, Any], text: dict[str, Any] |
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
             **(text or {}),
         },
-        image_token_id=IMAGE, video_token_id=93, vision_start_token_id=START, vision_end_token_id=END,
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
     ))  # fmt: skip
 
 
@@ -136,10 +136,11 @@ def make(kind: str, attention: str = "sdpa") -> Any:
 
 @dataclass
 class Row:
-    """One row of a batch: text tokens before, between and after its images, given by size in vision tokens."""
+    """One row of a batch: text tokens before, between and after its images (h, w) and videos (t, h, w), given by size
+    in vision tokens."""
 
     texts: list[int]
-    grids: list[tuple[int, int]]
+    grids: list[tuple[int, ...]]
     seed: int = 0
 
 
@@ -148,6 +149,8 @@ SHORT = Row([2, 4], [(6, 6)], seed=2)
 TWO = Row([2, 3, 5], [(6, 6), (6, 6)], seed=3)
 TEXT = Row([9], [], seed=4)
 ANY_SIZE = [Row([3, 7], [(5, 7)], 1), Row([2, 4], [(4, 3)], 2), Row([2, 3, 5], [(3, 6), (4, 4)], 3)]
+# A video alone, one beside an image, and text alone.
+VIDEOS = [Row([2, 5], [(3, 2, 4)], 5), Row([2, 3, 4], [(4, 3), (2, 3, 3)], 6), Row([4], [], 7)]
 ROWS = {
     "llava-clip": [LONG, SHORT, TWO],
     "llava-siglip": [LONG, SHORT, TWO],
@@ -158,24 +161,46 @@ ROWS = {
 }
 
 
+# The families that say in words, before each frame, when it was taken.
+STAMPED = ("qwen3",)
+SECONDS = 1.5
+
+
 def prompt(kind: str, rows: list[Row], padding: str = "left") -> dict[str, Tensor]:
     """Inputs of a batch of rows, padded on one side; an attention mask only where there is padding."""
-    ids, pixels, grids = [], [], []
+    ids = []
+    pixels: dict[int, list[Tensor]] = {IMAGE: [], VIDEO: []}
+    grids: dict[int, list[list[int]]] = {IMAGE: [], VIDEO: []}
     for row in rows:
         generator = torch.Generator().manual_seed(row.seed)
         tokens = torch.randint(3, 80, (sum(row.texts),), generator=generator).split(row.texts)
         parts = [tokens[0]]
-        for (height, width), text in zip(row.grids, tokens[1:], strict=True):
-            image = torch.full((height * width,), IMAGE)
+        for grid, text in zip(row.grids, tokens[1:], strict=True):
+            token, (height, width) = IMAGE if len(grid) == 2 else VIDEO, grid[-2:]
+            frames = 1 if token == IMAGE else grid[0]
+            image = torch.full((height * width,), token)
             if kind.startswith("qwen"):
-                image = torch.cat([torch.tensor([START]), image, torch.tensor([END])])
-                pixels.append(torch.randn(4 * height * width, 3 * 2 * 4 * 4, generator=generator))
-                grids.append([1, 2 * height, 2 * width])
+                shown = [torch.tensor([START]), image, torch.tensor([END])]
+                if token == VIDEO and kind.startswith(STAMPED):
+                    shown = [part for at in range(frames) for part in (torch.tensor([81, 70 + at]), *shown)]
+                else:
+                    shown[1] = image.repeat(frames)
+                pixels[token].append(torch.randn(frames * 4 * height * width, 3 * 2 * 4 * 4, generator=generator))
+                grids[token].append([frames, 2 * height, 2 * width])
+                parts += shown
             else:
-                pixels.append(torch.randn(1, 3, 4 * height, 4 * width, generator=generator))
-            parts += [image, text]
+                pixels[token].append(torch.randn(1, 3, 4 * height, 4 * width, generator=generator))
+                parts.append(image)
+            parts.append(text)
         ids.append(torch.cat(parts))
-    return _assemble(kind, ids, pixels, grids, padding)
+    inputs = _assemble(kind, ids, pixels[IMAGE], grids[IMAGE], padding)
+    if pixels[VIDEO]:
+        inputs["pixel_values_videos"] = torch.cat(pixels[VIDEO])
+        inputs["video_grid_thw"] = torch.tensor(grids[VIDEO])
+        inputs["mm_token_type_ids"] += 2 * (inputs["input_ids"] == VIDEO)
+        if kind == "qwen2.5-vl":
+            inputs["second_per_grid_ts"] = torch.full((len(grids[VIDEO]),), SECONDS)
+    return inputs
 
 
 def _assemble(

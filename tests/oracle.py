@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.models import IMAGE, PAST, text_positions
+from tests.models import IMAGE, PAST, VIDEO, text_positions
 
 STEPS = 8
 TOLERANCE = 2e-5
@@ -113,11 +113,13 @@ def positions_of(kind: str, model: Any, inputs: dict[str, Tensor], length: int) 
     text = text_positions(inputs, extra)
     if not kind.startswith("qwen"):
         return text
+    sizes = {name: inputs[name] for name in ("video_grid_thw", "second_per_grid_ts") if name in inputs}
     positions, deltas = model.model.get_rope_index(
         inputs["input_ids"],
         mm_token_type_ids=inputs["mm_token_type_ids"],
         image_grid_thw=inputs.get("image_grid_thw"),
         attention_mask=inputs.get("attention_mask"),
+        **sizes,
     )
     tail = (text[:, -extra:] + deltas)[None].expand(3, -1, -1)
     return torch.cat([positions, tail], dim=-1) if extra else positions
@@ -125,26 +127,26 @@ def positions_of(kind: str, model: Any, inputs: dict[str, Tensor], length: int) 
 
 def embeddings_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any) -> Tensor:
     embeds = model.get_input_embeddings()(ids).clone()
-    if "pixel_values" not in inputs:
-        return embeds
-    if features is None:
-        grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
-        features = model.model.get_image_features(inputs["pixel_values"], **grids).pooler_output
-    embeds[ids == IMAGE] = torch.cat(list(features))
+    features = image_features(model, inputs) if features is None else features
+    for token, own in (features.own if isinstance(features, Features) else {IMAGE: features}).items():
+        embeds[ids == token] = torch.cat(list(own))
     return embeds
 
 
 def planes_of(model: Any, inputs: dict[str, Tensor], ids: Tensor, features: Any = None) -> dict[str, Any]:
     """What a decoder adds to vision tokens after its first layers, as it is given that; {} where it adds nothing."""
-    if "pixel_values" not in inputs or not model.config.model_type.startswith("qwen3_vl"):
+    planes = (features if isinstance(features, Features) else image_features(model, inputs)).planes
+    if not planes:
         return {}
-    planes = getattr(features, "planes", None)
-    if planes is None:
-        planes = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).deepstack_features
-    return {
-        "deepstack_visual_embeds": [torch.cat(list(plane)) for plane in planes],
-        "visual_pos_masks": ids == IMAGE,
-    }
+    marks = vision(ids)
+    found = []
+    for number in range(min(map(len, planes.values()))):
+        own = {token: torch.cat(list(planes[token][number])) for token in planes}
+        whole = next(iter(own.values())).new_zeros(*ids.shape, next(iter(own.values())).shape[-1])
+        for token, values in own.items():
+            whole[ids == token] = values
+        found.append(whole[marks])
+    return {"deepstack_visual_embeds": found, "visual_pos_masks": marks}
 
 
 def added(model: Any, inputs: dict[str, Tensor], ids: Tensor) -> list[Tensor]:
@@ -169,7 +171,7 @@ def through_norm(attention: Any, name: str, states: Tensor) -> Tensor:
 
 def _merged_planes(planes: dict[str, Any], ids: Tensor, report: vtprune.Report) -> dict[str, Any]:
     """The same for tokens that others flowed into before a layer: they take theirs along from that layer on."""
-    number = (ids == IMAGE).flatten().cumsum(0).view_as(ids) - 1
+    number = vision(ids).flatten().cumsum(0).view_as(ids) - 1
     for index, plane in enumerate(planes.get("deepstack_visual_embeds", [])):
         for layer in range(index + 1):
             for row, into, members, weights in _merges(ids, report, layer):
@@ -178,9 +180,27 @@ def _merged_planes(planes: dict[str, Any], ids: Tensor, report: vtprune.Report) 
 
 
 class Features(list[Tensor]):
-    """Features of each image, and the planes that go with them: of each plane a tensor an image."""
+    """Features of each image, by placeholder those of images and of videos, and the planes that go with them: of each
+    plane a tensor an image."""
 
-    planes: list[list[Tensor]]
+    own: dict[int, list[Tensor]]
+    planes: dict[int, list[list[Tensor]]]
+
+
+def vision(ids: Tensor) -> Tensor:
+    """Where a vision token stands."""
+    return (ids == IMAGE) | (ids == VIDEO)
+
+
+def places_of(ids: Tensor, sample: Any) -> list[Tensor]:
+    """The places of the tokens of each image and video of one row (L,), in the order of its report."""
+    first = {"image": 0, "video": 0}
+    places = {kind: (ids == token).nonzero().flatten() for kind, token in (("image", IMAGE), ("video", VIDEO))}
+    found = []
+    for image in sample.images:
+        found.append(places[image.kind][first[image.kind] : first[image.kind] + image.tokens])
+        first[image.kind] += image.tokens
+    return found
 
 
 def _merges(ids: Tensor, report: vtprune.Report, layer: int) -> list[tuple[int, int, Tensor, Tensor]]:
@@ -188,10 +208,7 @@ def _merges(ids: Tensor, report: vtprune.Report, layer: int) -> list[tuple[int, 
     vectors that merged in the encoder are among the features."""
     found = []
     for row, sample in enumerate(report.samples):
-        places, first = (ids[row] == IMAGE).nonzero().flatten(), 0
-        for image in sample.images:
-            own = places[first : first + image.tokens]
-            first += image.tokens
+        for image, own in zip(sample.images, places_of(ids[row], sample), strict=True):
             for merge in image.merged:
                 if merge.stage == "decoder" and merge.layer == layer:
                     found.append((row, int(own[merge.into]), own[merge.members], torch.tensor(merge.weights)))
@@ -204,14 +221,10 @@ def _alive(ids: Tensor, real: Tensor, report: vtprune.Report, *, cached: bool = 
     for layer in range(len(report.tokens_per_layer)):
         alive = real.clone()
         for row, sample in enumerate(report.samples):
-            places = (ids[row] == IMAGE).nonzero().flatten()
-            first = 0
-            for image in sample.images:
-                own = places[first : first + image.tokens]
+            for image, own in zip(sample.images, places_of(ids[row], sample), strict=True):
                 alive[row, own] = False
                 kept = image.cached_per_layer if cached else image.kept_per_layer
                 alive[row, own[kept[layer]]] = True
-                first += image.tokens
         found.append(alive)
     return found
 
@@ -219,12 +232,9 @@ def _alive(ids: Tensor, real: Tensor, report: vtprune.Report, *, cached: bool = 
 def _return(mask: Tensor, ids: Tensor, real: Tensor, report: vtprune.Report, layer: int) -> None:
     """Opens and closes the mask for tokens that return, and for the steps, the last ones, to which they return."""
     for row, sample in enumerate(report.samples):
-        places, first = (ids[row] == IMAGE).nonzero().flatten(), 0
         # The step that computed each place at this layer: 0 for the prefill, infinity where none did.
         computed = torch.zeros(ids.shape[1]).masked_fill(~real[row], torch.inf)
-        for image in sample.images:
-            own = places[first : first + image.tokens]
-            first += image.tokens
+        for image, own in zip(sample.images, places_of(ids[row], sample), strict=True):
             computed[own] = torch.inf
             computed[own[image.kept_per_layer[layer]]] = 0
             for number, step in enumerate(image.steps):
@@ -241,10 +251,7 @@ def _skipped(ids: Tensor, report: vtprune.Report, layer: int) -> Tensor:
     """(B, L) the vision tokens that skip a layer and go on: a later layer processes them again."""
     later = torch.zeros_like(ids, dtype=torch.bool)
     for row, sample in enumerate(report.samples):
-        places, first = (ids[row] == IMAGE).nonzero().flatten(), 0
-        for image in sample.images:
-            own = places[first : first + image.tokens]
-            first += image.tokens
+        for image, own in zip(sample.images, places_of(ids[row], sample), strict=True):
             for kept in image.kept_per_layer[layer + 1 :]:
                 later[row, own[kept]] = True
             later[row, own[image.kept_per_layer[layer]]] = False
@@ -281,12 +288,20 @@ def _replace(mask: Tensor, embeddings: Any, merges: list[tuple[int, int, Tensor,
 
 
 def image_features(model: Any, inputs: dict[str, Tensor]) -> Features:
-    """Features of the wrapped model, zeros where its encoder dropped tokens."""
-    grids = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
-    with torch.no_grad():
-        out = model.model.get_image_features(inputs["pixel_values"], **grids)
-    found = Features(one.clone() for one in out.pooler_output)
-    found.planes = [[one.clone() for one in plane] for plane in getattr(out, "deepstack_features", None) or ()]
+    """Features of the model, zeros where a wrapped one's encoder dropped tokens."""
+    found = Features()
+    found.own, found.planes = {}, {}
+    for token, kind, pixels in ((IMAGE, "image", "pixel_values"), (VIDEO, "video", "pixel_values_videos")):
+        if pixels not in inputs:
+            continue
+        grids = {name: inputs[name] for name in (f"{kind}_grid_thw",) if name in inputs}
+        with torch.no_grad():
+            out = getattr(model.model, f"get_{kind}_features")(inputs[pixels], **grids)
+        found.own[token] = [one.clone() for one in out.pooler_output]
+        planes = [[one.clone() for one in plane] for plane in getattr(out, "deepstack_features", None) or ()]
+        if planes:
+            found.planes[token] = planes
+        found.extend(found.own[token])
     return found
 
 
@@ -302,5 +317,5 @@ def compare(actual: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> floa
     """Largest absolute difference of the logits at real text positions."""
     ids = inputs["input_ids"]
     real = full_mask(inputs, STEPS).bool()
-    real[:, : ids.shape[1]] &= ids != IMAGE
+    real[:, : ids.shape[1]] &= ~vision(ids)
     return float((actual - expected)[real].abs().max())

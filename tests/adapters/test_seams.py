@@ -14,17 +14,15 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
-from tests.models import END, IMAGE, LONG, MODELS, ROWS, SHORT, START, make, prompt
+from tests.models import END, IMAGE, LONG, MODELS, ROWS, SHORT, START, VIDEO, make, prompt
 from tests.oracle import TOLERANCE
 from vtprune import adapters
 from vtprune.adapters import sizes
-from vtprune.adapters.base import Adapter, Source
+from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
-from vtprune.adapters.qwen_vl import Qwen2VLAdapter
 from vtprune.cost.sizes import ModelCost
 from vtprune.encoder.encoding import EncodedImage, Part
 
-VIDEO = 93
 LAYER = 2
 
 
@@ -116,13 +114,6 @@ def test_a_wrapped_decoder_with_norms_is_scored_by_what_they_give(
 # ---- what a prompt shows
 
 
-class ImagesAndVideos(Qwen2VLAdapter):
-    """Qwen2-VL with videos, each of which is one image of several frames."""
-
-    def sources(self) -> tuple[Source, ...]:
-        return (*super().sources(), Source("video", self.model.config.video_token_id))
-
-
 @pytest.fixture
 def family(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Adapter]], None]:
     """Makes an adapter the only one."""
@@ -177,10 +168,7 @@ def _differs(inputs: dict[str, Tensor], dropped: Tensor, ours: Tensor, theirs: T
 
 @pytest.mark.parametrize("nested", [False, True], ids=["own tower call", "by the method for images"])
 @pytest.mark.parametrize("method", ["random:keep=5", "divprune:keep=0.4"])
-def test_a_second_source_is_pruned_beside_the_first(
-    method: str, nested: bool, family: Callable[[type[Adapter]], None]
-) -> None:
-    family(ImagesAndVideos)
+def test_a_second_source_is_pruned_beside_the_first(method: str, nested: bool) -> None:
     model, inputs = make("qwen2-vl"), _mixed()
     inner = model.model
     if nested:
@@ -209,8 +197,7 @@ def test_a_second_source_is_pruned_beside_the_first(
     assert _differs(inputs, dropped, logits, expected) < TOLERANCE
 
 
-def test_what_is_encoded_ahead_of_time_is_found_by_its_kind(family: Callable[[type[Adapter]], None]) -> None:
-    family(ImagesAndVideos)
+def test_what_is_encoded_ahead_of_time_is_found_by_its_kind() -> None:
     model, inputs = vtprune.wrap(make("qwen2-vl"), "none"), _mixed()
     expected = vtprune.unwrap(model).generate(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(vtprune.wrap(model, "none").generate(**inputs, max_new_tokens=4, do_sample=False), expected)
@@ -272,5 +259,7 @@ def test_placeholders_that_are_no_vision_tokens_stay_and_are_no_text(
 def test_an_image_of_several_rectangles_is_one_row_of_tokens() -> None:
     one = EncodedImage((Part((1, 4, 5)),), torch.arange(20), None, None, [], (), None)
     assert (one.grid, one.total, one.length) == ((1, 4, 5), 20, 20)
-    crops = replace(one, parts=(Part((1, 2, 2), "base"), Part((1, 4, 5), "crops")), structural=4)
+    crops = replace(one, parts=(Part((1, 2, 2)), Part((1, 4, 5))), structural=4)
     assert (crops.grid, crops.total, crops.length) == ((1, 1, 24), 24, 28)
+    frames = replace(one, parts=(Part((1, 4, 5)),) * 3)
+    assert (frames.grid, frames.total) == ((3, 4, 5), 60)

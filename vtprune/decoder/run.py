@@ -27,6 +27,7 @@ from vtprune.encoder.encoding import Call
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.checks import Checks
+from vtprune.method.kinds import VIDEO
 from vtprune.tensors.compaction import (
     biased_mask,
     fill_index,
@@ -215,12 +216,16 @@ class DecoderRun:
 
     @cached_property
     def words(self) -> dict[Key, Ints]:
-        """The places (T,) of the text that images are judged by, without padding and placeholders, for each
-        conversation with an image."""
+        """The places (T,) of the text that images are judged by, without padding, placeholders and what stands between
+        the frames of a video, for each conversation with an image."""
         return self._words_of(self._asked)
 
     def _words_of(self, number: Ints) -> dict[Key, Ints]:
         text = np.where(self._vision[1], -1, number)
+        for span in self.spans:
+            if span.image.kind == VIDEO:
+                # What stands between its frames (when they were taken) is the video's, no question about it.
+                text[span.row, span.first : span.stands[-1]] = -1
         keys = {span.key for span in self.spans}
         return {(row, talk): (text[row] == talk).nonzero()[0] for row, talk in keys}
 

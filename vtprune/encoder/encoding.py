@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,19 +14,19 @@ from torch import Tensor
 from vtprune.encoder.merging import Origins, merges_of
 from vtprune.method.answers import EncoderSelection, Merge
 from vtprune.method.checks import Checks
+from vtprune.method.kinds import IMAGE, Shown
 from vtprune.method.views import EncoderLayer, LayerSignals
 from vtprune.tensors.compaction import gather_tokens
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of an image's vision tokens: grid (t, h, w), in vision tokens; kind: what it shows, "image" where
-    that is the whole image."""
+    """A rectangle of vision tokens: the whole image, or one frame of a video; grid (t, h, w), in vision tokens."""
 
     grid: tuple[int, int, int]
-    kind: str = "image"
 
     @property
     def tokens(self) -> int:
@@ -35,17 +36,17 @@ class Part:
 
 @dataclass
 class EncodedImage:
-    """What the decoder side has to know of one encoded image.
+    """What the decoder side has to know of one encoded image or video.
 
-    parts: the rectangles that its vision tokens form, in their order; alive: (N,) tokens that the encoder left,
-    ascending; segments: attention segment lengths (in patches, CLS included) in each encoder layer, empty if no pruner
-    acts there; mlp: tokens through each layer's MLP; scored: the layers at which a pruner scored; maker: who will know
-    it again; signals, last_signals: of the features' layer and of the tower's last one; owner, share: (total,) the
-    token that holds each token (-1: none) and its weight there, None if nothing merged; merged_at: the layer of the
-    last merge; cls: the token in whose place the CLS token stands, -1 for none; slots: (total,) which of its
-    placeholders, in the order of the prompt, each vision token stands at, None for all; structural: how many of its
-    placeholders are no vision tokens (ends of rows); planes: tokens alive where each of the values was made that the
-    decoder adds to them between its layers.
+    kind: IMAGE or VIDEO; parts: the rectangles that its vision tokens form, in their order; alive: (N,) tokens that
+    the encoder left, ascending; segments: attention segment lengths (in patches, CLS included) in each encoder layer,
+    empty if no pruner acts there; mlp: tokens through each layer's MLP; scored: the layers at which a pruner scored;
+    maker: who will know it again; signals, last_signals: of the features' layer and of the tower's last one; owner,
+    share: (total,) the token that holds each token (-1: none) and its weight there, None if nothing merged;
+    merged_at: the layer of the last merge; cls: the token in whose place the CLS token stands, -1 for none; slots:
+    (total,) which of its placeholders, in the order of the prompt, each vision token stands at, None for all;
+    structural: how many of its placeholders are no vision tokens (ends of rows); planes: tokens alive where each of
+    the values was made that the decoder adds to them between its layers.
     """
 
     parts: tuple[Part, ...]
@@ -64,11 +65,20 @@ class EncodedImage:
     slots: Tensor | None = None
     structural: int = 0
     planes: tuple[int, ...] = ()
+    kind: str = IMAGE
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """(t, h, w) in vision tokens where the image is one rectangle, one row of its tokens where it is several."""
-        return self.parts[0].grid if len(self.parts) == 1 else (1, 1, self.total)
+        """(t, h, w) in vision tokens where its parts are of one size (frames), else one row of its tokens."""
+        sizes = {part.grid[1:] for part in self.parts}
+        if len(sizes) > 1:
+            return 1, 1, self.total
+        return (sum(part.grid[0] for part in self.parts), *self.parts[0].grid[1:])
+
+    @property
+    def shown(self) -> Shown:
+        """Its sizes."""
+        return Shown(self.total, self.kind, len(self.parts))
 
     @property
     def total(self) -> int:
@@ -118,9 +128,12 @@ class PlaneNote:
 
 
 class Encoding(ABC):
-    """The tokens alive in each image while the encoder runs.
+    """The tokens alive in each unit, an image or one frame of a video, while the encoder runs.
 
-    grids: (t, h, w) of each image in vision tokens; group: patches of a vision token; prefix: leading tokens
+    Attention never leaves a unit, so that all below which says image means one of them; `shown` says what they make.
+
+    grids: (t, h, w) of each unit in vision tokens; kind: IMAGE or VIDEO; units: how many units each image or video is
+    made of (None: one); group: patches of a vision token; prefix: leading tokens
     that are not patches; heads: attention heads; depth: layers that feed the features; last: the tower's last
     layer; arguments: of the layer under way; sizes: (B, N) how many tokens each one stands for; proportional:
     whether attention weighs keys by it.
@@ -136,6 +149,8 @@ class Encoding(ABC):
         depth: int,
         last: int,
         device: torch.device,
+        kind: str = IMAGE,
+        units: Sequence[int] | None = None,
     ) -> None:
         self.grids, self.group, self.prefix, self.heads, self.depth, self.last = (
             grids,
@@ -147,6 +162,8 @@ class Encoding(ABC):
         )
         # Tokens of each image, whole and alive.
         self.totals = [t * h * w for t, h, w in grids]
+        self.units = [1] * len(grids) if units is None else list(units)
+        self.shown = [Shown(sum(totals), kind, len(totals)) for totals in self.of_units(self.totals)]
         self.counts = list(self.totals)
         self.total = torch.tensor(self.totals, device=device)
         column = torch.arange(max(self.totals), device=device)
@@ -178,6 +195,19 @@ class Encoding(ABC):
         self._seen: Seen = Seen(self.counts)
         # Which tokens the layer under way began with, and where, if it may merge some on the way.
         self._held: Seen | None = None
+
+    def of_units(self, values: Sequence[T]) -> list[Sequence[T]]:
+        """Values a unit, by the image or the video that the unit is part of."""
+        ends = list(itertools.accumulate(self.units))
+        return [values[end - count : end] for end, count in zip(ends, self.units, strict=True)]
+
+    def shared(self, budgets: Sequence[int]) -> list[int]:
+        """Budgets a unit, from those of whole images and videos: by size, the largest remainders first (ties: the
+        first), at least 1 each where there is one for each."""
+        found = []
+        for budget, totals in zip(budgets, self.of_units(self.totals), strict=True):
+            found += shares_by_size(totals, budget)
+        return found
 
     @abstractmethod
     def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -377,7 +407,7 @@ class Encoding(ABC):
         self.planes.append(PlaneNote(self.names(), tuple(self.counts), share))
 
     def images(self, pixels: list[Tensor], maker: object) -> list[EncodedImage]:
-        """What the decoder side has to know, image by image; `maker` is who will know them again."""
+        """What the decoder side has to know, unit by unit; `maker` is who will know them again."""
         none: list[None] = [None] * len(self.grids)
         signals: Sequence[LayerSignals | None] = self.signals or none
         last: Sequence[LayerSignals | None] = self.last_signals or none
@@ -415,11 +445,84 @@ class Encoding(ABC):
         )  # fmt: skip
 
 
+def joined(units: Sequence[EncodedImage], kind: str) -> EncodedImage:
+    """One image or video of the units that it was encoded in, its tokens in their order."""
+    if len(units) == 1:
+        return replace(units[0], kind=kind)
+    first = units[0]
+    starts = list(itertools.accumulate((unit.total for unit in units), initial=0))[:-1]
+    layers = range(len(first.segments))
+    owners = [
+        torch.where(unit.owner >= 0, unit.owner + start, unit.owner)
+        for unit, start in zip(units, starts, strict=True)
+        if unit.owner is not None
+    ]
+    shares = [unit.share for unit in units if unit.share is not None]
+    return replace(
+        first,
+        kind=kind,
+        parts=tuple(part for unit in units for part in unit.parts),
+        alive=torch.cat([unit.alive + start for unit, start in zip(units, starts, strict=True)]),
+        signals=_joined_signals([unit.signals for unit in units]),
+        last_signals=_joined_signals([unit.last_signals for unit in units]),
+        pixels=None if first.pixels is None else torch.cat([unit.pixels for unit in units if unit.pixels is not None]),
+        segments=[[length for unit in units for length in unit.segments[layer]] for layer in layers],
+        scored=tuple(sorted({layer for unit in units for layer in unit.scored})),
+        mlp=tuple(sum(counts) for counts in zip(*(unit.mlp for unit in units), strict=True)),
+        owner=torch.cat(owners) if owners else None,
+        share=torch.cat(shares) if shares else None,
+        merged_at=torch.stack([torch.as_tensor(unit.merged_at) for unit in units]).amax(),
+        planes=tuple(sum(counts) for counts in zip(*(unit.planes for unit in units), strict=True)),
+    )
+
+
+def _joined_signals(units: Sequence[LayerSignals | None]) -> LayerSignals | None:
+    known = [unit for unit in units if unit is not None]
+    if not known:
+        return None
+    query, key, value = (torch.cat([getattr(one, name) for one in known], dim=1) for name in ("query", "key", "value"))
+    return replace(known[0], query=query, key=key, value=value, lengths=tuple(one.tokens for one in known))
+
+
+def shares_by_size(totals: Sequence[int], budget: int) -> list[int]:
+    """A budget shared over pieces by their sizes, the largest remainders first (ties: the first), at least 1 each
+    where there is one for each."""
+    whole = sum(totals)
+    if budget >= whole or len(totals) == 1:
+        return list(totals) if budget >= whole else [budget]
+    least = int(budget >= len(totals))
+    exact = [(budget - least * len(totals)) * total / whole for total in totals]
+    found = [least + int(share) for share in exact]
+    order = sorted(range(len(totals)), key=lambda piece: (int(exact[piece]) - exact[piece], piece))
+    for piece in order[: budget - sum(found)]:
+        found[piece] += 1
+    return _within(found, totals)
+
+
+def _within(shares: list[int], totals: Sequence[int]) -> list[int]:
+    """The same with what is more than a piece has given to the first ones with room."""
+    found = [min(share, total) for share, total in zip(shares, totals, strict=True)]
+    spare = sum(shares) - sum(found)
+    for piece, total in enumerate(totals):
+        more = min(spare, total - found[piece])
+        found[piece], spare = found[piece] + more, spare - more
+    return found
+
+
 def cut_signals(signals: LayerSignals, tokens: Tensor) -> LayerSignals:
-    """The signals of some of an image's tokens, by their indices in the order wanted."""
-    patches = signals.prefix + tokens[:, None] * signals.group + torch.arange(signals.group, device=tokens.device)
-    rows = torch.cat([torch.arange(signals.prefix, device=tokens.device), patches.flatten()])
-    return LayerSignals(
-        query=signals.query[:, rows], key=signals.key[:, rows], value=signals.value[:, rows],
-        scale=signals.scale, prefix=signals.prefix, group=signals.group,
-    )  # fmt: skip
+    """The signals of some of an image's tokens, by their indices in the order wanted; in several units, that of the
+    units."""
+    lengths = signals.lengths
+    patches = tokens[:, None] * signals.group + torch.arange(signals.group, device=tokens.device)
+    if not lengths:
+        rows = torch.cat([torch.arange(signals.prefix, device=tokens.device), signals.prefix + patches.flatten()])
+    else:
+        ends = torch.tensor(lengths, device=tokens.device).cumsum(0)
+        unit = torch.searchsorted(ends, tokens, right=True)
+        left = torch.zeros(len(lengths), dtype=torch.long, device=tokens.device).index_add_(
+            0, unit, torch.ones_like(unit)
+        )
+        lengths, rows = tuple(left.tolist()), patches.flatten()
+    return replace(
+        signals, query=signals.query[:, rows], key=signals.key[:, rows], value=signals.value[:, rows], lengths=lengths
+    )

@@ -252,7 +252,7 @@ class DecoderHooks:
         reason = unsupported_reason(cache)
         if reason is None:
             return adopt_cache(cache, self._depth)
-        if self.routing.skips_text or any(self._plans.of(span.image.total).drops for span in spans):
+        if self.routing.skips_text or any(self._plans.of(span.image.shown).drops for span in spans):
             raise unsupported_cache(reason)
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, Source
-from vtprune.encoder.encoding import Encoding
+from vtprune.encoder.encoding import EncodedImage, Encoding, joined
 from vtprune.encoder.merging import check_selection
 from vtprune.hooks.checkpoints import Checkpoints
 from vtprune.hooks.state import (
@@ -25,8 +25,8 @@ from vtprune.hooks.taps import Taps
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
-from vtprune.method.pruner import Pruner
-from vtprune.method.stages import InEncoder, Read, reads
+from vtprune.method.pruner import Pruner, forms
+from vtprune.method.stages import InEncoder, Read, encoder_layers, reads
 from vtprune.tensors.attention import full_precision
 
 
@@ -44,7 +44,7 @@ class EncoderHooks:
             (index, order, pruner)
             for order, pruner in enumerate(pruners)
             if isinstance(pruner, InEncoder)
-            for index in pruner.encoder_layers()
+            for index in sorted({layer for form in forms(pruner) for layer in encoder_layers(form)})
         ]
         self._plans = Plans(pruners)
         read = frozenset[Read]().union(*(reads(pruner) for pruner in pruners))
@@ -84,27 +84,23 @@ class EncoderHooks:
                 frame = None
             if frame is not None:
                 encoding.checks = frame.checks
+            asked = kwargs.get("return_dict")
+            as_tuple = not (self.adapter.returns_dicts if asked is None else asked)
             with self._encoding(encoding):
-                output = original(*args, **kwargs)
+                output = original(*args, **{**kwargs, "return_dict": True} if as_tuple else kwargs)
             if frame is None:
                 encoding.checks.settle()
-            rows = encoding.images(self.adapter.pixels(source, arguments, encoding), self.token)
-            images = self.adapter.assemble(rows, arguments)
-            features = output[1] if isinstance(output, tuple) else output.pooler_output
+            units = encoding.images(self.adapter.pixels(source, arguments, encoding), self.token)
+            images = [joined(own, source.kind) for own in encoding.of_units(units)]
+            images = self.adapter.assemble(images, arguments)
             if encoding.origins is not None and encoding.planes:
-                self.adapter.change_planes(
-                    output,
-                    lambda plane, values: [
-                        encoding.planes[plane].combined(row, own, image)
-                        for row, (own, image) in enumerate(zip(values, rows, strict=True))
-                    ],
-                )
+                self.adapter.change_planes(output, functools.partial(_combined, encoding, units))
             # Features may be expanded for beams or handed in later; their records travel with the tensors.
-            for tensor, image in zip(features, images, strict=True):
+            for tensor, image in zip(output.pooler_output, images, strict=True):
                 setattr(tensor, RECORD, image)
             if frame is not None:
                 frame.encoded[source.kind] = images
-            return output
+            return output.to_tuple() if as_tuple else output
 
         return encode
 
@@ -198,7 +194,13 @@ class EncoderHooks:
     def _ask(
         self, encoding: Encoding, index: int, order: int, pruner: InEncoder, hidden: Tensor
     ) -> EncoderSelection | None:
-        budgets = [self._plans.of(tokens).in_encoder(order) for tokens in encoding.totals]
+        plans = [self._plans.of(shown) for shown in encoding.shown]
+        # All of one pass are images, or all videos.
+        acting = plans[0].pruners[order]
+        assert isinstance(acting, InEncoder)
+        if index not in acting.encoder_layers():
+            return None
+        budgets = encoding.shared([plan.in_encoder(order) for plan in plans])
         whole = [alive <= budget for alive, budget in zip(encoding.counts, budgets, strict=True)]
         if all(whole):
             return None
@@ -209,7 +211,7 @@ class EncoderHooks:
             index, encoding.arguments, scale=self.adapter.encoder_scale, budgets=budgets, hidden=shown
         )
         with full_precision(hidden.device), encoding.checks.collecting():
-            answer = pruner.prune_encoder(layer)
+            answer = acting.prune_encoder(layer)
         if answer is None:
             return None
         selection = EncoderSelection.drop(answer) if isinstance(answer, Tensor) else answer
@@ -238,3 +240,14 @@ class EncoderHooks:
         if self.state.encoding is None or output is None:
             return None
         return self.state.encoding.projector_output(output)
+
+
+def _combined(encoding: Encoding, units: Sequence[EncodedImage], plane: int, values: Sequence[Tensor]) -> list[Tensor]:
+    """The values (n, D) of one plane, for each image or video, with those of tokens added up that flowed together in
+    the tower."""
+    pieces = torch.cat(list(values)).split(encoding.totals)
+    found = [
+        encoding.planes[plane].combined(row, own, unit)
+        for row, (own, unit) in enumerate(zip(pieces, units, strict=True))
+    ]
+    return [torch.cat(list(own)) for own in encoding.of_units(found)]

@@ -23,7 +23,7 @@ from vtprune.cache.names import CUTS, DENSITY, IMAGES, MERGED, SCORES, STATE
 from vtprune.decoder.outline import Bools, Ints
 from vtprune.decoder.prompt import ImageSpan, numbers_in_rows
 from vtprune.decoder.run import DecoderRun, LayerView, Observer
-from vtprune.errors import UnsupportedModelError
+from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.method.answers import Eviction
 from vtprune.method.asking import Array, read_back
 from vtprune.method.checks import check_scores
@@ -45,6 +45,10 @@ class Evictor:
         self.watched = self.dense | frozenset(self.cut)
         self.adapter = adapter
         self.plans, self.order = plans, pruners.index(found[0]) if found else -1
+        if self.pruner is not None and self.pruner.keep_video is not None:
+            raise VTPruneError(
+                f"{self.pruner.name} cuts a cache in which images and videos are not told apart; give keep alone"
+            )
         if self.pruner is not None and adapter.windows:
             raise UnsupportedModelError(
                 f"{self.pruner.name} cannot cut the caches of a decoder with sliding-window layers: their masks would "
@@ -57,7 +61,7 @@ class Evictor:
         if pruner is None or run.layers is None:
             return None
         aux = run.layers[0].aux
-        new = [span for span in run.spans if self.plans.of(span.image.total).evicts(self.order)]
+        new = [span for span in run.spans if self.plans.of(span.image.shown).evicts(self.order)]
         if not new and IMAGES not in aux:
             return None
         known = Known.of(run, run.layers, sorted(self.dense))

@@ -14,13 +14,14 @@ from vtprune.adapters.base import Adapter
 from vtprune.decoder.packing import Packed
 from vtprune.decoder.prompt import numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, Layout, Shaper
+from vtprune.errors import VTPruneError
 from vtprune.hooks.learning import Lessons
 from vtprune.hooks.recording import Recording
 from vtprune.hooks.state import GATE, ThreadState
 from vtprune.method.answers import Computed, Routes
 from vtprune.method.plan import Plans
-from vtprune.method.pruner import Pruner
-from vtprune.method.stages import InLayers
+from vtprune.method.pruner import Pruner, forms
+from vtprune.method.stages import InLayers, routed_layers
 from vtprune.method.views import RoutedTokens
 from vtprune.report.trail import Routed, RoutedText
 from vtprune.tensors.attention import full_precision
@@ -41,10 +42,15 @@ class RoutedLayers:
         found = [
             (order, pruner)
             for order, pruner in enumerate(pruners)
-            if isinstance(pruner, InLayers) and pruner.routed_layers()
+            if isinstance(pruner, InLayers) and any(map(routed_layers, forms(pruner)))
         ]
         self.pruner: InLayers | None = found[0][1] if found else None
-        self.layers = frozenset(self.pruner.routed_layers()) if self.pruner else frozenset()
+        own = forms(self.pruner) if self.pruner else ()
+        self.layers = frozenset(layer for form in own for layer in routed_layers(form))
+        if self.pruner is not None and self.pruner.keep is None and self.pruner.keep_video is not None:
+            raise VTPruneError(
+                f"{self.pruner.name} routes images and videos together; keep_video needs keep beside it"
+            )
         self.order = found[0][0] if found else -1
         self.module, self.plans = modules.get(self.order), plans
         self.adapter = adapter
@@ -146,9 +152,9 @@ class Routing(Shaper):
         totals, budgets = ([[0] * width for _ in range(run.prompt.batch)] for _ in range(2))
         spared = [0] * run.prompt.batch
         for span, number in zip(run.spans, numbers, strict=True):
-            total, entered = span.image.total, span.entered.numel()
-            budget = self._of.plans.of(total).routed(self._of.order, index, entered)
-            totals[span.row][number], budgets[span.row][number] = total, budget
+            shown, entered = span.image.shown, span.entered.numel()
+            budget = self._of.plans.of(shown).routed(self._of.order, index, entered)
+            totals[span.row][number], budgets[span.row][number] = shown.tokens, budget
             spared[span.row] += max(0, span.kept.numel() - budget)
         return RoutedTokens(
             hidden=entering.states,

@@ -21,9 +21,18 @@ from vtprune.hooks.scoring import DecoderScoring, SeenLayer
 from vtprune.method.answers import KEPT_WHOLE, Selection
 from vtprune.method.asking import started, together
 from vtprune.method.facts import ModelFacts
+from vtprune.method.kinds import VIDEO
 from vtprune.method.plan import Plan
-from vtprune.method.pruner import Pruner
-from vtprune.method.stages import BeforeDecoder, BetweenLayers, Read, cut_caches, probe_layer, reads
+from vtprune.method.pruner import Pruner, forms
+from vtprune.method.stages import (
+    BeforeDecoder,
+    BetweenLayers,
+    Read,
+    cut_caches,
+    drop_layers,
+    probe_layer,
+    reads,
+)
 from vtprune.method.views import VisionStream
 from vtprune.tensors.attention import full_precision
 
@@ -96,7 +105,7 @@ class Selecting:
         self._by_layer: dict[int, list[tuple[int, BetweenLayers]]] = {}
         for order, pruner in enumerate(self.pruners):
             if isinstance(pruner, BetweenLayers):
-                for index in pruner.drop_layers():
+                for index in {layer for form in forms(pruner) for layer in drop_layers(form)}:
                     self._by_layer.setdefault(index, []).append((order, pruner))
         self.layers = frozenset(self._by_layer)
         self.cut = frozenset(index for pruner in self.pruners for index in cut_caches(pruner))
@@ -120,29 +129,28 @@ class Selecting:
         for order, pruner in enumerate(self.pruners):
             probe = self._probe(prober, recording, order)
             for span in run.spans:
-                self._tell_whole(self.plans.of(span.image.total), span, order)
-            acting = [span for span in run.spans if self.plans.of(span.image.total).acts(order)]
+                self._tell_whole(self.plans.of(span.image.shown), span, order)
+            acting = [span for span in run.spans if self.plans.of(span.image.shown).acts(order)]
             streams = [self._stream(run, span, order=order, inputs=inputs) for span in acting]
             if probe is not None:
                 streams = [
                     self._probed(run, probe, span, stream) for span, stream in zip(acting, streams, strict=True)
                 ]
+            own = [self.plans.of(span.image.shown).pruners[order] for span in acting]
             with full_precision(inputs.embeds.device), run.checks.collecting():
-                streams = _remembering(pruner, streams)
+                streams = _remembering(own, streams)
             for span, stream in zip(acting, streams, strict=True):
                 # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
                 span.memories[order] = {name: _constant(value) for name, value in stream.memory.items()}
-            if not isinstance(pruner, BeforeDecoder):
-                continue
             asked = [
-                (span, stream)
-                for span, stream in zip(acting, streams, strict=True)
-                if self.plans.of(span.image.total).selects(order, span.kept.numel())
+                (span, stream, one)
+                for span, stream, one in zip(acting, streams, own, strict=True)
+                if isinstance(one, BeforeDecoder) and self.plans.of(span.image.shown).selects(order, span.kept.numel())
             ]
             with full_precision(inputs.embeds.device), run.checks.collecting():
-                selections = together([started(pruner.select, stream) for _, stream in asked])
-            for (span, _), selection in zip(asked, selections, strict=True):
-                budget = self.plans.of(span.image.total).entering(order)
+                selections = together([started(one.select, stream) for _, stream, one in asked])
+            for (span, _, _), selection in zip(asked, selections, strict=True):
+                budget = self.plans.of(span.image.shown).entering(order)
                 dropping.apply(run, span, selection, order=order, pruner=pruner, budget=budget, layer=0)
 
     def _probed(self, run: DecoderRun, probe: Probe, span: ImageSpan, stream: VisionStream) -> VisionStream:
@@ -156,14 +164,15 @@ class Selecting:
         reason = plan.whole(order, span.kept.numel())
         if reason and reason not in self._told:
             self._told.add(reason)
-            text = f"an image of {span.image.total} tokens is {KEPT_WHOLE}{reason}"
+            a = "a video" if span.image.kind == VIDEO else "an image"
+            text = f"{a} of {span.image.total} tokens is {KEPT_WHOLE}{reason}"
             warnings.warn(text, KeptWholeWarning, stacklevel=2)
 
     def _probe(self, prober: Prober, recording: Recording, order: int) -> Probe | None:
         """The decoder layer that a method selects by, of the prompt as it stands, if there is anything to select."""
         pruner, spans = self.pruners[order], prober.run.spans
         layer = probe_layer(pruner)
-        rows = {span.row for span in spans if self.plans.of(span.image.total).selects(order, span.kept.numel())}
+        rows = {span.row for span in spans if self.plans.of(span.image.shown).selects(order, span.kept.numel())}
         if layer is None or not rows:
             return None
         for span in spans:
@@ -176,7 +185,8 @@ class Selecting:
         text = (run.texts if module is None else run.unlabelled)[span.key]
         words = (run.words if module is None else run.unlabelled_words)[span.key]
         assert image.pixels is not None
-        picture, budget = None, self.plans.of(image.total).entering(order)
+        plan = self.plans.of(image.shown)
+        picture, budget = None, plan.entering(order)
         if Read.PICTURE in reads(pruner):
             if id(image) not in inputs.pictures:
                 inputs.pictures[id(image)] = self.adapter.picture(image.pixels, image.grid)
@@ -186,7 +196,7 @@ class Selecting:
             grid=image.grid,
             indices=span.kept,
             total=image.total,
-            budget=pruner.budget(image.total) if budget is None else budget,
+            budget=plan.pruners[order].budget(image.total) if budget is None else budget,
             signals=left_signals(image.signals, image, span),
             pixels=image.pixels,
             text=inputs.embeds[row, text],
@@ -197,6 +207,7 @@ class Selecting:
             text_after=_after(words, span),
             module=module,
             training=module is not None and module.training and torch.is_grad_enabled(),
+            kind=image.kind,
         )
 
 
@@ -219,19 +230,21 @@ class Scoring(Observer):
             if not asked:
                 continue
             seen = seen or SeenLayer(self.of.scoring, run, view, run.words)
-            layers = [seen.of(span, order) for span in asked]
+            layers = [(self.of.plans.of(span.image.shown).pruners[order], seen.of(span, order)) for span in asked]
             with full_precision(view.hidden.device), run.checks.collecting():
-                selections = together([started(pruner.prune_decoder, layer) for layer in layers])
+                selections = together(
+                    [started(own.prune_decoder, layer) for own, layer in layers if isinstance(own, BetweenLayers)]
+                )
             for span, selection in zip(asked, selections, strict=True):
                 self.dropping.recording.of(span).asked.setdefault(order, []).append(view.index)
-                budget = self.of.plans.of(span.image.total).left(order, view.index, span.entered.numel())
+                budget = self.of.plans.of(span.image.shown).left(order, view.index, span.entered.numel())
                 self.dropping.apply(
                     run, span, selection, order=order, pruner=pruner, budget=budget, layer=view.index + 1
                 )
         return view
 
     def _asks(self, span: ImageSpan, order: int, index: int) -> bool:
-        plan = self.of.plans.of(span.image.total)
+        plan = self.of.plans.of(span.image.shown)
         return plan.asks(order, index, span.entered.numel(), alive=span.kept.numel())
 
     def close(self, run: DecoderRun) -> None:
@@ -247,11 +260,12 @@ def _after(words: Ints, span: ImageSpan) -> int:
     return int((words > span.stands[-1]).sum())
 
 
-def _remembering(pruner: Pruner, streams: list[VisionStream]) -> list[VisionStream]:
-    """The streams with what the method remembers of each."""
-    if not isinstance(pruner, BetweenLayers):
+def _remembering(pruners: list[Pruner], streams: list[VisionStream]) -> list[VisionStream]:
+    """The streams with what their method remembers of each; pruners: it, as it treats each stream."""
+    asked = [(one, stream) for one, stream in zip(pruners, streams, strict=True) if isinstance(one, BetweenLayers)]
+    if not asked:
         return streams
-    memories = together([started(pruner.remember, stream) for stream in streams])
+    memories = together([started(one.remember, stream) for one, stream in asked])
     return [replace(stream, memory=memory) for stream, memory in zip(streams, memories, strict=True)]
 
 

@@ -31,7 +31,7 @@ PUBLISHED = ModelFacts(has_cls=True, encoder_depth=23, decoder_depth=32, group=1
 
 @dataclass(frozen=True)
 class Work:
-    """The sizes that a method's own arithmetic depends on, for one image.
+    """The sizes that a method's own arithmetic depends on, for one image or video.
 
     patches: encoder patches of the whole image (N * group); tokens: N vision tokens of the whole image; shown: tokens
     that the encoder left; kept: tokens that enter the decoder; encoder_width, encoder_heads: of the vision tower;
@@ -42,7 +42,8 @@ class Work:
     `decoder_layers`, image_tokens: of the image alone; first_asked: for each of them, whether no earlier image of the
     row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
     tokens left in the end; probed: tokens of the row that the method's probe saw; decoder_pairs: queries times keys of
-    the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on.
+    the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on;
+    units: the pieces of equal size (frames) that the encoder attends within.
     """
 
     patches: int
@@ -68,3 +69,9 @@ class Work:
     probed: int = 0
     decoder_pairs: tuple[int, ...] = ()
     images: int = 1
+    units: int = 1
+
+    @property
+    def encoder_pairs(self) -> int:
+        """Queries times keys of one encoder layer that attends within whole units, queries of CLS tokens left out."""
+        return self.patches * (self.patches // self.units + self.has_cls)

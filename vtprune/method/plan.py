@@ -8,7 +8,8 @@ from functools import partial
 from typing import TypeVar
 
 from vtprune.errors import CannotCut
-from vtprune.method.pruner import Pruner
+from vtprune.method.kinds import Shown
+from vtprune.method.pruner import Pruner, asked, form_for
 from vtprune.method.stages import (
     BeforeDecoder,
     BetweenLayers,
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What bound `pruners` do with an image of `tokens` vision tokens.
+    """What bound `pruners` do with an image, or a video, of `tokens` vision tokens in `units` (see `Shown`).
 
     Methods are named by their place in the list. `entered` is how many of the image's tokens entered the decoder,
     `alive` how many there are when a method is asked; both are shapes, so that nothing waits for a device. A budget
@@ -33,6 +34,7 @@ class Plan:
 
     pruners: tuple[Pruner, ...]
     tokens: int
+    units: int = 1
 
     def acts(self, order: int) -> bool:
         """Whether anything of the image is to go anywhere by this method; the budget of a whole staged method is a
@@ -53,7 +55,7 @@ class Plan:
         pruner, tokens = self.pruners[order], self.tokens
         try:
             if isinstance(pruner, InEncoder):
-                pruner.encoder_budget(tokens)
+                self._in_encoder(pruner)
             if isinstance(pruner, BeforeDecoder):
                 pruner.input_budget(tokens)
             for layer in drop_layers(pruner)[:1]:
@@ -71,7 +73,18 @@ class Plan:
         pruner = self.pruners[order]
         if not isinstance(pruner, InEncoder):
             return self.tokens
-        return _met(self.tokens, partial(pruner.encoder_budget, self.tokens))
+        return _met(self.tokens, partial(self._in_encoder, pruner))
+
+    def _in_encoder(self, pruner: InEncoder) -> int:
+        budget = pruner.encoder_budget(self.tokens)
+        if budget >= self.units:
+            return budget
+        if asked(pruner) is None:
+            return self.units
+        raise CannotCut(
+            f"{pruner.name} prunes inside the vision encoder, where each of {self.units} frames keeps at least one "
+            f"token, and {budget} are asked for"
+        )
 
     def entering(self, order: int) -> int | None:
         """Tokens that the method lets into the decoder."""
@@ -126,15 +139,18 @@ class Plan:
 
 
 class Plans:
-    """The plans of one wrapped model, by the tokens of an image."""
+    """The plans of one wrapped model, by what is shown."""
 
     def __init__(self, pruners: list[Pruner]) -> None:
         self.pruners = tuple(pruners)
-        self._known: dict[int, Plan] = {}
+        self._known: dict[Shown, Plan] = {}
 
-    def of(self, tokens: int) -> Plan:
-        """The plan of an image of `tokens`."""
-        return self._known.setdefault(tokens, Plan(self.pruners, tokens))
+    def of(self, shown: Shown) -> Plan:
+        """The plan of an image or a video."""
+        if shown not in self._known:
+            own = tuple(form_for(pruner, shown.kind) for pruner in self.pruners)
+            self._known[shown] = Plan(own, shown.tokens, shown.units)
+        return self._known[shown]
 
 
 def _met(whole: int, budget: Callable[[], T]) -> T | int:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, final
 from vtprune.errors import VTPruneError
 from vtprune.method.catalogue import PrunerInfo
 from vtprune.method.facts import PUBLISHED, ModelFacts, Work
+from vtprune.method.kinds import VIDEO
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Counted(Enum):
         return float(counts[-1] if self is Counted.LEFT else counts[0])
 
 
-def check_keep(keep: object) -> None:
-    """Raises VTPruneError unless `keep` is None, an int of at least 1, or a float in (0, 1]."""
+def check_keep(keep: object, name: str = "keep") -> None:
+    """Raises VTPruneError unless `keep` is None, an int of at least 1, or a float in (0, 1]; name: of the option."""
     if keep is None:
         return
-    hint = "keep takes a count of vision tokens per image (an int of at least 1) or a fraction (a float in (0, 1])"
+    per = "video" if name == "keep_video" else "image"
+    hint = f"{name} takes a count of vision tokens per {per} (an int of at least 1) or a fraction (a float in (0, 1])"
     if isinstance(keep, bool) or not isinstance(keep, Integral | float):
         raise VTPruneError(f"{hint}, got {keep!r}")
     if isinstance(keep, Integral) and keep < 1:
@@ -75,12 +77,16 @@ class Pruner(ABC):
     """A method and its hyper-parameters; subclasses derive from the stages that they act in (`method/stages.py`).
 
     keep: vision tokens to keep per image, a count (int) or a fraction of the image's tokens (float in
-    (0, 1]); None is the paper's own setting (`default_keep`).
+    (0, 1]); None is the paper's own setting (`default_keep`). keep_video: the same for each video, where it is to
+    differ from an image; None: `keep` holds for both.
     """
 
     keep: int | float | None = None
+    keep_video: int | float | None = field(default=None, kw_only=True)
     # What `bind` met; part of what makes two pruners equal, and of no config.
     model: ModelFacts = field(default=PUBLISHED, init=False, repr=False)
+    # This method with `keep_video` for its `keep`, once it is bound; None where one `keep` holds for all.
+    _for_videos: Pruner | None = field(default=None, init=False, repr=False, compare=False)
 
     info: ClassVar[PrunerInfo]
     # Which tokens `keep` counts; and which ones the paper's own numbers count, where these are others.
@@ -88,9 +94,11 @@ class Pruner(ABC):
     published: ClassVar[Counted | None] = None
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if isinstance(self.keep, Integral):
-            object.__setattr__(self, "keep", int(self.keep))
+        for name in ("keep", "keep_video"):
+            value = getattr(self, name)
+            check_keep(value, name)
+            if isinstance(value, Integral):
+                object.__setattr__(self, name, int(value))
         variant = getattr(self, "variant", None)
         if variant is not None and variant not in self.info.variants:
             choices = ", ".join(map(repr, self.info.variants))
@@ -120,7 +128,11 @@ class Pruner(ABC):
     @final
     def bind(self, model: ModelFacts) -> Self:
         """This pruner for one model: the only way in which a method meets one. Raises what `resolve` raises."""
-        return self._of(model, self._of(model, {}).resolve())
+        bound = self._of(model, self._of(model, {}).resolve())
+        if self.keep_video is not None:
+            twin = dataclasses.replace(self, keep=self.keep_video, keep_video=None)
+            object.__setattr__(bound, "_for_videos", twin.bind(model))
+        return bound
 
     def _of(self, model: ModelFacts, fields: dict[str, Any]) -> Self:
         bound = dataclasses.replace(self, **fields)
@@ -146,6 +158,8 @@ class Pruner(ABC):
         """The hyper-parameters as plain JSON types, with the method's name first; raises VTPruneError for a value that
         is none, such as a model in memory."""
         options = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.init}
+        if self.keep_video is None:
+            del options["keep_video"]
         for name, value in options.items():
             if not _is_plain(value):
                 raise VTPruneError(
@@ -158,6 +172,17 @@ class Pruner(ABC):
 def asked(pruner: Pruner) -> int | float | None:
     """The share or count that a pruner was asked for, None where something else decides."""
     return pruner.default_keep if pruner.keep is None else pruner.keep
+
+
+def forms(pruner: Pruner) -> tuple[Pruner, ...]:
+    """A bound method as it treats images and, where that differs, as it treats videos."""
+    twin = pruner._for_videos
+    return (pruner,) if twin is None else (pruner, twin)
+
+
+def form_for(pruner: Pruner, kind: str) -> Pruner:
+    """A bound method as it treats what is of this kind: videos by its `keep_video`, if it has one."""
+    return forms(pruner)[-1] if kind == VIDEO else pruner
 
 
 def _is_plain(value: object) -> bool:

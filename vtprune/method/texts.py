@@ -205,6 +205,8 @@ def show_keep(keep: int | float | None) -> str:
 
 def _changed(pruner: Pruner) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(pruner):
+        if not field.init:
+            continue
         value = getattr(pruner, field.name)
         default = field.default
         if type(value) is not type(default) or value != default:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from einops import reduce
+import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from vtprune.method.answers import Routes
 from vtprune.method.choosing import best_columns, best_of_each
-from vtprune.tensors.attention import attention_received, attention_rows
+from vtprune.method.kinds import IMAGE
+from vtprune.tensors.attention import attention_received, attention_received_and_given, attention_rows
 
 
 @dataclass(frozen=True)
 class VisionStream:
-    """The vision tokens of one image on their way into the decoder.
+    """The vision tokens of one image, or of one video, on their way into the decoder.
 
-    features: (N, D) decoder-width vectors, in raster order.
-    grid: (t, h, w) of the whole image in vision tokens, t * h * w == total.
+    features: (N, D) decoder-width vectors, in raster order, frame by frame.
+    grid: (t, h, w) of the whole image in vision tokens, t * h * w == total; t: its frames, 1 of an image.
     indices: (N,) the place of each token in the whole image (0 .. total - 1); all of them unless an
         encoder stage dropped some.
     total: vision tokens of the whole image, before anything was dropped.
@@ -40,6 +42,7 @@ class VisionStream:
     module: what `Trained.make_module` made, with its weights as they are now, else None; a method that has one is not
         shown text that the forward's labels mark as an answer.
     training: whether that module is being trained: it is in training mode, and gradients are recorded.
+    kind: "image" or "video".
     """
 
     features: Tensor
@@ -59,11 +62,17 @@ class VisionStream:
     probe: DecoderLayer | None = None
     module: Any = None
     training: bool = False
+    kind: str = IMAGE
+
+    @property
+    def frames(self) -> Tensor:
+        """(N,) the frame of each token."""
+        return self.indices // (self.grid[1] * self.grid[2])
 
 
 @dataclass(frozen=True)
 class EncoderLayer:
-    """One vision-encoder layer after it ran, for a batch of B images padded to the same length.
+    """One vision-encoder layer after it ran, for a batch of B images, or frames of videos, padded to the same length.
 
     query, key, value: (B, H, P + N * group, d), layout as in `LayerSignals`.
     valid: (B, N) bool, False where a row is padding (images in one batch may have fewer tokens left).
@@ -253,11 +262,13 @@ class CachedRow:
 
 @dataclass(frozen=True)
 class LayerSignals:
-    """Queries, keys and values of one vision-encoder layer, for the tokens of one image.
+    """Queries, keys and values of one vision-encoder layer, for the tokens of one image or video.
 
     query, key, value: (H, P + N * group, d) with P = `prefix` leading tokens (1 with a CLS token, else 0),
     then the patches; `group` consecutive patches (4 for Qwen's 2x2 merge) form one vision token. Patches
     stand in raster order of the vision tokens. Queries and keys carry their rotary embedding, if any.
+    lengths: tokens of each unit (a frame) where there are several, which follow each other; attention never leaves a
+    unit, so that the tokens of a video are scored frame by frame.
     """
 
     query: Tensor
@@ -266,6 +277,25 @@ class LayerSignals:
     scale: float
     prefix: int
     group: int
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return (self.query.shape[1] - self.prefix * max(1, len(self.lengths))) // self.group
+
+    @property
+    def units(self) -> tuple[LayerSignals, ...]:
+        """Those of each unit, without units that have no token left."""
+        if not self.lengths:
+            return (self,)
+        sizes = [self.prefix + tokens * self.group for tokens in self.lengths]
+        cut = zip(*(states.split(sizes, dim=1) for states in (self.query, self.key, self.value)), strict=True)
+        return tuple(
+            replace(self, query=query, key=key, value=value, lengths=())
+            for tokens, (query, key, value) in zip(self.lengths, cut, strict=True)
+            if tokens
+        )
 
     @property
     def has_cls(self) -> bool:
@@ -278,13 +308,42 @@ class LayerSignals:
 
     def cls_attention(self) -> Tensor:
         """Mean over heads of the CLS row, softmaxed over all tokens, CLS column dropped: (N,)."""
-        rows = attention_rows(self.query[:, :1], self.key, self.scale)
-        return self.pool(rows[:, 0, self.prefix :].mean(dim=0))
+
+        def row(query: Tensor, key: Tensor) -> tuple[Tensor]:
+            rows = attention_rows(query[..., :1, :], key, self.scale)
+            return (rows[..., 0, self.prefix :].mean(dim=-2),)
+
+        return self.pool(self._by_unit(row)[0])
 
     def received_attention(self) -> Tensor:
         """Mean over heads and patch queries of the attention that each vision token receives: (N,)."""
-        return self.pool(attention_received(self.query, self.key, self.scale, skip=self.prefix))
+
+        def received(query: Tensor, key: Tensor) -> tuple[Tensor]:
+            return (attention_received(query, key, self.scale, skip=self.prefix),)
+
+        return self.pool(self._by_unit(received)[0])
+
+    def received_and_given(self, *, softmax: bool = True) -> tuple[Tensor, Tensor]:
+        """The same, and the mean attention that each token's patches give to all patches, both (N,); softmax: False
+        for means of the scaled logits."""
+
+        def both(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            return attention_received_and_given(query, key, self.scale, skip=self.prefix, softmax=softmax)
+
+        received, given = self._by_unit(both)
+        return self.pool(received), self.pool(given)
 
     def saliency(self) -> Tensor:
         """CLS attention where the encoder has a CLS token, received attention where it has none: (N,)."""
         return self.cls_attention() if self.has_cls else self.received_attention()
+
+    def _by_unit(self, score: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Scores (N * group,) of queries and keys (..., H, n, d), unit by unit; units of one length go together."""
+        if not self.lengths:
+            return score(self.query, self.key)
+        if min(self.lengths) == max(self.lengths):
+            query, key = (
+                rearrange(states, "h (u n) d -> u h n d", u=len(self.lengths)) for states in (self.query, self.key)
+            )
+            return tuple(part.flatten() for part in score(query, key))
+        return tuple(map(torch.cat, zip(*(score(unit.query, unit.key) for unit in self.units), strict=True)))

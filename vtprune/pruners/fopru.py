@@ -17,7 +17,6 @@ from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
 from vtprune.pruners.parts.checks import check_choice, check_whole_grid
-from vtprune.tensors.attention import attention_received_and_given
 
 STRATEGIES = ("rank", "row")
 
@@ -95,12 +94,9 @@ class FoPru(BeforeDecoder):
 
     def significance(self, stream: VisionStream) -> Tensor:
         """The score of each token: (N,) fp32; raises ScoreError for NaN."""
-        signals = stream.signals
-        assert signals is not None
-        means = attention_received_and_given(
-            signals.query, signals.key, signals.scale, skip=signals.prefix, softmax=self.softmax
-        )
-        received, given = (check_scores(signals.pool(mean), self.name) for mean in means)
+        assert stream.signals is not None
+        means = stream.signals.received_and_given(softmax=self.softmax)
+        received, given = (check_scores(mean, self.name) for mean in means)
         return focal_significance(received, given)
 
     def select(self, stream: VisionStream) -> Selection:
@@ -118,4 +114,4 @@ class FoPru(BeforeDecoder):
 
     def flops(self, work: Work) -> int:
         """The logits of one layer's full map."""
-        return 2 * work.patches * (work.patches + work.has_cls) * work.encoder_width
+        return 2 * work.encoder_pairs * work.encoder_width

@@ -265,9 +265,9 @@ class HoloV(BeforeDecoder):
 
     def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities inside the crops."""
-        rows = 1 if work.has_cls else work.patches
-        attention = 2 * rows * (work.patches + work.has_cls) * work.encoder_width
+        pairs = work.patches + 1 if work.has_cls else work.encoder_pairs
+        attention = 2 * pairs * work.encoder_width
         released = self.variant == "released"
         crops = self.strips(work.tokens, work.kept) if released else (self.crops or CROPS) ** 2
-        pairs = work.tokens * max(1, work.tokens // crops)
-        return attention + 2 * pairs * work.decoder_width
+        alike = work.tokens * max(1, work.tokens // (crops if released else crops * work.units))
+        return attention + 2 * alike * work.decoder_width

@@ -244,7 +244,7 @@ class Turbo(InEncoder):
         for layer in work.encoder_layers:
             patches = work.encoder_patches[layer]
             tokens = (patches - work.has_cls) * work.tokens // work.patches
-            rows = 1 if work.has_cls else patches
-            pairs = (tokens // 2) * (tokens - tokens // 2)
+            rows = 1 if work.has_cls else patches // work.units
+            pairs = (tokens // 2) * (tokens - tokens // 2) // work.units
             total += 2 * rows * patches * work.encoder_width + 2 * pairs * work.encoder_width // work.encoder_heads
         return total

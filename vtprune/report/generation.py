@@ -231,6 +231,8 @@ class Generation:
                 steps=image_steps(self._log, image, self.depth),
                 cached_per_head=tokens_per_head(self._heads, image),
                 achieved_tokens=self._achieved_tokens(image),
+                kind=image.encoded.kind,
+                kept_per_part=image.kept_per_part(),
             )
             for image in self.images
             if image.row == row
@@ -241,7 +243,7 @@ class Generation:
         last = self.pruners[-1]
         evicted = eviction_notes(self._heads, image, last.name)
         published = _published_notes(_counts(image, self.depth), last)
-        plan, entered = self.plans.of(image.total), int(image.kept_at(0).numel())
+        plan, entered = self.plans.of(image.encoded.shown), int(image.kept_at(0).numel())
         unmet = [plan.whole(order, entered) for order in range(len(self.pruners))]
         whole = [f"{KEPT_WHOLE}{reason}" for reason in unmet if reason]
         return [*image.notes, *whole, *evicted, *published, *self._end_notes(image)]
@@ -359,8 +361,9 @@ class Generation:
         patches = image.total * self.facts.group
         alive = [sum(layer) for layer in image.encoded.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
-        for index, pruner in enumerate(self.pruners):
-            if not self.plans.of(image.total).acts(index):
+        for index in range(len(self.pruners)):
+            plan = self.plans.of(image.encoded.shown)
+            if not plan.acts(index):
                 continue
             scored = image.asked.get(index, [])
             known = {layer for other in images[:place] for layer in other.asked.get(index, ())}
@@ -376,9 +379,10 @@ class Generation:
                 prompt=words + sum(one.total for one in self.images if one.key == key),
                 text=words,
                 text_after=image.text_after,
+                units=image.encoded.shown.units,
                 decoder_kv_width=decoder.kv_width,
                 decoder_pairs=self._pairs(key),
-                images=sum(self.plans.of(one.total).acts(index) for one in images),
+                images=sum(self.plans.of(one.encoded.shown).acts(index) for one in images),
                 encoder_patches=tuple(alive),
                 encoder_layers=image.encoded.scored,
                 decoder_layers=tuple(scored),
@@ -389,7 +393,7 @@ class Generation:
                 memory=image.memories.get(index, {}),
                 probed=self._probed(index, key),
             )
-            total += pruner.flops(work)
+            total += plan.pruners[index].flops(work)
         return total
 
 

@@ -47,9 +47,11 @@ class StageReport:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image of one row: indices count its own vision tokens, 0 .. tokens - 1, in raster order.
+    """One image or video of one row: indices count its own vision tokens, 0 .. tokens - 1, in raster order, frame by
+    frame.
 
-    grid: (t, h, w) in vision tokens; kept: tokens that enter the decoder; kept_per_layer: tokens that each
+    grid: (t, h, w) in vision tokens; kind: "image" or "video"; kept_per_part: of `kept`, how many lie in each part,
+    the frames of a video; kept: tokens that enter the decoder; kept_per_layer: tokens that each
     decoder layer processes; cached_per_layer: tokens in each layer's cache after the prefill; merged: what flowed
     into what; cls: the token in whose place the encoder's CLS token stands, -1 for none; notes: what methods said;
     published_tokens: what was kept as the last method's paper counts it, None where it counts as this report does;
@@ -71,6 +73,8 @@ class ImageReport:
     steps: list[ImageStep] = field(default_factory=list)
     cached_per_head: list[list[list[int]]] = field(default_factory=list)
     achieved_tokens: float = 0.0
+    kind: str = "image"
+    kept_per_part: list[int] = field(default_factory=list)
 
     @property
     def kept_whole(self) -> str:

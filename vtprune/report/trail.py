@@ -3,6 +3,8 @@ alone reads it."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -130,6 +132,14 @@ class ImageTrail:
     def cached_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer `layer` holds in its cache once the prefill is over."""
         return self.layers[-1] if layer in self.cut else self.kept_at(layer)
+
+    def kept_per_part(self) -> list[int]:
+        """How many tokens of each of its parts (frames) enter the decoder."""
+        ends = list(itertools.accumulate(part.tokens for part in self.encoded.parts))
+        found = [0] * len(ends)
+        for token in self.kept_at(0).tolist():
+            found[bisect.bisect_right(ends, token)] += 1
+        return found
 
     def merged(self) -> list[tuple[int, Merge]]:
         """The merges between decoder layers, in indices of the whole image, each with the layer that follows it."""

@@ -46,8 +46,8 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, valid: Tensor | Non
 def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True) -> Tensor:
     """Mean over heads and queries of the attention that each key receives, accumulated in chunks of queries.
 
-    query, key: (H, N, d). `skip` leading tokens (CLS) are left out of queries and of the answer, but stay in
-    the softmax. Returns (N - skip,) in fp32.
+    query, key: (..., H, N, d). `skip` leading tokens (CLS) are left out of queries and of the answer, but stay in
+    the softmax. Returns (..., N - skip) in fp32.
     """
     return _accumulate(query, key, scale=scale, skip=skip, softmax=softmax)[0]
 
@@ -55,23 +55,23 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 
 def attention_received_and_given(
     query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Both means of `attention_received` and of what each query gives, in one pass, each (N - skip,)."""
+    """Both means of `attention_received` and of what each query gives, in one pass, each (..., N - skip)."""
     return _accumulate(query, key, scale=scale, skip=skip, softmax=softmax)
 
 
 def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:
-    heads, tokens, _ = key.shape
-    rows = rows_at_once(key.device, heads * tokens)
+    heads, tokens, _ = key.shape[-3:]
+    rows = rows_at_once(key.device, key.shape[:-1].numel())
     turned = key.float().transpose(-1, -2)
-    received = turned.new_zeros(tokens - skip)
+    received = turned.new_zeros(*key.shape[:-3], tokens - skip)
     given = []
-    for chunk in query[:, skip:].split(rows, dim=1):
+    for chunk in query[..., skip:, :].split(rows, dim=-2):
         weights = torch.matmul(chunk.float() * scale, turned)
         weights = weights.softmax(dim=-1) if softmax else weights
         weights = weights[..., skip:]
-        received += reduce(weights, "h q n -> n", "sum")
-        given.append(reduce(weights, "h q n -> q", "mean"))
-    return received / (heads * (tokens - skip)), torch.cat(given)
+        received += reduce(weights, "... h q n -> ... n", "sum")
+        given.append(reduce(weights, "... h q n -> ... q", "mean"))
+    return received / (heads * (tokens - skip)), torch.cat(given, dim=-1)
 
 
 def attention_sums(

@@ -175,6 +175,6 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         """The windows' cosines, the last layer's CLS row or map, and the text's rows at the filter layers."""
         patches = work.encoder_patches[-1]
         cosines = 2 * work.tokens * work.encoder_width if self.merge else 0
-        key = 2 * patches * (1 if work.has_cls else patches) * work.encoder_width
+        key = 2 * patches * (1 if work.has_cls else patches // work.units) * work.encoder_width
         columns = work.prompt - work.tokens + work.kept
         return cosines + key + len(work.decoder_layers) * 2 * max(1, work.text_after) * columns * work.decoder_width

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -82,19 +84,31 @@ def global_attention(signals: LayerSignals, threshold: float) -> Asking[Tensor]:
 
     Global patches are those that receive more than `threshold` times the mean; where there are none, the one
     that receives most. CLS takes part in the softmax and is left out of queries and of the answer. No map is
-    materialised: a pass over all rows finds the global ones, a second one goes over these. Raises ScoreError
-    for NaN.
+    materialised: a pass over all rows finds the global ones, a second one goes over these. Each frame of a video has
+    its own. Raises ScoreError for NaN.
     """
-    query, key, scale, prefix = signals.query, signals.key, signals.scale, signals.prefix
+    units = signals.units
     with torch.no_grad():
-        received = check_scores(attention_received(query, key, scale, skip=prefix), "vflowopt")
-        above = received > threshold * received.mean()
-    found = (yield above).nonzero()[0]
+        received = [
+            check_scores(attention_received(unit.query, unit.key, unit.scale, skip=unit.prefix), "vflowopt")
+            for unit in units
+        ]
+        above = torch.cat([one > threshold * one.mean() for one in received])
+    known = yield above
+    ends = np.cumsum([one.numel() for one in received])[:-1]
+    found = [one.nonzero()[0] for one in np.split(known, ends)]
+    return torch.cat([_from_global(*one) for one in zip(units, received, found, strict=True)])
+
+
+def _from_global(signals: LayerSignals, received: Tensor, found: npt.NDArray[np.int64]) -> Tensor:
+    """What each patch of one unit gets from the patches `found`, from all if it is all of them, and from the one that
+    has received most if it is none."""
+    query, prefix = signals.query, signals.prefix
     if len(found) == received.numel() and not query.requires_grad:
         return received
     rows = torch.from_numpy(found).to(received.device) if len(found) else received.argmax()[None]
     chosen = torch.cat([query[:, :prefix], query[:, prefix + rows]], dim=1)
-    return attention_received(chosen, key, scale, skip=prefix) * (received.numel() / rows.numel())
+    return attention_received(chosen, signals.key, signals.scale, skip=prefix) * (received.numel() / rows.numel())
 
 
 @asking
@@ -102,10 +116,12 @@ def importance_map(signals: LayerSignals, entropy: Tensor | None, threshold: flo
     """Attention from the global patches plus alpha times the softmax of the entropies: (N,) fp32.
 
     entropy: (N,), None for alpha 0. Patches that form one token share its entropy, so that both terms are means
-    over the patches of a distribution over all of them. Raises ScoreError for NaN.
+    over the patches of a distribution over all of them, frame by frame. Raises ScoreError for NaN.
     """
     received = yield from started(global_attention, signals, threshold)
     attention = signals.pool(received)
     if entropy is None:
         return attention
-    return check_scores(attention + alpha * entropy.to(attention).softmax(dim=0) / signals.group, "vflowopt")
+    tokens = [unit.tokens for unit in signals.units]
+    shares = torch.cat([one.softmax(dim=0) for one in entropy.to(attention).split(tokens)])
+    return check_scores(attention + alpha * shares / signals.group, "vflowopt")

@@ -239,6 +239,6 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         than 1 / threshold of all can receive more than threshold times the mean), and what flows together."""
         schedule = self.schedule()
         threshold = max(1.0, schedule.settings(schedule.target(work.tokens)).threshold)
-        rows = work.patches + max(1, int(work.patches / threshold))
-        attention = 2 * rows * (work.patches + work.has_cls) * work.encoder_width
+        rows = work.patches + max(work.units, int(work.patches / threshold))
+        attention = 2 * rows * (work.patches // work.units + work.has_cls) * work.encoder_width
         return attention + self.recycle * 2 * work.tokens * work.decoder_width
