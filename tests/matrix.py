@@ -75,6 +75,18 @@ GATED: list[Pruner] = [
     vtprune.GammaMoD(layers=(2, 4), skip=0.75),
 ]
 
+# Methods for videos alone.
+TEMPORAL: list[Pruner] = [
+    vtprune.EVS(),
+    vtprune.EVS(keep=3),
+    vtprune.DyCoke(),
+    vtprune.DyCoke(keep=0.6),
+    vtprune.DyCoke(variant="released"),
+    vtprune.FramePool(every=2),
+    vtprune.FrameSkip(),
+    vtprune.FrameSkip(keep=0.4),
+]
+
 # What the authors released: counts shared over the batch, positions renumbered (where they are 1-D).
 RELEASED: list[Pruner] = [
     vtprune.FlowCut(keep=8, variant="released"),

@@ -151,6 +151,20 @@ TEXT = Row([9], [], seed=4)
 ANY_SIZE = [Row([3, 7], [(5, 7)], 1), Row([2, 4], [(4, 3)], 2), Row([2, 3, 5], [(3, 6), (4, 4)], 3)]
 # A video alone, one beside an image, and text alone.
 VIDEOS = [Row([2, 5], [(3, 2, 4)], 5), Row([2, 3, 4], [(4, 3), (2, 3, 3)], 6), Row([4], [], 7)]
+# What a prompt may show, each beside rows that differ from it in length.
+SHOWN = {
+    "an image": [Row([3, 7], [(6, 6)], 1), Row([2, 4], [(6, 6)], 2)],
+    "several images": [Row([2, 3, 5], [(6, 6), (6, 6)], 3), TEXT, LONG],
+    "a video": [Row([2, 5], [(5, 2, 4)], 5), Row([6, 3], [(3, 3, 3)], 8)],
+    "a video and an image": VIDEOS,
+}
+
+
+def takes(kind: str, shown: str) -> bool:
+    """Whether a family takes what a prompt of this name shows."""
+    return kind.startswith("qwen") or "video" not in shown
+
+
 ROWS = {
     "llava-clip": [LONG, SHORT, TWO],
     "llava-siglip": [LONG, SHORT, TWO],

@@ -33,8 +33,9 @@ def full_mask(inputs: dict[str, Tensor], extra: int) -> Tensor:
 
 
 @torch.no_grad()
-def run_wrapped(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, vtprune.Report, Any]:
-    """Logits (B, L + STEPS, V) of a prefill and STEPS decode steps on the wrapped model, and its report."""
+def run_wrapped(kind: str, model: Any, inputs: dict[str, Tensor], row: int = 0) -> tuple[Tensor, vtprune.Report, Any]:
+    """Logits (B, L + STEPS, V) of a prefill and STEPS decode steps on the wrapped model, and its report; row: whose
+    tokens the first one is fed."""
     length = inputs["input_ids"].shape[1]
     positions = text_positions(inputs, STEPS)
     padded = "attention_mask" in inputs
@@ -42,7 +43,7 @@ def run_wrapped(kind: str, model: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
     out = model(**inputs, **own, use_cache=True)
     report = vtprune.report(model)
     logits, cache = [out.logits], out.past_key_values
-    tokens = next_tokens(inputs["input_ids"].shape[0])
+    tokens = next_tokens(row + inputs["input_ids"].shape[0])[row:]
     for step in range(STEPS):
         own = {} if kind.startswith("qwen") else {"position_ids": positions[:, length + step : length + step + 1]}
         if padded:

@@ -110,12 +110,11 @@ def test_renumbered_positions_are_refused_for_m_rope() -> None:
         vtprune.wrap(make("llava-clip"), "random", keep=4, positions="new")
 
 
-def test_videos_are_refused_by_name() -> None:
-    inputs = prompt("qwen2.5-vl", [Row([2, 3], [(4, 4)])])
-    pixels, grid = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
-    model = vtprune.wrap(make("qwen2.5-vl"), "random", keep=4)
-    with pytest.raises(vtprune.VTPruneError, match="video inputs are not supported"):
-        model(**inputs, pixel_values_videos=pixels, video_grid_thw=grid)
+def test_videos_are_refused_by_name_where_a_family_takes_none() -> None:
+    inputs = prompt("llava-clip", [Row([2, 3], [(6, 6)])])
+    model = vtprune.wrap(make("llava-clip"), "random", keep=4)
+    with pytest.raises(vtprune.VTPruneError, match="video inputs are not supported by llava, which takes images"):
+        model(**inputs, pixel_values_videos=inputs["pixel_values"])
 
 
 @dataclass(frozen=True)

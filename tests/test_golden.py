@@ -45,6 +45,8 @@ def corrupted(path: Path, folder: Path, name: str) -> None:
         ("cdpruner/case0", "keep_sorted"),
         ("cdpruner/case1", "relevance"),
         ("cdpruner/case3_576_T64", "final_di2s"),
+        ("dycoke/ttm_s0", "kept"),
+        ("dycoke/ttm_s4", "kept"),
         ("fopru/case0", "rank_keep"),
         ("fopru/case0", "row_keep"),
         ("fopru/case4_logits_rowdominant", "row_mean_given"),

@@ -56,12 +56,16 @@ if TYPE_CHECKING:
     from vtprune.method.views import VisionStream as VisionStream
     from vtprune.provenance import __version__ as __version__
     from vtprune.pruners import D2O as D2O
+    from vtprune.pruners import EVS as EVS
     from vtprune.pruners import CDPruner as CDPruner
     from vtprune.pruners import CoViPAL as CoViPAL
     from vtprune.pruners import DivPrune as DivPrune
+    from vtprune.pruners import DyCoke as DyCoke
     from vtprune.pruners import FastV as FastV
     from vtprune.pruners import FlowCut as FlowCut
     from vtprune.pruners import FoPru as FoPru
+    from vtprune.pruners import FramePool as FramePool
+    from vtprune.pruners import FrameSkip as FrameSkip
     from vtprune.pruners import GammaMoD as GammaMoD
     from vtprune.pruners import GemFilter as GemFilter
     from vtprune.pruners import Grid as Grid

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.golden import (
     cdpruner,
     divprune,
+    dycoke,
     fastv,
     flowcut,
     fopru,
@@ -27,6 +28,7 @@ from tests.golden.case import Case, Mismatch, UnknownCase
 METHODS: dict[str, Callable[[Case], None]] = {
     "cdpruner": cdpruner.run,
     "divprune": divprune.run,
+    "dycoke": dycoke.run,
     "fastv": fastv.run,
     "flowcut": flowcut.run,
     "fopru": fopru.run,

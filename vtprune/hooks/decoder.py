@@ -85,10 +85,14 @@ class DecoderHooks:
         self.state.frame = frame
         given = inputs.get("mm_encoder_outputs") or {}
         known = {source.kind for source in self.adapter.sources()}
+        others = inputs.get("kwargs", {})
         for kind, pixels in PIXELS.items():
             encoded = given.get(kind)
-            if kind not in known and (inputs.get(pixels) is not None or encoded is not None):
-                raise VTPruneError(f"{kind} inputs are not supported; pass images, or unwrap the model for {kind}s")
+            given_pixels = inputs.get(pixels, others.get(pixels))
+            if kind not in known and (given_pixels is not None or encoded is not None):
+                raise VTPruneError(
+                    f"{kind} inputs are not supported by {self.adapter.name}, which takes {' and '.join(known)}s"
+                )
             if encoded is not None:
                 records = [getattr(tensor, RECORD, None) for tensor in encoded.pooler_output]
                 frame.encoded[kind] = self._known(records)

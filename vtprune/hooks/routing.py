@@ -20,8 +20,8 @@ from vtprune.hooks.recording import Recording
 from vtprune.hooks.state import GATE, ThreadState
 from vtprune.method.answers import Computed, Routes
 from vtprune.method.plan import Plans
-from vtprune.method.pruner import Pruner, forms
-from vtprune.method.stages import InLayers, routed_layers
+from vtprune.method.pruner import Pruner
+from vtprune.method.stages import InLayers
 from vtprune.method.views import RoutedTokens
 from vtprune.report.trail import Routed, RoutedText
 from vtprune.tensors.attention import full_precision
@@ -42,15 +42,12 @@ class RoutedLayers:
         found = [
             (order, pruner)
             for order, pruner in enumerate(pruners)
-            if isinstance(pruner, InLayers) and any(map(routed_layers, forms(pruner)))
+            if isinstance(pruner, InLayers) and pruner.routed_layers()
         ]
         self.pruner: InLayers | None = found[0][1] if found else None
-        own = forms(self.pruner) if self.pruner else ()
-        self.layers = frozenset(layer for form in own for layer in routed_layers(form))
-        if self.pruner is not None and self.pruner.keep is None and self.pruner.keep_video is not None:
-            raise VTPruneError(
-                f"{self.pruner.name} routes images and videos together; keep_video needs keep beside it"
-            )
+        self.layers = frozenset(self.pruner.routed_layers()) if self.pruner else frozenset()
+        if self.pruner is not None and self.pruner.keep_video is not None:
+            raise VTPruneError(f"{self.pruner.name} has routers in the layers that one keep routes; give keep alone")
         self.order = found[0][0] if found else -1
         self.module, self.plans = modules.get(self.order), plans
         self.adapter = adapter

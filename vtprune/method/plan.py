@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from vtprune.errors import CannotCut
-from vtprune.method.kinds import Shown
+from vtprune.method.kinds import IMAGE, Shown
 from vtprune.method.pruner import Pruner, asked, form_for
 from vtprune.method.stages import (
     BeforeDecoder,
@@ -35,11 +35,14 @@ class Plan:
     pruners: tuple[Pruner, ...]
     tokens: int
     units: int = 1
+    kind: str = IMAGE
 
     def acts(self, order: int) -> bool:
         """Whether anything of the image is to go anywhere by this method; the budget of a whole staged method is a
         mean, which may round to all of them."""
         pruner, tokens = self.pruners[order], self.tokens
+        if self._spares(pruner):
+            return False
         budgets: list[int | None] = [pruner.budget(tokens), self.entering(order)]
         budgets += [self.left(order, layer, tokens) for layer in drop_layers(pruner)]
         budgets += [self.routed(order, layer, tokens) for layer in routed_layers(pruner)]
@@ -89,9 +92,13 @@ class Plan:
     def entering(self, order: int) -> int | None:
         """Tokens that the method lets into the decoder."""
         pruner = self.pruners[order]
-        if not isinstance(pruner, BeforeDecoder):
+        if not isinstance(pruner, BeforeDecoder) or self._spares(pruner):
             return self.tokens
         return _met(self.tokens, partial(pruner.input_budget, self.tokens))
+
+    def _spares(self, pruner: Pruner) -> bool:
+        """Whether this is an image, and the method is one for videos."""
+        return self.kind == IMAGE and isinstance(pruner, BeforeDecoder) and pruner.videos_only
 
     def selects(self, order: int, alive: int) -> bool:
         """Whether the method has to say which tokens enter the decoder."""
@@ -149,7 +156,7 @@ class Plans:
         """The plan of an image or a video."""
         if shown not in self._known:
             own = tuple(form_for(pruner, shown.kind) for pruner in self.pruners)
-            self._known[shown] = Plan(own, shown.tokens, shown.units)
+            self._known[shown] = Plan(own, shown.tokens, shown.units, shown.kind)
         return self._known[shown]
 
 

@@ -105,6 +105,7 @@ class Pruner(ABC):
             raise VTPruneError(f"{self.name}: variant is one of {choices}, got {variant!r}")
 
     @property
+    @final
     def name(self) -> str:
         """The registry name."""
         return self.info.name

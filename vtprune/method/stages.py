@@ -85,7 +85,11 @@ class InEncoder(Pruner):
 
 @dataclass(frozen=True)
 class BeforeDecoder(Pruner):
-    """Chooses the tokens that enter the decoder (FoPru, HoloV, DivPrune, CDPruner, GemFilter, CoViPAL, baselines)."""
+    """Chooses the tokens that enter the decoder (FoPru, HoloV, DivPrune, CDPruner, GemFilter, CoViPAL, EVS, DyCoke,
+    baselines)."""
+
+    # Whether it compares frames: images then stay whole.
+    videos_only: ClassVar[bool] = False
 
     @property
     def input_reads(self) -> frozenset[Read]:

@@ -4,9 +4,13 @@ from vtprune.pruners.cdpruner import CDPruner
 from vtprune.pruners.covipal import CoViPAL
 from vtprune.pruners.d2o import D2O
 from vtprune.pruners.divprune import DivPrune
+from vtprune.pruners.dycoke import DyCoke
+from vtprune.pruners.evs import EVS
 from vtprune.pruners.fastv import FastV
 from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
+from vtprune.pruners.frame_pool import FramePool
+from vtprune.pruners.frame_skip import FrameSkip
 from vtprune.pruners.gamma_mod import GammaMoD
 from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
@@ -25,12 +29,16 @@ from vtprune.pruners.visionzip import VisionZip
 
 __all__ = [
     "D2O",
+    "EVS",
     "CDPruner",
     "CoViPAL",
     "DivPrune",
+    "DyCoke",
     "FastV",
     "FlowCut",
     "FoPru",
+    "FramePool",
+    "FrameSkip",
     "GammaMoD",
     "GemFilter",
     "Grid",
