@@ -32,6 +32,7 @@ from vtprune.method import config
 from vtprune.method.order import check_order
 from vtprune.method.pruner import Pruner
 from vtprune.method.resolving import folder_of, resolve
+from vtprune.method.sharing import Sharing
 from vtprune.method.stages import acts, encoder_layers, revives
 from vtprune.report.generation import Generation
 from vtprune.report.report import Report
@@ -43,21 +44,40 @@ HOW_TO_TRAIN = "Train it (vtprune train), or wrap the model with the folder that
 M = TypeVar("M")
 
 
-def wrap(model: M, pruner: Any, *, positions: str = "original", **options: Any) -> M:
+def wrap(
+    model: M,
+    pruner: Any,
+    *,
+    positions: str = "original",
+    keep_prompt: int | float | None = None,
+    share: str = "size",
+    **options: Any,
+) -> M:
     """Makes `model` prune its vision tokens, in place, and returns it.
 
     pruner: a name (with the method's `options`, here or in the text, as "fastv:keep=0.5,layers=(2,5)"; several are
     joined by +, see vtprune/method/texts.py), a Pruner, a list of them in stage order, a config dict, or a folder
     holding vtprune_config.json. positions: "original" keeps the position ids of the unpruned prompt, "compact"
     renumbers them layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache then holds
-    of its row. Generation without a cache (`use_cache=False`) reads everything anew at each step, so methods that
-    choose by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass) for an
-    unknown method or option, a model without an adapter, and a model that is wrapped already.
+    of its row. keep_prompt: instead of the method's `keep`, one budget for all images and videos of a prompt, a count
+    of their tokens (int) or a fraction (float), which they share by "size" or by "importance" (`share`; see
+    vtprune/method/sharing.py). Generation without a cache (`use_cache=False`) reads everything anew at each step, so
+    methods that choose by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass)
+    for an unknown method or option, a model without an adapter, and a model that is wrapped already.
     """
-    return _wrap(model, pruner, positions, options, level=3)
+    sharing = _sharing(keep_prompt, share)
+    return _wrap(model, pruner, positions, options, sharing=sharing, level=3)
 
 
-def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, level: int) -> M:
+def _sharing(keep_prompt: int | float | None, share: str) -> Sharing | None:
+    if keep_prompt is not None:
+        return Sharing(keep_prompt, share)
+    if share != "size":
+        raise VTPruneError(f"share={share!r} says how a prompt's images share keep_prompt, and there is none")
+    return None
+
+
+def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, sharing: Sharing | None, level: int) -> M:
     """`wrap`; level: how far up the stack the line stands that a warning names."""
     core: Any = core_model(model)
     if is_wrapped(core):
@@ -72,7 +92,11 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, lev
     adapter.sizes(core.config)
     # Stages that do nothing come before no method.
     acting = [index for index, one in enumerate(given) if acts(one)]
-    pruners = [one.bind(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(given)]
+    unbound = given
+    if sharing is not None:
+        sharing.check(given)
+        unbound = [sharing.base(one) for one in given]
+    pruners = [one.bind(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(unbound)]
     check_order(pruners)
     adapter.check_stages(encoder=any(encoder_layers(one) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
@@ -100,7 +124,7 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, lev
         warnings.warn(f"{untrained(pruners)}. {HOW_TO_TRAIN}", UntrainedWarning, stacklevel=level)
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
     # weights that a method brings, which are trained and moved with it.
-    wrapping = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules)
+    wrapping = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules, sharing=sharing)
     core.__dict__[ATTRIBUTE] = wrapping
     attach(core, modules)
     if modules:
@@ -118,9 +142,18 @@ def unwrap(model: M) -> M:
 
 
 @contextmanager
-def wrapped(model: M, pruner: Any, *, positions: str = "original", **options: Any) -> Iterator[M]:
+def wrapped(
+    model: M,
+    pruner: Any,
+    *,
+    positions: str = "original",
+    keep_prompt: int | float | None = None,
+    share: str = "size",
+    **options: Any,
+) -> Iterator[M]:
     """`wrap` for the length of a with block; unwraps also when the block raises."""
-    _wrap(model, pruner, positions, options, level=4)
+    sharing = _sharing(keep_prompt, share)
+    _wrap(model, pruner, positions, options, sharing=sharing, level=4)
     try:
         yield model
     finally:

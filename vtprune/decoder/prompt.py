@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from vtprune.decoder.conversation import Conversations, numbers_by_mask, numbers_by_positions
 from vtprune.decoder.outline import Ints, Outline
 from vtprune.encoder.encoding import EncodedImage, cut_signals
+from vtprune.method.kinds import Shown
 from vtprune.method.views import LayerSignals
 
 # The label of what is no answer.
@@ -31,7 +32,8 @@ class ImageSpan:
     the host and on the device; kept: tokens alive now, indices into the whole image; talk: which of its row's
     conversations it belongs to; layers: the tokens (n,) that were alive at each decoder layer so far; memories: what
     each pruner (by its place in the list) remembers of the tokens alive; structural: places of its placeholders that
-    are no vision tokens, which are never dropped and are no text either.
+    are no vision tokens, which are never dropped and are no text either; share: what it may keep of a budget that its
+    prompt's images share, None where each has its own.
     """
 
     row: int
@@ -43,6 +45,7 @@ class ImageSpan:
     layers: list[Tensor] = field(default_factory=list)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
     structural: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    share: int | None = None
 
     def __post_init__(self) -> None:
         self.places = torch.from_numpy(self.stands).to(self.kept.device)
@@ -56,6 +59,11 @@ class ImageSpan:
     def key(self) -> tuple[int, int]:
         """Its row, and which of the row's conversations it belongs to."""
         return self.row, self.talk
+
+    @property
+    def shown(self) -> Shown:
+        """What is known of it before anything runs."""
+        return replace(self.image.shown, keep=self.share)
 
     @property
     def entered(self) -> Tensor:

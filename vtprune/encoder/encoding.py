@@ -15,6 +15,7 @@ from vtprune.encoder.merging import Origins, merges_of
 from vtprune.method.answers import EncoderSelection, Merge
 from vtprune.method.checks import Checks
 from vtprune.method.kinds import IMAGE, Shown
+from vtprune.method.sharing import shares_by_size
 from vtprune.method.views import EncoderLayer, LayerSignals
 from vtprune.tensors.compaction import gather_tokens
 
@@ -482,31 +483,6 @@ def _joined_signals(units: Sequence[LayerSignals | None]) -> LayerSignals | None
         return None
     query, key, value = (torch.cat([getattr(one, name) for one in known], dim=1) for name in ("query", "key", "value"))
     return replace(known[0], query=query, key=key, value=value, lengths=tuple(one.tokens for one in known))
-
-
-def shares_by_size(totals: Sequence[int], budget: int) -> list[int]:
-    """A budget shared over pieces by their sizes, the largest remainders first (ties: the first), at least 1 each
-    where there is one for each."""
-    whole = sum(totals)
-    if budget >= whole or len(totals) == 1:
-        return list(totals) if budget >= whole else [budget]
-    least = int(budget >= len(totals))
-    exact = [(budget - least * len(totals)) * total / whole for total in totals]
-    found = [least + int(share) for share in exact]
-    order = sorted(range(len(totals)), key=lambda piece: (int(exact[piece]) - exact[piece], piece))
-    for piece in order[: budget - sum(found)]:
-        found[piece] += 1
-    return _within(found, totals)
-
-
-def _within(shares: list[int], totals: Sequence[int]) -> list[int]:
-    """The same with what is more than a piece has given to the first ones with room."""
-    found = [min(share, total) for share, total in zip(shares, totals, strict=True)]
-    spare = sum(shares) - sum(found)
-    for piece, total in enumerate(totals):
-        more = min(spare, total - found[piece])
-        found[piece], spare = found[piece] + more, spare - more
-    return found
 
 
 def cut_signals(signals: LayerSignals, tokens: Tensor) -> LayerSignals:

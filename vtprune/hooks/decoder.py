@@ -35,11 +35,11 @@ from vtprune.hooks.recording import Recorder, number_rows
 from vtprune.hooks.returning import Leaving, Returning
 from vtprune.hooks.routing import RoutedLayers
 from vtprune.hooks.scoring import DecoderScoring
-from vtprune.hooks.selecting import Dropping, Inputs, Selecting
+from vtprune.hooks.selecting import Dropping, Inputs, Selecting, by_prompt
 from vtprune.hooks.state import FRAME, RECORD, RUN, Frame, ThreadState
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
-from vtprune.method.pruner import Pruner
+from vtprune.method.sharing import Sharing
 from vtprune.method.stages import acts
 
 
@@ -49,19 +49,21 @@ class DecoderHooks:
     def __init__(
         self,
         adapter: Adapter,
-        pruners: list[Pruner],
+        plans: Plans,
         facts: ModelFacts,
         state: ThreadState,
         *,
+        sharing: Sharing | None,
         compact: bool,
         maker: object,
         modules: dict[int, nn.Module],
     ) -> None:
+        pruners = list(plans.pruners)
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
-        self._plans = Plans(pruners)
+        self._plans, self._sharing = plans, sharing
         scoring = DecoderScoring(adapter, pruners, self._plans)
         self._evictor = Evictor(adapter, pruners, self._plans)
-        self._selecting = Selecting(scoring, facts, modules)
+        self._selecting = Selecting(scoring, facts, modules, sharing)
         self.teacher = Teacher(pruners, scoring=scoring, state=state)
         self.tapped = self._selecting.layers | self._evictor.watched | self.teacher.layers
         self._returning = Returning(adapter, pruners, self.tapped)
@@ -69,7 +71,7 @@ class DecoderHooks:
         # Layers after which the decoder adds something to vision tokens.
         self.adding = frozenset(range(len(adapter.plane_mergers)))
         self.entered = self.tapped | self.routing.layers | self.adding
-        self.recorder = Recorder(adapter, pruners, facts, state)
+        self.recorder = Recorder(adapter, plans, facts, state=state, sharing=sharing)
         self.checkpoints = Checkpoints(adapter.decoder_layers, state)
         self.modules = modules
         # Which method decides by every token that it reads, so that none may be taken back.
@@ -224,7 +226,12 @@ class DecoderHooks:
             for source, own in zip(sources, marks, strict=True)
             for span in self._placed(source.kind, frame.encoded[source.kind], own, prompt)
         ]
-        return spans if len(sources) == 1 else sorted(spans, key=lambda span: (span.row, span.first))
+        spans = spans if len(sources) == 1 else sorted(spans, key=lambda span: (span.row, span.first))
+        if self._sharing is not None:
+            for own in by_prompt(spans):
+                for span, share in zip(own, self._sharing.counts([span.image.total for span in own]), strict=True):
+                    span.share = share
+        return spans
 
     def _placed(self, kind: str, images: list[EncodedImage], marks: Bools, prompt: PromptInfo) -> Iterator[ImageSpan]:
         """What one source shows: features fill its placeholders in row-major order."""
@@ -256,7 +263,7 @@ class DecoderHooks:
         reason = unsupported_reason(cache)
         if reason is None:
             return adopt_cache(cache, self._depth)
-        if self.routing.skips_text or any(self._plans.of(span.image.shown).drops for span in spans):
+        if self.routing.skips_text or any(self._plans.of(span.shown).drops for span in spans):
             raise unsupported_cache(reason)
         return None
 

@@ -25,7 +25,7 @@ from vtprune.hooks.taps import Taps
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
-from vtprune.method.pruner import Pruner, forms
+from vtprune.method.pruner import forms
 from vtprune.method.stages import InEncoder, Read, encoder_layers, reads
 from vtprune.tensors.attention import full_precision
 
@@ -33,10 +33,9 @@ from vtprune.tensors.attention import full_precision
 class EncoderHooks:
     """The encoder's side of a wrapped model."""
 
-    def __init__(
-        self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, state: ThreadState, taps: Taps
-    ) -> None:
-        self.adapter, self.pruners, self.facts, self.state, self.taps = adapter, pruners, facts, state, taps
+    def __init__(self, adapter: Adapter, plans: Plans, facts: ModelFacts, *, state: ThreadState, taps: Taps) -> None:
+        self.adapter, self._plans, self.facts, self.state, self.taps = adapter, plans, facts, state, taps
+        pruners = plans.pruners
         self.token = object()
         depth, last = facts.encoder_depth, len(list(adapter.encoder_layers)) - 1
         # Layers at which each pruner scores, inside (0: before the MLP) or at the end (1).
@@ -46,7 +45,6 @@ class EncoderHooks:
             if isinstance(pruner, InEncoder)
             for index in sorted({layer for form in forms(pruner) for layer in encoder_layers(form)})
         ]
-        self._plans = Plans(pruners)
         read = frozenset[Read]().union(*(reads(pruner) for pruner in pruners))
         self.reads = bool(read & {Read.ENCODER, Read.ENCODER_FLOWS})
         self.reads_last = Read.LAST_LAYER in read

@@ -61,7 +61,7 @@ class Evictor:
         if pruner is None or run.layers is None:
             return None
         aux = run.layers[0].aux
-        new = [span for span in run.spans if self.plans.of(span.image.shown).evicts(self.order)]
+        new = [span for span in run.spans if self.plans.of(span.shown).evicts(self.order)]
         if not new and IMAGES not in aux:
             return None
         known = Known.of(run, run.layers, sorted(self.dense))

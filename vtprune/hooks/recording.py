@@ -12,7 +12,9 @@ from vtprune.decoder.run import DecoderRun, Observer
 from vtprune.hooks.state import ThreadState
 from vtprune.method.answers import Selection
 from vtprune.method.facts import ModelFacts
-from vtprune.method.pruner import Pruner
+from vtprune.method.plan import Plans
+from vtprune.method.pruner import asked
+from vtprune.method.sharing import Sharing
 from vtprune.report.generation import Generation
 from vtprune.report.history import origins
 from vtprune.report.trail import ImageTrail, Trail, still_there
@@ -21,10 +23,13 @@ from vtprune.report.trail import ImageTrail, Trail, still_there
 class Recorder:
     """Keeps the records of one wrapped model; last: that of its last generation, whichever thread ran it."""
 
-    def __init__(self, adapter: Adapter, pruners: list[Pruner], facts: ModelFacts, state: ThreadState) -> None:
+    def __init__(
+        self, adapter: Adapter, plans: Plans, facts: ModelFacts, *, state: ThreadState, sharing: Sharing | None
+    ) -> None:
         self.last: Generation | None = None
         self.state = state
-        self._adapter, self._pruners, self._facts = adapter, pruners, facts
+        self._adapter, self._plans, self._facts = adapter, plans, facts
+        self._asked = [asked(pruner) if sharing is None else sharing.keep for pruner in plans.pruners]
 
     def open(self, run: DecoderRun) -> Recording:
         """The record of one forward."""
@@ -46,7 +51,8 @@ class Recorder:
             number_rows(run)
         generation = Generation(
             cost=self._adapter.cost,
-            pruners=self._pruners,
+            plans=self._plans,
+            asked=self._asked,
             facts=self._facts,
             depth=self._facts.decoder_depth,
             dtype=next(iter(self._adapter.language_model.parameters())).dtype,

@@ -149,7 +149,7 @@ class Routing(Shaper):
         totals, budgets = ([[0] * width for _ in range(run.prompt.batch)] for _ in range(2))
         spared = [0] * run.prompt.batch
         for span, number in zip(run.spans, numbers, strict=True):
-            shown, entered = span.image.shown, span.entered.numel()
+            shown, entered = span.shown, span.entered.numel()
             budget = self._of.plans.of(shown).routed(self._of.order, index, entered)
             totals[span.row][number], budgets[span.row][number] = shown.tokens, budget
             spared[span.row] += max(0, span.kept.numel() - budget)

@@ -67,7 +67,7 @@ class SeenLayer:
         first, last = (ends[row][span.talk] for ends in self._ends)
         cos, sin = self._rotary
         entered = span.entered.numel()
-        budget = scoring.plans.of(span.image.shown).left(order, view.index, entered)
+        budget = scoring.plans.of(span.shown).left(order, view.index, entered)
         return DecoderLayer(
             query=query,
             key=key,

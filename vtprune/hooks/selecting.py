@@ -3,9 +3,11 @@ answer."""
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from vtprune.method.facts import ModelFacts
 from vtprune.method.kinds import VIDEO
 from vtprune.method.plan import Plan
 from vtprune.method.pruner import Pruner, forms
+from vtprune.method.sharing import Sharing, by_importance
 from vtprune.method.stages import (
     BeforeDecoder,
     BetweenLayers,
@@ -33,8 +36,10 @@ from vtprune.method.stages import (
     probe_layer,
     reads,
 )
-from vtprune.method.views import VisionStream
+from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.tensors.attention import full_precision
+
+Shared = TypeVar("Shared", VisionStream, DecoderLayer)
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,11 @@ class Selecting:
         scoring: DecoderScoring,
         facts: ModelFacts,
         modules: dict[int, nn.Module],
+        sharing: Sharing | None,
     ) -> None:
         self.scoring, self.facts, self.modules = scoring, facts, modules
+        # Whether the images of a prompt share their budget by how their tokens rank.
+        self.pools = sharing is not None and sharing.by == "importance"
         self.adapter, self.pruners = scoring.adapter, scoring.pruners
         self.plans = scoring.plans
         self._by_layer: dict[int, list[tuple[int, BetweenLayers]]] = {}
@@ -129,29 +137,88 @@ class Selecting:
         for order, pruner in enumerate(self.pruners):
             probe = self._probe(prober, recording, order)
             for span in run.spans:
-                self._tell_whole(self.plans.of(span.image.shown), span, order)
-            acting = [span for span in run.spans if self.plans.of(span.image.shown).acts(order)]
+                self._tell_whole(self.plans.of(span.shown), span, order)
+            acting = [span for span in run.spans if self.plans.of(span.shown).acts(order)]
             streams = [self._stream(run, span, order=order, inputs=inputs) for span in acting]
             if probe is not None:
                 streams = [
                     self._probed(run, probe, span, stream) for span, stream in zip(acting, streams, strict=True)
                 ]
-            own = [self.plans.of(span.image.shown).pruners[order] for span in acting]
+            own = [self.plans.of(span.shown).pruners[order] for span in acting]
             with full_precision(inputs.embeds.device), run.checks.collecting():
                 streams = _remembering(own, streams)
             for span, stream in zip(acting, streams, strict=True):
                 # Decoder layers choose by what is remembered, and the report outlives the forward's graph.
                 span.memories[order] = {name: _constant(value) for name, value in stream.memory.items()}
+            asking = self.with_their_prompts(
+                [
+                    span
+                    for span, one in zip(acting, own, strict=True)
+                    if isinstance(one, BeforeDecoder) and self.plans.of(span.shown).selects(order, span.kept.numel())
+                ],
+                acting,
+            )
             asked = [
                 (span, stream, one)
                 for span, stream, one in zip(acting, streams, own, strict=True)
-                if isinstance(one, BeforeDecoder) and self.plans.of(span.image.shown).selects(order, span.kept.numel())
+                if span in asking and isinstance(one, BeforeDecoder)
             ]
             with full_precision(inputs.embeds.device), run.checks.collecting():
-                selections = together([started(one.select, stream) for _, stream, one in asked])
-            for (span, _, _), selection in zip(asked, selections, strict=True):
-                budget = self.plans.of(span.image.shown).entering(order)
+                selections = together([started(one.select, self.to_rank(stream)) for _, stream, one in asked])
+            answers = [(span, selection) for (span, _, _), selection in zip(asked, selections, strict=True)]
+            entering = functools.partial(self._entering, order)
+            for span, selection, budget in self.pooled(run, answers, entering, name=pruner.name):
                 dropping.apply(run, span, selection, order=order, pruner=pruner, budget=budget, layer=0)
+
+    def _entering(self, order: int, span: ImageSpan) -> int | None:
+        return self.plans.of(span.shown).entering(order)
+
+    def with_their_prompts(self, asked: list[ImageSpan], acting: list[ImageSpan]) -> list[ImageSpan]:
+        """The images that are asked about; where the images of a prompt share a budget by importance, also those that
+        are within their own part of it."""
+        if not self.pools:
+            return asked
+        keys = {span.key for span in asked}
+        # Each image keeps one token, so that one with a single token left has nothing to share.
+        return [span for span in acting if span.key in keys and span.kept.numel() > 1]
+
+    def to_rank(self, view: Shared) -> Shared:
+        """What a method is shown of an image; where its tokens are to be ranked among those of others, with a budget
+        below them all, so that it does rank them."""
+        if not self.pools:
+            return view
+        alive = view.vision.numel() if isinstance(view, DecoderLayer) else view.indices.numel()
+        return replace(view, budget=min(view.budget, alive - 1))
+
+    def pooled(
+        self,
+        run: DecoderRun,
+        answers: Sequence[tuple[ImageSpan, Selection | None]],
+        budget: Callable[[ImageSpan], int | None],
+        *,
+        name: str,
+    ) -> list[tuple[ImageSpan, Selection | None, int | None]]:
+        """What is chosen of each image, and how many tokens may be, None where that is left to the choice: as
+        answered, or chosen anew over all images of a prompt."""
+        if not self.pools:
+            return [(span, selection, budget(span)) for span, selection in answers]
+        asked = dict(answers)
+        prompts = [own for own in by_prompt(run.spans) if any(span in asked for span in own)]
+        shared = [
+            started(
+                by_importance,
+                name,
+                [asked[span] for span in own if span in asked],
+                # Those that were not asked keep what they have.
+                sum((budget(span) or 0) - (span not in asked) * span.kept.numel() for span in own),
+            )
+            for own in prompts
+        ]
+        return [
+            (span, selection, None)
+            for own, chosen in zip(prompts, together(shared), strict=True)
+            for span, selection in zip([span for span in own if span in asked], chosen, strict=True)
+        ]
 
     def _probed(self, run: DecoderRun, probe: Probe, span: ImageSpan, stream: VisionStream) -> VisionStream:
         """The stream of an image with the layer that its method selects by."""
@@ -172,7 +239,7 @@ class Selecting:
         """The decoder layer that a method selects by, of the prompt as it stands, if there is anything to select."""
         pruner, spans = self.pruners[order], prober.run.spans
         layer = probe_layer(pruner)
-        rows = {span.row for span in spans if self.plans.of(span.image.shown).selects(order, span.kept.numel())}
+        rows = {span.row for span in spans if self.plans.of(span.shown).selects(order, span.kept.numel())}
         if layer is None or not rows:
             return None
         for span in spans:
@@ -185,7 +252,7 @@ class Selecting:
         text = (run.texts if module is None else run.unlabelled)[span.key]
         words = (run.words if module is None else run.unlabelled_words)[span.key]
         assert image.pixels is not None
-        plan = self.plans.of(image.shown)
+        plan = self.plans.of(span.shown)
         picture, budget = None, plan.entering(order)
         if Read.PICTURE in reads(pruner):
             if id(image) not in inputs.pictures:
@@ -226,25 +293,35 @@ class Scoring(Observer):
         """Drops what the methods leave out, from the next layer on."""
         seen = None
         for order, pruner in self.of.acting(view.index):
-            asked = [span for span in run.spans if self._asks(span, order, view.index)]
+            asked = self.of.with_their_prompts(
+                [span for span in run.spans if self._asks(span, order, view.index)], run.spans
+            )
             if not asked:
                 continue
             seen = seen or SeenLayer(self.of.scoring, run, view, run.words)
-            layers = [(self.of.plans.of(span.image.shown).pruners[order], seen.of(span, order)) for span in asked]
+            layers = [(self.of.plans.of(span.shown).pruners[order], seen.of(span, order)) for span in asked]
             with full_precision(view.hidden.device), run.checks.collecting():
                 selections = together(
-                    [started(own.prune_decoder, layer) for own, layer in layers if isinstance(own, BetweenLayers)]
+                    [
+                        started(own.prune_decoder, self.of.to_rank(layer))
+                        for own, layer in layers
+                        if isinstance(own, BetweenLayers)
+                    ]
                 )
-            for span, selection in zip(asked, selections, strict=True):
+            left = functools.partial(self._left, order, view.index)
+            answers = list(zip(asked, selections, strict=True))
+            for span, selection, budget in self.of.pooled(run, answers, left, name=pruner.name):
                 self.dropping.recording.of(span).asked.setdefault(order, []).append(view.index)
-                budget = self.of.plans.of(span.image.shown).left(order, view.index, span.entered.numel())
                 self.dropping.apply(
                     run, span, selection, order=order, pruner=pruner, budget=budget, layer=view.index + 1
                 )
         return view
 
+    def _left(self, order: int, index: int, span: ImageSpan) -> int | None:
+        return self.of.plans.of(span.shown).left(order, index, span.entered.numel())
+
     def _asks(self, span: ImageSpan, order: int, index: int) -> bool:
-        plan = self.of.plans.of(span.image.shown)
+        plan = self.of.plans.of(span.shown)
         return plan.asks(order, index, span.entered.numel(), alive=span.kept.numel())
 
     def close(self, run: DecoderRun) -> None:
@@ -253,6 +330,14 @@ class Scoring(Observer):
             run.cut_caches(self.of.cut)
             for span in run.spans:
                 self.dropping.recording.of(span).cut = self.of.cut
+
+
+def by_prompt(spans: Sequence[ImageSpan]) -> list[list[ImageSpan]]:
+    """Images by the conversation that they belong to."""
+    found: dict[tuple[int, int], list[ImageSpan]] = {}
+    for span in spans:
+        found.setdefault(span.key, []).append(span)
+    return list(found.values())
 
 
 def _after(words: Ints, span: ImageSpan) -> int:

@@ -18,7 +18,9 @@ from vtprune.hooks.generate import GenerateHooks
 from vtprune.hooks.state import ThreadState
 from vtprune.hooks.taps import Taps
 from vtprune.method.facts import ModelFacts
+from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
+from vtprune.method.sharing import Sharing
 from vtprune.report.generation import Generation
 
 MISSING = object()
@@ -36,6 +38,7 @@ class Wrapping:
         compact: bool,
         given: list[Pruner],
         modules: dict[int, nn.Module],
+        sharing: Sharing | None = None,
     ) -> None:
         self.given, self.pruners, self.modules = given, pruners, modules
         self.name = "+".join(pruner.name for pruner in pruners)
@@ -43,10 +46,12 @@ class Wrapping:
         self._overridden: list[tuple[Any, str, Any, Override]] = []
         self._state = state = ThreadState()
         self._taps = Taps(state.sink)
-        self._encoder = EncoderHooks(adapter=adapter, pruners=pruners, facts=facts, state=state, taps=self._taps)
+        plans = Plans(pruners, given)
+        self._encoder = EncoderHooks(adapter, plans, facts, state=state, taps=self._taps)
         self._decoder = DecoderHooks(
-            adapter, pruners, facts, state, compact=compact, maker=self._encoder.token, modules=modules
-        )
+            adapter, plans, facts, state,
+            sharing=sharing, compact=compact, maker=self._encoder.token, modules=modules,
+        )  # fmt: skip
         try:
             self._refuse_copies(adapter.model)
             self._install_taps(adapter)

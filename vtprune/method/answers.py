@@ -39,7 +39,8 @@ class Selection:
     what the layer of `Guided.learns_from` is to teach. Both are for training, carry gradients, and lift the budget.
     sound: that the indices are ascending, distinct and inside N by the way they were made, so that the device need not
     be asked. mix: what made `vectors`, for other values (N, D) that belong to the same tokens (what a decoder adds to
-    them between its layers); None: as the merges say, with constant weights.
+    them between its layers); None: as the merges say, with constant weights. ranking: (N,) the scores that the choice
+    was made by, where it is one of the best.
     """
 
     kept: Tensor
@@ -50,11 +51,12 @@ class Selection:
     scores: Tensor | None = None
     sound: bool = False
     mix: Callable[[Tensor], Tensor] | None = None
+    ranking: Tensor | None = None
 
     @classmethod
     def best(cls, scores: Tensor, count: int) -> Selection:
         """The `count` tokens with the highest of (N,) scores; ties go to the lowest index."""
-        return cls(top(scores, count), sound=True)
+        return cls(top(scores, count), sound=True, ranking=scores)
 
     def merged(self) -> tuple[Merge, ...]:
         """The merges themselves."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -146,16 +146,22 @@ class Plan:
 
 
 class Plans:
-    """The plans of one wrapped model, by what is shown."""
+    """The plans of one wrapped model, by what is shown.
 
-    def __init__(self, pruners: list[Pruner]) -> None:
-        self.pruners = tuple(pruners)
+    pruners: bound to the model; given: as they were before that, for images that share a budget.
+    """
+
+    def __init__(self, pruners: Sequence[Pruner], given: Sequence[Pruner] = ()) -> None:
+        self.pruners, self._given = tuple(pruners), tuple(given)
         self._known: dict[Shown, Plan] = {}
 
     def of(self, shown: Shown) -> Plan:
         """The plan of an image or a video."""
         if shown not in self._known:
             own = tuple(form_for(pruner, shown.kind) for pruner in self.pruners)
+            if shown.keep is not None:
+                pairs = zip(self._given, self.pruners, strict=True)
+                own = tuple(replace(one, keep=shown.keep).bind(bound.model) for one, bound in pairs)
             self._known[shown] = Plan(own, shown.tokens, shown.units, shown.kind)
         return self._known[shown]
 

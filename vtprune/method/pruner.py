@@ -55,7 +55,7 @@ def check_keep(keep: object, name: str = "keep") -> None:
     """Raises VTPruneError unless `keep` is None, an int of at least 1, or a float in (0, 1]; name: of the option."""
     if keep is None:
         return
-    per = "video" if name == "keep_video" else "image"
+    per = {"keep_video": "video", "keep_prompt": "prompt"}.get(name, "image")
     hint = f"{name} takes a count of vision tokens per {per} (an int of at least 1) or a fraction (a float in (0, 1])"
     if isinstance(keep, bool) or not isinstance(keep, Integral | float):
         raise VTPruneError(f"{hint}, got {keep!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from vtprune.cost.sizes import ModelCost
 from vtprune.method.answers import KEPT_WHOLE
 from vtprune.method.facts import Work
 from vtprune.method.plan import Plans
-from vtprune.method.pruner import Pruner, asked
+from vtprune.method.pruner import Pruner
 from vtprune.method.stages import (
     BeforeDecoder,
     InLayers,
@@ -55,16 +54,18 @@ from vtprune.report.trail import ImageTrail, Trail, still_there
 class Generation:
     """What a prefill and the forwards after it leave behind; `build` turns it into a Report when asked.
 
-    trail: of the images that this turn brought; earlier: those of earlier turns that are still in the cache. texts:
+    plans: what the methods were to do with each image; asked: what each was asked to keep; trail: of the images that
+    this turn brought; earlier: those of earlier turns that are still in the cache. texts:
     text tokens of this turn's prompt in each row, by conversation; offset: places that the cache held before it;
     steps: forwards on the cache since.
     """
 
     cost: ModelCost
-    pruners: list[Pruner]
+    plans: Plans
     facts: Any
     depth: int
     dtype: torch.dtype
+    asked: list[int | float | None]
     trail: Trail
     texts: list[list[int]]
     earlier: list[ImageTrail] = field(default_factory=list)
@@ -84,10 +85,10 @@ class Generation:
         """Every image in the cache, those of earlier turns first."""
         return [*self.earlier, *self.trail.images]
 
-    @cached_property
-    def plans(self) -> Plans:
-        """What the pruners were to do with an image, by its tokens."""
-        return Plans(self.pruners)
+    @property
+    def pruners(self) -> tuple[Pruner, ...]:
+        """The methods, bound to the model."""
+        return self.plans.pruners
 
     @property
     def rows(self) -> int:
@@ -154,7 +155,7 @@ class Generation:
         kv = self._now.entries
         kept = [self._achieved_tokens(image) for image in self.images]
         achieved = [tokens / image.total for tokens, image in zip(kept, self.images, strict=True)]
-        requested = [asked(pruner) for pruner in self.pruners]
+        requested = self.asked
         history = self._steps()
         before = self._history[0] if self._history else Held()
         return Report(
@@ -207,7 +208,7 @@ class Generation:
             left = [self._achieved_tokens(image) for image in self.images]
         mean = sum(left) / len(left) if left else 0.0
         layers = sorted({layer for image in self.images for layer in image.asked.get(index, ())})
-        return StageReport(pruner.name, acts_at(pruner, layers), asked(pruner), mean)
+        return StageReport(pruner.name, acts_at(pruner, layers), self.asked[index], mean)
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:
@@ -243,7 +244,7 @@ class Generation:
         last = self.pruners[-1]
         evicted = eviction_notes(self._heads, image, last.name)
         published = _published_notes(_counts(image, self.depth), last)
-        plan, entered = self.plans.of(image.encoded.shown), int(image.kept_at(0).numel())
+        plan, entered = self.plans.of(image.shown), int(image.kept_at(0).numel())
         unmet = [plan.whole(order, entered) for order in range(len(self.pruners))]
         whole = [f"{KEPT_WHOLE}{reason}" for reason in unmet if reason]
         return [*image.notes, *whole, *evicted, *published, *self._end_notes(image)]
@@ -362,7 +363,7 @@ class Generation:
         alive = [sum(layer) for layer in image.encoded.segments] or [patches + self.facts.has_cls] * blocks.layers
         total = 0
         for index in range(len(self.pruners)):
-            plan = self.plans.of(image.encoded.shown)
+            plan = self.plans.of(image.shown)
             if not plan.acts(index):
                 continue
             scored = image.asked.get(index, [])
@@ -382,7 +383,7 @@ class Generation:
                 units=image.encoded.shown.units,
                 decoder_kv_width=decoder.kv_width,
                 decoder_pairs=self._pairs(key),
-                images=sum(self.plans.of(one.encoded.shown).acts(index) for one in images),
+                images=sum(self.plans.of(one.shown).acts(index) for one in images),
                 encoder_patches=tuple(alive),
                 encoder_layers=image.encoded.scored,
                 decoder_layers=tuple(scored),

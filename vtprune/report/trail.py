@@ -15,6 +15,7 @@ from torch import Tensor
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.answers import Computed, Merge
+from vtprune.method.kinds import Shown
 from vtprune.tensors.compaction import fill_index
 
 # Merges, or what makes them once somebody asks.
@@ -84,7 +85,8 @@ class ImageTrail:
     merges: the decoder layer before which some of these tokens (n,) merged, and how. left: by order, the tokens that
     it left the last time that it acted on the decoder's side; asked: by order, the decoder layers after which it was
     asked; probed: by order, the tokens that its probe saw; memories: by order, what it remembers of the tokens left.
-    notes: what pruners said; text_after: how many text tokens of its conversation stand after it.
+    notes: what pruners said; text_after: how many text tokens of its conversation stand after it; share: as in
+    `ImageSpan`.
     """
 
     row: int
@@ -102,6 +104,7 @@ class ImageTrail:
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     text_after: int = 0
+    share: int | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -112,6 +115,11 @@ class ImageTrail:
     def total(self) -> int:
         """Vision tokens of the whole image."""
         return self.encoded.total
+
+    @property
+    def shown(self) -> Shown:
+        """What was known of it before anything ran."""
+        return replace(self.encoded.shown, keep=self.share)
 
     @property
     def end(self) -> int:
@@ -169,7 +177,12 @@ class Trail:
         return cls(
             [
                 ImageTrail(
-                    row=span.row, talk=span.talk, places=span.places, offset=span.offset, encoded=slim[id(span.image)]
+                    row=span.row,
+                    talk=span.talk,
+                    places=span.places,
+                    offset=span.offset,
+                    encoded=slim[id(span.image)],
+                    share=span.share,
                 )
                 for span in spans
             ]
