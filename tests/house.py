@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("adapters", "cost"),
     ("report",),
     ("hooks",),
-    ("wrap",),
+    ("wrap", "downscaling"),
     ("front door",),
     ("training", "evals", "evals.run_file", "evals.settings", "evals.samples", "evals.untrained", "evals.tiny_models"),
     ("evals.lmms",),
