@@ -1,8 +1,8 @@
 """What methods save where vision makes a prompt long: ``python -m vtprune.evals.speed.long_prompts``.
 
 A Qwen3-VL of random weights reads a video of many frames, and many images in one prompt, unpruned and under each
-method: seconds of the prefill beside what the FLOPs promise, the most memory held at once, and the cache's bytes beside
-the accounting's.
+method: seconds of the prefill beside what the FLOPs promise, the most memory held at once, and the bytes of the cache
+beside those that the accounting says.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def table(runs: Sequence[Run]) -> Table:
     for heading in ("kept", "prefill s", "speed-up", "promised", "peak MiB", "of unpruned", "cache MiB", "as counted"):
         result.add_column(heading, justify="right")
     for run in runs:
-        result.add_row(
+        cells = (
             run.method if run.method != "none" else "unpruned",
             f"{run.kept:,}",
             f"{run.seconds:.2f}",
@@ -169,6 +169,7 @@ def table(runs: Sequence[Run]) -> Table:
             f"{run.held / 2**20:.1f}",
             "yes" if run.counted == run.held else f"{run.counted / 2**20:.1f}",
         )
+        result.add_row(*cells)
     return result
 
 

@@ -24,13 +24,11 @@ def test_a_video_and_many_images_are_read_pruned_and_counted() -> None:
             ("images", long_prompts.many_images(3, 4, torch.float32)),
         )
     )
-    assert [(run.method, run.kept, run.tokens) for run in video] == [
-        ("none", 36, 36),
-        ("evs", 9, 36),
-        ("fastv", 18, 36),
-    ]
-    # Images stay whole under what compares frames.
-    assert [run.kept for run in images] == [48, 48, 24]
+    assert [(run.method, run.kept) for run in video] == [("none", 36), ("evs", 9), ("fastv", 18)]
+    # Images stay whole under what compares frames; a mean over layers is met from below.
+    assert [run.kept for run in images[:2]] == [48, 48]
+    assert 21 <= images[2].kept <= 24
+    assert {run.tokens for run in video} | {run.tokens for run in images} == {36, 48}
     assert images[1].promised == 1.0 < video[1].promised
     for run in (*video, *images):
         assert run.counted == run.held > 0
