@@ -28,7 +28,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(STAMP) test-lowest
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --support adapters/support.md
 
 # The demo in a real browser. `make test` runs these tests, too, where a Chromium is found.
 test-browser: $(STAMP)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import TOWER_ONLY
+from tests import support
+from tests.models import MODELS, SHOWN, TOWER_ONLY
 from tests.sampling import Case, sample
 
 HERE = Path(__file__).parent
@@ -17,6 +18,7 @@ OF_TOWERS = ("adapters", "cost", "encoder", "report", "test_oracle.py", "test_pr
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=140, help="how many seeds tests/test_fuzz.py runs")
+    parser.addoption("--support", type=Path, help="where tests/test_support.py, run in full, writes its table")
     parser.addoption("--first", type=int, default=0, help="the first of them; with --cases 1 one case alone")
 
 
@@ -34,6 +36,27 @@ def _case(item: pytest.Function) -> Case | None:
 def _is_of_a_tower_elsewhere(item: pytest.Function) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return params.get("kind") in TOWER_ONLY and item.path.relative_to(HERE).parts[0] not in OF_TOWERS
+
+
+# What the tests of the support table found, by cell.
+FOUND: dict[support.Cell, list[str]] = defaultdict(list)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when != "call":
+        return
+    for name, value in report.user_properties:
+        if name == "support":
+            method, kind, shown, text = value
+            FOUND[method, kind, shown].append(text if report.passed else "failed")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--support")
+    # Of several processes the one that hears of all tests writes.
+    if path is not None and not hasattr(session.config, "workerinput"):
+        own = {cell: texts for cell, texts in FOUND.items() if not cell[0].startswith("test_")}
+        support.write(path, own, MODELS, list(SHOWN))
 
 
 def pytest_configure(config: pytest.Config) -> None:

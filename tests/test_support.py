@@ -1,14 +1,19 @@
 """Every method on every family and every kind of prompt: what is dropped is what the unpruned model does without.
 
-`make test-all` runs all of it, and writes the support table (`docs/support.md`) from what it saw.
+`make test-all` runs all of it, and writes the support table (`adapters/support.md`) from what it saw.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import vtprune
+from tests import support
 from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, TEMPORAL, label
 from tests.models import MODELS, SHOWN, make, prompt, takes
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
@@ -17,15 +22,42 @@ from vtprune.method.stages import revives
 
 # What heads hold, or gates weigh, is no mask of whole tokens: these have references of their own.
 UNMASKED = CACHE + GATED
+NO_VIDEOS = "the family takes images alone: a video is refused by name"
+
+
+@pytest.fixture
+def says(record_property: Callable[[str, Any], None], request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Notes what the test found of its cell of the table."""
+    params = request.node.callspec.params
+    cell = [params["pruner"].name, params["kind"], params["shown"]]
+    return lambda text: record_property("support", [*cell, text])
+
+
+def refuses_videos(kind: str, pruner: Pruner) -> bool:
+    """Whether a family that takes no videos says so."""
+    inputs = prompt(kind, SHOWN["an image"])
+    model = vtprune.wrap(make(kind), pruner)
+    with torch.no_grad(), pytest.raises(vtprune.VTPruneError, match="video inputs are not supported"):
+        model(**inputs, pixel_values_videos=inputs["pixel_values"])
+    return True
+
+
+def found_of(pruner: Pruner, shown: str) -> str:
+    """What a cell says where the method does what it is to do."""
+    return support.WHOLE if pruner in TEMPORAL and "video" not in shown else support.YES
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("shown", SHOWN)
 @pytest.mark.parametrize("pruner", DROPS + PRUNERS + RELEASED + TEMPORAL, ids=label)
 @pytest.mark.parametrize("kind", MODELS)
-def test_dropping_equals_masking_whatever_is_shown(kind: str, pruner: Pruner, shown: str, padding: str) -> None:
+def test_dropping_equals_masking_whatever_is_shown(
+    kind: str, pruner: Pruner, shown: str, padding: str, says: Callable[[str], None]
+) -> None:
     if not takes(kind, shown):
-        pytest.skip("this family takes no videos")
+        assert refuses_videos(kind, pruner)
+        says(NO_VIDEOS)
+        return
     inputs = prompt(kind, SHOWN[shown], padding)
     model = vtprune.wrap(make(kind), pruner)
     logits, report, cache = run_wrapped(kind, model, inputs)
@@ -40,14 +72,20 @@ def test_dropping_equals_masking_whatever_is_shown(kind: str, pruner: Pruner, sh
     for sample in report.samples:
         for image in sample.images:
             assert sum(image.kept_per_part) == len(image.kept)
+            assert pruner not in TEMPORAL or image.kind == "video" or len(image.kept) == image.tokens
+    says(found_of(pruner, shown))
 
 
 @pytest.mark.parametrize("shown", SHOWN)
 @pytest.mark.parametrize("pruner", UNMASKED, ids=label)
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(kind: str, pruner: Pruner, shown: str) -> None:
+def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(
+    kind: str, pruner: Pruner, shown: str, says: Callable[[str], None]
+) -> None:
     if not takes(kind, shown):
-        pytest.skip("this family takes no videos")
+        assert refuses_videos(kind, pruner)
+        says(NO_VIDEOS)
+        return
     model = vtprune.wrap(make(kind), pruner)
     rows = SHOWN[shown]
     together, _, _ = run_wrapped(kind, model, prompt(kind, rows))
@@ -55,6 +93,7 @@ def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(kind: str, prune
     for number, row in enumerate(rows):
         alone, _, _ = run_wrapped(kind, model, prompt(kind, [row]), row=number)
         assert float((alone[0, -steps:] - together[number, -steps:]).abs().max()) < TOLERANCE
+    says(found_of(pruner, shown))
 
 
 @pytest.mark.parametrize("shown", SHOWN)
@@ -62,10 +101,25 @@ def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(kind: str, prune
 @pytest.mark.parametrize("kind", MODELS)
 def test_keeping_everything_generates_what_the_unpruned_model_does(kind: str, pruner: Pruner, shown: str) -> None:
     if not takes(kind, shown):
-        pytest.skip("this family takes no videos")
+        assert refuses_videos(kind, pruner)
+        return
     inputs, model = prompt(kind, SHOWN[shown]), make(kind)
     options = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     expected = model.generate(**inputs, **options).scores
     with vtprune.wrapped(model, pruner.name, keep=1.0):
         actual = model.generate(**inputs, **options).scores
     assert all(map(torch.equal, actual, expected))
+
+
+def test_the_table_names_a_cell_that_was_not_run_and_one_whose_settings_differ(tmp_path: Path) -> None:
+    page, shown = tmp_path / "support.md", ["an image", "a video"]
+    found = {("evs", "qwen", "an image"): ["whole", "whole"], ("evs", "qwen", "a video"): ["yes"]}
+    support.write(page, found, ["qwen"], shown)
+    assert "| `evs` | whole | yes |" in page.read_text()
+    support.write(page, {**found, ("evs", "qwen", "a video"): ["no frames here"]}, ["qwen"], shown)
+    assert "| `evs` | whole | [1] |" in page.read_text()
+    assert "1. no frames here" in page.read_text()
+    with pytest.raises(ValueError, match="evs on qwen, a video: no frames here, yes"):
+        support.write(page, {**found, ("evs", "qwen", "a video"): ["yes", "no frames here"]}, ["qwen"], shown)
+    with pytest.raises(ValueError, match="evs on llava, an image: not run"):
+        support.write(page, found, ["qwen", "llava"], shown)

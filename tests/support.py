@@ -1,0 +1,51 @@
+"""The support table: which method runs on which family and kind of prompt, written from what the tests saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# What a cell says, by what its tests found; and what a reason is called in the table.
+YES, WHOLE = "yes", "whole"
+INTRODUCTION = """# What runs on what
+
+Written by `make test-all` from what its tests found; every cell was run with all the settings of the method that
+`tests/matrix.py` lists, on tiny models with random weights, with both paddings.
+
+**yes**: what is dropped equals the unpruned model that does without it, prefill and eight steps, to 2e-5; for methods
+that no mask describes (`d2o`, `gamma_mod`), a batch equals its rows alone, and a reference of their own holds them
+elsewhere. **whole**: the method compares frames of a video; an image stays whole, and the model is the unpruned one. A
+number is a reason, below.
+"""
+
+Cell = tuple[str, str, str]
+
+
+def table(found: Mapping[Cell, str], kinds: Sequence[str], shown: Sequence[str]) -> str:
+    """The page; found: by method, family and kind of prompt what its tests said, YES, WHOLE or a reason."""
+    methods = sorted({method for method, _, _ in found})
+    reasons = list(dict.fromkeys(text for text in found.values() if text not in (YES, WHOLE)))
+    lines = [INTRODUCTION]
+    for kind in kinds:
+        lines += [f"## {kind}", "", "| method | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
+        for method in methods:
+            cells = [found[method, kind, one] for one in shown]
+            texts = [cell if cell in (YES, WHOLE) else f"[{reasons.index(cell) + 1}]" for cell in cells]
+            lines.append(f"| `{method}` | " + " | ".join(texts) + " |")
+        lines.append("")
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(path: Path, found: Mapping[Cell, Sequence[str]], kinds: Sequence[str], shown: Sequence[str]) -> None:
+    """Writes the page; raises ValueError, naming the first of them, where a cell was not run or its runs differ."""
+    methods = sorted({method for method, _, _ in found})
+    cells = {}
+    for method in methods:
+        for kind in kinds:
+            for one in shown:
+                said = set(found.get((method, kind, one), ()))
+                if len(said) != 1:
+                    raise ValueError(f"{method} on {kind}, {one}: {', '.join(sorted(said)) or 'not run'}")
+                cells[method, kind, one] = said.pop()
+    path.write_text(table(cells, kinds, shown), encoding="utf-8")
