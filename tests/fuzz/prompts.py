@@ -1,4 +1,4 @@
-"""Batches of rows of text and images: ragged, padded on either side, with several images, with none."""
+"""Batches of rows of text, images and videos: ragged, padded on either side, with several of them, with none."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from random import Random
 import torch
 from torch import Tensor
 
-from tests.fuzz.architectures import END, IMAGE, PAD, PATCH, START, TEXT, Architecture
+from tests.fuzz.architectures import END, IMAGE, PAD, PATCH, START, TEXT, VIDEO, Architecture
 
 # Decode steps after each prompt.
 STEPS = 3
 
-# A number of words, or the height and width of an image in vision tokens.
-Item = int | tuple[int, int]
+# Seconds between frames of a video.
+SECONDS = 0.75
+
+# A number of words, the height and width of an image in vision tokens, or the frames, height and width of a video.
+Item = int | tuple[int, int] | tuple[int, int, int]
 Row = tuple[Item, ...]
 
 
@@ -32,8 +35,8 @@ class Layout:
 
 @dataclass
 class Prompt:
-    """A batch, ready to be fed. real: (B, L + STEPS) what is no padding; images: the places of each image of each row;
-    steps: (B, STEPS) the tokens that are fed one by one after it."""
+    """A batch, ready to be fed. real: (B, L + STEPS) what is no padding; images: the places of each image or video of
+    each row; steps: (B, STEPS) the tokens that are fed one by one after it."""
 
     inputs: dict[str, Tensor]
     real: Tensor
@@ -54,12 +57,17 @@ class Prompt:
     def words(self) -> Tensor:
         """(B, L + STEPS) what is neither padding nor a part of an image."""
         words = self.real.clone()
-        words[:, : self.length] &= self.inputs["input_ids"] != IMAGE
+        words[:, : self.length] &= ~is_vision(self.inputs["input_ids"])
         return words
 
 
+def is_vision(ids: Tensor) -> Tensor:
+    """Where a vision token stands."""
+    return (ids == IMAGE) | (ids == VIDEO)
+
+
 def draw_layout(rng: Random, shape: Architecture) -> Layout:
-    """One to three rows with up to three images each."""
+    """One to three rows with up to three images or videos each."""
     rows = tuple(_row(rng, shape) for _ in range(rng.choice([1, 1, 2, 2, 3])))
     return Layout(
         rows, rng.choice(["left", "right"]), rng.choice([0, 0, 0, 2]), rng.random() < 0.4, rng.randrange(10**6)
@@ -80,9 +88,11 @@ def _row(rng: Random, shape: Architecture) -> Row:
     return tuple(items)
 
 
-def _size(rng: Random, shape: Architecture) -> tuple[int, int]:
+def _size(rng: Random, shape: Architecture) -> Item:
     if not shape.is_qwen:
         return shape.side, shape.side
+    if rng.random() < 0.25:
+        return rng.randint(1, 4), rng.randint(1, 4), rng.randint(2, 4)
     if rng.random() < 0.08:
         return rng.randint(1, 2), rng.randint(1, 2)
     return rng.randint(3, 6), rng.randint(3, 7)
@@ -91,8 +101,8 @@ def _size(rng: Random, shape: Architecture) -> tuple[int, int]:
 def build(shape: Architecture, layout: Layout, only: int | None = None) -> Prompt:
     """The batch, or one of its rows by itself: the same words and pixels, without padding."""
     ids, places, steps = [], [], []
-    pixels: list[Tensor] = []
-    grids: list[list[int]] = []
+    pixels: dict[int, list[Tensor]] = {IMAGE: [], VIDEO: []}
+    grids: dict[int, list[list[int]]] = {IMAGE: [], VIDEO: []}
     for number, row in enumerate(layout.rows):
         if only is not None and number != only:
             continue
@@ -112,18 +122,24 @@ def build(shape: Architecture, layout: Layout, only: int | None = None) -> Promp
 
 
 def _part(
-    shape: Architecture, item: Item, generator: torch.Generator, pixels: list[Tensor], grids: list[list[int]]
+    shape: Architecture,
+    item: Item,
+    generator: torch.Generator,
+    pixels: dict[int, list[Tensor]],
+    grids: dict[int, list[list[int]]],
 ) -> tuple[Tensor, range]:
-    """The ids of an item, and which of them are an image's tokens."""
+    """The ids of an item, and which of them are the tokens of an image or a video."""
     if isinstance(item, int):
         return torch.randint(TEXT, IMAGE, (item,), generator=generator), range(0)
-    height, width = item
-    image = torch.full((height * width,), IMAGE)
+    token, frames, (height, width) = (IMAGE, 1, item) if len(item) == 2 else (VIDEO, item[0], item[1:])
+    image = torch.full((frames * height * width,), token)
     if not shape.is_qwen:
-        pixels.append(torch.randn(1, 3, PATCH * height, PATCH * width, generator=generator, dtype=torch.float64))
+        pixels[token].append(
+            torch.randn(1, 3, PATCH * height, PATCH * width, generator=generator, dtype=torch.float64)
+        )
         return image, range(len(image))
-    pixels.append(torch.randn(4 * height * width, 3 * 2 * PATCH**2, generator=generator, dtype=torch.float64))
-    grids.append([1, 2 * height, 2 * width])
+    pixels[token].append(torch.randn(4 * len(image), 3 * 2 * PATCH**2, generator=generator, dtype=torch.float64))
+    grids[token].append([frames, 2 * height, 2 * width])
     return torch.cat([torch.tensor([START]), image, torch.tensor([END])]), range(1, len(image) + 1)
 
 
@@ -131,7 +147,7 @@ def _assemble(
     shape: Architecture,
     layout: Layout,
     ids: list[Tensor],
-    pictures: tuple[list[Tensor], list[list[int]]],
+    pictures: tuple[dict[int, list[Tensor]], dict[int, list[list[int]]]],
     places: list[list[Tensor]],
     steps: Tensor,
     extra: int,
@@ -149,10 +165,14 @@ def _assemble(
     inputs = {"input_ids": batch}
     if layout.masked or not bool(real.all()):
         inputs["attention_mask"] = real[:, :length].long()
-    if pixels:
-        inputs["pixel_values"] = torch.cat(pixels)
+    if pixels[IMAGE]:
+        inputs["pixel_values"] = torch.cat(pixels[IMAGE])
+    if pixels[VIDEO]:
+        inputs["pixel_values_videos"] = torch.cat(pixels[VIDEO])
+        inputs["second_per_grid_ts"] = torch.full((len(grids[VIDEO]),), SECONDS)
     if shape.is_qwen:
-        inputs["mm_token_type_ids"] = (batch == IMAGE).long()
-        if grids:
-            inputs["image_grid_thw"] = torch.tensor(grids)
+        inputs["mm_token_type_ids"] = (batch == IMAGE).long() + 2 * (batch == VIDEO)
+        for name, token in (("image", IMAGE), ("video", VIDEO)):
+            if grids[token]:
+                inputs[f"{name}_grid_thw"] = torch.tensor(grids[token])
     return Prompt(inputs, real, places, steps)

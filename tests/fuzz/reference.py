@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.fuzz.architectures import IMAGE, Architecture
+from tests.fuzz.architectures import Architecture
 from tests.fuzz.gates import Gates
 from tests.fuzz.plan import Plan
-from tests.fuzz.prompts import STEPS, Prompt
+from tests.fuzz.prompts import STEPS, Prompt, is_vision
 from tests.models import PAST
 
 
@@ -23,14 +23,15 @@ def positions_of(shape: Architecture, model: Any, prompt: Prompt) -> Tensor:
     if not shape.is_qwen:
         return prompt.positions
     ids = prompt.inputs["input_ids"]
-    if "image_grid_thw" not in prompt.inputs:
+    sizes = {name: prompt.inputs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    if sizes["image_grid_thw"] is None and sizes["video_grid_thw"] is None:
         # Where no row has an image, the model numbers all places, padding included.
         return torch.arange(prompt.length + STEPS).expand(3, len(ids), -1)
     places, deltas = model.model.get_rope_index(
         ids,
         mm_token_type_ids=prompt.inputs["mm_token_type_ids"],
-        image_grid_thw=prompt.inputs.get("image_grid_thw"),
         attention_mask=prompt.real[:, : prompt.length].long(),
+        **sizes,
     )
     later = prompt.positions[:, prompt.length :] + deltas
     return torch.cat([places, later.expand(3, -1, -1)], dim=-1)
@@ -41,7 +42,7 @@ def embeddings_of(model: Any, prompt: Prompt, features: Tensor | None) -> Tensor
     ids = torch.cat([prompt.inputs["input_ids"], prompt.steps], dim=1)
     embeddings: Tensor = model.get_input_embeddings()(ids).clone()
     if features is not None:
-        embeddings[ids == IMAGE] = features
+        embeddings[is_vision(ids)] = features
     return embeddings
 
 

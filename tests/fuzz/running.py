@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtprune
-from tests.fuzz.architectures import Architecture
-from tests.fuzz.prompts import STEPS, Prompt
+from tests.fuzz.architectures import IMAGE, VIDEO, Architecture
+from tests.fuzz.prompts import STEPS, Prompt, is_vision
 from tests.models import PAST
 
 
@@ -53,8 +53,18 @@ def run(shape: Architecture, model: Any, prompt: Prompt, *, wrapped: bool, posit
 
 @torch.no_grad()
 def image_features(model: Any, prompt: Prompt) -> Tensor | None:
-    """(tokens of all images, D) what a model's vision side makes of the pictures, None where there are none."""
-    if "pixel_values" not in prompt.inputs:
+    """(vision tokens, D) what a model's vision side makes of images and videos, in the order of their placeholders;
+    None where there are none."""
+    ids = prompt.inputs["input_ids"]
+    found = {}
+    for kind, token, pixels in (("image", IMAGE, "pixel_values"), ("video", VIDEO, "pixel_values_videos")):
+        if pixels in prompt.inputs:
+            grids = {name: prompt.inputs[name] for name in (f"{kind}_grid_thw",) if name in prompt.inputs}
+            encode = getattr(model.model, f"get_{kind}_features")
+            found[token] = torch.cat(list(encode(prompt.inputs[pixels], **grids).pooler_output))
+    if not found:
         return None
-    grids = {name: prompt.inputs[name] for name in ("image_grid_thw",) if name in prompt.inputs}
-    return torch.cat(list(model.model.get_image_features(prompt.inputs["pixel_values"], **grids).pooler_output))
+    whole = ids.new_zeros(*ids.shape, next(iter(found.values())).shape[-1], dtype=torch.float64)
+    for token, features in found.items():
+        whole[ids == token] = features
+    return whole[is_vision(ids)]
