@@ -13,7 +13,7 @@ from tests.sampling import Case, sample
 
 HERE = Path(__file__).parent
 # Where what differs in a tower is seen.
-OF_TOWERS = ("adapters", "cost", "encoder", "report", "test_oracle.py", "test_properties.py")
+OF_TOWERS = ("adapters", "cost", "encoder", "report", "test_oracle.py", "test_properties.py", "test_support.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

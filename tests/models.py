@@ -151,13 +151,19 @@ TEXT = Row([9], [], seed=4)
 ANY_SIZE = [Row([3, 7], [(5, 7)], 1), Row([2, 4], [(4, 3)], 2), Row([2, 3, 5], [(3, 6), (4, 4)], 3)]
 # A video alone, one beside an image, and text alone.
 VIDEOS = [Row([2, 5], [(3, 2, 4)], 5), Row([2, 3, 4], [(4, 3), (2, 3, 3)], 6), Row([4], [], 7)]
-# What a prompt may show, each beside rows that differ from it in length.
-SHOWN = {
-    "an image": [Row([3, 7], [(6, 6)], 1), Row([2, 4], [(6, 6)], 2)],
-    "several images": [Row([2, 3, 5], [(6, 6), (6, 6)], 3), TEXT, LONG],
-    "a video": [Row([2, 5], [(5, 2, 4)], 5), Row([6, 3], [(3, 3, 3)], 8)],
-    "a video and an image": VIDEOS,
-}
+# What a prompt may show: one row without padding, then batches of rows that differ in length.
+SHOWN = ("an image", "several images", "a video", "a video and an image")
+
+
+def shown_rows(kind: str, shown: str) -> list[Row]:
+    """The rows of a prompt that shows this, of sizes that the family takes."""
+    one, two, other = ANY_SIZE if kind.startswith("qwen") else [LONG, SHORT, TWO]
+    return {
+        "an image": [one],
+        "several images": [other, TEXT, two],
+        "a video": [Row([2, 5], [(5, 2, 4)], 5), Row([6, 3], [(3, 3, 3)], 8)],
+        "a video and an image": VIDEOS,
+    }[shown]
 
 
 def takes(kind: str, shown: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 import vtprune
 from tests import support
 from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, TEMPORAL, label
-from tests.models import MODELS, SHOWN, make, prompt, takes
+from tests.models import MODELS, SHOWN, make, prompt, shown_rows, takes
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import revives
@@ -35,7 +35,7 @@ def says(record_property: Callable[[str, Any], None], request: pytest.FixtureReq
 
 def refuses_videos(kind: str, pruner: Pruner) -> bool:
     """Whether a family that takes no videos says so."""
-    inputs = prompt(kind, SHOWN["an image"])
+    inputs = prompt(kind, shown_rows(kind, "an image"))
     model = vtprune.wrap(make(kind), pruner)
     with torch.no_grad(), pytest.raises(vtprune.VTPruneError, match="video inputs are not supported"):
         model(**inputs, pixel_values_videos=inputs["pixel_values"])
@@ -48,18 +48,19 @@ def found_of(pruner: Pruner, shown: str) -> str:
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shown", SHOWN)
 @pytest.mark.parametrize("pruner", DROPS + PRUNERS + RELEASED + TEMPORAL, ids=label)
 @pytest.mark.parametrize("kind", MODELS)
 def test_dropping_equals_masking_whatever_is_shown(
-    kind: str, pruner: Pruner, shown: str, padding: str, says: Callable[[str], None]
+    kind: str, pruner: Pruner, shown: str, attention: str, padding: str, says: Callable[[str], None]
 ) -> None:
     if not takes(kind, shown):
         assert refuses_videos(kind, pruner)
         says(NO_VIDEOS)
         return
-    inputs = prompt(kind, SHOWN[shown], padding)
-    model = vtprune.wrap(make(kind), pruner)
+    inputs = prompt(kind, shown_rows(kind, shown), padding)
+    model = vtprune.wrap(make(kind, attention), pruner)
     logits, report, cache = run_wrapped(kind, model, inputs)
     features = image_features(model, inputs)
     vtprune.unwrap(model)
@@ -87,7 +88,7 @@ def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(
         says(NO_VIDEOS)
         return
     model = vtprune.wrap(make(kind), pruner)
-    rows = SHOWN[shown]
+    rows = shown_rows(kind, shown)
     together, _, _ = run_wrapped(kind, model, prompt(kind, rows))
     steps = together.shape[1] - prompt(kind, rows)["input_ids"].shape[1]
     for number, row in enumerate(rows):
@@ -103,7 +104,7 @@ def test_keeping_everything_generates_what_the_unpruned_model_does(kind: str, pr
     if not takes(kind, shown):
         assert refuses_videos(kind, pruner)
         return
-    inputs, model = prompt(kind, SHOWN[shown]), make(kind)
+    inputs, model = prompt(kind, shown_rows(kind, shown)), make(kind)
     options = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     expected = model.generate(**inputs, **options).scores
     with vtprune.wrapped(model, pruner.name, keep=1.0):

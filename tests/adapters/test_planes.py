@@ -1,7 +1,7 @@
 """What Qwen3-VL adds to vision tokens after its first decoder layers stays with them, wherever they go.
 
-The oracle (`tests/test_oracle.py`) reads these planes from the wrapped tower; here they are held against the unwrapped
-one's.
+The oracle (`tests/test_support.py`) reads these planes from the wrapped tower; here they are held against those of the
+unwrapped one.
 """
 
 from __future__ import annotations
