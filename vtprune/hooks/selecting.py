@@ -23,9 +23,12 @@ from vtprune.method.asking import started, together
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plan
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import BeforeDecoder, BetweenLayers, Read, cut_caches, probe_layer, reads
+from vtprune.method.stages import BeforeDecoder, BetweenLayers, Query, Read, cut_caches, probe_layer, reads
 from vtprune.method.views import VisionStream
 from vtprune.tensors.attention import full_precision
+
+# Whose queries are found in what the layer that ran projected.
+TAPPED = (Query.ALL, Query.LAST)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Selecting:
     """Asks the methods of one wrapped model, in their order, which tokens of each image enter the decoder, and says
     after which layers they are asked again.
 
-    layers: those layers; cut: the layers whose caches are cut, in the end, to what the last one left.
+    layers: those layers; read: those whose projections methods look at; cut: the layers whose caches are cut, in the
+    end, to what the last one left.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class Selecting:
                 for index in pruner.drop_layers():
                     self._by_layer.setdefault(index, []).append((order, pruner))
         self.layers = frozenset(self._by_layer)
+        looking = [own for own in self._by_layer if any(one.query in TAPPED for _, one in self._by_layer[own])]
+        self.read = frozenset(looking)
         self.cut = frozenset(index for pruner in self.pruners for index in cut_caches(pruner))
         # Why images were kept whole, as far as that was warned of.
         self._told: set[str] = set()
