@@ -107,9 +107,12 @@ def _qwen2() -> Any:
     return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, {"embed_dim": 32, "mlp_ratio": 2})
 
 
+# The layers with attention in a decoder that has linear attention in the others.
+HYBRID_DEPTH, HYBRID_ATTENTION = 7, (1, 4, 6)
+LAYER_TYPES = ["linear_attention" if n not in HYBRID_ATTENTION else "full_attention" for n in range(HYBRID_DEPTH)]
 TEXT_3_5 = {
-    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2, "num_hidden_layers": 6,
-    "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "layer_types": LAYER_TYPES,
+    "num_hidden_layers": HYBRID_DEPTH, "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
     "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
@@ -117,13 +120,21 @@ TEXT_3_5 = {
 }  # fmt: skip
 
 
+def _remembering(model: Any) -> Any:
+    """A hybrid whose states fade slowly, so that the first token of a prompt still counts at its end."""
+    for layer in model.model.language_model.layers:
+        if layer.block_type == "linear_attention":
+            layer.linear_attn.A_log.data.uniform_(0.02, 0.3).log_()
+    return model
+
+
 def _qwen3_5() -> Any:
-    return _qwen(Qwen3_5Config, Qwen3_5ForConditionalGeneration, TOWER_3, TEXT_3_5)
+    return _remembering(_qwen(Qwen3_5Config, Qwen3_5ForConditionalGeneration, TOWER_3, TEXT_3_5))
 
 
 def _qwen3_5_moe() -> Any:
     text = {**TEXT_3_5, **EXPERTS, "shared_expert_intermediate_size": 24}
-    return _qwen(Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration, TOWER_3, text)
+    return _remembering(_qwen(Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration, TOWER_3, text))
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {

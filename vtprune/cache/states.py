@@ -70,8 +70,8 @@ class StateLayer(LinearAttentionLayer):
         """Nothing where no token is to go; raises VTPruneError otherwise, as a recurrent state has no way back."""
         if tokens_to_remove:
             raise VTPruneError(
-                "this KV cache holds recurrent states of linear-attention layers, which tokens cannot be taken out of; "
-                "keep a copy of the cache from before them, or start a new one"
+                "this KV cache holds recurrent states of linear-attention layers, which no token can be taken out of; "
+                "keep a copy of the cache from before it, or start a new one"
             )
         if self.record_past:
             super().crop(0)

@@ -1,0 +1,134 @@
+"""Decoders with linear attention in most layers: dropping is deleting there, and all other properties hold."""
+
+from __future__ import annotations
+
+import pytest
+
+import vtprune
+from tests import test_properties as properties
+from tests.deleted import run_deleted
+from tests.matrix import DROPS, GATED, PRUNERS, label
+from tests.models import HYBRIDS, ROWS, make, prompt
+from tests.oracle import TOLERANCE, compare, image_features, run_wrapped
+from vtprune.adapters import adapter_for
+from vtprune.errors import UnsupportedModelError
+from vtprune.method.pruner import Pruner
+from vtprune.report.generation import acts_at
+
+# What the list of all models has with layers, schedules and methods that these decoders have no place for, and why.
+REFUSED: dict[str, tuple[list[Pruner], str]] = {
+    "tokens return": ([one for one in PRUNERS if one.name == "lazyllm"][:2], "lets tokens return"),
+    "routed layers": ([*[one for one in PRUNERS if one.name == "pmod"], *GATED], "skip decoder layers"),
+    "every layer": ([vtprune.FastV(keep=0.4, schedule="linear")], "schedule 'linear' ranks tokens before every"),
+    "layers before which tokens drop": ([vtprune.FastV(layers=(3,))], "fastv .*: layers may hold 2, 5, got 3"),
+    "by the next layer": (
+        [vtprune.PyramidDrop(keep=0.5, schedule="entropy", layers=(1, 2, 4))],
+        "pyramid_drop .*: layers may hold 1, 4, 6, got 2",
+    ),
+    "layers after which tokens drop": ([vtprune.MustDrop(layers=(1, 3))], "mustdrop .*: layers may hold 1, 4, got 3"),
+    "a probe": ([vtprune.GemFilter(layer=3)], "gemfilter .*: layer may hold 1, 4, 6, got 3"),
+    "a guide": ([vtprune.CoViPAL(stage="guide", guide=2)], "covipal .*: guide may hold 1, 4, 6, got 2"),
+}
+NAMES = {type(one) for reason in ("tokens return", "routed layers") for one in REFUSED[reason][0]}
+
+
+def _has_a_place(pruner: Pruner) -> bool:
+    """Whether one of the list of all models acts here as it stands."""
+    layers, schedule = getattr(pruner, "layers", None), getattr(pruner, "schedule", None)
+    return type(pruner) not in NAMES and schedule != "linear" and layers is None
+
+
+SUPPORTED: list[Pruner] = [
+    *filter(_has_a_place, PRUNERS),
+    vtprune.FastV(keep=0.4, schedule="steps", layers=(2, 5)),
+    vtprune.PyramidDrop(keep=0.5, schedule="entropy", layers=(1, 4)),
+    vtprune.MustDrop(keep=0.5, layers=(4,)),
+]
+BATCHES = {"alone": [0], "ragged": [0, 1, 2]}
+every_model = pytest.mark.parametrize("kind", HYBRIDS)
+every_pruner = pytest.mark.parametrize("pruner", DROPS[-1:] + SUPPORTED, ids=label)
+every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("pruner", DROPS + SUPPORTED, ids=label)
+@every_attention
+@every_model
+def test_dropping_equals_deleting_in_prefill_and_decode(kind: str, attention: str, pruner: Pruner, batch: str) -> None:
+    inputs = prompt(kind, [ROWS[kind][row] for row in BATCHES[batch]])
+    model = vtprune.wrap(make(kind, attention), pruner)
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    features = image_features(model, inputs)
+    expected = run_deleted(kind, vtprune.unwrap(model), inputs, report, features)
+    assert compare(logits, expected, inputs) < TOLERANCE
+
+
+@every_model
+def test_the_oracle_notices_a_wrong_selection(kind: str) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    model = vtprune.wrap(make(kind), vtprune.Random(keep=9))
+    logits, report, _ = run_wrapped(kind, model, inputs)
+    image = report.samples[0].images[0]
+    for kept in image.kept_per_layer:
+        kept[0] = next(token for token in range(image.tokens) if token not in kept)
+    assert compare(logits, run_deleted(kind, vtprune.unwrap(model), inputs, report), inputs) > 50 * TOLERANCE
+
+
+@every_model
+@every_attention
+@every_pruner
+def test_keeping_everything_is_the_unpruned_model_bit_for_bit(kind: str, attention: str, pruner: Pruner) -> None:
+    whole = properties._whole(pruner)
+    properties.test_keeping_everything_is_the_unpruned_model_bit_for_bit(kind, attention, whole)
+
+
+@every_model
+@every_pruner
+def test_a_ragged_batch_equals_each_row_alone(kind: str, pruner: Pruner) -> None:
+    properties.test_a_ragged_batch_equals_each_row_alone(kind, pruner)
+
+
+@every_model
+@every_pruner
+def test_sdpa_and_eager_keep_the_same_tokens_and_agree(kind: str, pruner: Pruner) -> None:
+    properties.test_sdpa_and_eager_keep_the_same_tokens_and_agree(kind, pruner)
+
+
+@every_model
+@every_pruner
+def test_unwrap_leaves_nothing_behind(kind: str, pruner: Pruner) -> None:
+    properties.test_unwrap_leaves_nothing_behind(kind, pruner)
+
+
+@every_model
+@every_pruner
+def test_a_prompt_without_images_is_left_alone(kind: str, pruner: Pruner) -> None:
+    properties.test_a_prompt_without_images_is_left_alone(kind, pruner)
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+@every_model
+def test_what_such_a_decoder_has_no_place_for_is_refused_by_name(kind: str, reason: str) -> None:
+    pruners, says = REFUSED[reason]
+    model = make(kind)
+    for pruner in pruners:
+        with pytest.raises(UnsupportedModelError, match=says) as found:
+            vtprune.wrap(model, pruner)
+        assert pruner.name in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "where"),
+    [
+        (vtprune.FastV(), "after decoder layer 1"),
+        (vtprune.PyramidDrop(), "after decoder layers 3, 5"),
+        (vtprune.SparseVLM(), "after decoder layers 1, 4"),
+        (vtprune.FlowCut(keep=8, stages=2), "encoder; after decoder layer 1"),
+        (vtprune.MustDrop(merge=False), "before decoder; after decoder layers 1, 4"),
+        (vtprune.GemFilter(keep=9), "before decoder, by decoder layer 4"),
+        (vtprune.VFlowOpt(keep=0.25), "before decoder; after decoder layers 1, 4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else label(value),
+)
+def test_published_layers_move_on_to_the_next_one_with_attention(pruner: Pruner, where: str) -> None:
+    assert acts_at(pruner.bind(adapter_for(make("qwen3.5")).facts()), []) == where
