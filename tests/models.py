@@ -111,9 +111,8 @@ def _qwen2() -> Any:
 HYBRID_DEPTH, HYBRID_ATTENTION = 7, (1, 4, 6)
 LAYER_TYPES = ["linear_attention" if n not in HYBRID_ATTENTION else "full_attention" for n in range(HYBRID_DEPTH)]
 TEXT_3_5 = {
-    "layer_types": LAYER_TYPES,
-    "num_hidden_layers": HYBRID_DEPTH, "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
+    "layer_types": LAYER_TYPES, "num_hidden_layers": HYBRID_DEPTH, "head_dim": 16, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
     "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
     },

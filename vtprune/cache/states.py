@@ -42,12 +42,12 @@ class StateLayer(LinearAttentionLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of all states."""
-        return sum(state.nbytes for state in self._states())
+        return sum(state.nbytes for state in self.held())
 
-    def _states(self) -> list[Tensor]:
-        return [
-            state for held in (self.conv_states, self.recurrent_states) for state in held.values() if state is not None
-        ]
+    def held(self) -> list[Tensor]:
+        """Every state, once the layer has any: windows (B, C, K) and recurrent ones (B, H, dk, dv)."""
+        both = (*self.conv_states.values(), *self.recurrent_states.values())
+        return [state for state in both if state is not None]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
