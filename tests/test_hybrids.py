@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import vtprune
 from tests import test_properties as properties
 from tests.deleted import run_deleted
+from tests.flop_helper import counter
 from tests.matrix import DROPS, GATED, PRUNERS, label
-from tests.models import HYBRIDS, ROWS, make, prompt
+from tests.models import HYBRID_ATTENTION, HYBRID_DEPTH, HYBRIDS, ROWS, make, prompt
 from tests.oracle import TOLERANCE, compare, image_features, run_wrapped
 from vtprune.adapters import adapter_for
 from vtprune.errors import UnsupportedModelError
@@ -134,3 +136,49 @@ def test_what_such_a_decoder_has_no_place_for_is_refused_by_name(kind: str, reas
 )
 def test_published_layers_move_on_to_the_next_one_with_attention(pruner: Pruner, where: str) -> None:
     assert acts_at(pruner.bind(adapter_for(make("qwen3.5")).facts()), []) == where
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "pruner", [vtprune.Random(keep=9), *SUPPORTED[-3:-1], vtprune.VisionZip(keep=0.25)], ids=label
+)
+@every_model
+def test_the_report_counts_what_the_forward_computes_and_the_cache_holds(
+    kind: str, pruner: Pruner, attention: str
+) -> None:
+    model, inputs = make(kind, attention), prompt(kind, ROWS[kind][:1])
+    if kind.endswith("moe"):
+        # One expert after the other, whose products the counter knows.
+        model.set_experts_implementation("eager")
+    vtprune.wrap(model, pruner)
+    with torch.no_grad(), counter() as count:
+        cache = model(**inputs, logits_to_keep=1).past_key_values
+    report = vtprune.report(model)
+    assert report.flops == pytest.approx(count.get_total_flops(), rel=0.01)
+    if pruner.name == "random":
+        assert report.flops == count.get_total_flops()
+    assert report.flops < report.flops_full
+    states = {layer for layer, entries in enumerate(report.kv_tokens_per_layer) if entries == [0]}
+    assert states == set(range(HYBRID_DEPTH)) - set(HYBRID_ATTENTION)
+    assert all(bool(cached) != (layer in states) for layer, cached in enumerate(_cached(report)))
+    real = sum(
+        cache.layers[layer].nbytes if layer in states else cache.layers[layer].keys.nbytes * 2
+        for layer in range(HYBRID_DEPTH)
+    )
+    assert report.kv_bytes == report.kv_bytes_allocated == real < report.kv_bytes_full
+
+
+def _cached(report: vtprune.Report) -> list[list[int]]:
+    return report.samples[0].images[0].cached_per_layer
+
+
+@every_model
+def test_bytes_of_a_batch_are_logical_and_allocated(kind: str) -> None:
+    model = vtprune.wrap(make(kind), "random:keep=9")
+    _, first, cache = run_wrapped(kind, model, prompt(kind, ROWS[kind]))
+    now = vtprune.report(cache)
+    assert first.kv_bytes == first.kv_bytes_prefill == now.kv_bytes_prefill < now.kv_bytes
+    # Eight steps: keys and values of two heads of 16 numbers, in each of three layers, for each of three rows.
+    assert now.kv_bytes - first.kv_bytes == 8 * 3 * 3 * 2 * 2 * 16 * 4
+    assert now.kv_bytes_full - first.kv_bytes_full == now.kv_bytes - first.kv_bytes
+    assert now.kv_bytes_allocated >= now.kv_bytes
