@@ -138,10 +138,11 @@ def test_published_layers_move_on_to_the_next_one_with_attention(pruner: Pruner,
     assert acts_at(pruner.bind(adapter_for(make("qwen3.5")).facts()), []) == where
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    "pruner", [vtprune.Random(keep=9), *SUPPORTED[-3:-1], vtprune.VisionZip(keep=0.25)], ids=label
-)
+COUNTED = [vtprune.Random(keep=9), *SUPPORTED[-3:-1], vtprune.VisionZip(keep=0.25)]
+
+
+@every_attention
+@pytest.mark.parametrize("pruner", COUNTED, ids=label)
 @every_model
 def test_the_report_counts_what_the_forward_computes_and_the_cache_holds(
     kind: str, pruner: Pruner, attention: str
