@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vtprune.adapters.qwen_vl import Qwen3VLAdapter
 from vtprune.adapters.sizes import state_layers
+from vtprune.errors import VTPruneError
 
 
 class Qwen35Adapter(Qwen3VLAdapter):
@@ -35,6 +36,10 @@ class Qwen35Adapter(Qwen3VLAdapter):
         heads = states.unflatten(-1, (-1, 2 * self.cost.decoder.head_size))
         return heads[..., : self.cost.decoder.head_size].flatten(-2)
 
+    def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        expand = _expanding(self.model._expand_inputs_for_generation)
+        return [*super().overrides(), (self.model, "_expand_inputs_for_generation", expand)]
+
     @property
     def plane_mergers(self) -> tuple[nn.Module, ...]:
         return ()
@@ -54,3 +59,19 @@ class Qwen35MoeAdapter(Qwen35Adapter):
     notes = "as qwen3_5; a token that is dropped goes through no expert"
 
     model_types = ("qwen3_5_moe",)
+
+
+def _expanding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """How `generate` repeats its inputs for beams and for several answers. Releases of transformers that have not
+    encoded the images of this model by then repeat their patches one by one, which mixes them up."""
+
+    def expand(expand_size: int = 1, **inputs: Any) -> Any:
+        if expand_size > 1 and inputs.get("pixel_values") is not None:
+            raise VTPruneError(
+                "this release of transformers would repeat each patch of an image for beams and for several answers, "
+                "and the model would see other images; update transformers (5.24 is right), or ask for one answer "
+                "without beams"
+            )
+        return original(expand_size=expand_size, **inputs)
+
+    return expand

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import vtprune
 from tests.checkpoint import random_hybrid_checkpoint, random_qwen3_checkpoint
+from tests.hooks.test_hybrid_generation import encoded_ahead
 from vtprune.evals.ask.ask import run_ask
 from vtprune.loading.model import load_model
 from vtprune.loading.prompts import encode, place, question
@@ -42,6 +43,7 @@ def test_a_row_of_a_batch_is_that_row_alone_with_beams_too(experts: bool, method
     _check_rows(*_loaded(experts), method)
 
 
+@encoded_ahead
 @both
 @pytest.mark.parametrize("method", ["fopru", "turbo", "pyramid_drop", "vflowopt", "visionzip"])
 def test_a_row_of_a_hybrid_is_that_row_alone_with_beams_too(experts: bool, method: str) -> None:
