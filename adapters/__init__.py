@@ -10,6 +10,7 @@ from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
+from vtprune.adapters.qwen3_5 import Qwen35Adapter, Qwen35MoeAdapter
 from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen3VLMoeAdapter, Qwen25VLAdapter
 from vtprune.cost.sizes import ModelCost
 from vtprune.errors import UnsupportedModelError
@@ -20,7 +21,17 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Qwen25VLAdapter,
     Qwen3VLAdapter,
     Qwen3VLMoeAdapter,
+    Qwen35Adapter,
+    Qwen35MoeAdapter,
 )
+# Models that are asked for and that no adapter would be right for, by what their configs call themselves without
+# punctuation: why not.
+REFUSED = {
+    "qwen4exp": "its attention picks what each query sees by an index over every place of the prompt, its embeddings "
+    "are of runs of token ids, and it carries several hidden states a token: none of this holds once tokens are gone",
+    "llavaonevision15": "no release of transformers that vtprune is tested on has a class for it, and the code that "
+    "its checkpoints bring along is not run",
+}
 # What a config says beside the architecture: where it came from, how it runs, what generation does.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
@@ -38,7 +49,8 @@ def core_model(model: Any) -> nn.Module:
 
 def adapter_for(model: Any) -> Adapter:
     """The adapter of a model; raises UnsupportedModelError with the classes that have one."""
-    core = core_model(model)
+    core: Any = core_model(model)
+    _refuse(getattr(getattr(core, "config", None), "model_type", None))
     for adapter in ADAPTERS:
         if adapter.takes(core):
             found = adapter(core)
@@ -50,9 +62,17 @@ def adapter_for(model: Any) -> Adapter:
     )
 
 
+def _refuse(kind: object) -> None:
+    """Raises UnsupportedModelError, with the reason, for a model type that is known not to work."""
+    reason = REFUSED.get("".join(filter(str.isalnum, str(kind).lower())))
+    if reason is not None:
+        raise UnsupportedModelError(f"{kind} cannot be wrapped: {reason}")
+
+
 def model_cost(config: Any) -> ModelCost:
     """The sizes of a model that its cost depends on; raises UnsupportedModelError for an unknown family."""
     kind = getattr(config, "model_type", None)
+    _refuse(kind)
     for adapter in ADAPTERS:
         if kind in adapter.model_types:
             return adapter.sizes(config)

@@ -25,7 +25,7 @@ from vtprune.tensors.taps import tapped
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-    from vtprune.cache.layer import PrunedLayer
+    from vtprune.cache.books import CacheLayer
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,21 @@ class Adapter(ABC):
         """The decoder layers, in order."""
         return self.inner.language_model.layers
 
+    @property
+    def state_layers(self) -> frozenset[int]:
+        """The decoder layers of linear attention, which fold their tokens into a state and have no rows of attention
+        to be seen; none unless a family has some."""
+        return frozenset()
+
+    @property
+    def attention_layers(self) -> tuple[int, ...] | None:
+        """The decoder layers with attention, None for all."""
+        states = self.state_layers
+        depth = len(list(self.decoder_layers))
+        return tuple(layer for layer in range(depth) if layer not in states) if states else None
+
     def decoder_projections(self, layer: Any) -> Projections:
-        """The projections of one decoder layer."""
+        """The projections of one decoder layer with attention."""
         return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
 
     def decoder_norms(self, layer: Any) -> Projections:
@@ -274,7 +287,8 @@ class Adapter(ABC):
     @property
     def decoder_scale(self) -> float:
         """Softmax scale of the decoder."""
-        layer: Any = next(iter(self.decoder_layers))
+        states = self.state_layers
+        layer: Any = next(layer for index, layer in enumerate(self.decoder_layers) if index not in states)
         return float(layer.self_attn.scaling)
 
     def decoder_states(
@@ -302,9 +316,13 @@ class Adapter(ABC):
         attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
         norms, normed = self.decoder_norms(layer).modules(), self.decoder_norm(layer)(hidden)
         with loaded(layer), loaded(attention):
-            query, key = modules["q"](gather_tokens(normed, last)), modules["k"](normed)
+            query, key = self.projected_query(modules["q"](gather_tokens(normed, last))), modules["k"](normed)
             query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
         return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
+
+    def projected_query(self, states: Tensor) -> Tensor:
+        """(B, n, heads * d) the queries among what their projection puts out: all of it, unless a family says else."""
+        return states
 
     def _split(self, states: Tensor) -> Tensor:
         """(B, n, heads * d) or (B, n, heads, d) states as (B, heads, n, d)."""
@@ -340,7 +358,7 @@ class Adapter(ABC):
         """Methods of this instance to replace while wrapped: (object, name, replacement)."""
         return []
 
-    def remember(self, layers: list[PrunedLayer], prompt: PromptInfo) -> None:
+    def remember(self, layers: list[CacheLayer], prompt: PromptInfo) -> None:
         """Stores with the cache what later forwards need (M-RoPE deltas); nothing by default."""
         return
 

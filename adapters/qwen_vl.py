@@ -29,7 +29,7 @@ from vtprune.method.kinds import IMAGE, VIDEO
 from vtprune.tensors.rotary import rotate
 
 if TYPE_CHECKING:
-    from vtprune.cache.layer import PrunedLayer
+    from vtprune.cache.books import CacheLayer
 
 
 # The arguments that say how large images and videos are, and how far apart in time the frames of these lie.
@@ -92,6 +92,7 @@ class Qwen2VLAdapter(Adapter):
             group=self._merge**2,
             source=self.source,
             decoder_width=text.hidden_size,
+            attention_layers=self.attention_layers,
         )
 
     def encoder_projections(self, layer: Any) -> Projections:
@@ -220,8 +221,10 @@ class Qwen2VLAdapter(Adapter):
         before = text[:, :1] if own_mask is None or mask is None else mask[:, :-length].sum(dim=1, keepdim=True)
         return positions + (before + delta).to(text.device)[None]
 
-    def remember(self, layers: list[PrunedLayer], prompt: PromptInfo) -> None:
+    def remember(self, layers: list[CacheLayer], prompt: PromptInfo) -> None:
         """Keeps the row's M-RoPE delta (next position minus text length) with the cache."""
+        from vtprune.cache.books import books
+
         positions = prompt.positions
         if positions is None:
             # Without position ids the model numbers all places, padding included.
@@ -233,7 +236,7 @@ class Qwen2VLAdapter(Adapter):
         # Padding after a row's last token repeats what holds there.
         place = torch.arange(prompt.length, device=prompt.device).expand_as(text)
         held = place.masked_fill(~prompt.real(), 0).cummax(dim=1).values
-        layers[0].extend(ROPE_DELTA, (spatial - text).gather(1, held), prompt.offset)
+        books(layers).extend(ROPE_DELTA, (spatial - text).gather(1, held), prompt.offset)
 
 
 class Qwen25VLAdapter(Qwen2VLAdapter):
@@ -284,7 +287,9 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
         blocks = tower_sizes(
             tower.hidden_size, tower.num_heads, tower.intermediate_size, gated=False, layers=tower.depth
         )
-        return _sizes(config, blocks, tower.out_hidden_size, planes=len(tower.deepstack_visual_indexes))
+        return _sizes(
+            config, blocks, tower.out_hidden_size, planes=len(getattr(tower, "deepstack_visual_indexes", ()))
+        )
 
     @property
     def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -354,12 +359,12 @@ def _sizes(
 def _cache_and_delta(arguments: dict[str, Any]) -> tuple[Any, Tensor | None]:
     """The cache among a forward's arguments, and the M-RoPE delta (B, 1) that a wrapped model left with it."""
     from vtprune.cache.adopting import cache_in, is_adopted
+    from vtprune.cache.books import books
 
     cache = cache_in(arguments)
     if cache is None or not is_adopted(cache) or cache.get_seq_length() == 0:
         return cache, None
-    layer: Any = cache.layers[0]
-    return cache, layer.at_end(ROPE_DELTA)
+    return cache, books(cache.layers).at_end(ROPE_DELTA)
 
 
 def _text_positions(mask: Tensor | None, batch: int, past: int, *, length: int, device: torch.device) -> Tensor:

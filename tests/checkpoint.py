@@ -20,6 +20,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -77,20 +81,24 @@ def _qwen_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-@cache
-def random_qwen3_checkpoint(*, experts: bool) -> str:
-    """The folder of a Qwen3-VL with the published 2B's (30B-A3B's) shapes, scaled in width and depth: heads wider than
-    the width says, two queries a key, three planes, patches of 16 pixels; written once a process."""
-    folder = mkdtemp(prefix="vtprune-qwen3-checkpoint-")
+def _qwen3_processor() -> Qwen3VLProcessor:
+    """Images of any size between 4 and 64 vision tokens, of patches of 16 pixels."""
     images = Qwen2VLImageProcessor(
         patch_size=16, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    processor = Qwen3VLProcessor(
+    return Qwen3VLProcessor(
         image_processor=images,
         tokenizer=_qwen_tokenizer(),
         video_processor=Qwen3VLVideoProcessor(patch_size=16),
         chat_template=QWEN_TEMPLATE,
     )
+
+
+@cache
+def random_qwen3_checkpoint(*, experts: bool) -> str:
+    """The folder of a Qwen3-VL with the published 2B's (30B-A3B's) shapes, scaled in width and depth: heads wider than
+    the width says, two queries a key, three planes, patches of 16 pixels; written once a process."""
+    folder, processor = mkdtemp(prefix="vtprune-qwen3-checkpoint-"), _qwen3_processor()
     mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24} if experts else {}
     given: dict[str, Any] = {
         "vision_config": {
@@ -111,6 +119,42 @@ def random_qwen3_checkpoint(*, experts: bool) -> str:
     torch.manual_seed(0)
     config = Qwen3VLMoeConfig(**given) if experts else Qwen3VLConfig(**given)
     kind = Qwen3VLMoeForConditionalGeneration if experts else Qwen3VLForConditionalGeneration
+    kind(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@cache
+def random_hybrid_checkpoint(*, experts: bool) -> str:
+    """The folder of a Qwen3.5 with the published 9B's (35B-A3B's) shapes, scaled in width and depth: attention in each
+    fourth layer, its heads wider than the width says, of which a quarter is turned, four (eight) queries a key, twice
+    as many values as keys in the others, patches of 16 pixels; written once a process."""
+    folder, processor = mkdtemp(prefix="vtprune-hybrid-checkpoint-"), _qwen3_processor()
+    mixture = {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    }  # fmt: skip
+    given: dict[str, Any] = {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 128, "depth": 4, "num_heads": 4, "patch_size": 16,
+            "out_hidden_size": 32, "num_position_embeddings": 2304,
+        },
+        "text_config": {
+            "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 1 if experts else 2, "head_dim": 32, "vocab_size": len(processor.tokenizer),
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e7, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+            **(mixture if experts else {}),
+        },
+        "vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Qwen3_5MoeConfig(**given) if experts else Qwen3_5Config(**given)
+    kind = Qwen3_5MoeForConditionalGeneration if experts else Qwen3_5ForConditionalGeneration
     kind(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

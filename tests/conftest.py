@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.models import MODELS, SHOWN, TOWER_ONLY
+from tests.models import HYBRIDS, MODELS, SHOWN, TOWER_ONLY
 from tests.sampling import Case, sample
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     # Of several processes the one that hears of all tests writes.
     if path is not None and not hasattr(session.config, "workerinput"):
         own = {cell: texts for cell, texts in FOUND.items() if not cell[0].startswith("test_")}
-        support.write(path, own, MODELS, list(SHOWN))
+        support.write(path, own, [*MODELS, *HYBRIDS], list(SHOWN))
 
 
 def pytest_configure(config: pytest.Config) -> None:

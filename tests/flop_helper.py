@@ -17,6 +17,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -27,6 +31,9 @@ from transformers import (
 from vtprune.cost.formulas import FlopsBreakdown
 
 IMAGE_TOKEN = 60
+# What the towers of Qwen3-VL and Qwen3.5 have in common.
+SHARED = ("depth", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size", "hidden_size",
+          "intermediate_size", "out_hidden_size", "num_position_embeddings")  # fmt: skip
 VOCABULARY = 64
 
 
@@ -140,6 +147,45 @@ def qwen_config(version: str = "2.5") -> Qwen2_5_VLConfig | Qwen2VLConfig | Qwen
     return Qwen2_5_VLConfig(text_config=text, vision_config=sizes | windows | widths, **tokens)
 
 
+def hybrid_config(*, experts: bool = False) -> Qwen3_5Config | Qwen3_5MoeConfig:
+    """A Qwen3.5 of five layers, two of them with attention, and with heads of its own in the three others."""
+    base: Any = qwen_config("3, experts" if experts else "3")
+    few = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    kind, mixture = (
+        (Qwen3_5MoeConfig, few | {"shared_expert_intermediate_size": 28}) if experts else (Qwen3_5Config, {})
+    )
+    vision = base.vision_config.to_dict()
+    return kind(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "layer_types": [f"{kind}_attention" for kind in ("linear", "full", "linear", "linear", "full")],
+            "linear_num_value_heads": 6,
+            "linear_num_key_heads": 3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 10,
+            "linear_conv_kernel_dim": 3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.5,
+            },
+            **mixture,
+        },
+        vision_config={name: vision[name] for name in SHARED},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+
+
 def build(config: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
     """A model of random weights, in evaluation mode."""
     torch.manual_seed(0)
@@ -149,9 +195,11 @@ def build(config: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
         "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
         "qwen3_vl": Qwen3VLForConditionalGeneration,
         "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
+        "qwen3_5": Qwen3_5ForConditionalGeneration,
+        "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
     }
     model = classes[config.model_type]._from_config(config, attn_implementation=attention).eval()
-    if config.model_type == "qwen3_vl_moe":
+    if config.model_type.endswith("moe"):
         # The counter does not know products of groups: the experts one by one.
         model.set_experts_implementation("eager")
     return model

@@ -12,7 +12,7 @@ import vtprune
 from vtprune.method.answers import Merge, Selection
 from vtprune.method.facts import PUBLISHED
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import NOTHING, BeforeDecoder, BetweenLayers, InEncoder, Read
+from vtprune.method.stages import NOTHING, BeforeDecoder, BetweenLayers, InEncoder, Query, Read
 from vtprune.method.views import DecoderLayer, EncoderLayer, VisionStream
 
 PRUNERS: list[Pruner] = [
@@ -135,6 +135,8 @@ class Drops(InEncoder, BeforeDecoder, BetweenLayers):
     encoder: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
     merge: bool = False
+
+    query = Query.NOBODY
 
     @property
     def layer_reads(self) -> frozenset[Read]:

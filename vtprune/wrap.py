@@ -34,6 +34,7 @@ from vtprune.method.pruner import Pruner
 from vtprune.method.resolving import folder_of, resolve
 from vtprune.method.sharing import Sharing
 from vtprune.method.stages import acts, encoder_layers, revives
+from vtprune.method.states import check_states
 from vtprune.report.generation import Generation
 from vtprune.report.report import Report
 
@@ -98,6 +99,7 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, sha
         unbound = [sharing.base(one) for one in given]
     pruners = [one.bind(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(unbound)]
     check_order(pruners)
+    check_states(pruners)
     adapter.check_stages(encoder=any(encoder_layers(one) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
         raise VTPruneError(

@@ -68,6 +68,11 @@ class _Ranker:
 
     def __init__(self, model: Any) -> None:
         self.model, self._adapter = model, adapter_for(model)
+        if self._adapter.state_layers:
+            raise VTPruneError(
+                "ranks are of attention maps, and the linear-attention layers of this decoder have none; rank the "
+                "layers of a decoder with attention in all of them"
+            )
         layers: list[Any] = list(self._adapter.decoder_layers)
         self.totals, self.rows = [0.0] * len(layers), 0
         self._states: dict[str, Tensor] = {}

@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 import vtprune
-from tests.checkpoint import random_qwen3_checkpoint
+from tests.checkpoint import random_hybrid_checkpoint, random_qwen3_checkpoint
+from tests.hooks.test_hybrid_generation import encoded_ahead
 from vtprune.evals.ask.ask import run_ask
 from vtprune.loading.model import load_model
 from vtprune.loading.prompts import encode, place, question
@@ -20,8 +21,9 @@ from vtprune.loading.prompts import encode, place, question
 both = pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 
 
-def _loaded(experts: bool) -> tuple[Any, Any]:
-    model, processor = load_model(random_qwen3_checkpoint(experts=experts))
+def _loaded(experts: bool, *, hybrid: bool = False) -> tuple[Any, Any]:
+    checkpoint = random_hybrid_checkpoint if hybrid else random_qwen3_checkpoint
+    model, processor = load_model(checkpoint(experts=experts))
     model.generation_config.eos_token_id = None
     return model, processor
 
@@ -38,7 +40,21 @@ def _pictures() -> list[Image.Image]:
 @both
 @pytest.mark.parametrize("method", ["fopru", "turbo", "pyramid_drop", "vflowopt", "lazyllm"])
 def test_a_row_of_a_batch_is_that_row_alone_with_beams_too(experts: bool, method: str) -> None:
-    model, processor = _loaded(experts)
+    _check_rows(*_loaded(experts), method)
+
+
+@encoded_ahead
+@both
+@pytest.mark.parametrize("method", ["fopru", "turbo", "pyramid_drop", "vflowopt", "visionzip"])
+def test_a_row_of_a_hybrid_is_that_row_alone_with_beams_too(experts: bool, method: str) -> None:
+    model, processor = _loaded(experts, hybrid=True)
+    kinds = [kind == "full_attention" for kind in model.config.text_config.layer_types]
+    assert kinds == [False, False, False, True] * 2
+    _check_rows(model, processor, method)
+
+
+def _check_rows(model: Any, processor: Any, method: str) -> None:
+    """With a method, three questions together are answered as each of them alone."""
     chats = [
         question(picture, text) for picture, text in zip(_pictures(), ["why?", "what is here?", "no"], strict=True)
     ]
@@ -54,9 +70,10 @@ def test_a_row_of_a_batch_is_that_row_alone_with_beams_too(experts: bool, method
     assert len(report.samples) == 6
 
 
+@pytest.mark.parametrize("hybrid", [False, True], ids=["qwen3", "qwen3.5"])
 @both
-def test_keeping_everything_generates_what_the_unwrapped_model_does(experts: bool) -> None:
-    model, processor = _loaded(experts)
+def test_keeping_everything_generates_what_the_unwrapped_model_does(experts: bool, hybrid: bool) -> None:
+    model, processor = _loaded(experts, hybrid=hybrid)
     inputs = place(encode(processor, [question(_pictures()[0], "why?")]), model)
     options: dict[str, Any] = {
         "max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True

@@ -14,7 +14,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
-from tests.models import END, IMAGE, LONG, MODELS, ROWS, SHORT, START, VIDEO, make, prompt
+from tests.models import END, HYBRIDS, IMAGE, LONG, MODELS, ROWS, SHORT, START, VIDEO, make, prompt
 from tests.oracle import TOLERANCE
 from vtprune import adapters
 from vtprune.adapters import sizes
@@ -23,7 +23,7 @@ from vtprune.adapters.llava import LlavaAdapter
 from vtprune.cost.sizes import ModelCost
 from vtprune.encoder.encoding import EncodedImage, Part
 
-LAYER = 2
+LAYER, HYBRID_LAYER = 2, 4
 
 
 # ---- queries and keys
@@ -44,11 +44,16 @@ def _with_norms() -> Any:
         image_token_id=IMAGE,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
-                norm.weight.uniform_(0.5, 2.0)
+    _spread_norms(model)
     return model
+
+
+def _spread_norms(model: Any) -> None:
+    """Norms of queries and keys that each column of theirs goes through in another way."""
+    for layer in model.model.language_model.layers:
+        attention = getattr(layer, "self_attn", None)
+        for norm in () if attention is None else (attention.q_norm, attention.k_norm):
+            norm.weight.data.uniform_(0.5, 2.0)
 
 
 @pytest.fixture
@@ -67,23 +72,26 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[Tensor, Tensor,
     return found
 
 
-@pytest.mark.parametrize("kind", [*MODELS, "with norms"])
+@pytest.mark.parametrize("kind", [*MODELS, *HYBRIDS, "with norms"])
 @torch.no_grad()
 def test_methods_are_shown_the_queries_and_keys_that_attention_got(
     kind: str, computed: dict[int, tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sizes, "DECODERS", (*sizes.DECODERS, "qwen3"))
     model = _with_norms() if kind == "with norms" else make(kind)
+    if kind in HYBRIDS:
+        _spread_norms(model)
     inputs = prompt(kind, [LONG] if kind == "with norms" else [ROWS[kind][0]])
     adapter = adapters.adapter_for(model)
-    layer = list(adapter.decoder_layers)[LAYER]
+    index = HYBRID_LAYER if kind in HYBRIDS else LAYER
+    layer = list(adapter.decoder_layers)[index]
     taps: dict[str, Tensor] = {}
     entered: dict[str, Any] = {}
     for name, module in adapter.decoder_taps(layer).modules().items():
         module.register_forward_hook(lambda _, args, output, name=name: taps.update({name: output}))
     layer.register_forward_pre_hook(lambda _, args, kwargs: entered.update(kwargs, hidden=args[0]), with_kwargs=True)
     model(**inputs)
-    query, key, value = computed[LAYER]
+    query, key, value = computed[index]
     embeddings, last = entered["position_embeddings"], torch.tensor([[3, query.shape[2] - 1]])
     seen = adapter.decoder_states(taps, embeddings)
     for ours, theirs in zip(seen, (query, key, value), strict=True):

@@ -24,6 +24,7 @@ from vtprune.report.report import ImageReport
 
 KINDS = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"]
 every_family = pytest.mark.parametrize("kind", KINDS)
+every_tower = pytest.mark.parametrize("kind", [*KINDS, "qwen3.5"])
 # Three frames, wider than the windows of Qwen2.5-VL's tower.
 FRAMES = Row([2, 5], [(3, 5, 7)], 5)
 
@@ -42,7 +43,7 @@ def streams_of(kind: str, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyP
     return seen
 
 
-@every_family
+@every_tower
 def test_each_frame_is_scored_by_the_attention_that_the_tower_computed(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +73,7 @@ def test_each_frame_is_scored_by_the_attention_that_the_tower_computed(
     assert stream.signals.lengths == (35, 35, 35)
 
 
-@every_family
+@every_tower
 @pytest.mark.parametrize("place", [(2, 4, 6), (1, 0, 5), (0, 4, 0)])
 def test_a_bright_patch_comes_out_at_its_own_index(
     kind: str, place: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -88,7 +89,7 @@ def test_a_bright_patch_comes_out_at_its_own_index(
     torch.testing.assert_close(after.pixels, inputs["pixel_values_videos"])
 
 
-@every_family
+@every_tower
 def test_a_video_has_one_budget_which_its_frames_share(kind: str) -> None:
     inputs = prompt(kind, [FRAMES, Row([2, 3, 4], [(4, 3), (2, 3, 3)], 6)])
     model = make(kind)
@@ -161,7 +162,7 @@ def test_a_frame_keeps_at_least_one_token_in_the_tower() -> None:
     assert Plan((pruner,), Shown(105, "video", 3).tokens, 3).in_encoder(0) == 3
 
 
-@every_family
+@every_tower
 def test_a_frame_may_lose_all_its_tokens_and_the_report_says_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def first_frame(self: vtprune.Random, stream: VisionStream) -> vtprune.Selection:
         return vtprune.Selection.best(-stream.frames.float(), stream.budget)
@@ -184,7 +185,7 @@ def test_words_between_frames_are_the_videos_and_no_question(monkeypatch: pytest
     assert stream.text_after == 1 + 5
 
 
-@every_family
+@every_tower
 def test_tokens_of_several_frames_that_were_cut_are_still_scored_frame_by_frame(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +209,7 @@ def test_tokens_of_several_frames_that_were_cut_are_still_scored_frame_by_frame(
     torch.testing.assert_close(signals.saliency(), torch.cat(parts))
 
 
-@every_family
+@every_tower
 def test_a_video_in_a_later_turn_stands_where_it_would_in_one_prompt(kind: str) -> None:
     first, second = prompt(kind, [Row([3, 4], [(4, 3)], 1)]), prompt(kind, [Row([2, 5], [(3, 2, 4)], 5)])
     joined = {name: torch.cat([first[name], second[name]], dim=1) for name in ("input_ids", "mm_token_type_ids")}
@@ -248,6 +249,24 @@ def test_two_conversations_about_videos_may_alternate(kind: str) -> None:
         mixed = step_by_step(model, rows)
     for one, other in zip(alone, mixed, strict=True):
         assert torch.equal(one, other)
+
+
+@every_family
+@pytest.mark.parametrize("method", ["covipal:width=16,heads=2", "fastv", "turbo:keep=0.5", "frame_pool"])
+def test_a_video_is_learned_from_with_checkpoints_as_without(kind: str, method: str) -> None:
+    found = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        model = vtprune.wrap(make(kind), method).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inputs = prompt(kind, VIDEOS, "right")
+        labels = inputs["input_ids"].masked_fill((inputs["input_ids"] >= 80) | (inputs["input_ids"] == 0), -100)
+        model(**inputs, labels=labels).loss.backward()
+        found.append(torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None]))
+    assert bool(found[0].isfinite().all())
+    assert float(found[0].abs().max()) > 0
+    torch.testing.assert_close(*found)
 
 
 def step_by_step(model: Any, rows: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, LlavaConfig,
 from tests.flop_helper import (
     build,
     counter,
+    hybrid_config,
     llava_config,
     llava_inputs,
     measured_breakdown,
@@ -43,6 +44,9 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "qwen3-vl, three images": (qwen_config("3"), GRIDS),
     "qwen3-vl, experts": (qwen_config("3, experts"), GRIDS),
     "text alone": (qwen_config(), []),
+    "qwen3.5, three images": (hybrid_config(), GRIDS),
+    "qwen3.5, more than a chunk": (hybrid_config(), [(1, 9, 11)]),
+    "qwen3.5, experts": (hybrid_config(experts=True), GRIDS),
 }
 
 
@@ -134,6 +138,30 @@ def test_kv_bytes_equal_the_cache(name: str, dtype: torch.dtype) -> None:
     assert kv_bytes(config, length, dtype) == real
     assert kv_bytes(config, [length] * 4, str(dtype)) == real
     assert kv_bytes(config, [length, 0, 0, 0], str(dtype).removeprefix("torch.")) == real // 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [False, True])
+def test_kv_bytes_of_a_hybrid_equal_its_entries_and_states(experts: bool, dtype: torch.dtype) -> None:
+    config = hybrid_config(experts=experts)
+    model, inputs = build(config).to(dtype), _inputs(config, GRIDS)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    length, real = inputs["input_ids"].shape[1], 0
+    for layer in cache.layers:
+        states = [layer.conv_states[0], layer.recurrent_states[0]] if hasattr(layer, "conv_states") else []
+        real += sum(part.nbytes for part in states or (layer.keys, layer.values))
+    assert kv_bytes(config, length, dtype) == real
+    assert kv_bytes(config, [0, length, 0, 0, length], dtype) == real
+    assert kv_bytes(config, 2 * length, dtype) - real == real - kv_bytes(config, 0, dtype) > 0
+    with pytest.raises(VTPruneError, match=r"is 0 in layers of linear attention, .* got 3 in layer 2"):
+        kv_bytes(config, [0, length, 3, 0, length], dtype)
+
+
+def test_a_formula_for_attention_alone_is_refused_for_a_hybrid() -> None:
+    with pytest.raises(VTPruneError, match="'2ndm' is a formula for attention in every layer"):
+        flops(hybrid_config(), 8, text_tokens=4, images=[(1, 2, 4)], convention="2ndm")
 
 
 # ---- the papers' formulas and their numbers
@@ -348,8 +376,8 @@ OK: dict[str, Any] = {"tokens_per_layer": 8, "text_tokens": 4, "images": 1}
         (QWEN, {"images": [(1, 0, 7)]}, "at least 1"),
         (QWEN, {"images": [5]}, r"grids \(t, h, w\)"),
         (QWEN, {"images": [(1, 5, 7)], "encoder_tokens_per_layer": [[140, 140, 70, 70]]}, "lengths there"),
-        (GPT2Config(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe"),
-        (object(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe"),
+        (GPT2Config(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe"),
+        (object(), {}, "llava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe"),
         (LlavaConfig(text_config=VICUNA_7B, vision_config=ViTConfig()), {}, "clip_vision_model"),
         (LlavaConfig(text_config=OPTConfig(), vision_config=TOWER), {}, "llama"),
     ],

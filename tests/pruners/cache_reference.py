@@ -47,7 +47,11 @@ class Reference:
         self.heads, self.shared = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         self.depth = config.num_hidden_layers
         self.caches: list[list[list[Entry]]] = [[[] for _ in range(self.heads)] for _ in range(self.depth)]
-        self.density: list[float] = []
+        # The layers that may be cut: all that hold entries but the first two and the last.
+        self.cut = [n for n in range(2, self.depth - 1) if hasattr(self.decoder.layers[n], "self_attn")]
+        self.density: dict[int, float] = {}
+        # What linear-attention layers have seen so far.
+        self.seen: dict[int, Tensor] = {}
         self.totals: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
         self.thresholds: dict[int, float] = {}
@@ -87,11 +91,23 @@ class Reference:
     def _forward(self, states: Tensor, cos: Tensor, sin: Tensor, marks: list[int], first: int) -> Tensor:
         for index, layer in enumerate(self.decoder.layers):
             normed = layer.input_layernorm(states)
+            if not hasattr(layer, "self_attn"):
+                # No state is kept: it reads all from the beginning.
+                self.seen[index] = torch.cat([self.seen.get(index, normed[:0]), normed])
+                states = states + layer.linear_attn(self.seen[index][None])[0, first:]
+                states = states + layer.mlp(layer.post_attention_layernorm(states)[None])[0]
+                continue
             attention = layer.self_attn
             query, key, value = (
-                part(normed).view(len(normed), -1, attention.head_dim).transpose(0, 1)
-                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+                part(normed).unflatten(-1, (heads, -1)).transpose(0, 1)
+                for part, heads in (
+                    (attention.q_proj, self.heads * self.shared),
+                    (attention.k_proj, self.heads),
+                    (attention.v_proj, self.heads),
+                )
             )
+            # Some families project a gate beside each query.
+            query, gate = query[..., : attention.head_dim], query[..., attention.head_dim :]
             query, key = through_norm(attention, "q", query), through_norm(attention, "k", key)
             query, key = _turn(query, cos, sin), _turn(key, cos, sin)
             for head, entries in enumerate(self.caches[index]):
@@ -110,9 +126,11 @@ class Reference:
                 for entry, got in zip(entries, columns[-1].tolist(), strict=True):
                     entry.score += got
             if first == 0:
-                self.density.append(self._density(columns))
+                self.density[index] = self._density(columns)
+            if gate.numel():
+                mixed = [one * open.sigmoid() for one, open in zip(mixed, gate, strict=True)]
             states = states + attention.o_proj(torch.cat(mixed, dim=-1))
-            states = states + layer.mlp(layer.post_attention_layernorm(states))
+            states = states + layer.mlp(layer.post_attention_layernorm(states)[None])[0]
             if index < len(self.added):
                 states = states + self.added[index][first : first + len(states)]
         return self.model.lm_head(self.decoder.norm(states))
@@ -125,15 +143,16 @@ class Reference:
         return sum(float(column.var()) for column in grouped) / self.heads / len(columns[0])
 
     def _counts(self, held: int, tokens: int) -> list[int]:
-        """Entries of an image (or of the whole row) that layers 2 and 3 of 5 keep."""
-        assert self.depth == 5
+        """Entries of an image (or of the whole row) that the layers that may be cut, one or two, keep."""
         keep = self.rule.keep
         budget = min(keep, tokens) if isinstance(keep, int) else max(1, round(keep * tokens))
         if self.rule.released:
-            whole = sum(math.exp(-f) for f in self.density)
-            ratios = [math.exp(-self.density[layer]) / whole * 5 * budget / tokens for layer in (2, 3)]
+            whole, layers = sum(math.exp(-f) for f in self.density.values()), len(self.density)
+            ratios = [math.exp(-self.density[layer]) / whole * layers * budget / tokens for layer in self.cut]
             return [max(1, int(tokens * min(1.0, max(0.01, ratio)))) for ratio in ratios]
-        first, second = math.exp(-self.density[2]), math.exp(-self.density[3])
+        if len(self.cut) == 1:
+            return [budget]
+        first, second = (math.exp(-self.density[layer]) for layer in self.cut)
         ideal = min(max(2 * budget * first / (first + second), 2 * budget - held, 1), held, 2 * budget - 1)
         lower = int(ideal + 1e-6)
         # With two layers both remainders are the same but for the whole numbers: the larger one gets what is left.
@@ -144,12 +163,12 @@ class Reference:
     def _cut(self, length: int) -> None:
         if self.rule.text:
             if not self.sizes:
-                self.sizes = dict(zip((2, 3), self._counts(length, length), strict=True))
+                self.sizes = dict(zip(self.cut, self._counts(length, length), strict=True))
             for layer, size in self.sizes.items():
                 self._cut_row(layer, size)
         elif self.totals:
             for image, total in self.totals.items():
-                for layer, count in zip((2, 3), self._counts(total, total), strict=True):
+                for layer, count in zip(self.cut, self._counts(total, total), strict=True):
                     self._cut_image(layer, image, count)
             self.totals = {}
 
@@ -208,5 +227,7 @@ class Reference:
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = states.shape[-1] // 2
-    return states * cos + torch.cat([-states[..., half:], states[..., :half]], dim=-1) * sin
+    turning, still = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    half = cos.shape[-1] // 2
+    turned = turning * cos + torch.cat([-turning[..., half:], turning[..., :half]], dim=-1) * sin
+    return torch.cat([turned, still], dim=-1)

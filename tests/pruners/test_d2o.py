@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vtprune
-from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
+from tests.models import HYBRIDS, IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import STEPS, TOLERANCE, next_tokens, run_wrapped
 from tests.pruners.cache_reference import Reference, Rule
 from tests.streams import few
@@ -59,6 +59,19 @@ CASES = [("sdpa", rule) for rule in RULES] + [("eager", rule) for rule in ("defa
 @pytest.mark.lean
 @every_model
 def test_prefill_and_decoding_equal_the_reference_by_hand(kind: str, attention: str, rule: str, batch: str) -> None:
+    _check_by_hand(kind, attention, rule, batch)
+
+
+@pytest.mark.parametrize("batch", ["alone", "ragged-left"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.lean
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_of_a_hybrid_layers_with_entries_alone_are_cut(kind: str, rule: str, batch: str) -> None:
+    _check_by_hand(kind, "sdpa", rule, batch)
+
+
+def _check_by_hand(kind: str, attention: str, rule: str, batch: str) -> None:
+    """Compares the logits and what every head holds in the end."""
     rows, padding = BATCHES[batch]
     inputs = prompt(kind, [ROWS[kind][row] for row in rows], padding)
     model = vtprune.wrap(make(kind, attention), pruner(RULES[rule]))
@@ -76,7 +89,7 @@ def test_prefill_and_decoding_equal_the_reference_by_hand(kind: str, attention: 
             assert {len(places) for places in heads} == {report.kv_tokens_per_layer[layer][row]}
         assert held(report, row, own) == [
             [[place for place in head if place < own["input_ids"].shape[1] and own["input_ids"][0, place] == IMAGE]
-             for head in heads] if layer in (2, 3) else [] for layer, heads in enumerate(reference.sets[-1])
+             for head in heads] if layer in reference.cut else [] for layer, heads in enumerate(reference.sets[-1])
         ]  # fmt: skip
     assert prefill.achieved_keep == 1.0
 
@@ -85,7 +98,7 @@ def held(report: vtprune.Report, row: int, own: dict[str, torch.Tensor]) -> list
     """The places of the image entries that each head of each layer holds, by the report."""
     places = (own["input_ids"][0] == IMAGE).nonzero().flatten()
     found: list[list[list[int]]] = []
-    for layer in range(5):
+    for layer in range(len(report.kv_tokens_per_layer)):
         heads: list[list[int]] = []
         first = 0
         for image in report.samples[row].images:

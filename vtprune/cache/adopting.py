@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
+from vtprune.cache.books import CacheLayer, entry_layers
 from vtprune.cache.layer import PrunedLayer
+from vtprune.cache.states import StateLayer
 from vtprune.errors import UnsupportedCacheError
 
 
-def adopt_cache(cache: Cache, depth: int) -> list[PrunedLayer]:
-    """Turns the layers of a dynamic cache (anybody's) into PrunedLayers in place and returns them.
+def adopt_cache(cache: Cache, depth: int, states: frozenset[int] = frozenset()) -> list[CacheLayer]:
+    """Turns the layers of a dynamic cache (anybody's) into PrunedLayers, and those of linear attention into
+    StateLayers, in place and returns them; states: the decoder layers (of `depth`) that are of linear attention.
 
     Raises UnsupportedCacheError for static, quantised, sliding-window and offloaded caches.
     """
@@ -26,10 +29,12 @@ def adopt_cache(cache: Cache, depth: int) -> list[PrunedLayer]:
         raise unsupported_cache(reason)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        if not isinstance(layer, PrunedLayer):
+        if type(layer) is DynamicLayer:
             layers[index] = PrunedLayer.adopt(layer)
+        elif type(layer) is LinearAttentionLayer:
+            layers[index] = StateLayer.adopt(layer)
     while len(layers) < depth:
-        layers.append(PrunedLayer())
+        layers.append(StateLayer() if len(layers) in states else PrunedLayer())
     return list(layers)
 
 
@@ -48,7 +53,7 @@ def unsupported_reason(cache: Cache) -> str | None:
     if type(cache) not in (DynamicCache, Cache):
         return f"a {type(cache).__name__}"
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, PrunedLayer):
+        if type(layer) not in (DynamicLayer, PrunedLayer, LinearAttentionLayer, StateLayer):
             return f"a cache with {type(layer).__name__} layers"
     replicated = cache.layer_class_to_replicate
     if replicated is not None and replicated is not DynamicLayer:
@@ -71,8 +76,7 @@ def with_cache(forward: Callable[..., Any], arguments: dict[str, Any], cache: Ca
 
 def is_adopted(cache: object) -> bool:
     """Whether a wrapped model has filled this cache."""
-    layers: list[Any] = getattr(cache, "layers", None) or [None]
-    return isinstance(layers[0], PrunedLayer)
+    return bool(entry_layers(getattr(cache, "layers", None) or []))
 
 
 def logical_length(cache: Cache | None) -> int:

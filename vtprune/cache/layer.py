@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,12 @@ class PrunedLayer(DynamicLayer):
             new.lazy_initialization(layer.keys, layer.values)
             new.keys, new.values = layer.keys, layer.values
             new.length = 0 if layer.keys.numel() == 0 else layer.keys.shape[-2]
+        return new
+
+    def twin(self) -> PrunedLayer:
+        """The same entries in a layer of its own: appending makes new tensors, so the original does not change."""
+        new = copy.copy(self)
+        new.aux = dict(self.aux)
         return new
 
     def announce(

@@ -75,6 +75,11 @@ def prefill_flops(
     lengths = [v + t for v, t in zip(vision, text, strict=True)]
     matrices = CONVENTIONS[convention]
     if matrices is not None:
+        if decoder.states:
+            raise VTPruneError(
+                f"convention {convention!r} is a formula for attention in every layer, and this decoder has linear "
+                "attention in most of them; use 'exact'"
+            )
         published = _published(decoder, lengths, matrices)
         return FlopsBreakdown(vision_tower=0, projector=0, decoder=published, head=0, scoring=0)
     grids = model.vision.grids(images)
@@ -89,7 +94,7 @@ def prefill_flops(
     return FlopsBreakdown(
         vision_tower=2 * sum(model.vision.image_macs(g, a, m) for g, a, m in zip(grids, alive, mlp, strict=True)),
         projector=2 * model.projector_macs * projected,
-        decoder=2 * sum(decoder.layer_macs((n,)) for n in lengths),
+        decoder=2 * sum(decoder.macs_at(layer, n) for layer, n in enumerate(lengths)),
         head=2 * model.head_macs * count("logits", logits),
         scoring=count("scoring", scoring),
     )
@@ -112,5 +117,12 @@ def cache_bytes(decoder: TransformerCost, kv_tokens_per_layer: int | Sequence[in
     kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype):
         raise VTPruneError(f"dtype is a torch dtype or its name, such as 'float16' or 'bfloat16', got {dtype!r}")
-    entries = sum(_per_layer("kv_tokens_per_layer", kv_tokens_per_layer, decoder.layers))
-    return 2 * decoder.kv_width * entries * kind.itemsize
+    entries = _per_layer("kv_tokens_per_layer", kv_tokens_per_layer, decoder.layers)
+    wrong = [layer for layer in sorted(decoder.states) if entries[layer]]
+    if wrong and isinstance(kv_tokens_per_layer, Sequence):
+        raise VTPruneError(
+            f"kv_tokens_per_layer is 0 in layers of linear attention, whose state does not grow, got "
+            f"{entries[wrong[0]]} in layer {wrong[0]}"
+        )
+    held = sum(n for layer, n in enumerate(entries) if layer not in decoder.states)
+    return 2 * decoder.kv_width * held * kind.itemsize + decoder.state_bytes(kind.itemsize)

@@ -20,12 +20,57 @@ Segments = Sequence[int]
 Alive = int | Segments
 
 
+# Tokens that the gated delta rule reads at once; a shorter rest is padded.
+CHUNK = 64
+# Bytes of a number of its recurrent state, which is fp32 whatever the model runs in.
+STATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class DeltaCost:
+    """The sizes that the cost of a gated delta layer (linear attention) depends on.
+
+    heads: of the values, for each of which there is a state of key_size x value_size; key_heads: of queries and of
+    keys; kernel: tokens that the convolution before it sees.
+    """
+
+    heads: int
+    key_heads: int
+    key_size: int
+    value_size: int
+    kernel: int
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together, each of which is convolved by itself."""
+        return 2 * self.key_heads * self.key_size + self.heads * self.value_size
+
+    def macs(self, width: int, tokens: int) -> int:
+        """Multiply-accumulates of mixing `tokens` of a row, with all projections from and to `width`: the rule runs on
+        whole chunks."""
+        if not tokens:
+            return 0
+        values = self.heads * self.value_size
+        projections = width * (self.channels + 2 * values + 2 * self.heads)
+        convolution = (tokens + self.kernel - 1) * self.kernel * self.channels
+        inside = CHUNK * CHUNK * (2 * self.key_size + self.value_size)
+        chunk = inside + 3 * CHUNK * self.key_size * self.value_size
+        return tokens * projections + convolution + -(-tokens // CHUNK) * self.heads * chunk
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of a row's window of the convolution, at `itemsize` a number, and of its recurrent state."""
+        recurrent = self.heads * self.key_size * self.value_size
+        return self.kernel * self.channels * itemsize + STATE_BYTES * recurrent
+
+
 @dataclass(frozen=True)
 class TransformerCost:
     """The sizes that the cost of a stack of transformer layers depends on.
 
     heads: of the queries; query_width, kv_width: heads x head size of queries and of keys; mlp_matrices: 3 if gated,
-    else 2; experts: of a mixture, among which a router chooses those whose widths make up the `mlp_width` of a token.
+    else 2; experts: of a mixture, among which a router chooses those whose widths make up the `mlp_width` of a token,
+    and one more where an expert of all tokens has a gate; gated: whether a gate as wide as the queries is projected
+    beside them; delta: of the layers `states`, which have it in place of attention, if there are any.
     """
 
     width: int
@@ -36,6 +81,9 @@ class TransformerCost:
     mlp_matrices: int
     layers: int
     experts: int = 0
+    gated: bool = False
+    delta: DeltaCost | None = None
+    states: frozenset[int] = frozenset()
 
     @property
     def head_size(self) -> int:
@@ -48,20 +96,40 @@ class TransformerCost:
         return self.kv_width // self.head_size
 
     def layer_macs(self, segments: Segments, mlp_tokens: int | None = None) -> int:
-        """Multiply-accumulates of one layer; causal attention is counted in full. mlp_tokens: tokens that go through
-        its MLP, None for all."""
-        projections = 2 * self.width * (self.query_width + self.kv_width)
-        mlp = self.width * (self.mlp_matrices * self.mlp_width + self.experts)
+        """Multiply-accumulates of one layer with attention; causal attention is counted in full. mlp_tokens: tokens
+        that go through its MLP, None for all."""
+        projections = self.width * (self._asking_width + self.query_width + 2 * self.kv_width)
         scores_and_values = 2 * self.query_width * sum(n * n for n in segments)
         through = sum(segments) if mlp_tokens is None else mlp_tokens
-        return sum(segments) * projections + through * mlp + scores_and_values
+        return sum(segments) * projections + through * self._mlp + scores_and_values
+
+    def macs_at(self, layer: int, tokens: int) -> int:
+        """Multiply-accumulates of layer `layer` for a row of `tokens`."""
+        if layer not in self.states:
+            return self.layer_macs((tokens,))
+        assert self.delta is not None
+        return self.delta.macs(self.width, tokens) + tokens * self._mlp
+
+    @property
+    def _asking_width(self) -> int:
+        """What the projection of queries puts out."""
+        return self.query_width * (1 + self.gated)
+
+    @property
+    def _mlp(self) -> int:
+        """Multiply-accumulates of a token's way through the MLP."""
+        return self.width * (self.mlp_matrices * self.mlp_width + self.experts)
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of all states of one row, whatever it holds; 0 without linear attention."""
+        return 0 if self.delta is None else len(self.states) * self.delta.state_bytes(itemsize)
 
     def probe_macs(self, layer: int, tokens: int, past: Sequence[int]) -> int:
         """Multiply-accumulates of running `tokens` through the layers before `layer`, each with its `past` entries in
         the cache, and of one query and all keys of that layer."""
         attention_to_past = 2 * self.query_width * tokens * sum(past[:layer])
-        read = self.width * (self.query_width + tokens * self.kv_width)
-        return layer * self.layer_macs((tokens,)) + attention_to_past + read
+        read = self.width * (self._asking_width + tokens * self.kv_width)
+        return sum(self.macs_at(index, tokens) for index in range(layer)) + attention_to_past + read
 
 
 @dataclass(frozen=True)

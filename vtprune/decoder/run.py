@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune.cache.adopting import all_slots
+from vtprune.cache.books import CacheLayer
 from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.names import PLANES, SHIFT
 from vtprune.cache.waiting import Tokens
@@ -157,21 +158,23 @@ class DecoderRun:
     """The tokens, layouts and masks of one decoder forward; made before the first layer, dropped after the last.
 
     shaper: what changes the input of its layers; observers: what watches them, in the order in which they are asked;
-    taps: what the projections of the layer under way put out.
+    taps: what the projections of the layer under way put out; states: the layers of linear attention, which fold
+    their tokens into a state.
     """
 
     def __init__(
         self,
         prompt: PromptInfo,
         spans: list[ImageSpan],
-        layers: list[PrunedLayer] | None,
+        layers: list[CacheLayer] | None,
         *,
         cache: Cache | None,
         flash: bool,
         rotary: Rotary | None,
+        states: frozenset[int] = frozenset(),
     ) -> None:
         self.prompt, self.spans, self.layers = prompt, spans, layers
-        self.cache, self.flash, self.rotary = cache, flash, rotary
+        self.cache, self.flash, self.rotary, self.states = cache, flash, rotary, states
         self.shaper = Shaper()
         self.observers: Sequence[Observer] = ()
         self.taps: dict[str, Tensor] = {}
@@ -196,6 +199,8 @@ class DecoderRun:
         self._slots: dict[tuple[int, int, int], tuple[Any, Tensor | None]] = {}
         self._sinces: dict[tuple[int, int, int], tuple[Any, Tensor]] = {}
         self._announced: set[int] = set()
+        # The last mask that a state layer was given, and of which places it is.
+        self._columns: tuple[Tensor, Tensor] | None = None
         # The last rotary embeddings of returning tokens and others, and what they were made of.
         self._turned: tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
 
@@ -327,6 +332,11 @@ class DecoderRun:
     def _add_bias(self, span: ImageSpan, values: Tensor) -> None:
         """Adds values (K,) to what every layer adds to the attention logits of the span's tokens as keys."""
         prompt = self.prompt
+        if self.states:
+            raise VTPruneError(
+                "linear-attention layers have no attention logits that a bias could be learned by; train on a decoder "
+                "without such layers, or by the attention of a layer"
+            )
         if self.flash:
             raise VTPruneError("flash attention takes no bias to learn by; train with attn_implementation='sdpa'")
         if self.bias is None:
@@ -421,7 +431,9 @@ class DecoderRun:
         slots, ragged = self._announce(index, entering)
         given = kwargs.get("attention_mask")
         mask = self.shaper.mask(given, layout.places, slots)
-        if mask is None:
+        if index in self.states:
+            mask = self._state_mask(given, layout)
+        elif mask is None:
             mask = self._mask(given, layout, slots, ragged)
             if self.bias is not None:
                 mask = biased_mask(
@@ -449,7 +461,7 @@ class DecoderRun:
             own = states if front is None else states[:, front.shape[1] :]
             own = own + planes.at(index, self.layout(index).places).to(own)
             states = own if front is None else torch.cat([states[:, : front.shape[1]], own], dim=1)
-        known = None if front is None or self.layers is None else self.layers[index].aux.get(PLANES)
+        known = None if front is None or self.layers is None else self.entries(index).aux.get(PLANES)
         if front is None or known is None:
             return states
         back = states[:, : front.shape[1]] + gather_tokens(known, front).to(states)
@@ -460,7 +472,7 @@ class DecoderRun:
         if self.planes is None or self.layers is None:
             return
         for index in range(self.planes.depth):
-            self.layers[index].extend(PLANES, self.planes.at(index, None), self.prompt.offset)
+            self.entries(index).extend(PLANES, self.planes.at(index, None), self.prompt.offset)
 
     def _joined_embeddings(self, entering: Entering, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The rotary embeddings of all tokens of a layer; layers with the same ones share them."""
@@ -490,12 +502,22 @@ class DecoderRun:
                 view = observer.after(self, view)
         self.taps.clear()
 
+    def entries(self, index: int) -> PrunedLayer:
+        """The cache of decoder layer `index`, which holds entries."""
+        assert self.layers is not None
+        layer = self.layers[index]
+        assert isinstance(layer, PrunedLayer)
+        return layer
+
     def _announce(self, index: int, entering: Entering) -> tuple[Tensor | None, bool]:
         """The places of the layer's keys, once its cache knows those of this input, and whether they are ragged."""
         prompt, layout = self.prompt, entering.layout
         if self.layers is None:
             return layout.places, layout.ragged
-        layer = self.layers[index]
+        if index in self.states:
+            # Its cache knows no places.
+            return layout.places, layout.ragged
+        layer = self.entries(index)
         if index not in self._announced:
             self._announced.add(index)
             front = None if entering.front is None else entering.front.places
@@ -556,6 +578,23 @@ class DecoderRun:
             self._masks[key] = (mask, layer_mask(mask, layout.places, slots, offset, ragged=ragged, flash=self.flash))
         return self._masks[key][1]
 
+    def _state_mask(self, mask: Tensor | None, layout: Layout) -> Tensor | None:
+        """(B, n) which columns of a state layer hold a token, None for all: padding before a row's first token leaves
+        no trace in its state, and what was dropped has no column. `mask`: the model's own, for all places."""
+        places = layout.places
+        if places is None:
+            return mask
+        if not layout.ragged:
+            return None
+        if self.prompt.offset:
+            raise VTPruneError(
+                "rows that go on after a cache are left with different numbers of tokens, and padding between the two "
+                "would change the state of linear-attention layers; give each conversation a cache of its own"
+            )
+        if self._columns is None or self._columns[0] is not places:
+            self._columns = places, places >= 0
+        return self._columns[1]
+
     def _embeddings(
         self, index: int, layout: Layout, states: Tensor, full: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -573,7 +612,7 @@ class DecoderRun:
     ) -> tuple[Tensor, Tensor]:
         """Rotary embeddings of positions renumbered without the dropped tokens, layer by layer."""
         assert self.rotary is not None
-        layer = self.layers[index] if self.layers is not None else None
+        layer = self.entries(index) if self.layers is not None else None
         shift = None if layer is None else layer.at_end(SHIFT)
         if layout.places is None and shift is None:
             return full
@@ -601,8 +640,9 @@ class DecoderRun:
         return column.expand(prompt.batch, -1)
 
     def cut_caches(self, indices: frozenset[int]) -> None:
-        """Leaves in the caches of these layers only the vision tokens that are alive after the last layer. Where
-        positions are renumbered, those of later tokens count what a layer's cache holds, whatever it held before."""
+        """Leaves in the caches of these layers only the vision tokens that are alive after the last layer; a state
+        stays as it is. Where positions are renumbered, those of later tokens count what a layer's cache holds,
+        whatever it held before."""
         if self.layers is None or not self.spans:
             return
         gone = torch.zeros(self.prompt.batch, self.prompt.offset + self.prompt.length, dtype=torch.bool)
@@ -615,8 +655,8 @@ class DecoderRun:
         left = self.row_counts([span.layers[-1].numel() for span in self.spans])
         # Layers that share slots go on sharing them, and their masks.
         known: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-        for index in sorted(indices):
-            layer = self.layers[index]
+        for index in sorted(indices - self.states):
+            layer = self.entries(index)
             slots = layer.slots
             if slots is None:
                 slots = all_slots(gone.shape[1], gone.shape[0], gone.device)

@@ -19,12 +19,13 @@ from vtprune.cache.adopting import (
     unsupported_reason,
     with_cache,
 )
-from vtprune.cache.layer import PrunedLayer
+from vtprune.cache.books import CacheLayer
 from vtprune.decoder.outline import Bools
 from vtprune.decoder.planes import Planes
 from vtprune.decoder.prompt import ImageSpan, PromptInfo, real_tokens, sight
 from vtprune.decoder.revival import Revival
 from vtprune.decoder.run import DecoderRun, Observer
+from vtprune.decoder.states import check_padding
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.errors import VTPruneError
 from vtprune.hooks.checkpoints import Checkpoints, drops_cache
@@ -65,12 +66,12 @@ class DecoderHooks:
         self._evictor = Evictor(adapter, pruners, self._plans)
         self._selecting = Selecting(scoring, facts, modules, sharing)
         self.teacher = Teacher(pruners, scoring=scoring, state=state)
-        self.tapped = self._selecting.layers | self._evictor.watched | self.teacher.layers
+        self.tapped = self._selecting.read | self._evictor.watched | self.teacher.layers
         self._returning = Returning(adapter, pruners, self.tapped)
         self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)
         # Layers after which the decoder adds something to vision tokens.
         self.adding = frozenset(range(len(adapter.plane_mergers)))
-        self.entered = self.tapped | self.routing.layers | self.adding
+        self.entered = self._selecting.layers | self.tapped | self.routing.layers | self.adding
         self.recorder = Recorder(adapter, plans, facts, state=state, sharing=sharing)
         self.checkpoints = Checkpoints(adapter.decoder_layers, state)
         self.modules = modules
@@ -78,7 +79,7 @@ class DecoderHooks:
         self.reads_all = self._returning.pruner or self._evictor.pruner
         self._maker = maker
         self._signature = inspect.signature(adapter.inner.forward)
-        self._depth = facts.decoder_depth
+        self._depth, self._states = facts.decoder_depth, adapter.state_layers
 
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Begins a forward of the multimodal model: what it is given reaches the decoder with the call's arguments."""
@@ -128,7 +129,9 @@ class DecoderHooks:
         if layers is None and not spans and not self.routing.routes_text:
             return args, kwargs
         rotary = self.adapter.rotary if self.compact else None
-        run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary)
+        if self._states:
+            check_padding(prompt, layers, drops=self._drops(spans))
+        run = DecoderRun(prompt, spans, layers, cache=cache, flash=flash, rotary=rotary, states=self._states)
         run.checks, frame.closed = frame.checks, True
         if spans:
             kwargs = dict(kwargs)
@@ -201,6 +204,11 @@ class DecoderHooks:
     def _check_packed(self, prompt: PromptInfo, kwargs: dict[str, Any], *, flash: bool) -> None:
         """Raises VTPruneError where conversations are packed into one row in a way that pruning would mix up."""
         packed = prompt.conversations.most > 1
+        if self._states and (packed or kwargs.get("cu_seq_lens_q") is not None):
+            raise VTPruneError(
+                "several conversations are packed into one row, and the state of linear-attention layers would go on "
+                "from one to the next; give each of them a row of its own"
+            )
         if flash and (packed or kwargs.get("cu_seq_lens_q") is not None):
             raise VTPruneError(
                 "several conversations are packed into one row, and flash attention is told where they end by "
@@ -257,15 +265,19 @@ class DecoderHooks:
             )
             first = last
 
-    def _adopt(self, cache: Cache | None, spans: list[ImageSpan]) -> list[PrunedLayer] | None:
+    def _adopt(self, cache: Cache | None, spans: list[ImageSpan]) -> list[CacheLayer] | None:
         if cache is None:
             return None
         reason = unsupported_reason(cache)
         if reason is None:
-            return adopt_cache(cache, self._depth)
-        if self.routing.skips_text or any(self._plans.of(span.shown).drops for span in spans):
+            return adopt_cache(cache, self._depth, self._states)
+        if self.routing.skips_text or self._drops(spans):
             raise unsupported_cache(reason)
         return None
+
+    def _drops(self, spans: list[ImageSpan]) -> bool:
+        """Whether any of these images is to lose tokens."""
+        return any(self._plans.of(span.shown).drops for span in spans)
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Gives a layer the tokens that it computes."""

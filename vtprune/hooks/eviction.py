@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import all_slots
+from vtprune.cache.books import CacheLayer, books, entry_layers
 from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.names import CUTS, DENSITY, IMAGES, MERGED, SCORES, STATE
 from vtprune.decoder.outline import Bools, Ints
@@ -60,7 +61,7 @@ class Evictor:
         pruner, prompt = self.pruner, run.prompt
         if pruner is None or run.layers is None:
             return None
-        aux = run.layers[0].aux
+        aux = books(run.layers).aux
         new = [span for span in run.spans if self.plans.of(span.shown).evicts(self.order)]
         if not new and IMAGES not in aux:
             return None
@@ -96,16 +97,18 @@ class Known:
     states: dict[tuple[int, str], Array]
 
     @classmethod
-    def of(cls, run: DecoderRun, layers: list[PrunedLayer], dense: list[int]) -> Known:
+    def of(cls, run: DecoderRun, layers: list[CacheLayer], dense: list[int]) -> Known:
         """Of the cache before this forward; a first prompt has left nothing to read."""
-        prompt, aux = run.prompt, layers[0].aux
+        prompt, aux = run.prompt, books(layers).aux
         images = np.zeros((prompt.batch, prompt.offset + prompt.length), dtype=np.int64)
         if IMAGES not in aux and not prompt.offset:
             return cls(images, prompt.outline.number >= 0, cuts=np.zeros(prompt.batch), densities={}, states={})
         values: dict[Any, Tensor] = {"real": prompt.real_so_far()}
         values.update({name: aux[name] for name in (IMAGES, CUTS) if name in aux})
-        values.update({index: layers[index].aux[DENSITY] for index in dense if DENSITY in layers[index].aux})
+        values.update({index: run.entries(index).aux[DENSITY] for index in dense if DENSITY in run.entries(index).aux})
         for index, layer in enumerate(layers):
+            if not isinstance(layer, PrunedLayer):
+                continue
             own = {(index, name): value for name, value in layer.aux.items() if name.startswith(STATE)}
             values.update(own)
         found = dict(zip(values, read_back(list(values.values())), strict=True))
@@ -156,7 +159,7 @@ class Watch(Observer):
         """Adds the attention of this forward in a layer to what the cache's entries got before."""
         assert run.layers is not None
         with full_precision(view.hidden.device), run.checks.collecting():
-            self._add(run, view, run.layers[view.index])
+            self._add(run, view, run.entries(view.index))
         return view
 
     def _add(self, run: DecoderRun, view: LayerView, layer: PrunedLayer) -> None:
@@ -214,17 +217,17 @@ class Watch(Observer):
     def close(self, run: DecoderRun) -> None:
         """Cuts the caches of the rows to which this forward brought no image."""
         assert run.layers is not None
-        self._guard(run, run.layers)
+        self._guard(run, entry_layers(run.layers))
         rows, cut = [row for row in self.rows if row not in self.prompts], self.of.cut
         if not rows:
             return
         with full_precision(run.prompt.device), run.checks.collecting():
-            answers = {row: self.pruner.evict(self._row(run.layers, row)) for row in rows}
+            answers = {row: self.pruner.evict(self._row(run, row)) for row in rows}
         # Before anything is cut by them.
         run.checks.settle()
         for order, index in enumerate(cut):
-            self._apply(run.layers[index], {row: answer[order] for row, answer in answers.items()})
-        aux = run.layers[0].aux
+            self._apply(run.entries(index), {row: answer[order] for row, answer in answers.items()})
+        aux = books(run.layers).aux
         aux[CUTS][rows] += 1
         if self.pruner.evicts_again:
             return
@@ -236,7 +239,7 @@ class Watch(Observer):
             # Nothing is left to cut: later steps are those of any other cache.
             del aux[IMAGES]
             for index in cut:
-                run.layers[index].entries.pop(SCORES, None)
+                run.entries(index).entries.pop(SCORES, None)
 
     def _guard(self, run: DecoderRun, layers: list[PrunedLayer]) -> None:
         first = 0 if self.pruner.evicts_again else int(np.flatnonzero(self.known.images.any(axis=0))[0])
@@ -244,11 +247,11 @@ class Watch(Observer):
         for layer in layers:
             layer.guard = (first if layer.guard is None else min(first, layer.guard[0]), end)
 
-    def _row(self, layers: list[PrunedLayer], row: int) -> CachedRow:
+    def _row(self, run: DecoderRun, row: int) -> CachedRow:
         images = self.known.images[row]
         numbers, totals = np.unique(images[images > 0], return_counts=True)
         return CachedRow(
-            layers=tuple(self._entries(layers[index], row, index) for index in self.of.cut),
+            layers=tuple(self._entries(run.entries(index), row, index) for index in self.of.cut),
             densities={index: float(values[row]) for index, values in self.known.densities.items()},
             totals=dict(zip(numbers.tolist(), totals.tolist(), strict=True)),
             first=int(self.known.cuts[row]) == 0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import with_cache
-from vtprune.cache.layer import PrunedLayer
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun
 from vtprune.encoder.encoding import Call
@@ -38,9 +36,9 @@ class ProbeRun(DecoderRun):
         layers, cache = None, None
         # The first turn has nothing to look back at, so its keys and values need not be held.
         if run.layers is not None and run.prompt.offset:
-            layers, cache = [_detached(layer) for layer in run.layers], new_cache()
+            layers, cache = [layer.twin() for layer in run.layers], new_cache()
             cache.layers = list(layers)
-        super().__init__(run.prompt, [], layers, cache=cache, flash=run.flash, rotary=run.rotary)
+        super().__init__(run.prompt, [], layers, cache=cache, flash=run.flash, rotary=run.rotary, states=run.states)
         self.take_over(run)
         self._stop = stop
         self.hidden: Tensor | None = None
@@ -141,10 +139,3 @@ class Prober:
             last=last,
             where=where,
         )
-
-
-def _detached(layer: PrunedLayer) -> PrunedLayer:
-    """The same entries in a layer of its own: appending makes new tensors, so the original does not change."""
-    twin = copy.copy(layer)
-    twin.aux = dict(layer.aux)
-    return twin

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
+from vtprune.cache.books import books
 from vtprune.cache.names import GENERATION, ROWS
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun, Observer
@@ -113,4 +114,4 @@ class Recording(Observer):
 def number_rows(run: DecoderRun) -> None:
     """Leaves with the cache that its rows stand as those of this prompt."""
     assert run.layers is not None
-    run.layers[0].aux[ROWS] = torch.arange(run.prompt.batch, device=run.prompt.device)[:, None]
+    books(run.layers).aux[ROWS] = torch.arange(run.prompt.batch, device=run.prompt.device)[:, None]

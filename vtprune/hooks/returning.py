@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtprune.adapters.base import Adapter
+from vtprune.cache.books import books, entry_layers
 from vtprune.decoder.revival import Revival, check_revival
 from vtprune.decoder.run import DecoderRun, LayerView, Observer
 from vtprune.method.pruner import Pruner
@@ -25,10 +26,11 @@ class Returning:
         """The shaper of a forward on a cache whose tokens may return, or that leaves some out which may; raises
         VTPruneError where they cannot."""
         layers = run.layers
-        if layers is None or (layers[0].log is None and (self.pruner is None or not run.spans)):
+        if layers is None or (books(layers).log is None and (self.pruner is None or not run.spans)):
             return None
-        check_revival(layers, self.pruner, self._tapped, flash=run.flash, windows=self._adapter.windows)
-        return Revival(layers, run.prompt, self._name)
+        entries = entry_layers(layers)
+        check_revival(entries, self.pruner, self._tapped, flash=run.flash, windows=self._adapter.windows)
+        return Revival(entries, run.prompt, self._name)
 
     def choosing(self, revival: Revival | None) -> Choosing | None:
         """Who chooses among the tokens of the cache, if there are any."""

@@ -26,11 +26,14 @@ class DecoderScoring:
         self._modules = list(adapter.decoder_layers)
 
     @torch.no_grad()
-    def states(self, view: LayerView, last: Tensor, *, ahead: bool, single: bool) -> States:
-        """q, k and v of the layer that ran; `single`: of queries those in the columns `last` (B, C) alone; `ahead`:
-        these queries and all keys of the next layer."""
-        if not ahead:
-            return self.adapter.decoder_states(view.taps, view.embeddings, last if single else None)
+    def states(self, view: LayerView, last: Tensor, asks: Query) -> States:
+        """q, k and v of the layer that ran, or what `asks` says of them: the queries in the columns `last` (B, C)
+        alone, these and all keys of the next layer, or no columns at all."""
+        if asks is Query.NOBODY:
+            none = view.hidden.new_empty(view.hidden.shape[0], 0, 0, 0)
+            return none, none, none
+        if asks is not Query.NEXT_LAYER:
+            return self.adapter.decoder_states(view.taps, view.embeddings, last if asks is Query.LAST else None)
         module = self._modules[view.index + 1]
         query, key = self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
         return query, key, key[:, :, :0]
@@ -46,7 +49,7 @@ class SeenLayer:
         self._ends = run.ends([kept.numel() for kept in view.kept], packed=view.places is not None)
         self._last = torch.tensor(self._ends[1], device=view.hidden.device)
         self._rotary = [part.expand(view.hidden.shape[0], *part.shape[1:]) for part in view.embeddings]
-        self._states: dict[tuple[bool, bool], States] = {}
+        self._states: dict[Query, States] = {}
 
     def of(self, span: ImageSpan, order: int) -> DecoderLayer:
         """For one image, and the method at place `order` of the list."""
@@ -55,11 +58,10 @@ class SeenLayer:
         asks, looks = Query.ALL, NOTHING
         if isinstance(pruner, BetweenLayers):
             asks, looks = pruner.query, pruner.layer_reads
-        kind = asks is Query.NEXT_LAYER, asks is Query.LAST
-        if kind not in self._states:
-            self._states[kind] = scoring.states(view, self._last, ahead=kind[0], single=kind[1])
-        query, key, value = (part[row] for part in self._states[kind])
-        if any(kind):
+        if asks not in self._states:
+            self._states[asks] = scoring.states(view, self._last, asks)
+        query, key, value = (part[row] for part in self._states[asks])
+        if asks in (Query.LAST, Query.NEXT_LAYER):
             query = query[:, span.talk, None]
         vision, words = span.places[span.kept], self._text[span.key]
         if self._where is not None:

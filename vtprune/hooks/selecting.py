@@ -30,6 +30,7 @@ from vtprune.method.sharing import Sharing, by_importance
 from vtprune.method.stages import (
     BeforeDecoder,
     BetweenLayers,
+    Query,
     Read,
     cut_caches,
     drop_layers,
@@ -40,6 +41,8 @@ from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.tensors.attention import full_precision
 
 Shared = TypeVar("Shared", VisionStream, DecoderLayer)
+# Whose queries are found in what the layer that ran projected.
+TAPPED = (Query.ALL, Query.LAST)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class Selecting:
     """Asks the methods of one wrapped model, in their order, which tokens of each image enter the decoder, and says
     after which layers they are asked again.
 
-    layers: those layers; cut: the layers whose caches are cut, in the end, to what the last one left.
+    layers: those layers; read: those whose projections methods look at; cut: the layers whose caches are cut, in the
+    end, to what the last one left.
     """
 
     def __init__(
@@ -116,6 +120,8 @@ class Selecting:
                 for index in {layer for form in forms(pruner) for layer in drop_layers(form)}:
                     self._by_layer.setdefault(index, []).append((order, pruner))
         self.layers = frozenset(self._by_layer)
+        looking = [own for own in self._by_layer if any(one.query in TAPPED for _, one in self._by_layer[own])]
+        self.read = frozenset(looking)
         self.cut = frozenset(index for pruner in self.pruners for index in cut_caches(pruner))
         # Why images were kept whole, as far as that was warned of.
         self._told: set[str] = set()

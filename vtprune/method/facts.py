@@ -13,7 +13,8 @@ class ModelFacts:
     has_cls: whether the vision encoder has a CLS token; encoder_depth: encoder layers that feed the features;
     decoder_depth: decoder layers; group: encoder patches that form one vision token; source: the folder or hub
     id that the model came from, "" if it is not known; first: whether no other method acts before this one;
-    decoder_width: size of the decoder's hidden states.
+    decoder_width: size of the decoder's hidden states; attention_layers: the decoder layers with attention, None where
+    all have it (those without fold their tokens into a state, and nothing can be read of what they attend to).
     """
 
     has_cls: bool
@@ -23,6 +24,12 @@ class ModelFacts:
     source: str = ""
     first: bool = True
     decoder_width: int = 0
+    attention_layers: tuple[int, ...] | None = None
+
+    @property
+    def readable(self) -> tuple[int, ...]:
+        """The decoder layers whose attention can be read."""
+        return tuple(range(self.decoder_depth)) if self.attention_layers is None else self.attention_layers
 
 
 # What a method answers for before it meets a model: LLaVA-1.5-7B, on which most papers report.

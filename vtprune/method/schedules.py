@@ -119,6 +119,8 @@ SCHEDULES: dict[str, Callable[[int, Sequence[int], float], Ratios]] = {
 }
 # Those that take no more than one layer: where they start.
 FROM_ONE_LAYER = ("constant", "linear", "shifted_cosine")
+# Those of them that drop before every layer from there on.
+EVERY_LAYER = ("linear", "shifted_cosine")
 # Decided while the model runs: `entropy_count`, within the budget of the steps.
 ENTROPY = "entropy"
 NAMES = (*SCHEDULES, ENTROPY)

@@ -69,9 +69,9 @@ def shares_by_size(totals: Sequence[int], budget: int) -> list[int]:
         return list(totals)
     exact = [budget * total / whole for total in totals]
     found = [max(int(budget >= len(totals)), int(share)) for share in exact]
-    # Never more than a piece has: budget < whole, so that a share rounded up is at most its total.
-    order = sorted(range(len(totals)), key=lambda piece: (int(exact[piece]) - exact[piece], piece))
-    for piece in order[: max(0, budget - sum(found))]:
+    # Those that are owed most come first: budget < whole, so that a share rounded up is at most its total.
+    owed = sorted(range(len(totals)), key=lambda piece: (found[piece] - exact[piece], piece))
+    for piece in owed[: max(0, budget - sum(found))]:
         found[piece] += 1
     while sum(found) > budget:
         # What was raised to 1 is taken from the largest.

@@ -45,6 +45,8 @@ class Query(Enum):
     LAST = auto()
     # The last prompt token's and all keys that the *next* layer would compute.
     NEXT_LAYER = auto()
+    # Nobody's: it goes by what it remembers, or by hidden states, and layers without attention do as well.
+    NOBODY = auto()
 
 
 NOTHING: frozenset[Read] = frozenset()
@@ -254,6 +256,13 @@ def encoder_layers(pruner: Pruner) -> tuple[int, ...]:
 def drop_layers(pruner: Pruner) -> tuple[int, ...]:
     """The decoder layers after which a pruner may drop tokens."""
     return pruner.drop_layers() if isinstance(pruner, BetweenLayers) else ()
+
+
+def read_layers(pruner: Pruner) -> tuple[int, ...]:
+    """The decoder layers whose queries and keys a pruner reads between layers."""
+    if not isinstance(pruner, BetweenLayers) or pruner.query is Query.NOBODY:
+        return ()
+    return tuple(layer + (pruner.query is Query.NEXT_LAYER) for layer in pruner.drop_layers())
 
 
 def cut_caches(pruner: Pruner) -> tuple[int, ...]:

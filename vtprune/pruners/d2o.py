@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.method.answers import Eviction
 from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
@@ -195,7 +195,17 @@ class D2O(InCache):
                 f"{self.name} cuts the caches of decoder layers 2 .. L - 2 and needs at least 4 layers, got "
                 f"{self.model.decoder_depth}"
             )
+        if not self._cuttable:
+            raise UnsupportedModelError(
+                f"{self.name} cuts the caches of decoder layers 2 .. L - 2, and none of them holds entries on this "
+                "decoder (linear attention)"
+            )
         return {}
+
+    @property
+    def _cuttable(self) -> tuple[int, ...]:
+        """All layers with entries but the first two and the last of the decoder."""
+        return tuple(layer for layer in self.model.readable if 2 <= layer < self.model.decoder_depth - 1)
 
     @property
     def released(self) -> bool:
@@ -203,13 +213,13 @@ class D2O(InCache):
         return self.variant == "released"
 
     def evict_layers(self) -> tuple[int, ...]:
-        """All but the first two and the last, where any entry is to go."""
-        return () if isinstance(self.keep, float) and self.keep == 1 else tuple(range(2, self.model.decoder_depth - 1))
+        """All with entries but the first two and the last, where any entry is to go."""
+        return () if isinstance(self.keep, float) and self.keep == 1 else self._cuttable
 
     def density_layers(self) -> tuple[int, ...]:
         """Those that may be cut; all for variant="released"."""
         cut = self.evict_layers()
-        return tuple(range(self.model.decoder_depth)) if self.released and cut else cut
+        return self.model.readable if self.released and cut else cut
 
     @property
     def evicts_again(self) -> bool:

@@ -143,12 +143,17 @@ class FlowCut(InEncoder, BetweenLayers):
         stages = self.stages or (1 if self.model.has_cls else 2)
         if self.model.has_cls and self.model.encoder_depth < 2:
             raise VTPruneError(f"flowcut needs at least 2 encoder layers with CLS, got {self.model.encoder_depth}")
-        if stages == 2 and self.model.decoder_depth < DECODER_LAYER + 2:
+        if stages == 2 and not self._second_stage:
             raise VTPruneError(
-                f"flowcut's second stage drops tokens after decoder layer {DECODER_LAYER}, so it needs at "
-                f"least {DECODER_LAYER + 2} decoder layers, got {self.model.decoder_depth}; stages=1 works"
+                f"flowcut's second stage drops tokens after decoder layer {DECODER_LAYER}, by its attention, so it "
+                f"needs at least {DECODER_LAYER + 2} decoder layers, got {self.model.decoder_depth}; stages=1 works"
             )
         return {"stages": stages}
+
+    @property
+    def _second_stage(self) -> tuple[int, ...]:
+        readable = self.model.readable
+        return tuple(layer for layer in readable if DECODER_LAYER <= layer < self.model.decoder_depth - 1)[:1]
 
     def encoder_budget(self, tokens: int) -> int:
         """The budget, twice that where a second stage follows."""
@@ -179,8 +184,8 @@ class FlowCut(InEncoder, BetweenLayers):
         return EncoderSelection.drop(top_mask(score, (alive - count).maximum(layer.budget), layer.valid))
 
     def drop_layers(self) -> tuple[int, ...]:
-        """Decoder layer 1 where there is a second stage."""
-        return (DECODER_LAYER,) if self.stages == 2 else ()
+        """Decoder layer 1, or the first one after it with attention, where there is a second stage."""
+        return self._second_stage if self.stages == 2 else ()
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the budget's best by the last prompt token; raises ScoreError for NaN."""

@@ -17,6 +17,7 @@ from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import DecoderLayer, VisionStream
+from vtprune.pruners.parts.attending import check_attending, snapped
 from vtprune.pruners.parts.checks import check_choice
 from vtprune.pruners.parts.staged import scaled_layers
 
@@ -95,6 +96,7 @@ class GemFilter(BeforeDecoder):
             raise VTPruneError(
                 f"{self.name}: the decoder's layers are 0 to {self.model.decoder_depth - 1}, got layer={self.layer}"
             )
+        check_attending(self.name, "layer", () if self.layer is None else (self.layer,), self.model.attention_layers)
         return {}
 
     @property
@@ -107,9 +109,9 @@ class GemFilter(BeforeDecoder):
         return {"pooling": Tunable(choices=POOLINGS)}
 
     def probe_layer(self) -> int:
-        """`layer`, or the published one as a fraction of the depth."""
+        """`layer`, or the published one as a fraction of the depth, or the next one with attention."""
         scaled = scaled_layers((self.published_layer,), self.model.decoder_depth) or (0,)
-        return scaled[0] if self.layer is None else self.layer
+        return snapped(scaled, self.model.attention_layers)[0] if self.layer is None else self.layer
 
     def scores(self, stream: VisionStream) -> Tensor:
         """(N,) fp32, pooled; raises ScoreError for NaN."""

@@ -58,9 +58,12 @@ def flops(
 
 
 def kv_bytes(config: Any, kv_tokens_per_layer: int | Sequence[int], dtype: torch.dtype | str) -> int:
-    """Bytes of one row's keys and values, from the entries (vision and text) that each decoder layer holds.
+    """Bytes of one row's keys and values, from the entries (vision and text) that each decoder layer holds, and of the
+    states of its linear-attention layers.
 
-    kv_tokens_per_layer: one count a layer, or one int for all; dtype: a torch dtype or its name ("bfloat16").
-    Raises VTPruneError for a wrong length, negative counts or an unknown dtype.
+    kv_tokens_per_layer: one count a layer (0 in those of linear attention), or one int for all that hold entries;
+    dtype: a torch dtype or its name ("bfloat16").
+    Raises VTPruneError for a wrong length, negative counts, entries in a layer of linear attention, or an unknown
+    dtype.
     """
     return cache_bytes(model_cost(config).decoder, kv_tokens_per_layer, dtype)

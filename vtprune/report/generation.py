@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vtprune.cache.layer import PrunedLayer
+from vtprune.cache.books import CacheLayer, books
 from vtprune.cache.waiting import VisionLog
 from vtprune.cost.formulas import FlopsBreakdown, cache_bytes, prefill_flops
 from vtprune.cost.sizes import ModelCost
@@ -101,7 +101,7 @@ class Generation:
         return [sum(row) for row in self.texts]
 
     def note_cache(
-        self, cache: Cache | None, layers: list[PrunedLayer] | None, mask: Tensor | None, *, padded: bool = True
+        self, cache: Cache | None, layers: list[CacheLayer] | None, mask: Tensor | None, *, padded: bool = True
     ) -> None:
         """Remembers what the cache holds after a forward, `mask` (B, length) saying what is no padding (None: all);
         padded: whether any may be. Nothing is counted until a report is asked for."""
@@ -110,7 +110,7 @@ class Generation:
         self._mask = mask
         self._cache = weakref.ref(cache)
         self._notes.append(CacheNote.of(layers, mask if padded else None))
-        self._log, self._heads = layers[0].log, [Heads.of(layer) for layer in layers]
+        self._log, self._heads = books(layers).log, [Heads.of(layer) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
@@ -130,7 +130,7 @@ class Generation:
         layers = cache.layers if cache is not None else []
         noted = [self.origins(note.rows) for note in self._notes]
         rows = self.origins(origins(layers)) if layers else noted[-1] if noted else list(range(self.rows))
-        length = layers[0].length if layers else 0
+        length = books(layers).length if layers else 0
         # Of rows that were reordered since, the past is that of the row that each came from.
         past = [[own.index(row) for row in rows] for own in noted]
         history = [note.held(at) for note, at in zip(self._notes, past, strict=True)]
@@ -145,7 +145,7 @@ class Generation:
             texts=[self.texts[row] for row in rows],
             _history=history,
             _now=now,
-            _log=layers[0].log if layers else self._log,
+            _log=books(layers).log if layers else self._log,
             _heads=[Heads.of(layer) for layer in layers] or self._heads,
         )
 
@@ -225,7 +225,7 @@ class Generation:
                 kept=image.kept_at(0).tolist(),
                 kept_per_layer=[image.kept_at(layer).tolist() for layer in range(self.depth)],
                 merged=_merged(image),
-                cached_per_layer=[image.cached_at(layer).tolist() for layer in range(self.depth)],
+                cached_per_layer=[self._cached(image, layer) for layer in range(self.depth)],
                 cls=int(image.encoded.cls),
                 notes=self._notes_of(image),
                 published_tokens=_published(self.pruners[-1], _counts(image, self.depth)),
@@ -239,6 +239,9 @@ class Generation:
             if image.row == row
         ]
         return SampleReport(images, self.text[row])
+
+    def _cached(self, image: ImageTrail, layer: int) -> list[int]:
+        return [] if layer in self.cost.decoder.states else image.cached_at(layer).tolist()
 
     def _notes_of(self, image: ImageTrail) -> list[str]:
         last = self.pruners[-1]
@@ -291,7 +294,7 @@ class Generation:
             if any(past):
                 before = held.whole[key[0]] - whole - text
                 alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
-                unpruned = self._attend(unpruned, [whole + text] * self.depth, [before] * self.depth)
+                unpruned = self._attend(unpruned, [whole + text] * self.depth, self._in_entries([before] * self.depth))
             pruned.append(alone)
             full.append(unpruned)
         return _sum(pruned), _sum(full)
@@ -318,7 +321,11 @@ class Generation:
         if not held.entries or not self.offset:
             return [0] * self.depth
         own = zip(self._own(key, held), self._text_per_layer(key), strict=True)
-        return [layer[key[0]] - v - t for layer, (v, t) in zip(held.entries, own, strict=True)]
+        return self._in_entries([layer[key[0]] - v - t for layer, (v, t) in zip(held.entries, own, strict=True)])
+
+    def _in_entries(self, counts: list[int]) -> list[int]:
+        """The counts of the layers that hold entries, 0 of those that hold a state."""
+        return [0 if layer in self.cost.decoder.states else count for layer, count in enumerate(counts)]
 
     def _text_per_layer(self, key: tuple[int, int]) -> list[int]:
         """Text tokens of a conversation that each layer computed in the prefill."""

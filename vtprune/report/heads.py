@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtprune.cache.layer import PrunedLayer
+from vtprune.cache.books import CacheLayer
 from vtprune.cache.names import MERGED
+from vtprune.cache.states import StateLayer
 from vtprune.report.trail import ImageTrail
 
 
@@ -25,8 +26,10 @@ class Heads(NamedTuple):
     merged: Tensor | None
 
     @classmethod
-    def of(cls, layer: PrunedLayer) -> Heads:
+    def of(cls, layer: CacheLayer) -> Heads:
         """What a layer's heads hold now."""
+        if isinstance(layer, StateLayer):
+            return cls(0, None, None)
         return cls(layer.length, layer.head_slots, layer.entries.get(MERGED))
 
     def tokens(self, image: ImageTrail) -> list[list[int]]:

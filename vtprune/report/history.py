@@ -8,23 +8,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtprune.cache.books import CacheLayer, books, entry_layers
 from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.names import PLANES, ROWS
+from vtprune.cache.states import StateLayer
 from vtprune.cache.waiting import Step, VisionLog
 from vtprune.report.report import ImageStep
 from vtprune.report.trail import ImageTrail
 
 
-def origins(layers: Sequence[PrunedLayer]) -> Tensor | None:
+def origins(layers: Sequence[CacheLayer]) -> Tensor | None:
     """(B, 1) the row of the prompt that each row of the cache was, None where they stand as they came in."""
-    return layers[0].aux.get(ROWS)
+    return books(layers).aux.get(ROWS)
 
 
 @dataclass(frozen=True)
 class Held:
     """A `CacheNote`, counted.
 
-    entries[layer][row] in the cache; whole[row]: of any layer, had nothing been dropped; returned[layer][row]: the
+    entries[layer][row] in the cache, 0 in the layers `states`; whole[row]: of any other layer, had nothing been
+    dropped; returned[layer][row]: the
     vision tokens of earlier forwards that this one computed (none: empty); allocated, waiting: bytes.
     """
 
@@ -33,11 +36,13 @@ class Held:
     returned: list[list[int]] = field(default_factory=list)
     allocated: int = 0
     waiting: int = 0
+    states: frozenset[int] = frozenset()
 
     @property
     def unpruned(self) -> list[list[int]]:
         """[layer][row] entries, had nothing been dropped."""
-        return [self.whole for _ in self.entries]
+        none = [0] * len(self.whole)
+        return [none if layer in self.states else self.whole for layer in range(len(self.entries))]
 
     def with_returned(self, tokens: list[list[int]]) -> list[list[int]]:
         """[layer][row] of tokens, those that returned included."""
@@ -52,7 +57,8 @@ class CacheNote:
 
     rows: their `origins`; entries: of each layer, for every row (B,) or one int for all, padding left out; layers that
     hold the same places share one tensor; whole: the same, had nothing been dropped. allocated: bytes of the cache's
-    tensors, padding included; waiting: of those beside it. step: which tokens returned, where any may.
+    tensors, padding included; waiting: of those beside it. step: which tokens returned, where any may. states: the
+    layers that hold a state in place of entries.
     """
 
     rows: Tensor | None
@@ -61,26 +67,29 @@ class CacheNote:
     allocated: int
     waiting: int
     step: Step | None
+    states: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, layers: Sequence[PrunedLayer], mask: Tensor | None) -> CacheNote:
+    def of(cls, layers: Sequence[CacheLayer], mask: Tensor | None) -> CacheNote:
         """Notes what the layers hold; `mask`: (B, length) with 0 where a token is padding, or None. Waits for no
         device."""
         known: dict[tuple[int, int], Tensor | int] = {}
-        real = None
-        if mask is not None and any(layer.slots is not None for layer in layers):
-            slots = next(layer.slots for layer in layers if layer.slots is not None)
+        real, holding, book = None, entry_layers(layers), books(layers)
+        if mask is not None and any(layer.slots is not None for layer in holding):
+            slots = next(layer.slots for layer in holding if layer.slots is not None)
             rows = torch.arange(len(slots), device=slots.device)[:, None]
             real = rows, torch.nn.functional.pad(mask.to(slots.device).bool(), (0, 1))
-        for layer in layers:
+        for layer in holding:
             key = id(layer.slots), layer.length
             if key not in known:
                 known[key] = _entries(layer, mask, real)
-        entries = tuple(known[id(layer.slots), layer.length] for layer in layers)
-        whole = layers[0].length if mask is None else mask[:, : layers[0].length].sum(dim=1)
-        steps = layers[0].log.steps if layers[0].log is not None else ()
-        waiting = sum(layer.waiting.bytes for layer in layers if layer.waiting is not None)
-        waiting += sum(layer.aux[PLANES].nbytes for layer in layers if PLANES in layer.aux)
+        entries = tuple(
+            0 if isinstance(layer, StateLayer) else known[id(layer.slots), layer.length] for layer in layers
+        )
+        whole = book.length if mask is None else mask[:, : book.length].sum(dim=1)
+        steps = book.log.steps if book.log is not None else ()
+        waiting = sum(layer.waiting.bytes for layer in holding if layer.waiting is not None)
+        waiting += sum(layer.aux[PLANES].nbytes for layer in holding if PLANES in layer.aux)
         return cls(
             rows=origins(layers),
             entries=entries,
@@ -88,6 +97,7 @@ class CacheNote:
             allocated=sum(map(_bytes, layers)),
             waiting=waiting,
             step=steps[-1] if steps else None,
+            states=frozenset(index for index, layer in enumerate(layers) if isinstance(layer, StateLayer)),
         )
 
     def held(self, rows: Sequence[int]) -> Held:
@@ -103,6 +113,7 @@ class CacheNote:
             returned=returned,
             allocated=self.allocated,
             waiting=self.waiting,
+            states=self.states,
         )
 
 
@@ -160,5 +171,7 @@ def _entries(layer: PrunedLayer, mask: Tensor | None, real: tuple[Tensor, Tensor
     return held[rows, slots.clamp(max=held.shape[1] - 2) if layer.length >= held.shape[1] else slots].sum(dim=1)
 
 
-def _bytes(layer: PrunedLayer) -> int:
+def _bytes(layer: CacheLayer) -> int:
+    if isinstance(layer, StateLayer):
+        return layer.nbytes
     return sum(part.numel() * part.element_size() for part in (layer.keys, layer.values) if part is not None)

@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout; states (..., n, d), cos and sin broadcast to it."""
-    half = states.shape[-1] // 2
+    """Rotary embedding in the half-split layout; states (..., n, d), cos and sin (..., n, r) broadcast to the first r
+    columns of them, and those after r stay as they are."""
+    turning = cos.shape[-1]
+    if turning < states.shape[-1]:
+        return torch.cat([rotate(states[..., :turning], cos, sin), states[..., turning:]], dim=-1)
+    half = turning // 2
     turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
     return states * cos + turned * sin

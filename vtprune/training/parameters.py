@@ -50,7 +50,9 @@ def _with_lora(model: Any, rank: int, layers: list[nn.Module]) -> Any:
         raise VTPruneError(MISSING_PEFT) from error
     if hasattr(model, "get_base_model"):
         raise VTPruneError("this model has PEFT adapters already; give the base model, or train='routers'")
-    leaves = sorted({name.split(".")[-1] for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)})
+    # Layers may differ: those of linear attention have projections of their own.
+    linear = (name for layer in layers for name, part in layer.named_modules() if isinstance(part, nn.Linear))
+    leaves = sorted({name.split(".")[-1] for name in linear})
     where = rf".*language_model\..*\.({'|'.join(leaves)})"
     options = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=where, task_type=None)
     return get_peft_model(model, options)

@@ -23,6 +23,7 @@ from vtprune.pruners.covipal.module import (
     new_module,
     scores_of,
 )
+from vtprune.pruners.parts.attending import check_attending, snapped
 from vtprune.pruners.parts.checks import check_choice, check_count, is_number
 from vtprune.pruners.parts.prompt_attention import attention_to_image
 from vtprune.pruners.parts.staged import scaled_layers
@@ -120,11 +121,16 @@ class CoViPAL(BeforeDecoder, Guided):
             raise VTPruneError(
                 f"{self.name}: guide is one of the decoder's layers 1 to {depth - 1}, got {self.guide!r}"
             )
+        if self.stage == "guide":
+            given = () if self.guide is None else (self.guide,)
+            check_attending(self.name, "guide", given, self.model.attention_layers)
         return {}
 
     def guide_layer(self, depth: int) -> int | None:
-        """`guide`, or the default as a fraction of the depth; None where no layer is deep enough."""
-        return next(iter(scaled_layers((self.published_guide,), depth)), None) if self.guide is None else self.guide
+        """`guide`, or the default as a fraction of the depth (or the next layer with attention); None where no layer
+        is deep enough."""
+        found = snapped(scaled_layers((self.published_guide,), depth), self.model.attention_layers)
+        return next(iter(found), None) if self.guide is None else self.guide
 
     def learns_from(self) -> int | None:
         """The guide layer, in its stage."""

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method.choosing import top
+from vtprune.method.facts import ModelFacts
 from vtprune.method.views import DecoderLayer
+from vtprune.pruners.parts.attending import check_attending, snapped
 from vtprune.pruners.parts.checks import check_factor
 
 # The published layers of 32, and the thresholds of the published setting for 128 tokens.
@@ -63,9 +65,22 @@ def filter_layers(depth: int) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in layers if layer < depth - 1))
 
 
-def layers_of(method: str, layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """`layers`, or those of `filter_layers`; raises VTPruneError where a decoder of `depth` has no place for them."""
-    found = filter_layers(depth) if layers is None else layers
+def default_layers(model: ModelFacts) -> tuple[int, ...]:
+    """Those of `filter_layers`, each moved on to the next one with attention."""
+    return snapped(filter_layers(model.decoder_depth), _attending(model))
+
+
+def _attending(model: ModelFacts) -> tuple[int, ...] | None:
+    """The layers after which a filter may act, None for all."""
+    layers = model.attention_layers
+    return None if layers is None else tuple(layer for layer in layers if layer < model.decoder_depth - 1)
+
+
+def layers_of(method: str, layers: tuple[int, ...] | None, model: ModelFacts) -> tuple[int, ...]:
+    """`layers`, or those of `default_layers`; raises VTPruneError where the decoder has no place for them."""
+    depth = model.decoder_depth
+    check_attending(method, "layers", layers or (), _attending(model))
+    found = default_layers(model) if layers is None else layers
     if not found or found[-1] > depth - 2:
         asked = f"got {', '.join(map(str, found))} of {depth}" if found else f"and a decoder of {depth} has none"
         raise VTPruneError(f"{method}: filters act after decoder layers {int(layers is None)} to L - 2 of L, {asked}")

@@ -105,7 +105,7 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
 
     def resolve(self) -> dict[str, Any]:
         """The filter layers; raises VTPruneError where the decoder has no place for them."""
-        return {"layers": dual.layers_of(self.name, self.layers, self.model.decoder_depth)}
+        return {"layers": dual.layers_of(self.name, self.layers, self.model)}
 
     def encoder_budget(self, tokens: int) -> int:
         """The fewest that merging may leave: what `keep` asks for; without it, one."""
@@ -144,7 +144,7 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
 
     def drop_layers(self) -> tuple[int, ...]:
         """`layers`, or the published ones as fractions of the depth."""
-        return dual.filter_layers(self.model.decoder_depth) if self.layers is None else self.layers
+        return dual.default_layers(self.model) if self.layers is None else self.layers
 
     def _lengths(self) -> list[int]:
         return dual.stage_lengths(self.drop_layers(), self.model.decoder_depth)

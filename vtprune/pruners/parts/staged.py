@@ -11,13 +11,14 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from vtprune.errors import CannotCut, VTPruneError
+from vtprune.errors import CannotCut, UnsupportedModelError, VTPruneError
 from vtprune.method import schedules
 from vtprune.method.answers import Selection
 from vtprune.method.checks import check_scores
 from vtprune.method.pruner import Counted, Pruner, Tunable, budget_of
-from vtprune.method.stages import BetweenLayers
+from vtprune.method.stages import BetweenLayers, Query
 from vtprune.method.views import DecoderLayer
+from vtprune.pruners.parts.attending import check_attending, snapped
 from vtprune.pruners.parts.checks import check_choice
 from vtprune.pruners.parts.prompt_attention import last_attention
 
@@ -112,7 +113,10 @@ class Scheduled(Pruner):
         if self.keep is None:
             return {}
         several = self.layers is not None and len(self.layers) > 1
-        names = (name for name in self.schedule_names if not several or name not in schedules.FROM_ONE_LAYER)
+        out = schedules.FROM_ONE_LAYER if several else ()
+        if self.model.attention_layers is not None:
+            out = (*out, *schedules.EVERY_LAYER)
+        names = (name for name in self.schedule_names if name not in out)
         return {"schedule": Tunable(choices=tuple(names))}
 
 
@@ -125,6 +129,30 @@ class Staged(Scheduled, BetweenLayers):
     `drop_layers` and `drop_budget` speak, as every stage between layers does, of the layer *after* which they do, one
     less.
     """
+
+    @property
+    def rankable(self) -> tuple[int, ...] | None:
+        """The layers before which tokens may drop, None for all: on a decoder with linear attention those just behind
+        a layer with attention, or with it themselves, as it is the one or the other that ranks."""
+        layers, behind = self.model.attention_layers, int(self.query is not Query.NEXT_LAYER)
+        if layers is None:
+            return None
+        return tuple(layer + behind for layer in layers if 0 < layer + behind < self.model.decoder_depth)
+
+    def places(self, share: float | None = None) -> tuple[int, ...]:
+        """The layers before which tokens drop: `layers`, or the published ones, moved on to the next `rankable`."""
+        return super().places(share) if self.layers is not None else snapped(super().places(share), self.rankable)
+
+    def resolve(self) -> dict[str, Any]:
+        """Raises VTPruneError, besides, for a decoder without attention where the layers or the schedule need it."""
+        check_attending(self.name, "layers", self.layers or (), self.rankable)
+        if self.rankable is not None and self.schedule in schedules.EVERY_LAYER:
+            raise UnsupportedModelError(
+                f"{self.name}: schedule {self.schedule!r} ranks tokens before every decoder layer, and most layers of "
+                "this decoder have no attention to rank them by (linear attention); 'constant' and 'steps' drop at "
+                "few layers"
+            )
+        return super().resolve()
 
     @property
     def movable(self) -> bool:
@@ -166,7 +194,8 @@ class Staged(Scheduled, BetweenLayers):
             layers = tuple(range(layers[0], self.model.decoder_depth))
         if self.movable and self.keep is not None:
             # The share of what enters, and with it the layers, depends on the image; these are the latest.
-            layers = tuple(range(1, layers[-1] + 1))
+            found = range(1, layers[-1] + 1) if self.rankable is None else self.rankable
+            layers = tuple(layer for layer in found if layer <= layers[-1])
         return tuple(layer - 1 for layer in layers)
 
     def drop_budget(self, tokens: int, layer: int, entered: int) -> int | None:
@@ -221,7 +250,7 @@ class Stepped(Staged):
         """`layers`, or the published ones, moved towards the first ones where `share` is too low for them."""
         if self.layers is not None:
             return self.layers
-        return moved_layers(self.published_layers, self.model.decoder_depth, share)
+        return moved_layers(self.published_layers, self.model.decoder_depth, share, self.rankable)
 
     def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
         """1, the step, its square, ..."""
@@ -255,13 +284,16 @@ def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int =
     return tuple(layer for layer in found if layer < depth)
 
 
-def moved_layers(published: tuple[int, ...], depth: int, share: float | None) -> tuple[int, ...]:
-    """The published layers at this depth, moved towards the first ones where a mean of `share` is too low for them."""
+def moved_layers(
+    published: tuple[int, ...], depth: int, share: float | None, among: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """The published layers at this depth, of those `among` (None: all), moved towards the first ones where a mean of
+    `share` is too low for them."""
     whole = scaled_layers(published, depth)
-    layers = whole
+    layers = snapped(whole, among)
     for step in range(STEPS):
         moved = scaled_layers(published, depth, PUBLISHED_DEPTH * STEPS // (STEPS - step))
-        layers = tuple(min(pair) for pair in zip(whole, moved, strict=False))
+        layers = snapped(tuple(min(pair) for pair in zip(whole, moved, strict=False)), among)
         if share is None or schedules.mean(schedules.factor_steps(depth, layers, LEAST)) <= share:
             break
     return layers

@@ -38,7 +38,9 @@ def positional_kernel(layer: DecoderLayer, rows: Tensor) -> Tensor:
     cos, sin = (part.float() for part in layer.rotary)
     half = cos.shape[-1] // 2
     ones = torch.cat([(cos - sin)[:, :half], (cos + sin)[:, half:]], dim=-1)
-    return torch.matmul(ones[rows.to(ones.device)], ones[layer.vision.to(ones.device)].T) * layer.scale
+    # Columns that are not turned are ones on both sides.
+    still = layer.key.shape[-1] - cos.shape[-1]
+    return (torch.matmul(ones[rows.to(ones.device)], ones[layer.vision.to(ones.device)].T) + still) * layer.scale
 
 
 def debiased_scores(layer: DecoderLayer, rows: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
     variant: str = "paper"
 
     counted = Counted.MEAN_OF_LAYERS
-    # Not even that: the importance was remembered.
-    query = Query.LAST
+    # The importance was remembered.
+    query = Query.NOBODY
 
     def __post_init__(self) -> None:
         super().__post_init__()
