@@ -10,8 +10,8 @@ from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
-from vtprune.adapters.qwen3_5 import Qwen35Adapter, Qwen35MoeAdapter
 from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen3VLMoeAdapter, Qwen25VLAdapter
+from vtprune.adapters.qwen_vl_hybrid import Qwen35Adapter, Qwen35MoeAdapter
 from vtprune.cost.sizes import ModelCost
 from vtprune.errors import UnsupportedModelError
 
