@@ -23,7 +23,7 @@ from vtprune.method.registry import (
     read_options,
 )
 from vtprune.method.resolving import resolve
-from vtprune.method.stages import Trained
+from vtprune.method.stages import BeforeDecoder, Trained
 from vtprune.method.texts import Stage, parse_entry
 from vtprune.pruners.parts.staged import Staged
 
@@ -132,9 +132,17 @@ def holds_method(folder: str) -> bool:
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
+def for_videos_alone(method: str) -> bool:
+    """Whether a method compares frames, so that images stay whole."""
+    kind = pruner_class(method)
+    return issubclass(kind, BeforeDecoder) and kind.videos_only
+
+
 def all_methods() -> list[str]:
-    """Every method that is known, third-party ones included, but for those that have to be trained."""
-    return [name for name in available() if name != UNPRUNED and not issubclass(pruner_class(name), Trained)]
+    """Every method that is known, third-party ones included, but for those that have to be trained, and those that do
+    nothing to images."""
+    known = [name for name in available() if name != UNPRUNED and not issubclass(pruner_class(name), Trained)]
+    return [name for name in known if not for_videos_alone(name)]
 
 
 def trained_folders() -> list[str]:

@@ -328,7 +328,7 @@ def main(
             check_new_file(output)
         if model not in MODELS:
             raise vtprune.VTPruneError(f"model is one of {', '.join(MODELS)}, got {model!r}")
-        chosen = split_entries(methods) or [*vtprune.available()]
+        chosen = split_entries(methods) or [name for name in vtprune.available() if not for_videos_alone(name)]
         counts = count_all(model, batch, chosen)
         console = Console(width=140)
         console.print(table(model, batch, counts))

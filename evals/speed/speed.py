@@ -25,7 +25,7 @@ from torch import Tensor
 import vtprune
 from vtprune.adapters import model_cost
 from vtprune.console.output import one_line_errors
-from vtprune.evals.settings import UNPRUNED, build_settings
+from vtprune.evals.settings import UNPRUNED, build_settings, for_videos_alone
 from vtprune.evals.speed.memory import peak_bytes
 from vtprune.evals.speed.overhead import (
     SIZES,
@@ -313,7 +313,8 @@ def main(
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit()]
     if not counts or any(count < own or count % own for count in counts):
         raise typer.BadParameter(f"tokens: multiples of {own} (one image), separated by commas, got {tokens!r}")
-    chosen = split_entries(methods) or [name for name in available() if name != UNPRUNED]
+    shown = [name for name in available() if name != UNPRUNED and not for_videos_alone(name)]
+    chosen = split_entries(methods) or shown
     pruners = [one.pruner() for one in build_settings(chosen, [parse_keep(keep)])[1:]]
     console, written = Console(width=180), []
     with one_line_errors(traceback=False):
