@@ -37,6 +37,7 @@ import vtprune
 from vtprune import adapters
 from vtprune.cache.adopting import cache_in, with_cache
 from vtprune.console.output import one_line_errors
+from vtprune.evals.settings import for_videos_alone
 from vtprune.files import check_new_file, write_json
 from vtprune.method.texts import split_entries
 
