@@ -15,14 +15,13 @@ from typing_extensions import TypedDict
 
 from vtprune.errors import FileError, InputError
 from vtprune.json_files import parse, read_file
-from vtprune.loading.pictures import read_image
+from vtprune.loading.pictures import SUFFIXES, read_image
 from vtprune.shapes.questions import CATEGORIES, QA, ask
 from vtprune.shapes.render import render
 from vtprune.shapes.scene import Scene, sample_scene
 
 METADATA = "metadata.jsonl"
 DEFAULT_QUESTION = "Describe the image."
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Seed spaces of their own, beside those of training and evaluation: no picture is met in both.
 SEARCH_SPACE, CHECK_SPACE = 53, 59
 

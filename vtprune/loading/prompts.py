@@ -95,7 +95,9 @@ def video_arguments(processor: Any, videos: Sequence[Video]) -> dict[str, Any]:
         # Made anew for each call: processors write into it.
         metadata.append(
             VideoMetadata(
-                total_num_frames=max(video.total, least), fps=video.fps, frames_indices=indices  # type: ignore[arg-type]
+                total_num_frames=max(video.total, least),
+                fps=video.fps,
+                frames_indices=indices,  # type: ignore[arg-type]
             )
         )
     options = {"do_sample_frames": False, "video_metadata": metadata, "input_data_format": "channels_last"}

@@ -31,6 +31,8 @@ SUFFIXES = (
 FORMATS = ("mov", "matroska", "avi", "mpeg", "mpegts", "flv", "asf", "ogg")
 # Of these an index says where each key frame lies, so that what lies between two chosen frames need not be decoded.
 INDEXED = ("mov", "matroska")
+# These say no times, but how many frames are a second; what is said of the order of frames is guessed.
+UNTIMED = "avi"
 FRAMES = 16
 # A folder of frames says nothing of time: so many of its frames are a second.
 FOLDER_FPS = 2.0
@@ -95,12 +97,12 @@ def open_video(
     """At the most `frames` frames of a video, evenly spread from its first to its last one.
 
     source: a file, its bytes, or a folder of frames, which are its pictures in the order of their names (numbers in
-    them by value). Files are decoded by PyAV (the extra `video`), their rotation is applied. fps: of a folder, how many
-    of its frames are a second (None: 2); a file says it itself. name: what a message calls it (None: its path).
+    them by value). Files are decoded by PyAV (the extra `video`), their rotation is applied. fps: of a folder, how
+    many of its frames are a second (None: 2); a file says it itself. name: what a message calls it (None: its path).
     most_pixels: what a frame may have.
 
-    Raises VideoError, naming the file, for one that is not there, is no video, has no frame, is cut short or too large,
-    for a folder with pictures of several sizes, and where PyAV is not installed.
+    Raises VideoError, naming the file, for one that is not there, is no video, has no frame, is cut short or too
+    large, for a folder with pictures of several sizes, and where PyAV is not installed.
     """
     if name is None:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the video"
@@ -110,7 +112,7 @@ def open_video(
         raise VideoError(f"{name}: frames a second are a number above 0, got {fps!r}")
     try:
         if isinstance(source, str | os.PathLike) and Path(source).is_dir():
-            return _folder(Path(source), frames, name, FOLDER_FPS if fps is None else fps, most_pixels)
+            return _folder(Path(source), frames, name, fps=FOLDER_FPS if fps is None else fps, most_pixels=most_pixels)
         if fps is not None:
             raise ValueError("a file says itself how many frames are a second; fps is for a folder of frames")
         return _file(source, frames, name, most_pixels)
@@ -144,12 +146,12 @@ def _check_size(width: int, height: int, frames: int, most_pixels: int) -> None:
         )
     if width * height * frames > MOST_TOGETHER:
         raise ValueError(
-            f"{frames} frames of {width:,} x {height:,} pixels are more than the {MOST_TOGETHER:,} pixels that a video "
-            f"may have; take {MOST_TOGETHER // (width * height)} frames or fewer"
+            f"{frames} frames of {width:,} x {height:,} pixels are more than the {MOST_TOGETHER:,} pixels that one "
+            f"video may have; take {MOST_TOGETHER // (width * height)} frames or fewer"
         )
 
 
-def _folder(folder: Path, frames: int, name: str, fps: float, most_pixels: int) -> Video:
+def _folder(folder: Path, frames: int, name: str, *, fps: float, most_pixels: int) -> Video:
     paths = [path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in PICTURES]
     if not paths:
         raise VideoError(f"no picture in the folder {name}, which should hold the frames of a video")
@@ -236,7 +238,8 @@ def _opened(source: Source) -> Iterator[BinaryIO]:
 
 def _scan(container: Any, stream: Any) -> tuple[list[int], list[int]]:
     """When each frame of a stream is shown, in order, and when its key frames are, without decoding any: ticks of the
-    stream's clock. No times where the file does not say them. Raises ValueError for a file that is cut short."""
+    stream's clock. No times where the file does not say them of all frames. Raises ValueError for a file that is cut
+    short."""
     times: list[int | None] = []
     keys: list[int] = []
     begins: list[float] = []
@@ -252,7 +255,7 @@ def _scan(container: Any, stream: Any) -> tuple[list[int], list[int]]:
                 keys.append(packet.pts)
     if not times:
         raise ValueError("it holds no frame")
-    known = [time for time in times if time is not None]
+    known = [time for time in times if time is not None and container.format.name != UNTIMED]
     # A container's duration is in microseconds.
     lasts, there = (container.duration or 0) / 1e6, ends - min(begins, default=0.0)
     spare = 2 / float(stream.average_rate or 1)
