@@ -82,6 +82,21 @@ def test_a_changing_rate_gives_each_frame_its_own_time(tmp_path: Path) -> None:
     assert [index / video.fps for index in video.indices] == pytest.approx(video.seconds, abs=0.05 / video.fps)
 
 
+@pytest.mark.parametrize("container", ["mp4", "avi", "frames"])
+def test_frames_may_be_taken_between_two_times(tmp_path: Path, container: str) -> None:
+    path = tmp_path / f"clip.{container}"
+    write_frames(path, 40) if container == "frames" else write_clip(path, 40, 10)
+    fps = 10 if container == "frames" else None
+    video = open_video(path, 5, fps=fps, start=1.0, end=2.0)
+    assert video.seconds == pytest.approx([1.0, 1.2, 1.5, 1.8, 2.0])
+    assert (video.total, video.indices) == (11, [10, 12, 15, 18, 20])
+    whole = open_video(path, 40, fps=fps)
+    for frame, index in zip(video.frames, video.indices, strict=True):
+        assert np.array_equal(np.asarray(frame), np.asarray(whole.frames[int(index)]))
+    assert open_video(path, 99, fps=fps, start=3.5).total == 5
+    refused(path, "no frame between 4 and 5 seconds; its last one is at 3.9", fps=fps, start=4, end=5)
+
+
 def test_a_turned_video_stands_upright(tmp_path: Path) -> None:
     path = turn(write_clip(tmp_path / "clip.mp4", 10, size=(96, 64)), 64)
     first, *_, last = open_video(path).frames

@@ -45,9 +45,15 @@ def _parts(chat: Sequence[Message], kind: str) -> list[Any]:
     ]
 
 
+def takes_videos(processor: Any) -> bool:
+    """Whether a processor, and so its model, takes videos."""
+    found = (getattr(processor, name, None) for name in ("video_processor", "video_token"))
+    return all(one is not None for one in found)
+
+
 def check_videos(processor: Any, what: str = "") -> None:
     """Raises InputError, naming `what` and the model's family, where a processor takes no videos."""
-    if getattr(processor, "video_processor", None) is None or getattr(processor, "video_token", None) is None:
+    if not takes_videos(processor):
         family = type(processor).__name__.removesuffix("Processor").lower()
         named = f"{what}: " if what else ""
         raise InputError(f"{named}{family} takes images; a video needs a model of {WITH_VIDEOS}")

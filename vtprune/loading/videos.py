@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bisect
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from vtprune.loading.pictures import SUFFIXES as PICTURES
 from vtprune.loading.pictures import open_picture
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
+# The first and the last second that are looked at.
+Span = tuple[float, float]
 # What the names of files end in that are taken for videos.
 SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv",
@@ -50,7 +53,8 @@ class Video:
     """Some frames of a video.
 
     frames: upright RGB pictures of one size; seconds: when each is shown, the first frame of the whole video at 0;
-    fps: frames a second of the whole video; total: how many it has; name: what messages call it.
+    fps: frames a second of the whole video; total: how many frames these were chosen from; name: what a message calls
+    it.
     """
 
     frames: tuple[Image.Image, ...]
@@ -92,6 +96,8 @@ def open_video(
     *,
     name: str | None = None,
     fps: float | None = None,
+    start: float = 0.0,
+    end: float = math.inf,
     most_pixels: int = MOST_PIXELS,
 ) -> Video:
     """At the most `frames` frames of a video, evenly spread from its first to its last one.
@@ -99,10 +105,10 @@ def open_video(
     source: a file, its bytes, or a folder of frames, which are its pictures in the order of their names (numbers in
     them by value). Files are decoded by PyAV (the extra `video`), their rotation is applied. fps: of a folder, how
     many of its frames are a second (None: 2); a file says it itself. name: what a message calls it (None: its path).
-    most_pixels: what a frame may have.
+    start, end: the seconds between which frames are taken. most_pixels: what a frame may have.
 
-    Raises VideoError, naming the file, for one that is not there, is no video, has no frame, is cut short or too
-    large, for a folder with pictures of several sizes, and where PyAV is not installed.
+    Raises VideoError, naming the file, for one that is not there, is no video, has no frame (between start and end),
+    is cut short or too large, for a folder with pictures of several sizes, and where PyAV is not installed.
     """
     if name is None:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the video"
@@ -112,10 +118,12 @@ def open_video(
         raise VideoError(f"{name}: frames a second are a number above 0, got {fps!r}")
     try:
         if isinstance(source, str | os.PathLike) and Path(source).is_dir():
-            return _folder(Path(source), frames, name, fps=FOLDER_FPS if fps is None else fps, most_pixels=most_pixels)
+            return _folder(
+                Path(source), frames, name, fps=fps or FOLDER_FPS, span=(start, end), most_pixels=most_pixels
+            )
         if fps is not None:
             raise ValueError("a file says itself how many frames are a second; fps is for a folder of frames")
-        return _file(source, frames, name, most_pixels)
+        return _file(source, frames, name, span=(start, end), most_pixels=most_pixels)
     except VideoError:
         raise
     except PictureError as error:
@@ -127,6 +135,21 @@ def open_video(
         raise VideoError(f"cannot read {name}: {_reason(error)}") from error
 
 
+def video_of(pictures: Sequence[Source | Image.Image], frames: int = FRAMES, *, name: str, fps: float) -> Video:
+    """At the most `frames` of the pictures of a video, of which so many are a second, evenly spread from the first to
+    the last one; raises VideoError for none, for one that cannot be read, and for several sizes."""
+    if not pictures:
+        raise VideoError(f"{name}: it has no frame")
+    chosen, total = _chosen([index / fps for index in range(len(pictures))], frames, (0.0, math.inf))
+    try:
+        opened = tuple(open_picture(pictures[index]) for index in chosen)
+    except PictureError as error:
+        raise VideoError(f"{name}: {error}") from error
+    if len({picture.size for picture in opened}) > 1:
+        raise VideoError(f"{name}: its frames are of several sizes")
+    return Video(opened, tuple(index / fps for index in chosen), fps=fps, total=total, name=name)
+
+
 def _reason(error: Exception) -> str:
     if type(error).__module__.startswith("av."):
         # PyAV's own text names its C function and the file once more.
@@ -134,9 +157,15 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _chosen(total: int, frames: int) -> list[int]:
-    """Which of `total` frames are taken: the first, the last, and between them evenly."""
-    return np.linspace(0, total - 1, min(frames, total)).round().astype(int).tolist()
+def _chosen(moments: Sequence[float], frames: int, span: Span) -> tuple[list[int], int]:
+    """Which frames are taken, of those that are shown at these seconds, and how many of them lie in the span: of those
+    the first, the last, and between them evenly."""
+    start, end = span
+    within = [index for index, moment in enumerate(moments) if start <= moment <= end]
+    if not within:
+        raise ValueError(f"it has no frame between {start:g} and {end:g} seconds; its last one is at {moments[-1]:g}")
+    places = np.linspace(0, len(within) - 1, min(frames, len(within))).round().astype(int)
+    return [within[place] for place in places], len(within)
 
 
 def _check_size(width: int, height: int, frames: int, most_pixels: int) -> None:
@@ -151,12 +180,12 @@ def _check_size(width: int, height: int, frames: int, most_pixels: int) -> None:
         )
 
 
-def _folder(folder: Path, frames: int, name: str, *, fps: float, most_pixels: int) -> Video:
+def _folder(folder: Path, frames: int, name: str, *, fps: float, span: Span, most_pixels: int) -> Video:
     paths = [path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in PICTURES]
     if not paths:
         raise VideoError(f"no picture in the folder {name}, which should hold the frames of a video")
     paths.sort(key=lambda path: _in_order(path.name))
-    chosen = _chosen(len(paths), frames)
+    chosen, total = _chosen([index / fps for index in range(len(paths))], frames, span)
     pictures: list[Image.Image] = []
     for index in chosen:
         picture = open_picture(paths[index], most_pixels=most_pixels)
@@ -165,7 +194,7 @@ def _folder(folder: Path, frames: int, name: str, *, fps: float, most_pixels: in
             raise VideoError(f"{name}: frames are of one size, and {paths[index].name} has {' and not '.join(sizes)}")
         pictures.append(picture)
         _check_size(*picture.size, len(chosen), most_pixels)
-    return Video(tuple(pictures), tuple(index / fps for index in chosen), fps=fps, total=len(paths), name=name)
+    return Video(tuple(pictures), tuple(index / fps for index in chosen), fps=fps, total=total, name=name)
 
 
 def _in_order(name: str) -> list[str | int]:
@@ -173,30 +202,30 @@ def _in_order(name: str) -> list[str | int]:
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def _file(source: Source, frames: int, name: str, most_pixels: int) -> Video:
+def _file(source: Source, frames: int, name: str, *, span: Span, most_pixels: int) -> Video:
     with _stream(source, most_pixels) as (container, stream):
         times, keys = _scan(container, stream)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         base, indexed = stream.time_base, container.format.name.split(",")[0] in INDEXED
         size = stream.codec_context.width, stream.codec_context.height
-    total = len(times) or _counted(source, most_pixels)
-    chosen = _chosen(total, frames)
+    if times:
+        moments = [float((time - times[0]) * base) for time in times]
+        rate = rate or (len(times) - 1) / max(moments[-1], 1e-6) or 1.0
+    else:
+        rate = rate or 1.0
+        moments = [index / rate for index in range(_counted(source, most_pixels))]
+    chosen, total = _chosen(moments, frames, span)
     _check_size(*size, len(chosen), most_pixels)
     with _stream(source, most_pixels) as (container, stream):
         if times:
             found = _at_times(container, stream, [times[index] for index in chosen], keys if indexed else None)
-            pictures = tuple(_upright(frame) for frame in found)
-            seconds = tuple(float((times[index] - times[0]) * base) for index in chosen)
-            rate = rate or (total - 1) / max(seconds[-1], 1e-6) or 1.0
         else:
             wanted = set(chosen)
-            shown = enumerate(container.decode(stream))
-            pictures = tuple(_upright(frame) for index, frame in shown if index in wanted)
-            rate = rate or 1.0
-            seconds = tuple(index / rate for index in chosen)
+            found = (frame for index, frame in enumerate(container.decode(stream)) if index in wanted)
+        pictures = tuple(_upright(frame) for frame in found)
     if len({picture.size for picture in pictures}) != 1:
         raise ValueError("its frames are of several sizes")
-    return Video(pictures, seconds, fps=rate, total=total, name=name)
+    return Video(pictures, tuple(moments[index] for index in chosen), fps=rate, total=total, name=name)
 
 
 @contextmanager
