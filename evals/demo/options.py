@@ -20,11 +20,11 @@ from vtprune.method.catalogue import methods
 from vtprune.method.facts import ModelFacts
 from vtprune.method.pruner import Pruner, Tunable
 from vtprune.method.registry import available, create, pruner_class, read_options
-from vtprune.method.stages import Trained
+from vtprune.method.stages import BeforeDecoder, Trained
 from vtprune.method.texts import parse_options, show_value
 
-# What every method has, and the page asks for by itself.
-COMMON = ("model", "keep")
+# What every method has, and the page asks for by itself or, as it shows no videos, not at all.
+COMMON = ("model", "keep", "keep_video", "_for_videos")
 # Tokens of an image for which ranges are told.
 TOKENS = 576.0
 STEPS = 100
@@ -73,8 +73,13 @@ class Option:
 
 
 def choosable() -> list[str]:
-    """Methods that work without having been trained."""
-    return [name for name in available() if name != UNPRUNED and not issubclass(pruner_class(name), Trained)]
+    """Methods that work without having been trained, and on pictures."""
+    kinds = {name: pruner_class(name) for name in available() if name != UNPRUNED}
+    return [name for name, kind in kinds.items() if not (issubclass(kind, Trained) or _of_videos(kind))]
+
+
+def _of_videos(kind: type[Pruner]) -> bool:
+    return issubclass(kind, BeforeDecoder) and kind.videos_only
 
 
 def as_trained(loaded: Loaded) -> str:
