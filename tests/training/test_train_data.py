@@ -12,10 +12,13 @@ import torch
 from PIL import Image, ImageFile
 from transformers import AutoProcessor
 
+import vtprune
 from tests.checkpoint import random_qwen3_checkpoint, random_qwen_checkpoint
+from tests.cli.test_cli import fails, run
 from tests.clips import write_clip, write_frames
 from tests.training.tiny_training import processor
 from vtprune.errors import VTPruneError
+from vtprune.loading.model import load_model
 from vtprune.loading.videos import open_video
 from vtprune.training import (
     Collator,
@@ -307,6 +310,21 @@ def test_missing_and_broken_videos_are_found_before_training(tmp_path: Path) -> 
     ):
         with pytest.raises(VTPruneError, match=message):
             LlavaData(_write(tmp_path, [{**row, **change}]))
+
+
+def test_the_command_trains_on_videos_where_the_model_takes_them(tmp_path: Path) -> None:
+    row = {**_row(turns=2), "video": "clip.mp4"}
+    row["conversations"][0]["value"] = "<video>\nwhat moves?"
+    path, folder = _write(_clips(tmp_path), [row, {**row, "video": "frames"}, _row("0.png")]), tmp_path / "out"
+    options = ["--data", path, "--frames", "2", "--steps", "1", "--batch-size", "3", "--train", "routers"]
+    result = run("train", "pmod", "--model", random_qwen_checkpoint(), "--output", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "training.json").read_text())["settings"]["frames"] == 2
+    with vtprune.wrapped(load_model(random_qwen_checkpoint())[0], folder) as model:
+        assert vtprune.is_wrapped(model)
+    result = run("train", "pmod", "--output", tmp_path / "other", *options)
+    fails(result, 2, "data: llava takes images; a video needs a model of the Qwen-VL families")
+    fails(run("train", "pmod", "--output", folder, "--frames", "2"), 2, "--frames go with --data")
 
 
 def test_an_end_token_that_the_template_leaves_out_is_learnt_all_the_same() -> None:

@@ -55,8 +55,8 @@ def ask(
     Below are the vision tokens and the KV entries of every decoder layer.
 
     Of a video every frame that the vision encoder saw has its place, with its seconds and the tokens that the last
-    decoder layer has left of it; of many frames 24 are drawn. Videos are read with `pip install 'vtprune[video]'`, and
-    taken by the Qwen-VL families.
+    decoder layer has left of it; of many frames 24 are drawn. Videos are read by PyAV (the extra `video`) and taken
+    by models of the Qwen-VL families.
     """
     with one_line_errors(traceback):
         from vtprune.evals.ask.ask import run_ask
