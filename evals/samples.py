@@ -1,4 +1,4 @@
-"""The pictures and questions that a model is looked at with: drawn shapes, or a folder of the user's own."""
+"""The pictures, videos and questions that a model is looked at with: drawn shapes, or a folder of the user's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired
 
 import numpy as np
 from PIL import Image
@@ -15,14 +15,16 @@ from typing_extensions import TypedDict
 
 from vtprune.errors import FileError, InputError
 from vtprune.json_files import parse, read_file
-from vtprune.loading.pictures import read_image
+from vtprune.loading.media import Media, read_media
+from vtprune.loading.pictures import SUFFIXES as PICTURES
+from vtprune.loading.videos import FRAMES, Video
+from vtprune.loading.videos import SUFFIXES as VIDEOS
 from vtprune.shapes.questions import CATEGORIES, QA, ask
 from vtprune.shapes.render import render
 from vtprune.shapes.scene import Scene, sample_scene
 
 METADATA = "metadata.jsonl"
 DEFAULT_QUESTION = "Describe the image."
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Seed spaces of their own, beside those of training and evaluation: no picture is met in both.
 SEARCH_SPACE, CHECK_SPACE = 53, 59
 
@@ -39,10 +41,10 @@ CAPTIONED = TypeAdapter(Captioned)
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and a question about it; name: what a message calls it."""
+    """A picture or a video, and a question about it; name: what a message calls it."""
 
     name: str
-    image: Image.Image
+    media: Media
     question: str
 
 
@@ -55,22 +57,24 @@ class Calibration:
     source: str
 
     def fingerprint(self) -> str:
-        """Identifies every pixel and every question of both sets."""
+        """Identifies every pixel, every frame's time and every question of both sets."""
         digest = hashlib.sha256()
         for samples in (self.search, self.check):
             digest.update(f"{len(samples)};".encode())
             for sample in samples:
-                digest.update(f"{sample.image.size}{sample.question}".encode() + sample.image.tobytes())
+                _add(digest, sample)
         return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many samples to search on and how many to hold out, and the seed that they are drawn with."""
+    """How many samples to search on and how many to hold out, the seed that they are drawn with, and how many frames
+    of each video are taken (None: 16)."""
 
     search: int
     check: int
     seed: int
+    frames: int | None = None
 
 
 def gather(
@@ -87,11 +91,24 @@ def gather(
     """
     if data is not None:
         return read_folder(data, DEFAULT_QUESTION if question is None else question, wanted, tell)
-    if question is not None:
-        raise InputError("question: --question goes with pictures of your own (--data FOLDER)")
+    for option, value in (("question", question), ("frames", wanted.frames)):
+        if value is not None:
+            raise InputError(f"{option}: --{option} goes with pictures or videos of your own (--data FOLDER)")
     if model is not None:
-        raise InputError("data: give a folder of pictures of the kind that the model will see (--data FOLDER)")
+        raise InputError(
+            "data: give a folder of pictures or videos of the kind that the model will see (--data FOLDER)"
+        )
     return draw_shapes(wanted)
+
+
+def _add(digest: Any, sample: Sample) -> None:
+    media = sample.media
+    if isinstance(media, Video):
+        digest.update(f"{media.seconds}{media.fps}{media.total}{sample.question}".encode())
+        for frame in media.frames:
+            digest.update(f"{frame.size}".encode() + frame.tobytes())
+    else:
+        digest.update(f"{media.size}{sample.question}".encode() + media.tobytes())
 
 
 def draw_shapes(wanted: Wanted) -> Calibration:
@@ -118,11 +135,12 @@ def _ask(scene: Scene, rng: np.random.Generator, index: int) -> QA:
 def read_folder(
     folder: Path, question: str, wanted: Wanted, tell: Callable[[str], None] = lambda text: None
 ) -> Calibration:
-    """Up to so many samples to search on, and held-out ones of other pictures.
+    """Up to so many samples to search on, and held-out ones of other pictures and videos.
 
-    metadata.jsonl may give {"file_name": ..., "question": ...} a line; `question` goes with pictures that
-    have none. `tell` hears of a folder that holds fewer than was asked for. Raises InputError for a folder
-    without pictures, a metadata line that cannot be read, and a picture that is missing or broken.
+    metadata.jsonl may give {"file_name": ..., "question": ...} a line, where the name may be that of a folder with the
+    frames of a video; `question` goes with those that have none. `tell` hears of a folder that holds fewer than was
+    asked for. Raises InputError for a folder without pictures or videos, a metadata line that cannot be read, and a
+    file that is missing or broken.
     """
     if not folder.is_dir():
         raise InputError(f"data: {folder} is not a folder")
@@ -130,12 +148,13 @@ def read_folder(
     rows = _listed(folder, question)
     names = list(dict.fromkeys(name for name, _ in rows))
     if not names and (folder / METADATA).is_file():
-        raise InputError(f"data: {folder / METADATA} names no picture")
+        raise InputError(f"data: {folder / METADATA} names no picture and no video")
     if not names:
-        raise InputError(f"data: no picture in {folder} ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+        endings = ", ".join(suffix[1:] for suffix in PICTURES + VIDEOS)
+        raise InputError(f"data: no picture and no video in {folder} ({endings})")
     if check and len(names) < 2:
         raise InputError(
-            f"data: {folder} holds one picture; a held-out check takes a second one, or --check-samples 0"
+            f"data: {folder} holds one picture or video; a held-out check takes a second one, or --check-samples 0"
         )
     rng = np.random.default_rng(wanted.seed)
     mixed = [names[i] for i in rng.permutation(len(names))]
@@ -146,13 +165,13 @@ def read_folder(
         pools[rows[i][0] not in searched].append(rows[i])
     chosen = pools[0][:count], pools[1][:check]
     if len(chosen[0]) < count or len(chosen[1]) < check:
-        tell(f"fewer pictures than asked for in {folder}: {len(chosen[0])} to search on, {len(chosen[1])} held out")
-    search, held_out = ([_read(folder, *row) for row in part] for part in chosen)
+        counts = f"{len(chosen[0])} to search on, {len(chosen[1])} held out"
+        tell(f"fewer pictures and videos than asked for in {folder}: {counts}")
+    frames = FRAMES if wanted.frames is None else wanted.frames
+    search, held_out = (
+        [Sample(name, read_media(folder / name, "data", frames), text) for name, text in part] for part in chosen
+    )
     return Calibration(search, held_out, str(folder))
-
-
-def _read(folder: Path, name: str, question: str) -> Sample:
-    return Sample(name, read_image(folder / name, "data"), question)
 
 
 def _listed(folder: Path, question: str) -> list[tuple[str, str]]:
@@ -160,13 +179,13 @@ def _listed(folder: Path, question: str) -> list[tuple[str, str]]:
     metadata = folder / METADATA
     if metadata.is_file():
         return [_row(metadata, i, line, question) for i, line in _lines(metadata)]
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES)
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in PICTURES + VIDEOS)
     return sorted((path.relative_to(folder).as_posix(), question) for path in paths)
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
     try:
-        content = read_file(path, "questions about pictures")
+        content = read_file(path, "questions about pictures and videos")
     except FileError as error:
         raise InputError(f"data: {error}") from error
     return [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]

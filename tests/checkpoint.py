@@ -50,6 +50,7 @@ QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -73,9 +74,9 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _qwen_processor() -> Qwen2_5_VLProcessor:
-    """Images of any size between 4 and 64 vision tokens."""
+    """Images, and frames of videos, of any size between 4 and 64 vision tokens."""
     images = Qwen2VLImageProcessor(patch_size=14, min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
-    videos = Qwen2VLVideoProcessor(patch_size=14)
+    videos = Qwen2VLVideoProcessor(patch_size=14, min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
     return Qwen2_5_VLProcessor(
         image_processor=images, tokenizer=_qwen_tokenizer(), video_processor=videos, chat_template=QWEN_TEMPLATE
     )
@@ -89,7 +90,10 @@ def _qwen3_processor() -> Qwen3VLProcessor:
     return Qwen3VLProcessor(
         image_processor=images,
         tokenizer=_qwen_tokenizer(),
-        video_processor=Qwen3VLVideoProcessor(patch_size=16),
+        # Of a whole video here: the pixels of all its frames.
+        video_processor=Qwen3VLVideoProcessor(
+            patch_size=16, size={"shortest_edge": 16 * 32 * 32, "longest_edge": 256 * 32 * 32}
+        ),
         chat_template=QWEN_TEMPLATE,
     )
 

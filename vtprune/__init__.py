@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vtprune.errors import UntrainedWarning as UntrainedWarning
     from vtprune.errors import VTPruneError as VTPruneError
     from vtprune.loading.pictures import open_picture as open_picture
+    from vtprune.loading.videos import Video as Video
+    from vtprune.loading.videos import open_video as open_video
     from vtprune.method.answers import EncoderSelection as EncoderSelection
     from vtprune.method.answers import Eviction as Eviction
     from vtprune.method.answers import Merge as Merge

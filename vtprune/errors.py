@@ -50,6 +50,10 @@ class PictureError(VTPruneError):
     """A file holds no picture that can be read; the message names it."""
 
 
+class VideoError(VTPruneError):
+    """A file or a folder holds no video that can be read; the message names it."""
+
+
 class FileError(VTPruneError):
     """A file that was read does not hold what it should; the message names it and what is wrong."""
 

@@ -65,6 +65,7 @@ class ARankConfig:
     data: Path | None = None
     question: str | None = None
     samples: int = 16
+    frames: int | None = None
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
@@ -138,8 +139,8 @@ def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Conso
 
 
 def _samples(config: ARankConfig, console: Console) -> Calibration:
-    """Pictures with a question each, and where they came from."""
-    wanted = Wanted(config.samples, 0, config.seed)
+    """Pictures and videos with a question each, and where they came from."""
+    wanted = Wanted(config.samples, 0, config.seed, config.frames)
     found = gather(wanted, data=config.data, question=config.question, model=config.model)
     if len(found.search) < config.samples:
         console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
@@ -150,7 +151,7 @@ def _batches(model: Any, processor: Any, samples: Sequence[Sample]) -> Iterator[
     """One sample at a time, on the model's device."""
     for sample in samples:
         try:
-            batch = encode(processor, [question(sample.image, sample.question)])
+            batch = encode(processor, [question(sample.media, sample.question)])
         except Exception as error:
             raise InputError(f"data: the processor refuses {sample.name}: {first_line(error)}") from error
         yield place(batch, model)

@@ -1,1 +1,1 @@
-"""`vtprune ask`: one picture, one question, and what was kept of it."""
+"""`vtprune ask`: one picture or video, one question, and what was kept of it."""

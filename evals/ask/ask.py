@@ -1,4 +1,4 @@
-"""`vtprune ask`: one question about one image, answered with and without pruning."""
+"""`vtprune ask`: one question about one picture or video, answered with and without pruning."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 import vtprune
 from vtprune.errors import InputError, PictureError, first_line
 from vtprune.evals.ask.overlay import compare, seen_image
+from vtprune.evals.ask.sheet import compare_frames
 from vtprune.evals.lmms.gen_kwargs import read_generation
 from vtprune.evals.lmms.generation import Answer, answer_batch
 from vtprune.evals.settings import (
@@ -27,10 +28,12 @@ from vtprune.evals.settings import (
 from vtprune.evals.speed.timing import PrefillTimes, measure_prefill
 from vtprune.evals.untrained import quiet_untrained
 from vtprune.files import check_writable, write_bytes
+from vtprune.loading.media import Media, read_media, size_text
 from vtprune.loading.model import load_model
-from vtprune.loading.pictures import exif_of, read_image
-from vtprune.loading.prompts import check_text, encode, question
-from vtprune.method.texts import folder_text, show_keep
+from vtprune.loading.pictures import exif_of
+from vtprune.loading.prompts import check_text, check_videos, encode, question
+from vtprune.loading.videos import FRAMES, Video, is_video
+from vtprune.method.texts import folder_text, parse_entry, show_keep
 from vtprune.report.report import Report
 
 STOPS = ("\n\n",)
@@ -51,13 +54,13 @@ class Asked:
     picture: Image.Image
 
 
-def check_output(output: Path, image: Path) -> None:
+def check_output(output: Path, media: Path) -> None:
     """Raises InputError for a picture that cannot be written, or that would take the place of another one than an
     earlier answer's."""
     if output.suffix.lower() not in FORMATS:
         raise InputError(f"output: {output} should end in .png, .jpg or .webp")
     if output.exists() and not _is_ours(output):
-        same = ", the picture that is asked about" if image.exists() and os.path.samefile(output, image) else ""
+        same = ", the picture that is asked about" if media.exists() and os.path.samefile(output, media) else ""
         raise InputError(
             f"output: {output} is there already and not of an earlier answer{same}; give another --output"
         )
@@ -75,7 +78,7 @@ def _is_ours(path: Path) -> bool:
 def compare_answers(
     model: Any,
     processor: Any,
-    image: Image.Image,
+    media: Media,
     text: str,
     pruner: Any,
     *,
@@ -84,11 +87,15 @@ def compare_answers(
 ) -> Asked:
     """Asks an unwrapped model and the same model under the pruner, which may be all that `vtprune.wrap` takes."""
     check_text(processor, text, "question")
+    kind = "video" if isinstance(media, Video) else "image"
+    if kind == "video":
+        check_videos(processor, kind)
     try:
-        inputs = encode(processor, [question(image, text)])
+        inputs = encode(processor, [question(media, text)])
     except ValueError as error:
-        size = f"{image.width}x{image.height}"
-        raise InputError(f"image: the model's processor refuses this image ({size}): {first_line(error)}") from error
+        raise InputError(
+            f"{kind}: the model's processor refuses this {kind} ({size_text(media)}): {first_line(error)}"
+        ) from error
     answers = []
     for chosen in (vtprune.NoPruning(), pruner):
         with vtprune.wrapped(model, chosen):
@@ -100,13 +107,15 @@ def compare_answers(
             )
             report = vtprune.report(model)
     times = measure_prefill(model, [inputs], {"unpruned": None, "pruned": pruner}, rounds=5)
-    seen = seen_image(image, processor, inputs.get("pixel_values"))
     kept = report.samples[0].images[0]
     title = (
         f"{text}\n{label}: {kept.achieved_tokens:.4g} of {kept.tokens} vision tokens\n"
         f"unpruned: {answers[0].text.strip()}\npruned: {answers[1].text.strip()}"
     )
-    picture = compare(seen, report, title)
+    if isinstance(media, Video):
+        picture = compare_frames(media, processor.video_processor.temporal_patch_size, report, title)
+    else:
+        picture = compare(seen_image(media, processor, inputs.get("pixel_values")), report, title)
     unpruned, pruned = answers
     return Asked(unpruned, pruned, report=report, prefill=times, picture=picture)
 
@@ -133,12 +142,15 @@ def table(asked: Asked, label: str) -> Table:
 
 
 def run_ask(
-    image_path: Path,
+    path: Path,
     text: str,
     console: Console,
     *,
     method: str | None = None,
     keep: int | float | None = None,
+    keep_video: int | float | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
     output: Path,
     model_name: str | None = None,
     device: str | None = None,
@@ -147,23 +159,31 @@ def run_ask(
 ) -> Asked:
     """Answers, prints the table and writes the picture; raises VTPruneError or RunError.
 
-    method None: what lies in the model's folder, else flowcut; keep None: 25%, where the method does not say its own.
+    path: a picture, a video or a folder of frames. method None: what lies in the model's folder, else flowcut; keep
+    None: 25%, where the method does not say its own. Of a video: keep_video is kept instead (None: keep) of so many
+    frames (None: 16); fps: of a folder's frames, how many are a second (None: 2).
     """
     if method is None:
         method = DEFAULT_METHOD if model_name is None or not holds_method(model_name) else folder_text(model_name)
     if keep is not None and not takes_keep(method) and method != UNPRUNED:
         raise InputError(f"keep: {method} says how much it keeps itself; leave out --keep")
+    if not is_video(path):
+        for name, value in (("keep-video", keep_video), ("frames", frames)):
+            if value is not None:
+                raise InputError(f"{name}: {path} is taken for a picture; leave out --{name}, which is of videos")
+    if keep_video is not None:
+        method = _with_keep_video(method, keep_video)
     setting = build_settings([method], [DEFAULT_KEEP if keep is None else keep])[-1]
     if setting.method == UNPRUNED:
         raise InputError("method: 'none' is what the other method is compared with; name another")
-    image = read_image(image_path)
-    check_output(output, image_path)
+    media = read_media(path, "video" if is_video(path) else "image", FRAMES if frames is None else frames, fps=fps)
+    check_output(output, path)
     model, processor = load_model(model_name or setting.own_model or None, device=device, dtype=dtype)
     with quiet_untrained():
         asked = compare_answers(
             model,
             processor,
-            image,
+            media,
             text,
             pruner=setting.method_source,
             max_new_tokens=max_new_tokens,
@@ -178,6 +198,14 @@ def run_ask(
     write_bytes(output, encoded(asked.picture, output.suffix))
     console.print(f"wrote {output}{', in place of the one before' if before else ''}", highlight=False)
     return asked
+
+
+def _with_keep_video(method: str, keep: int | float) -> str:
+    """The method's text with what it keeps of videos; raises InputError where that is said already."""
+    last = parse_entry(method)[-1]
+    if last.folder or "keep_video" in dict(last.options):
+        raise InputError(f"keep-video: {method} says how much it keeps itself; leave out --keep-video")
+    return f"{method}{',' if last.options else ':'}keep_video={keep!r}"
 
 
 def _label(setting: Setting) -> str:

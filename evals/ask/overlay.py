@@ -62,9 +62,39 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     """The picture cut into the report's grid, frames below each other: what stays as it is, what dropped out between
     decoder layers in its layer's colour, what never entered the decoder dimmed."""
     frames, height, width = report.grid
-    cell = cell_size(height, width)
-    base = open_picture(image).resize((width * cell, height * cell), _filter(image, width * cell))
-    canvas: Any = np.tile(np.asarray(base, dtype=np.float32), (frames, 1, 1))
+    drawn = draw_parts([image] * frames, report, range(frames), cell_size(height, width))
+    if frames == 1:
+        return drawn[0]
+    canvas = Image.new("RGB", (drawn[0].width, drawn[0].height * frames))
+    for place, picture in enumerate(drawn):
+        canvas.paste(picture, (0, place * picture.height))
+    return canvas
+
+
+def draw_parts(
+    pictures: Sequence[Image.Image], report: ImageReport, parts: Sequence[int], cell: int
+) -> list[Image.Image]:
+    """Some parts of a report's grid, the frames of a video, each over its own picture and as `draw_kept` says.
+
+    pictures: one for each of `parts`, which are counted from 0; cell: pixels a side of one vision token.
+    """
+    _, height, width = report.grid
+    rows = np.concatenate([np.arange(part * height, (part + 1) * height) for part in parts])
+    size = (width * cell, height * cell)
+    bases = [open_picture(picture).resize(size, _filter(picture, width * cell)) for picture in pictures]
+    canvas: Any = np.concatenate([np.asarray(base, dtype=np.float32) for base in bases])
+
+    def cells(values: np.ndarray) -> np.ndarray:
+        """(tokens,) values as pixels of the canvas, of which each has one."""
+        return values.reshape(-1, width)[rows].repeat(cell, 0).repeat(cell, 1)[:, :, None]
+
+    places = {int(row): place for place, row in enumerate(rows)}
+
+    def corner(token: int) -> tuple[int, int] | None:
+        """The column and the row of the canvas where a token begins; None for one that is not drawn."""
+        row, column = divmod(token, width)
+        return (column * cell, places[row] * cell) if row in places else None
+
     merged = np.zeros(report.tokens, dtype=bool)
     gone, colours = gone_at(report), layer_colours(report)
     # A group whose survivor does not enter the decoder is gone with it.
@@ -74,36 +104,29 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     depth = len(report.kept_per_layer) or 1
     strength = np.where(merged & (gone < depth), MERGED, np.where(gone == 0, DROPPED, 1.0))
     fade = 255.0 if canvas.mean() < DARK else 0.0
-    canvas = fade + (canvas - fade) * _cells(strength, report, cell)[:, :, None]
+    canvas = fade + (canvas - fade) * cells(strength)
     grey = canvas.mean(axis=2, keepdims=True)
     for layer, shade in colours.items():
-        here = _cells((gone == layer) & ~merged, report, cell)[:, :, None]
-        canvas = np.where(here, (1 - GONE) * grey + GONE * np.array(shade), canvas)
+        canvas = np.where(cells((gone == layer) & ~merged), (1 - GONE) * grey + GONE * np.array(shade), canvas)
     for index, merge in enumerate(groups):
         colour = np.array(_colour(index), dtype=np.float32)
-        for member in merge.members:
-            row, column = divmod(member, width)
-            area = canvas[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        for left, top in filter(None, map(corner, merge.members)):
+            area = canvas[top : top + cell, left : left + cell]
             area *= 1 - TINT
             area += TINT * colour
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     if cell >= NUMBERED:
-        for token in np.flatnonzero(np.isin(gone, list(colours)) & ~merged):
-            row, column = divmod(int(token), width)
-            ink = "white" if sum(colours[int(gone[token])]) < BRIGHT else "black"
-            corner = (column * cell + cell // 10, row * cell + cell // 16)
-            pen.text(corner, str(gone[token]), fill=ink, font_size=max(9, cell // 4))
+        for token in np.flatnonzero(np.isin(gone, list(colours)) & ~merged).tolist():
+            if found := corner(token):
+                ink = "white" if sum(colours[int(gone[token])]) < BRIGHT else "black"
+                place = (found[0] + cell // 10, found[1] + cell // 16)
+                pen.text(place, str(gone[token]), fill=ink, font_size=max(9, cell // 4))
     for index, merge in enumerate(groups):
-        row, column = divmod(merge.into, width)
-        corners = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
-        pen.rectangle(corners, outline=_colour(index), width=max(1, cell // 12))
-    return picture
-
-
-def _cells(values: np.ndarray, report: ImageReport, cell: int) -> np.ndarray:
-    """(tokens,) values as an image, frames below each other: (t * h * cell, w * cell)."""
-    return values.reshape(-1, report.grid[2]).repeat(cell, 0).repeat(cell, 1)
+        if found := corner(merge.into):
+            box = (*found, found[0] + cell - 1, found[1] + cell - 1)
+            pen.rectangle(box, outline=_colour(index), width=max(1, cell // 12))
+    return [picture.crop((0, top, size[0], top + size[1])) for top in range(0, picture.height, size[1])]
 
 
 def _filter(image: Image.Image, width: int) -> Image.Resampling:
@@ -129,9 +152,17 @@ def compare(image: Image.Image, report: Report, title: str = "") -> Image.Image:
     """The whole picture beside what was kept of it, and below them what is left at each decoder layer; above all, the
     lines of a title."""
     first = report.samples[0].images[0]
-    everything = list(range(first.tokens))
-    whole = ImageReport(first.grid, first.tokens, everything, kept_per_layer=[everything], merged=[])
-    pictures = side_by_side([draw_kept(image, whole), draw_kept(image, first)])
+    return compose(side_by_side([draw_kept(image, everything(first)), draw_kept(image, first)]), report, title)
+
+
+def everything(report: ImageReport) -> ImageReport:
+    """The report of the same image with all of its tokens kept."""
+    tokens = list(range(report.tokens))
+    return ImageReport(report.grid, report.tokens, tokens, kept_per_layer=[tokens], merged=[])
+
+
+def compose(pictures: Image.Image, report: Report, title: str) -> Image.Image:
+    """A title, what was drawn, and the plot of what is left at each decoder layer, below each other."""
     plot = depth_plot(report, max(NARROWEST, pictures.width))
     heading = _heading(title, plot.width)
     top = heading.height + (GAP if title else 0)

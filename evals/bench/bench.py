@@ -20,6 +20,7 @@ from vtprune.evals.untrained import quiet_untrained
 from vtprune.files import held, write_bytes, write_text
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local
+from vtprune.loading.videos import FRAMES
 from vtprune.method.texts import show_keep
 from vtprune.provenance import code_fingerprint, machine, model_fingerprint, versions
 
@@ -33,7 +34,8 @@ SHORT_KEEPS: tuple[int | float, ...] = (0.25,)
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to run. limit None: every question; batch_size None: 16 in float32 on a CPU, else 1.
+    """What to run. limit None: every question; batch_size None: 16 in float32 on a CPU, else 1; frames: of each video
+    (None: 16).
 
     lenient: a method that this model cannot take is left out and named, instead of ending the run.
     """
@@ -49,6 +51,7 @@ class BenchConfig:
     attn_implementation: str | None = None
     batch_size: int | None = None
     max_new_tokens: int = 128
+    frames: int | None = None
     include_path: Path | None = None
     seed: int = 0
     resume: bool = True
@@ -94,7 +97,7 @@ def _require_lmms_eval() -> None:
 
 def _identity(config: BenchConfig) -> dict[str, Any]:
     """What a number depends on beside its setting; a resumed run must agree in all of it."""
-    return {
+    same = {
         "model": "bundled tiny-llava" if config.model is None else config.model,
         "model_files": model_fingerprint(config.pretrained),
         "tasks": list(config.tasks),
@@ -108,6 +111,7 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "code": code_fingerprint(),
     }
+    return same if config.frames is None else {**same, "frames": config.frames}
 
 
 def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequence[Setting], console: Console) -> None:
@@ -124,7 +128,13 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     for text in untold.values():
         console.print(text, highlight=False, soft_wrap=True)
     batch = config.batch_size or default_batch(model)
-    lm = VTPrune(model=model, processor=processor, batch_size=batch, max_new_tokens=config.max_new_tokens)
+    lm = VTPrune(
+        model=model,
+        processor=processor,
+        batch_size=batch,
+        max_new_tokens=config.max_new_tokens,
+        frames=FRAMES if config.frames is None else config.frames,
+    )
     missing = [setting for setting in settings if setting.key() not in results.settings]
     done = len(settings) - len(missing)
     if done:

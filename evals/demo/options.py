@@ -15,16 +15,15 @@ from typing import Any
 
 from vtprune.errors import InputError, VTPruneError
 from vtprune.evals.demo.models import Loaded
-from vtprune.evals.settings import UNPRUNED, Setting
+from vtprune.evals.settings import Setting, all_methods
 from vtprune.method.catalogue import methods
 from vtprune.method.facts import ModelFacts
 from vtprune.method.pruner import Pruner, Tunable
-from vtprune.method.registry import available, create, pruner_class, read_options
-from vtprune.method.stages import Trained
+from vtprune.method.registry import create, pruner_class, read_options
 from vtprune.method.texts import parse_options, show_value
 
-# What every method has, and the page asks for by itself.
-COMMON = ("model", "keep")
+# What every method has, and the page asks for by itself or, as it shows no videos, not at all.
+COMMON = ("model", "keep", "keep_video", "_for_videos")
 # Tokens of an image for which ranges are told.
 TOKENS = 576.0
 STEPS = 100
@@ -73,8 +72,8 @@ class Option:
 
 
 def choosable() -> list[str]:
-    """Methods that work without having been trained."""
-    return [name for name in available() if name != UNPRUNED and not issubclass(pruner_class(name), Trained)]
+    """Methods that work without having been trained, and on pictures."""
+    return all_methods()
 
 
 def as_trained(loaded: Loaded) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vtprune.errors import InputError, VTPruneError
 from vtprune.loading.pictures import open_picture
+from vtprune.loading.videos import is_video
 
 log = logging.getLogger("vtprune.demo")
 
@@ -50,8 +51,13 @@ def logged(kind: str, what: str) -> Iterator[None]:
 
 
 def picture_of(path: str | None) -> Image.Image:
-    """The upright RGB picture in an uploaded file; raises InputError for none, and PictureError for what is no picture
-    or unfolds to more than MOST_PIXELS."""
+    """The upright RGB picture in an uploaded file; raises InputError for none and for a video, and PictureError for
+    what is no picture or unfolds to more than MOST_PIXELS."""
     if not path:
         raise InputError("image: choose a picture first")
+    if is_video(path):
+        raise InputError(
+            "image: this page takes pictures; ask about a video on the command line, by `vtprune ask clip.mp4 "
+            '"What happens?" --model MODEL` with a model of the Qwen-VL families'
+        )
     return open_picture(path, "the picture", most_pixels=MOST_PIXELS, formats=FORMATS)

@@ -23,18 +23,24 @@ from vtprune.evals.lmms.generation import Answer, answer_batch
 from vtprune.evals.lmms.instructions import Instructions, with_instruction
 from vtprune.evals.lmms.journal import Journal, request_key
 from vtprune.evals.lmms.model_args import parse_model_args
+from vtprune.evals.lmms.videos import video_in
 from vtprune.evals.settings import UNPRUNED, holds_method
 from vtprune.evals.untrained import told_untrained
+from vtprune.loading.media import size_text
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture, open_pictures_in, whole_images
 from vtprune.loading.prompts import (
     Message,
     check_chat,
     check_text,
+    check_videos,
     encode_named,
     images_of,
     media_marks,
+    takes_videos,
+    videos_of,
 )
+from vtprune.loading.videos import FRAMES
 from vtprune.method.pruner import Pruner
 from vtprune.method.resolving import folder_of, resolve
 from vtprune.method.texts import folder_text, parse_keep, parse_value
@@ -43,7 +49,7 @@ MAX_NEW_TOKENS = 128
 # What `--model_args` may set; everything else is an option of the method.
 ARGUMENTS = (
     "pretrained", "method", "config", "positions", "device", "dtype", "attn_implementation", "batch_size",
-    "max_batch_size", "max_new_tokens",
+    "max_batch_size", "max_new_tokens", "frames",
 )  # fmt: skip
 LMMS_EVAL_DEFAULTS = {"batch_size": "1"}
 
@@ -67,8 +73,8 @@ class VTPrune(lmms):
     fastv:keep=0.5,layers=(2,5), or a folder with vtprune_config.json; keep and any further option: of that method;
     config: a folder, as `method`;
     positions: as `vtprune.wrap` takes them; batch_size: rows that are answered together; max_new_tokens: where a task
-    sets none. `model` and `processor` hand in a loaded model, which is left as it is: its owner wraps it. Raises
-    InputError for what it would not carry out.
+    sets none; frames: of each video, evenly spread over it. `model` and `processor` hand in a loaded model, which is
+    left as it is: its owner wraps it. Raises InputError for what it would not carry out.
     """
 
     is_simple = False
@@ -86,6 +92,7 @@ class VTPrune(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_new_tokens: int | str = MAX_NEW_TOKENS,
+        frames: int | str = FRAMES,
         model: Any = None,
         processor: Any = None,
         **options: Any,
@@ -95,6 +102,7 @@ class VTPrune(lmms):
             raise InputError("max_batch_size: it goes with batch_size=auto, and vtprune takes a number of rows")
         self.batch_size = _whole("batch_size", batch_size, "rows that are answered together")
         self.max_new_tokens = _whole("max_new_tokens", max_new_tokens, "tokens of an answer")
+        self.frames = _whole("frames", frames, "frames of a video")
         self.journal: Journal | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
         self.requests: list[Instance] = []
@@ -203,7 +211,7 @@ class VTPrune(lmms):
 
     def _check(self, requests: Sequence[Instance]) -> None:
         """Raises InputError or SampleError for options that would not be carried out, a system instruction without a
-        place, and questions that hold what stands for a picture."""
+        place, videos that the model does not take, and questions that hold what stands for a picture."""
         options = {json.dumps(request.args[2], sort_keys=True, default=str): request.args[2] for request in requests}
         for given in options.values():
             read_generation(given, self.max_new_tokens)
@@ -211,6 +219,10 @@ class VTPrune(lmms):
         for instruction in sorted(instructions - {""}):
             self._instructions.check(instruction)
             check_text(self.processor, instruction, "system_instruction")
+        if not takes_videos(self.processor):
+            for task, request in {request.args[4]: request for request in reversed(requests)}.items():
+                if any(part["type"] == "video" for part in _parts(self._messages(request))):
+                    check_videos(self.processor, f"tasks: {task} shows videos")
         marks = media_marks(self.processor)
         for request in {id(one): one for one in requests}.values():
             # Only a task that takes its text apart itself may have used such a mark up.
@@ -224,8 +236,10 @@ class VTPrune(lmms):
         def refused(place: int | None, reason: str) -> SampleError:
             if place is None:
                 return SampleError(f"a batch cannot be encoded: {reason}")
-            sizes = ", ".join(f"{image.width}x{image.height}" for image in images_of(chats[place]))
-            return SampleError(f"{self._name(requests[place])}: the processor refuses it (images {sizes}): {reason}")
+            images, videos = images_of(chats[place]), videos_of(chats[place])
+            shown = [("images", images)] * bool(images) + [("videos", videos)] * bool(videos)
+            sizes = "; ".join(f"{kind} {', '.join(map(size_text, media))}" for kind, media in shown)
+            return SampleError(f"{self._name(requests[place])}: the processor refuses it ({sizes}): {reason}")
 
         return encode_named(self.processor, chats, refused)
 
@@ -233,22 +247,32 @@ class VTPrune(lmms):
         generation = read_generation(requests[0].args[2], self.max_new_tokens)
         return answer_batch(self.model, self.processor.tokenizer, self.inputs_of(requests), generation=generation)
 
-    def _chat(self, request: Instance) -> list[Message]:
+    def _messages(self, request: Instance) -> list[Message]:
+        """A request's conversation as its task writes it; raises SampleError for one that it cannot write."""
         _, to_messages, _, doc_id, task, split = request.args
         try:
             with whole_images():
                 # Before the task's own functions: many of them call convert("RGB"), which loses what the door keeps.
                 doc = open_pictures_in(self.task_dict[task][split][doc_id])
-                chat = ChatMessages(messages=to_messages(doc)).to_hf_messages()
-            for message in chat:
-                for part in message["content"]:
-                    if part["type"] == "image":
-                        part["image"] = open_picture(part["image"])
+                messages: list[Message] = ChatMessages(messages=to_messages(doc)).to_hf_messages()
+                return messages
         except Exception as error:
             raise SampleError(f"{self._name(request)}: cannot be read: {first_line(error)}") from error
-        kinds = {part["type"] for message in chat for part in message["content"]} - {"text", "image"}
+
+    def _chat(self, request: Instance) -> list[Message]:
+        chat = self._messages(request)
+        kinds = {part["type"] for part in _parts(chat)} - {"text", "image", "video"}
         if kinds:
-            raise SampleError(f"{self._name(request)}: holds {' and '.join(kinds)}; vtprune takes images")
+            raise SampleError(f"{self._name(request)}: holds {' and '.join(kinds)}; vtprune takes images and videos")
+        try:
+            for part in _parts(chat):
+                if part["type"] == "image":
+                    part["image"] = open_picture(part["image"])
+                elif part["type"] == "video":
+                    check_videos(self.processor)
+                    part["video"] = video_in(part, self.frames)
+        except Exception as error:
+            raise SampleError(f"{self._name(request)}: cannot be read: {first_line(error)}") from error
         try:
             check_chat(self.processor, chat, self._name(request))
         except InputError as error:
@@ -263,6 +287,11 @@ class VTPrune(lmms):
         # Only that column is read: the sample's image may be what is broken.
         own = f" ({documents.select_columns(names[:1])[doc_id][names[0]]})" if names else ""
         return f"{task}, sample {doc_id}{own}"
+
+
+def _parts(chat: Sequence[Message]) -> list[dict[str, Any]]:
+    """Every part of every message."""
+    return [part for message in chat for part in message["content"]]
 
 
 def _method(

@@ -16,6 +16,7 @@ from vtprune.adapters import adapter_for
 from vtprune.errors import InputError, VTPruneError
 from vtprune.evals.lmms.efficiency import row_costs
 from vtprune.evals.samples import Sample
+from vtprune.loading.media import size_text
 from vtprune.loading.prompts import (
     check_text,
     encode_named,
@@ -58,7 +59,7 @@ class Meter:
         self._inner = adapter_for(model).inner
         for sample in samples:
             check_text(processor, sample.question, f"data: {sample.name}")
-        chats = [question(sample.image, sample.question) for sample in samples]
+        chats = [question(sample.media, sample.question) for sample in samples]
         parts = range(0, len(chats), batch_size)
         self._batches = []
         for start in parts:
@@ -99,7 +100,7 @@ class Meter:
         )
 
     def largest_image(self) -> int:
-        """Vision tokens of the largest image."""
+        """Vision tokens of the largest image or video."""
         sizes: list[int] = []
         with vtprune.wrapped(self.model, vtprune.NoPruning()):
             for batch in self._batches:
@@ -122,5 +123,5 @@ class Meter:
 def _refused(samples: Sequence[Sample], place: int | None, reason: str) -> InputError:
     if place is None:
         return InputError(f"data: a batch cannot be encoded: {reason}")
-    image = samples[place].image
-    return InputError(f"data: the processor refuses {samples[place].name} ({image.width}x{image.height}): {reason}")
+    sample = samples[place]
+    return InputError(f"data: the processor refuses {sample.name} ({size_text(sample.media)}): {reason}")

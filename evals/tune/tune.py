@@ -53,6 +53,7 @@ class TuneConfig:
     question: str | None = None
     samples: int = DEFAULT_SAMPLES
     check_samples: int = DEFAULT_SAMPLES
+    frames: int | None = None
     trials: int = DEFAULT_TRIALS
     seed: int = 0
     device: str | None = None
@@ -79,7 +80,7 @@ def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
     def tell(text: str) -> None:
         console.print(text, highlight=False)
 
-    wanted = Wanted(config.samples, config.check_samples, config.seed)
+    wanted = Wanted(config.samples, config.check_samples, config.seed, config.frames)
     calibration = gather(wanted, data=config.data, question=config.question, model=config.model, tell=tell)
     with held(config.output):
         return _search(config, calibration, method, console)

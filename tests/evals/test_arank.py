@@ -11,6 +11,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import vtprune
+from tests.checkpoint import random_qwen3_checkpoint
+from tests.clips import write_clip
 from tests.evals.test_tune_parts import pictures
 from tests.evals.tuning import private_environment  # noqa: F401 (a fixture of every test here)
 from tests.matrix import at_depth
@@ -126,6 +128,18 @@ def test_the_command_takes_a_folder_and_routes_as_many_layers_as_the_method(tmp_
     assert data["samples"] == 2
     assert f"{folder} holds 2 of the 3 samples" in result.output.replace("\n", "")
     assert tuple(data["layers"]) == at_depth(vtprune.GammaMoD(), len(data["arank"])).routed_layers()
+
+
+def test_the_command_takes_videos_where_the_model_does(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "data", 1)
+    write_clip(folder / "clip.mp4", 30, 10, (96, 64))
+    options = ("--data", folder, "--output", tmp_path / "ranks.json", "--frames", "4")
+    result = run(*options, "--samples", "2", "--model", random_qwen3_checkpoint(experts=False))
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "ranks.json").read_text())["samples"] == 2
+    result = run(*options, "--samples", "2")
+    assert result.exit_code == 2
+    assert "the processor refuses clip.mp4: llava takes images; a video needs" in result.stderr
 
 
 @pytest.mark.parametrize(

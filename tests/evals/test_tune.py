@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import vtprune
 from tests.checkpoint import png, random_qwen_checkpoint
+from tests.clips import write_clip
 from tests.evals.test_tune_parts import pictures
 from tests.evals.tuning import (
     KEEP,
@@ -80,7 +81,7 @@ def test_the_objective_is_what_a_plain_forward_of_each_sample_says(finished: Pat
     model, processor = load_model()
     cosines = []
     for sample in draw_shapes(Wanted(3, 2, 0)).search:
-        inputs = place(encode(processor, [question(sample.image, sample.question)]), model)
+        inputs = place(encode(processor, [question(sample.media, sample.question)]), model)
         states = []
         for pruner in (vtprune.NoPruning(), vtprune.load_config(finished)):
             with vtprune.wrapped(model, pruner), torch.no_grad():
@@ -308,11 +309,33 @@ def test_a_folder_of_pictures_is_searched_on_another_family(tmp_path: Path) -> N
     assert all(trial["state"] == "measured" for trial in read(tmp_path / "out")["trials"])
 
 
+def test_videos_among_pictures_are_searched_too(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "data", 2)
+    write_clip(folder / "clip.mp4", 30, 10, (96, 64))
+    write_clip(folder / "other.mkv", 30, 10, (64, 96))
+    options = ("--model", random_qwen_checkpoint(), "--data", folder, "--keep", "40%", "--trials", "2")
+    sizes = ("--samples", "2", "--check-samples", "2")
+    result = tune(tmp_path / "out", *options, *sizes, "--frames", "4")
+    assert result.exit_code == 0, result.output
+    assert all(trial["state"] == "measured" for trial in read(tmp_path / "out")["trials"])
+    fails(tune(tmp_path / "out", *options, *sizes, "--frames", "6"), "another --output")
+
+
+def test_a_model_that_takes_no_videos_is_named(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "data", 1)
+    write_clip(folder / "clip.mp4")
+    words = "the processor refuses clip.mp4 (16 frames of 64x48): llava takes images; a video needs a model of"
+    fails(tune(tmp_path / "out", *KEEP, "--data", folder), words)
+    (folder / "clip.mp4").write_bytes(b"no video")
+    fails(tune(tmp_path / "out", *KEEP, "--data", folder), "data: cannot read", "clip.mp4")
+    fails(tune(tmp_path / "out", *KEEP, "--frames", "4"), "frames: --frames goes with pictures or videos of your own")
+
+
 def test_a_folder_that_cannot_be_searched(tmp_path: Path) -> None:
     empty = pictures(tmp_path / "empty", 0)
-    fails(tune(tmp_path / "out", *KEEP, "--data", empty), "no picture in", str(empty))
+    fails(tune(tmp_path / "out", *KEEP, "--data", empty), "no picture and no video in", str(empty))
     one = pictures(tmp_path / "one", 1)
-    fails(tune(tmp_path / "out", *KEEP, "--data", one), "holds one picture", "--check-samples 0")
+    fails(tune(tmp_path / "out", *KEEP, "--data", one), "holds one picture or video", "--check-samples 0")
     broken = pictures(tmp_path / "broken", 0)
     whole = png(200, 200, "blue")
     for i in range(3):

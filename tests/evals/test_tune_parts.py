@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.clips import write_clip, write_frames
 from vtprune.assets import SHAPES_EVAL
 from vtprune.errors import InputError, VTPruneError
 from vtprune.evals.samples import Wanted, draw_shapes, read_folder
 from vtprune.evals.tune.budget import OverBudgetError, largest_count
 from vtprune.evals.tune.space import all_settings, holds, propose
+from vtprune.loading.media import size_text
+from vtprune.loading.videos import Video
 from vtprune.method.pruner import Tunable
 from vtprune.shapes import read_eval_rows
 
@@ -57,6 +60,22 @@ def test_metadata_gives_questions_and_held_out_pictures_are_others(tmp_path: Pat
     assert "12 to search on, 4 held out" in told[0]
 
 
+def test_a_folder_holds_videos_and_folders_of_frames_that_are_named(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "data", 1)
+    write_clip(folder / "clip.webm", 30, 10, codec="libvpx-vp9")
+    found = read_folder(folder, "What?", Wanted(1, 1, 0, frames=5))
+    (video,) = [sample.media for sample in found.search + found.check if isinstance(sample.media, Video)]
+    assert len(video.frames) == 5
+    again, more = (read_folder(folder, "What?", Wanted(1, 1, 0, frames=frames)) for frames in (5, 6))
+    assert found.fingerprint() == again.fingerprint() != more.fingerprint()
+    write_frames(folder / "frames", 12)
+    rows = [{"file_name": "frames"}, {"file_name": "clip.webm", "question": "Who?"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_folder(folder, "What?", Wanted(1, 1, 0))
+    sizes = {sample.name: (sample.question, size_text(sample.media)) for sample in found.search + found.check}
+    assert sizes == {"frames": ("What?", "12 frames of 64x48"), "clip.webm": ("Who?", "16 frames of 64x48")}
+
+
 def test_metadata_may_begin_with_a_byte_order_mark_and_hold_line_separators(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "data", 2)
     rows = [{"file_name": f"{i}.png", "question": "one\u2028two"} for i in range(2)]
@@ -71,7 +90,7 @@ def test_metadata_may_begin_with_a_byte_order_mark_and_hold_line_separators(tmp_
 def test_drawn_samples_are_new_and_repeat_with_the_seed() -> None:
     found = draw_shapes(Wanted(30, 30, 0))
     known = {row.open_image().tobytes() for row in read_eval_rows(SHAPES_EVAL)}
-    drawn = {sample.image.tobytes() for sample in found.search + found.check}
+    drawn = {sample.media.tobytes() for sample in found.search + found.check}
     assert len(drawn) == 60
     assert not drawn & known
     assert found.fingerprint() == draw_shapes(Wanted(30, 30, 0)).fingerprint()

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from transformers import AutoProcessor
 
+import vtprune
+from tests.checkpoint import random_qwen3_checkpoint, random_qwen_checkpoint
+from tests.cli.test_cli import fails, run
+from tests.clips import write_clip, write_frames
 from tests.training.tiny_training import processor
 from vtprune.errors import VTPruneError
+from vtprune.loading.model import load_model
+from vtprune.loading.videos import open_video
 from vtprune.training import (
     Collator,
     Conversation,
@@ -108,7 +115,7 @@ def test_missing_and_broken_images_are_found_before_training(
     data = LlavaData(path, skip_missing=True, tell=told.append)
     assert (data.size, data.skipped) == (2, 2)
     assert "2 records were left out, 2 are left" in told[0]
-    with pytest.raises(VTPruneError, match="No record with an image is left"):
+    with pytest.raises(VTPruneError, match="No record with an image or a video is left"):
         LlavaData(path, tmp_path / "elsewhere", skip_missing=True)
 
 
@@ -149,6 +156,9 @@ class Shouting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
+
+    def __call__(self, **options: Any) -> Any:
+        return self.real(**options)
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
         text: str = self.real.apply_chat_template(messages, **options)
@@ -202,10 +212,11 @@ def _llava() -> Any:
 
 
 def _talk(*turns: str) -> tuple[dict[str, Any], ...]:
-    """User and assistant in turn; "*" stands for an image."""
+    """User and assistant in turn; "*" stands for an image, "+" for a video."""
 
     def part(word: str) -> dict[str, str]:
-        return {"type": "image"} if word == "*" else {"type": "text", "text": word}
+        kind = {"*": "image", "+": "video"}.get(word)
+        return {"type": kind} if kind else {"type": "text", "text": word}
 
     return tuple(
         {"role": ("user", "assistant")[at % 2], "content": [part(word) for word in text.split("|")]}
@@ -232,6 +243,88 @@ def test_other_families_templates_are_learnt_from_alike(make: Any, learnt: list[
         assert of.decode(row[row >= 0]).replace(" ", "") == text.replace(" ", "")
     begins = batch["input_ids"][:, 0] == of.tokenizer.bos_token_id
     assert begins.all() or make is _qwen
+
+
+@pytest.mark.parametrize("checkpoint", [random_qwen_checkpoint, lambda: random_qwen3_checkpoint(experts=False)])
+def test_placeholders_of_videos_and_the_times_beside_them_are_not_learnt(tmp_path: Path, checkpoint: Any) -> None:
+    of = AutoProcessor.from_pretrained(checkpoint())
+    video = open_video(write_clip(tmp_path / "clip.mp4", 30, 10, (96, 64)), 6)
+    other = open_video(write_frames(tmp_path / "frames", 3, (64, 96)))
+    picture = Image.new("RGB", (60, 90))
+    conversations = [
+        Conversation((), _talk("+|red?", "no", "+|and blue?", "yes yes"), "a", (video, other)),
+        Conversation((picture,), _talk("*|a?", "b", "+|c?", "d"), "b", (other,)),
+        Conversation((), _talk("a?", "b"), "c"),
+    ]
+    batch = Collator(of)(conversations)
+    learnt = ["no<|im_end|>yes yes<|im_end|>", "b<|im_end|>d<|im_end|>", "b<|im_end|>"]
+    assert [of.decode(row[row >= 0]) for row in batch["labels"]] == learnt
+    assert batch["video_grid_thw"][:, 0].tolist() == [3, 2, 2]
+    placeholders = batch["input_ids"] == of.video_token_id
+    assert torch.equal(batch["mm_token_type_ids"] == 2, placeholders)
+    assert int(placeholders.sum()) == int(batch["video_grid_thw"].prod(dim=1).sum()) // 4
+    with pytest.raises(VTPruneError, match="llava takes images; a video needs a model of the Qwen-VL families"):
+        Collator(processor())(conversations[:1])
+
+
+def _clips(folder: Path) -> Path:
+    write_clip(folder / "clip.mp4", 30, 10, (96, 64))
+    write_frames(folder / "frames", 3, (64, 96))
+    return folder
+
+
+@pytest.mark.parametrize("mark", ["<video>", "<image>"])
+def test_records_show_videos_by_either_mark(tmp_path: Path, mark: str) -> None:
+    row = {**_row(turns=2), "video": "clip.mp4"}
+    row["conversations"][0]["value"] = f"{mark}\nwhat moves?"
+    both = {**_row("0.png"), "video": ["frames"]}
+    both["conversations"][0]["value"] = "<image>\n<video>\nis it in it?"
+    word = _row("1.png")
+    word["conversations"][0]["value"] += " <video> is a word"
+    data = LlavaData(_write(_clips(tmp_path), [row, both, word]), frames=4)
+    first, second, third = (data[index] for index in range(3))
+    assert [len(one.videos) for one in (first, second, third)] == [1, 1, 0]
+    assert (len(first.videos[0].frames), len(second.images)) == (4, 1)
+    kinds = [[part["type"] for part in one.messages[0]["content"]] for one in (first, second, third)]
+    assert kinds == [["video", "text"], ["image", "video", "text"], ["image", "text"]]
+    assert data.videos
+    assert hold_out(data, 1, seed=0)[0].videos
+    assert data.identity()["frames"] == 4
+    assert not LlavaData(_write(tmp_path, [word])).videos
+
+
+def test_missing_and_broken_videos_are_found_before_training(tmp_path: Path) -> None:
+    row = {**_row(turns=1), "video": "clip.mp4"}
+    row["conversations"][0]["value"] = "<video>\nwhat moves?"
+    path = _write(_clips(tmp_path), [row, {**row, "video": "gone.mp4"}, {**row, "video": "frames"}])
+    with pytest.raises(VTPruneError, match=r"1 files are missing or broken .*gone.mp4 \(not there\)"):
+        LlavaData(path)
+    content = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "clip.mp4").write_bytes(content[: len(content) // 2])
+    data = LlavaData(path, skip_missing=True)
+    assert (data.size, data.skipped) == (1, 2)
+    for change, message in (
+        ({"video": 3}, "video is a path or a list"),
+        ({"video": ["frames", "frames"]}, "1 <video> in its text, but 2 videos"),
+        ({"image": "0.png"}, "0 <image> in its text, but 1 images"),
+    ):
+        with pytest.raises(VTPruneError, match=message):
+            LlavaData(_write(tmp_path, [{**row, **change}]))
+
+
+def test_the_command_trains_on_videos_where_the_model_takes_them(tmp_path: Path) -> None:
+    row = {**_row(turns=2), "video": "clip.mp4"}
+    row["conversations"][0]["value"] = "<video>\nwhat moves?"
+    path, folder = _write(_clips(tmp_path), [row, {**row, "video": "frames"}, _row("0.png")]), tmp_path / "out"
+    options = ["--data", path, "--frames", "2", "--steps", "1", "--batch-size", "3", "--train", "routers"]
+    result = run("train", "pmod", "--model", random_qwen_checkpoint(), "--output", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "training.json").read_text())["settings"]["frames"] == 2
+    with vtprune.wrapped(load_model(random_qwen_checkpoint())[0], folder) as model:
+        assert vtprune.is_wrapped(model)
+    result = run("train", "pmod", "--output", tmp_path / "other", *options)
+    fails(result, 2, "data: llava takes images; a video needs a model of the Qwen-VL families")
+    fails(run("train", "pmod", "--output", folder, "--frames", "2"), 2, "--frames go with --data")
 
 
 def test_an_end_token_that_the_template_leaves_out_is_learnt_all_the_same() -> None:

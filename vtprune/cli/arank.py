@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtprune.cli.options import SAMPLES, Device, Dtype, Model, Pictures, Question, Traceback
+from vtprune.cli.options import SAMPLES, Device, Dtype, Frames, Model, Pictures, Question, Traceback
 from vtprune.console.output import one_line_errors, open_console
 
 LAYERS = "How many layers to route (one of them)"
@@ -29,6 +29,7 @@ def arank(
     model: Model = None,
     data: Pictures = None,
     question: Question = None,
+    frames: Frames = None,
     samples: Annotated[int, typer.Option(min=1, help="To average the ranks over.", rich_help_panel=SAMPLES)] = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.", rich_help_panel=SAMPLES)] = 0,
     device: Device = None,
@@ -52,6 +53,7 @@ def arank(
             model=model,
             data=data,
             question=question,
+            frames=frames,
             samples=samples,
             seed=seed,
             device=device,

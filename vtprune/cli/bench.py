@@ -70,6 +70,15 @@ def bench(
     attn_implementation: Attention = None,
     batch_size: BatchSize = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a task sets none.")] = 128,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of each video, evenly spread over it, where a task shows videos and the model takes them.",
+            show_default="16",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json, table.md and pareto.png.")] = Path("bench"),
     resume: Resume = True,
     traceback: Traceback = False,
@@ -90,6 +99,7 @@ def bench(
             attn_implementation=attn_implementation,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            frames=frames,
             include_path=include_path,
             seed=seed,
             resume=resume,

@@ -23,8 +23,8 @@ BatchSize = Annotated[
 Pictures = Annotated[
     Path | None,
     typer.Option(
-        help="A folder of pictures; metadata.jsonl in it may give a question for each as "
-        '{"file_name": "a.jpg", "question": "…"}. No answers are needed.',
+        help="A folder of pictures and videos; metadata.jsonl in it may give a question for each as "
+        '{"file_name": "a.jpg", "question": "…"}, or name folders of frames so. No answers are needed.',
         show_default="fresh drawings, for the bundled model",
         rich_help_panel=SAMPLES,
     ),
@@ -32,7 +32,13 @@ Pictures = Annotated[
 Question = Annotated[
     str | None,
     typer.Option(
-        help="Of pictures that come without one.", show_default="Describe the image.", rich_help_panel=SAMPLES
+        help="Of pictures and videos that come without one.",
+        show_default="Describe the image.",
+        rich_help_panel=SAMPLES,
     ),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of each video, evenly spread over it.", show_default="16", rich_help_panel=SAMPLES),
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")]

@@ -47,11 +47,18 @@ def train(
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="The folder that image paths start from.", rich_help_panel=DATA)
+        Path | None, typer.Option(help="The folder that image and video paths start from.", rich_help_panel=DATA)
     ] = None,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out what has missing or broken images.", rich_help_panel=DATA)
+        bool,
+        typer.Option(
+            "--skip-missing", help="Leave out what has missing or broken images or videos.", rich_help_panel=DATA
+        ),
     ] = False,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each video, evenly spread over it.", show_default="16", rich_help_panel=DATA),
+    ] = None,
     questions: Annotated[
         int | None, typer.Option(min=1, help="About each drawn picture.", show_default="6", rich_help_panel=DATA)
     ] = None,
@@ -118,6 +125,7 @@ def train(
             images=images,
             skip_missing=skip_missing,
             questions=questions,
+            frames=frames,
         )
         config = TrainConfig(
             output=output,

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from vtprune.cli.options import SAMPLES, Attention, BatchSize, Device, Dtype, Model, Pictures, Question, Traceback
+from vtprune.cli.options import (
+    SAMPLES,
+    Attention,
+    BatchSize,
+    Device,
+    Dtype,
+    Frames,
+    Model,
+    Pictures,
+    Question,
+    Traceback,
+)
 from vtprune.console.output import one_line_errors, open_console
 
 BUDGET = "Budget (one of them)"
@@ -38,6 +49,7 @@ def tune(
     model: Model = None,
     data: Pictures = None,
     question: Question = None,
+    frames: Frames = None,
     samples: Annotated[int, typer.Option(min=1, help="To search on.", rich_help_panel=SAMPLES)] = 30,
     check_samples: Annotated[
         int,
@@ -85,6 +97,7 @@ def tune(
             model=model,
             data=data,
             question=question,
+            frames=frames,
             samples=samples,
             check_samples=check_samples,
             trials=trials,

@@ -1,1 +1,1 @@
-"""What a run begins with: a model and its processor, prompts, and pictures."""
+"""What a run begins with: a model and its processor, prompts, pictures and videos."""

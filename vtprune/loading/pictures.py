@@ -14,6 +14,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vtprune.errors import InputError, PictureError
 
+# What the names of files end in that are taken for pictures where a folder is searched.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 # Greyscale modes of more than eight bits, and what their numbers may run up to: the first of these that holds all of
 # them is white. Sixteen bits say their range themselves; what a file of more bits or of floats means, it does not say.

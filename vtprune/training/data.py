@@ -61,6 +61,11 @@ class Part:
         """What makes two of these the same."""
         return {**self.data.identity(), "records": self.size}
 
+    @property
+    def videos(self) -> bool:
+        """Whether there are videos among what the whole data set shows."""
+        return shows_videos(self.data)
+
     def texts(self) -> Iterator[tuple[str, str]]:
         """The texts of the whole data set, where it tells them."""
         yield from texts_of(self.data)
@@ -69,6 +74,11 @@ class Part:
 def texts_of(data: TrainingData) -> Iterator[tuple[str, str]]:
     """Where each text of a data set stands, and the text, as far as it tells them (`texts`) without its pictures."""
     yield from getattr(data, "texts", lambda: ())()
+
+
+def shows_videos(data: TrainingData) -> bool:
+    """Whether there are videos among what a data set shows, as far as it tells it (`videos`)."""
+    return bool(getattr(data, "videos", False))
 
 
 def hold_out(data: TrainingData, count: int, seed: int) -> tuple[Part, Part]:

@@ -1,22 +1,23 @@
-"""Conversations in the format of LLaVA's training sets: JSON or JSON lines, and a folder of images."""
+"""Conversations in the format of LLaVA's training sets: JSON or JSON lines, and a folder of images and videos."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vtprune.errors import FileError, InputError, PictureError, SampleError
+from vtprune.errors import FileError, InputError, PictureError, SampleError, VideoError
 from vtprune.json_files import read_file
 from vtprune.loading.pictures import open_picture
+from vtprune.loading.videos import FRAMES, open_video
 from vtprune.training.conversations import Conversation
 
-PLACEHOLDER = "<image>"
+PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SHOWN = 5
 READERS = 8
@@ -25,19 +26,26 @@ WHAT = "conversations as JSON or JSON lines"
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation as the file has it: image paths as written, and messages for a chat template."""
+    """One conversation as the file has it: image and video paths as written, and messages for a chat template."""
 
     name: str
     images: tuple[str, ...]
+    videos: tuple[str, ...]
     messages: tuple[dict[str, Any], ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of all that it shows."""
+        return self.images + self.videos
 
 
 class LlavaData:
-    """Conversations about pictures, read from `path`; image paths start from `images`.
+    """Conversations about pictures and videos, read from `path`; image and video paths start from `images`.
 
-    Every picture is opened once before anything else happens. `skip_missing` leaves out the records whose pictures are
-    missing or broken (`skipped` of them, which `tell` hears); without it, they are an error. Raises InputError, naming
-    file and record, for what cannot be read, and for a file without any picture.
+    Every picture and video is opened once before anything else happens. `skip_missing` leaves out the records whose
+    files are missing or broken (`skipped` of them, which `tell` hears); without it, they are an error. frames: of each
+    video, at the most. Raises InputError, naming file and record, for what cannot be read, and for a file without any
+    picture or video.
     """
 
     def __init__(
@@ -46,28 +54,32 @@ class LlavaData:
         images: Path | None = None,
         *,
         skip_missing: bool = False,
+        frames: int = FRAMES,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.path, self.folder = path, path.parent if images is None else images
+        self.path, self.folder, self.frames = path, path.parent if images is None else images, frames
         text = _read(path)
         self._digest = sha256(text.encode()).hexdigest()[:16]
         self.records = [_record(path, number, row) for number, row in enumerate(_rows(path, text))]
-        if not any(record.images for record in self.records):
-            raise InputError(f"data: no record of {path} has an image; training a vision-language model takes some")
+        if not any(record.files for record in self.records):
+            raise InputError(
+                f"data: no record of {path} has an image or a video; training a vision-language model takes some"
+            )
         broken = _broken(self.folder, self.records)
-        self.skipped = sum(any(name in broken for name in record.images) for record in self.records)
+        self.skipped = sum(any(name in broken for name in record.files) for record in self.records)
         if broken:
             self._leave_out(broken, skip_missing, tell)
 
     def _leave_out(self, broken: dict[str, str], skip: bool, tell: Callable[[str], None]) -> None:
         first = "; ".join(f"{name} ({why})" for name, why in list(broken.items())[:SHOWN])
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-        text = f"{len(broken)} images are missing or broken in {self.folder}: {first}{more}"
+        files = "files" if self.videos else "images"
+        text = f"{len(broken)} {files} are missing or broken in {self.folder}: {first}{more}"
         if not skip:
             raise InputError(f"data: {text}. --skip-missing leaves out the {self.skipped} records that need them")
-        self.records = [one for one in self.records if not any(name in broken for name in one.images)]
-        if not any(record.images for record in self.records):
-            raise InputError(f"data: {text}. No record with an image is left")
+        self.records = [one for one in self.records if not any(name in broken for name in one.files)]
+        if not any(record.files for record in self.records):
+            raise InputError(f"data: {text}. No record with an image or a video is left")
         tell(f"{text}. {self.skipped} records were left out, {len(self.records)} are left")
 
     @property
@@ -79,13 +91,19 @@ class LlavaData:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Conversation:
-        """One of them; raises SampleError for a picture that has gone since the scan."""
+        """One of them; raises SampleError for a picture or a video that has gone since the scan."""
         record = self.records[index]
         try:
             images = tuple(open_picture(self.folder / name) for name in record.images)
-        except PictureError as error:
+            videos = tuple(open_video(self.folder / name, self.frames) for name in record.videos)
+        except (PictureError, VideoError) as error:
             raise SampleError(f"{record.name}: {error}") from error
-        return Conversation(images, record.messages, record.name)
+        return Conversation(images, record.messages, record.name, videos)
+
+    @property
+    def videos(self) -> bool:
+        """Whether there are videos."""
+        return any(record.videos for record in self.records)
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Each record's name, and a text of it."""
@@ -95,7 +113,8 @@ class LlavaData:
 
     def identity(self) -> dict[str, Any]:
         """What makes two of these the same."""
-        return {"data": str(self.path), "images": str(self.folder), "data_file": self._digest, "records": self.size}
+        same = {"data": str(self.path), "images": str(self.folder), "data_file": self._digest, "records": self.size}
+        return {**same, "frames": self.frames} if self.videos else same
 
 
 def _read(path: Path) -> str:
@@ -130,21 +149,39 @@ def _record(path: Path, number: int, row: Any) -> Record:
         raise InputError(f'data: {name}: a record is {{"image": …, "conversations": […]}}, got {str(row)[:80]!r}')
     if "id" in row:
         name = f"{name} (id {row['id']})"
-    images, turns = row.get("image") or [], row.get("conversations")
-    images = [images] if isinstance(images, str) else images
-    if not (isinstance(images, list) and all(isinstance(one, str) for one in images)):
-        raise InputError(f"data: {name}: image is a path or a list of paths, got {images!r}")
+    shown = {kind: _paths(name, kind, row.get(kind)) for kind in PLACEHOLDERS}
+    turns = row.get("conversations")
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise InputError(f"data: {name}: conversations is a list of turns, human and gpt in turn, gpt last")
-    messages = tuple(_message(name, turn, at) for at, turn in enumerate(turns))
-    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if marks != len(images):
-        raise InputError(f"data: {name}: {marks} {PLACEHOLDER} in its text, but {len(images)} images")
-    return Record(name, tuple(images), messages)
+    marks = _marks(shown, turns)
+    messages = tuple(_message(name, turn, at, marks) for at, turn in enumerate(turns))
+    parts = [part["type"] for message in messages for part in message["content"]]
+    for mark, kind in marks.items():
+        if parts.count(kind) != len(shown[kind]):
+            raise InputError(f"data: {name}: {parts.count(kind)} {mark} in its text, but {len(shown[kind])} {kind}s")
+    return Record(name, shown["image"], shown["video"], messages)
 
 
-def _message(name: str, turn: Any, at: int) -> dict[str, Any]:
-    """A turn for a chat template: its text, and an image wherever the placeholder stands."""
+def _paths(name: str, kind: str, given: Any) -> tuple[str, ...]:
+    """The paths that a record gives under "image" or "video"."""
+    paths = [given] if isinstance(given, str) and given else given or []
+    if not (isinstance(paths, list) and all(isinstance(one, str) for one in paths)):
+        raise InputError(f"data: {name}: {kind} is a path or a list of paths, got {paths!r}")
+    return tuple(paths)
+
+
+def _marks(shown: dict[str, tuple[str, ...]], turns: list[Any]) -> dict[str, str]:
+    """What stands for what in a record's text. A video's place is often written as that of an image, and a text
+    without a video may hold its mark as a word."""
+    image, video = PLACEHOLDERS.values()
+    if not shown["video"]:
+        return {image: "image"}
+    written = any(isinstance(turn, dict) and video in str(turn.get("value")) for turn in turns)
+    return {image: "image", video: "video"} if written or shown["image"] else {image: "video"}
+
+
+def _message(name: str, turn: Any, at: int, marks: dict[str, str]) -> dict[str, Any]:
+    """A turn for a chat template: its text, and an image or a video wherever its mark stands."""
     wanted = ("user", "assistant")[at % 2]
     text = turn.get("value") if isinstance(turn, dict) else None
     if not isinstance(text, str) or not _is_unicode(text) or ROLES.get(str(turn.get("from"))) != wanted:
@@ -152,12 +189,14 @@ def _message(name: str, turn: Any, at: int) -> dict[str, Any]:
             f'data: {name}: turn {at} should be {{"from": "{("human", "gpt")[at % 2]}", "value": text}}, '
             f"got {str(turn)[:80]!r}"
         )
-    if wanted == "assistant" and (PLACEHOLDER in text or not text.strip()):
-        raise InputError(f"data: {name}: turn {at} is an answer, and answers are text without {PLACEHOLDER}")
+    if wanted == "assistant" and (any(mark in text for mark in marks) or not text.strip()):
+        raise InputError(f"data: {name}: turn {at} is an answer, and answers are text without {' or '.join(marks)}")
     content: list[dict[str, str]] = []
-    for place, part in enumerate(text.split(PLACEHOLDER)):
-        content += [{"type": "image"}] if place else []
-        content += [{"type": "text", "text": part.strip()}] if part.strip() else []
+    for part in re.split(f"({'|'.join(marks)})", text):
+        if part in marks:
+            content.append({"type": marks[part]})
+        elif part.strip():
+            content.append({"type": "text", "text": part.strip()})
     return {"role": wanted, "content": content}
 
 
@@ -171,16 +210,20 @@ def _is_unicode(text: str) -> bool:
 
 
 def _broken(folder: Path, records: list[Record]) -> dict[str, str]:
-    """The pictures that cannot be read, and why."""
-    names = list(dict.fromkeys(name for record in records for name in record.images))
+    """The pictures and videos that cannot be read, and why."""
+    names = list(dict.fromkeys(name for record in records for name in record.files))
+    videos = {name for record in records for name in record.videos}
     with ThreadPoolExecutor(READERS) as readers:
-        reasons = list(readers.map(partial(_trouble, folder), names))
+        reasons = list(readers.map(lambda name: _trouble(folder, name, video=name in videos), names))
     return {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
 
 
-def _trouble(folder: Path, name: str) -> str:
+def _trouble(folder: Path, name: str, *, video: bool) -> str:
     try:
-        open_picture(folder / name, "it")
-    except PictureError as error:
+        if video:
+            open_video(folder / name, 1, name="it")
+        else:
+            open_picture(folder / name, "it")
+    except (PictureError, VideoError) as error:
         return "not there" if isinstance(error.__cause__, FileNotFoundError) else str(error)
     return ""

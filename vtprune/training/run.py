@@ -17,14 +17,15 @@ from vtprune.errors import InputError, UntrainedWarning
 from vtprune.files import held, refuse_foreign
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
-from vtprune.loading.prompts import check_text
+from vtprune.loading.prompts import check_text, check_videos
+from vtprune.loading.videos import FRAMES
 from vtprune.method.config import CONFIG_NAME, WEIGHTS_NAME
 from vtprune.method.registry import read_options
 from vtprune.method.resolving import resolve
 from vtprune.method.texts import parse_entry, parse_options
 from vtprune.provenance import model_fingerprint
 from vtprune.training.config import TrainConfig
-from vtprune.training.data import TrainingData, hold_out, texts_of
+from vtprune.training.data import TrainingData, hold_out, shows_videos, texts_of
 from vtprune.training.llava import LlavaData
 from vtprune.training.loop import Run
 from vtprune.training.output import (
@@ -54,7 +55,7 @@ class Source:
     """What `vtprune train` is to train, and on what.
 
     method: what vtprune/method/texts.py reads, as pmod:scale=0.3 or a folder with vtprune_config.json; options:
-    "name=value"; data: LLaVA-format JSON or JSON lines, None for drawn shapes.
+    "name=value"; data: LLaVA-format JSON or JSON lines, None for drawn shapes; frames: of each video (None: 16).
     """
 
     method: str
@@ -65,6 +66,7 @@ class Source:
     images: Path | None = None
     skip_missing: bool = False
     questions: int | None = None
+    frames: int | None = None
 
 
 def train(
@@ -111,6 +113,8 @@ def _train(
 ) -> Progress:
     """The run itself, once the folder is held."""
     old = read_log(config.output)
+    if shows_videos(data):
+        check_videos(processor, "data")
     for name, text in texts_of(data):
         check_text(processor, text, f"data: {name}")
     base_dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
@@ -196,11 +200,17 @@ def _data(
     if source.data is not None:
         if source.questions is not None:
             raise InputError("questions: --questions is for drawn pictures; --data brings its own")
-        found = LlavaData(source.data, source.images, skip_missing=source.skip_missing, tell=tell)
+        found = LlavaData(
+            source.data,
+            source.images,
+            skip_missing=source.skip_missing,
+            frames=FRAMES if source.frames is None else source.frames,
+            tell=tell,
+        )
         held_out = config.eval_limit * config.batch_size
         return hold_out(found, held_out, config.seed) if held_out else (found, None)
-    if source.images is not None or source.skip_missing:
-        raise InputError("images: --images and --skip-missing go with --data")
+    if source.images is not None or source.skip_missing or source.frames is not None:
+        raise InputError("images: --images, --skip-missing and --frames go with --data")
     if source.model is not None and not is_local(source.model):
         raise InputError("data: drawn shapes are for the bundled model; give --data and --images")
     questions = QUESTIONS if source.questions is None else source.questions

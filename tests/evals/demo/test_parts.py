@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +15,17 @@ from typer.testing import CliRunner
 
 import vtprune
 from tests.checkpoint import random_qwen_checkpoint
+from tests.clips import write_clip
 from vtprune.assets import ASSETS, EXAMPLE_IMAGE
 from vtprune.cli.app import app
-from vtprune.errors import InputError, VTPruneError
+from vtprune.errors import InputError, PictureError, VTPruneError
 from vtprune.evals.demo import link
 from vtprune.evals.demo.asking import ROWS, Finished, ask, check_question, cost_table, encoded, stream
 from vtprune.evals.demo.curve import KEEPS, curve
 from vtprune.evals.demo.fates import fates, sentence
 from vtprune.evals.demo.models import Loaded, Models, load_models
 from vtprune.evals.demo.options import AUTOMATIC, Kind, as_trained, changed, choosable, chosen, options_of
+from vtprune.evals.demo.requests import picture_of
 from vtprune.evals.demo.snippet import snippet
 from vtprune.evals.settings import Setting
 from vtprune.loading.pictures import read_image
@@ -49,7 +52,8 @@ def finished(models: Models, *settings: Setting) -> list[Finished]:
 @every_method
 def test_each_field_of_a_method_is_a_control_with_a_line_of_help(loaded: Loaded, method: str) -> None:
     found = {option.name: option for option in options_of(method, loaded.facts)}
-    fields = {field.name for field in dataclasses.fields(pruner_class(method))} - {"keep", "model", "clip"}
+    elsewhere = {"keep", "keep_video", "_for_videos", "model", "clip"}
+    fields = {field.name for field in dataclasses.fields(pruner_class(method))} - elsewhere
     assert set(found) == fields
     for option in found.values():
         assert 10 < len(option.help) <= 160, option
@@ -103,6 +107,20 @@ def test_numbers_are_typed_and_what_is_none_is_told_when_it_is_asked_with(loaded
 def test_what_no_slider_reaches_is_refused(loaded: Loaded, text: str) -> None:
     with pytest.raises(InputError, match=r"is chosen from .* to .* here"):
         chosen(loaded, "vflowopt", 50, text)
+
+
+def test_methods_of_videos_alone_are_not_offered() -> None:
+    assert not {"evs", "dycoke", "frame_pool", "frame_skip"} & set(choosable())
+    assert "flowcut" in choosable()
+
+
+def test_a_video_is_told_where_it_is_taken(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4")
+    with pytest.raises(InputError, match=r"^image: this page takes pictures; ask about a video .*`vtprune ask"):
+        picture_of(str(path))
+    # Whatever its name says, a video is no picture.
+    with pytest.raises(PictureError, match=r"cannot read the picture: .*its format is not known"):
+        picture_of(str(path.rename(tmp_path / "clip.png")))
 
 
 def test_half_a_character_is_no_question(loaded: Loaded) -> None:
