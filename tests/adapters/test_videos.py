@@ -105,6 +105,8 @@ def test_a_video_has_one_budget_which_its_frames_share(kind: str) -> None:
     with torch.no_grad(), vtprune.wrapped(model, "fopru", keep=0.5, keep_video=0.1):
         model(**inputs)
         assert [len(one.kept) for one in images_of(model)] == [10, 6, 2]
+        (stage,) = vtprune.report(model).stages
+        assert (stage.asked_keep, stage.asked_keep_video) == (0.5, 0.1)
 
 
 @pytest.mark.parametrize("method", ["fastv", "pyramid_drop", "vflowopt", "mustdrop", "sparsevlm", "lazyllm"])
@@ -277,6 +279,20 @@ def step_by_step(model: Any, rows: list[dict[str, Tensor]]) -> list[Tensor]:
             step = model(input_ids=torch.tensor([[token]]), **{PAST: out.past_key_values})
             own.append(step.logits[:, -1])
     return [torch.cat(own) for own in logits]
+
+
+def test_the_words_of_a_report_say_what_was_shown() -> None:
+    model = vtprune.wrap(make("qwen2-vl"), "random", keep=0.5)
+    lines = []
+    for row in (Row([2, 3], [(4, 3)], 6), FRAMES, Row([2, 3, 4], [(4, 3), (2, 3, 3)], 6)):
+        with torch.no_grad():
+            model(**prompt("qwen2-vl", [row]))
+        lines.append(str(vtprune.report(model)).splitlines()[1])
+    assert lines == [
+        "kept 6 of 12 tokens an image (50.0%), 1 image in 1 row",
+        "kept 52 of 105 tokens a video (49.5%), 1 video in 1 row",
+        "kept 7.5 of 15 tokens an image or video (50.0%), 2 images and videos in 1 row",
+    ]
 
 
 @every_family

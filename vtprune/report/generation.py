@@ -208,7 +208,9 @@ class Generation:
             left = [self._achieved_tokens(image) for image in self.images]
         mean = sum(left) / len(left) if left else 0.0
         layers = sorted({layer for image in self.images for layer in image.asked.get(index, ())})
-        return StageReport(pruner.name, acts_at(pruner, layers), self.asked[index], mean)
+        return StageReport(
+            pruner.name, acts_at(pruner, layers), self.asked[index], mean, asked_keep_video=pruner.keep_video
+        )
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
         if not kv:

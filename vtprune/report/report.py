@@ -36,13 +36,14 @@ class ImageStep:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One pruner of the list: where it acts, what it was asked to keep, and the tokens an image that it left (the
-    mean over images; where it acts more than once, the last time)."""
+    """One pruner of the list: where it acts, what it was asked to keep (of a video, where that is another), and the
+    tokens an image that it left (the mean over images; where it acts more than once, the last time)."""
 
     method: str
     stage: str
     asked_keep: int | float | None
     tokens_left: float
+    asked_keep_video: int | float | None = None
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,25 @@ class Report:
         and how many images were kept whole, if any was."""
         images = [image for sample in self.samples for image in sample.images]
         whole = sum(image.tokens for image in images) / max(1, len(images))
+        kinds = {image.kind for image in images}
+        one = "image or video" if len(kinds) > 1 else next(iter(kinds), "image")
+        several = "images and videos" if len(kinds) > 1 else f"{one}{'s' * (len(images) != 1)}"
         layers = [f"{sum(layer) / max(1, len(layer)):.4g}" for layer in self.tokens_per_layer]
         runs = [(tokens, len(list(run))) for tokens, run in itertools.groupby(layers)]
         shape = ", ".join(f"{count} x {tokens}" for tokens, count in runs)
         lines = [
             f"{self.method}: {'; then '.join(stage.stage for stage in self.stages) or 'nowhere'}",
-            f"kept {self.kept_tokens:.4g} of {whole:.4g} tokens an image ({self.achieved_keep:.1%}), {len(images)} "
-            f"image{'s' * (len(images) != 1)} in {len(self.samples)} row{'s' * (len(self.samples) != 1)}",
+            f"kept {self.kept_tokens:.4g} of {whole:.4g} tokens {'a' if one == 'video' else 'an'} {one} "
+            f"({self.achieved_keep:.1%}), {len(images)} {several} in {len(self.samples)} "
+            f"row{'s' * (len(self.samples) != 1)}",
             f"decoder layers x vision tokens a row: {shape}",
             f"FLOPs {_share(self.flops, self.flops_full)} of {self.flops_full:.3g} in the prefill",
             f"KV cache {_share(self.kv_bytes, self.kv_bytes_full)} of {self.kv_bytes_full / 2**20:.3g} MiB",
         ]
         noted = sum(bool(image.kept_whole) for image in images)
-        return "\n".join([*lines, f"kept whole: {noted} of {len(images)} images, see their notes"][: 5 + bool(noted)])
+        if noted:
+            lines.append(f"kept whole: {noted} of {len(images)} {several}, see their notes")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
