@@ -36,6 +36,8 @@ STAGED_ABLATION_KEEP = 0.5
 DEFAULT_KEEPS: tuple[int | float, ...] = (0.25, 0.11)
 ALL_KEEPS: tuple[int | float, ...] = (0.5, 0.25, 0.11, 0.05)
 UNPRUNED = "none"
+# No method: pictures with fewer pixels, so that fewer tokens come of them.
+DOWNSCALE = "downscale"
 
 
 def parse_flops(text: str) -> float:
@@ -83,7 +85,23 @@ class Setting:
         """The pruners in stage order; raises VTPruneError for an unknown method or option."""
         if self.config:
             return resolve(json.loads(self.config))
+        if self.method == DOWNSCALE:
+            return [create(UNPRUNED)]
         return [create(self.method, keep=self.keep, **dict(self.options))]
+
+    def described(self) -> Any:
+        """The pruners, or the only one, as plain JSON."""
+        if self.method == DOWNSCALE:
+            return {"method": DOWNSCALE, "keep": self.keep, **dict(self.options)}
+        found = [pruner.to_dict() for pruner in self.pruners()]
+        return found if len(found) > 1 else found[0]
+
+    @property
+    def stage(self) -> str:
+        """Where the pruners act, in words."""
+        if self.method == DOWNSCALE:
+            return "before the processor"
+        return ", ".join(pruner.info.stage for pruner in self.pruners())
 
     @property
     def method_source(self) -> str | list[Pruner]:
@@ -203,7 +221,7 @@ def takes_keep(method: str) -> bool:
 
 def _single(stage: Stage, keeps: Sequence[int | float]) -> list[Setting]:
     """A method at every keep, or at its own."""
-    options = read_options(stage.name, dict(stage.options))
+    options = read_options(UNPRUNED if stage.name == DOWNSCALE else stage.name, dict(stage.options))
     own = [options.pop("keep")] if "keep" in options else []
     if stage.name == UNPRUNED:
         if own not in ([], [None], [1.0]) or (own == [1] and type(own[0]) is int):

@@ -122,7 +122,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     model, processor = load_model(
         config.pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
     )
-    settings, left_out = check_settings(model, settings, lenient=config.lenient)
+    settings, left_out = check_settings(model, processor, settings, lenient=config.lenient)
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
     results.data.update(versions=versions(), machine=machine(model), left_out=left_out, untrained=untold)
     for text in untold.values():

@@ -17,7 +17,7 @@ from vtprune.evals.bench.scores import all_metrics, sample_scores, task_scores
 from vtprune.evals.bench.suite import Suite
 from vtprune.evals.lmms.journal import Journal
 from vtprune.evals.lmms.model import VTPrune
-from vtprune.evals.settings import UNPRUNED, Setting
+from vtprune.evals.settings import DOWNSCALE, UNPRUNED, Setting
 from vtprune.evals.speed.timing import measure_prefill
 from vtprune.loading.model import load_model
 from vtprune.method.registry import available, create
@@ -38,6 +38,9 @@ class Sweep:
     seed: int
     tell: Callable[[str], None]
 
+    def __post_init__(self) -> None:
+        self.whole = self.lm.processor
+
     def run(self, setting: Setting) -> dict[str, Any]:
         """Evaluates and times one setting, and writes its record; raises RunError."""
         journal = Journal(self.results.unfinished(setting.key()))
@@ -56,7 +59,16 @@ class Sweep:
 
     @contextmanager
     def _model_of(self, setting: Setting) -> Iterator[None]:
-        """The model that a setting's weights were trained with, in the place of the sweep's own."""
+        """The model that a setting's weights were trained with, in the place of the sweep's own; for smaller pictures
+        a processor that makes them."""
+        if setting.method == DOWNSCALE:
+            processor = self.lm.processor
+            self.lm.processor = downscaled(processor, setting)
+            try:
+                yield
+            finally:
+                self.lm.processor = processor
+            return
         if not setting.own_model:
             yield
             return
@@ -107,21 +119,33 @@ class Sweep:
         if all(cost.get("kept_whole") for cost in costs):
             raise RunError(f"no image could be cut to its budget: {costs[0]['kept_whole']}")
         self._check_questions(questions)
-        pruners = setting.pruners()
-        described = [pruner.to_dict() for pruner in pruners]
         return {
             "method": setting.method,
             "label": setting.label,
             "keep": setting.keep,
-            "stage": ", ".join(pruner.info.stage for pruner in pruners),
-            "pruner": described if len(described) > 1 else described[0],
+            "stage": setting.stage,
+            "pruner": setting.described(),
             "scores": [score.to_dict() for score in scores],
             "metrics": {task: all_metrics(raw["results"][task]) for task in raw["samples"]},
-            **summarise(costs),
+            **self._costs(setting, costs),
             "answers": answers,
             "correct": numbers,
             "kept_tokens": [round(cost["kept_tokens"], 3) for cost in costs],
         }
+
+    def _costs(self, setting: Setting, costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the answers cost; of smaller pictures beside the pictures as they were, which came first."""
+        found = summarise(costs)
+        whole = self.results.settings.get(Setting(UNPRUNED).key())
+        if setting.method != DOWNSCALE or whole is None:
+            return found
+        tokens, flops, kv = found["tokens"], found["flops"], found["kv"]
+        tokens["before"] = whole["tokens"]["before"]
+        tokens["share"] = tokens["kept"] / tokens["before"]
+        flops["unpruned"], kv["unpruned_bytes"] = whole["flops"]["unpruned"], whole["kv"]["unpruned_bytes"]
+        flops["share"], kv["share"] = flops["mean"] / flops["unpruned"], kv["mean_bytes"] / kv["unpruned_bytes"]
+        kv["end_share"] = kv["end_bytes"] / whole["kv"]["end_bytes"]
+        return found
 
     def _check_questions(self, questions: list[dict[str, Any]]) -> None:
         """Every setting answers the same questions; the first one writes them down."""
@@ -134,6 +158,8 @@ class Sweep:
     def _time(self, setting: Setting) -> dict[str, float | None]:
         """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""
         inputs = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
+        if setting.method == DOWNSCALE:
+            return self._time_smaller(inputs)
         pruners: dict[str, Any] = {"unpruned": None, "ours": setting.method_source}
         scored = setting.method not in (UNPRUNED, SCORELESS) and SCORELESS in available()
         if scored:
@@ -145,6 +171,24 @@ class Sweep:
             "ratio": times.ratio("ours", "unpruned"),
             "over_scoreless_ms": times.difference("ours", "scoreless") if scored else None,
         }
+
+    def _time_smaller(self, inputs: Sequence[Any]) -> dict[str, float | None]:
+        """The same of `inputs` with smaller pictures, each beside its prompt with the pictures as they were."""
+        smaller, self.lm.processor = self.lm.processor, self.whole
+        try:
+            whole = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
+        finally:
+            self.lm.processor = smaller
+        ours, plain = (
+            measure_prefill(self.lm.model, prompts, {"any": None}).median("any") for prompts in (inputs, whole)
+        )
+        return {"ms": ours, "unpruned_ms": plain, "ratio": ours / plain, "over_scoreless_ms": None}
+
+
+def downscaled(processor: Any, setting: Setting) -> Any:
+    """A processor that makes smaller pictures, as a setting says; raises VTPruneError where the model takes none."""
+    assert setting.keep is not None
+    return vtprune.downscale(processor, setting.keep, **dict(setting.options))
 
 
 def _question(task: str, sample: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +245,9 @@ def _told(setting: Setting) -> Any:
         raise RunError(f"{setting.label} at keep={setting.keep}: {explain(error)}") from error
 
 
-def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) -> tuple[list[Setting], dict[str, str]]:
+def check_settings(
+    model: Any, processor: Any, settings: Sequence[Setting], *, lenient: bool
+) -> tuple[list[Setting], dict[str, str]]:
     """The settings that this model takes, tried by wrapping it, and why it does not take the others.
 
     A setting that it does not take raises InputError, or is left out if `lenient`.
@@ -212,6 +258,8 @@ def check_settings(model: Any, settings: Sequence[Setting], *, lenient: bool) ->
             if setting.own_model:
                 taken.append(setting)
                 continue
+            if setting.method == DOWNSCALE:
+                downscaled(processor, setting)
             with vtprune.wrapped(model, setting.method_source):
                 taken.append(setting)
         except vtprune.UnsupportedModelError as error:

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import vtprune
-from tests.checkpoint import png, random_checkpoint, write_task
+from tests.checkpoint import png, random_checkpoint, random_qwen3_checkpoint, write_task
 from vtprune import adapters
 from vtprune.cli.app import app
 from vtprune.cli.bench import what_to_run
@@ -418,3 +418,30 @@ def test_each_method_has_a_colour_and_a_marker_of_its_own() -> None:
     coloured = [style["color"] for style in styles[3:27]]
     assert len(set(coloured)) == len(coloured)
     assert len({(style["color"], style["marker"]) for style in styles[3:]}) == len(names) - 3
+
+
+def test_pictures_with_fewer_pixels_are_a_row_beside_the_methods(tmp_path: Path) -> None:
+    folder = random_qwen3_checkpoint(experts=False)
+    words = ["bench", "--model", folder, "--methods", "downscale,random", "--keep", "25%", "--limit", "4"]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--output", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    records = read(tmp_path / "run")["settings"]
+    settings_of = Setting("none"), Setting("downscale", 0.25), Setting("random", 0.25)
+    none, smaller, random = (records[one.key()] for one in settings_of)
+    assert smaller["pruner"] == {"method": "downscale", "keep": 0.25}
+    assert smaller["tokens"]["before"] == none["tokens"]["kept"] == 9
+    assert smaller["tokens"]["kept"] == random["tokens"]["kept"] == 2
+    assert smaller["tokens"]["share"] == pytest.approx(2 / 9)
+    # A small picture is cheaper in the tower, too; the cache is that of as many tokens.
+    assert smaller["flops"]["share"] < random["flops"]["share"] < 1
+    assert smaller["flops"]["unpruned"] == random["flops"]["unpruned"] == none["flops"]["mean"]
+    assert smaller["kv"]["share"] == pytest.approx(random["kv"]["share"])
+    times = smaller["prefill"]
+    assert times["ratio"] == pytest.approx(times["ms"] / times["unpruned_ms"])
+
+
+def test_a_model_that_sees_one_size_takes_no_smaller_pictures(tmp_path: Path) -> None:
+    result = bench(tmp_path / "run", "--methods", "downscale", "--keep", "25%")
+    assert result.exit_code == 2
+    assert "downscale: CLIPImageProcessor makes pictures of one size" in " ".join(result.output.split())
+    assert not (tmp_path / "run" / "results.json").exists()

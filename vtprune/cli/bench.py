@@ -18,7 +18,8 @@ Methods = Annotated[
     typer.Option(
         help="Separated by commas; with options as fastv:keep=0.5,layers=(2,5): a comma goes on with a method's "
         "options where a name and = follow. Stages joined by + are one method (visionzip:keep=64+fastv). A folder "
-        "with vtprune_config.json is one too, at its own keep. See `vtprune list`.",
+        "with vtprune_config.json is one too, at its own keep; downscale is the same pictures with fewer pixels. See "
+        "`vtprune list`.",
         show_default="a short list; --all for every one; what the model cannot take is left out and named",
         rich_help_panel=PANEL,
     ),
