@@ -11,9 +11,8 @@ from torch import Tensor
 from vtprune.method.answers import Merge, Selection
 from vtprune.method.asking import Asking, asking, started
 from vtprune.method.registry import register
-from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
-from vtprune.pruners.parts.frames import check_every, one_frame_note, runs, whole_frames
+from vtprune.pruners.parts.frames import ByFrames, one_frame_note, runs, whole_frames
 from vtprune.tensors.attention import at_least_single
 
 
@@ -33,7 +32,7 @@ def pool_frames(values: Tensor, groups: list[range], size: int) -> Tensor:
     needs="vision tokens",
 )
 @dataclass(frozen=True)
-class FramePool(BeforeDecoder):
+class FramePool(ByFrames):
     """Averages every k consecutive frames of a video, place by place: STORM's temporal pooling (arXiv 2503.04130)
     without its mixer, and without the training that the paper does with it.
 
@@ -43,19 +42,6 @@ class FramePool(BeforeDecoder):
     decoder sees as one: on Qwen two of the video's. Images stay whole. After a method that drops frames it counts
     those that are left.
     """
-
-    every: int | None = None
-
-    videos_only = True
-    default_keep = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_every(self.name, self.every, self.keep, self.keep_video)
-
-    def input_budget(self, tokens: int) -> int | None:
-        """None: how many frames there are decides."""
-        return tokens if self.keep == 1 and isinstance(self.keep, float) else None
 
     @asking
     def select(self, stream: VisionStream) -> Asking[Selection | None]:

@@ -9,9 +9,8 @@ import torch
 from vtprune.method.answers import Selection
 from vtprune.method.asking import Asking, asking, started
 from vtprune.method.registry import register
-from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
-from vtprune.pruners.parts.frames import check_every, one_frame_note, runs, whole_frames
+from vtprune.pruners.parts.frames import ByFrames, one_frame_note, runs, whole_frames
 
 
 @register(
@@ -22,26 +21,13 @@ from vtprune.pruners.parts.frames import check_every, one_frame_note, runs, whol
     needs="nothing",
 )
 @dataclass(frozen=True)
-class FrameSkip(BeforeDecoder):
+class FrameSkip(ByFrames):
     """Keeps frames 0, s, 2s, ... of a video, whole: STORM's sampling at test time (arXiv 2503.04130), no mixer.
 
     every: s; without a `keep` the paper's 2. `keep` leaves as many frames as fit it, spread evenly, at least one
     (which is then more than asked, and said in a note). A frame is what the decoder sees as one: on Qwen two of the
     video's. Images stay whole. After a method that drops frames it counts those that are left.
     """
-
-    every: int | None = None
-
-    videos_only = True
-    default_keep = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_every(self.name, self.every, self.keep, self.keep_video)
-
-    def input_budget(self, tokens: int) -> int | None:
-        """None: how many frames there are decides."""
-        return tokens if self.keep == 1 and isinstance(self.keep, float) else None
 
     @asking
     def select(self, stream: VisionStream) -> Asking[Selection | None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vtprune.errors import VTPruneError
 from vtprune.method.asking import Asking, asking
+from vtprune.method.stages import BeforeDecoder
 from vtprune.method.views import VisionStream
 from vtprune.pruners.parts.checks import check_count
 
@@ -39,15 +41,6 @@ def alike(features: Tensor, others: Tensor) -> Tensor:
     return cosine_similarity(features.float(), others.float(), dim=-1)
 
 
-def check_every(method: str, every: object, *keeps: object) -> None:
-    """Raises VTPruneError unless `every` is None or an int of at least 1, and None beside a keep."""
-    if every is None:
-        return
-    check_count(method, "every", every)
-    if any(keep is not None for keep in keeps):
-        raise VTPruneError(f"{method}: keep and every contradict each other; give one of them")
-
-
 def runs(count: int, pieces: int) -> list[range]:
     """`count` things in so many runs that follow each other, the first ones the longer where it does not divide."""
     size, rest = divmod(count, pieces)
@@ -58,3 +51,26 @@ def runs(count: int, pieces: int) -> list[range]:
 def one_frame_note(size: int, budget: int) -> str:
     """What the report says where not even one frame fits the budget."""
     return f"one frame is the least that stays: {size} tokens, of a budget of {budget}"
+
+
+@dataclass(frozen=True)
+class ByFrames(BeforeDecoder):
+    """A method that leaves fewer frames of a video, each of them whole: one of `every` so many, or as many as fit the
+    `keep` where one is given."""
+
+    every: int | None = None
+
+    videos_only = True
+    default_keep = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every is None:
+            return
+        check_count(self.name, "every", self.every)
+        if self.keep is not None or self.keep_video is not None:
+            raise VTPruneError(f"{self.name}: keep and every contradict each other; give one of them")
+
+    def input_budget(self, tokens: int) -> int | None:
+        """None: how many frames there are decides."""
+        return tokens if self.keep == 1 and isinstance(self.keep, float) else None
