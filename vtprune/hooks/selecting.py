@@ -26,7 +26,7 @@ from vtprune.method.facts import ModelFacts
 from vtprune.method.kinds import VIDEO
 from vtprune.method.plan import Plan
 from vtprune.method.pruner import Pruner, forms
-from vtprune.method.sharing import Sharing, by_importance
+from vtprune.method.sharing import BY_SIZE, Sharing, by_importance
 from vtprune.method.stages import (
     BeforeDecoder,
     BetweenLayers,
@@ -209,6 +209,8 @@ class Selecting:
         if not self.pools:
             return [(span, selection, budget(span)) for span, selection in answers]
         asked = dict(answers)
+        if any(budget(span) is None for span in asked):
+            raise VTPruneError(f"{name} decides itself how many tokens stay, so that nothing is shared; {BY_SIZE}")
         prompts = [own for own in by_prompt(run.spans) if any(span in asked for span in own)]
         shared = [
             started(

@@ -16,6 +16,8 @@ from vtprune.method.pruner import Pruner, budget_of, check_keep
 from vtprune.method.stages import InCache, InEncoder, InLayers
 
 BY = ("size", "importance")
+# What a message says where the second one cannot be.
+BY_SIZE = "give share='size'"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def by_importance(name: str, selections: Sequence[Selection | None], budget: int
     rankings = [None if selection is None else selection.ranking for selection in selections]
     if any(ranking is None for ranking in rankings):
         raise VTPruneError(
-            f"{name} does not choose by one score a token, by which images could share a budget; give share='size'"
+            f"{name} does not choose by one score a token, by which images could share a budget; {BY_SIZE}"
         )
     scores = [ranking for ranking in rankings if ranking is not None]
     pooled = torch.cat([_with_best(ranking) for ranking in scores])
