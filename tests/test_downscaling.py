@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -75,7 +77,19 @@ def test_the_frames_of_a_video_share_its_tokens(video: Any, keep: Any, expected:
     assert tokens_of(smaller, picture(96, 128)) == [[6, 7]]
 
 
+def test_a_smaller_processor_may_be_made_smaller_still_and_goes_to_other_processes() -> None:
+    once = vtprune.downscale(Processor(), 0.5)
+    assert tokens_of(once, picture(96, 128)) == [[4, 6]]
+    twice = vtprune.downscale(once, 0.25)
+    assert tokens_of(twice, picture(96, 128)) == [[2, 3]]
+    for same in (pickle.loads(pickle.dumps(twice)), copy.deepcopy(twice)):
+        assert tokens_of(same, picture(96, 128)) == [[2, 3]]
+    assert tokens_of(vtprune.downscale(Processor(), np.int64(4)), picture(96, 128)) == [[2, 2]]
+
+
 def test_what_cannot_be_made_smaller_is_refused() -> None:
+    with pytest.raises(vtprune.VTPruneError, match="do_resize=False leaves pictures as large as they are"):
+        vtprune.downscale(Processor(), 0.5).image_processor([picture(96, 128)], do_resize=False)
     processor = Processor()
     processor.image_processor = CLIPImageProcessor()
     with pytest.raises(vtprune.VTPruneError, match="makes pictures of one size, which the positions"):

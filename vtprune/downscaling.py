@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtprune.errors import VTPruneError
-from vtprune.method.pruner import budget_of, check_keep
+from vtprune.method.pruner import budget_of, checked_keep
 from vtprune.pruners.parts.cells import cell_grid
 
 
@@ -23,9 +23,8 @@ def downscale(processor: Any, keep: int | float, *, keep_video: int | float | No
 
     Raises VTPruneError for a processor whose pictures all have one size, as the positions of its tower do (LLaVA).
     """
-    check_keep(keep)
-    check_keep(keep_video, "keep_video")
-    if keep is None:
+    wanted, of_videos = checked_keep(keep), checked_keep(keep_video, "keep_video")
+    if wanted is None:
         raise VTPruneError("downscale needs a keep: a count of tokens an image, or a fraction of them")
     smaller = copy.copy(processor)
     names = [name for name in ("image_processor", "video_processor") if hasattr(processor, name)]
@@ -36,18 +35,22 @@ def downscale(processor: Any, keep: int | float, *, keep_video: int | float | No
                 f"{type(own).__name__} makes pictures of one size, which the positions of its tower are for; "
                 "downscale takes processors of models that see any size (the Qwen-VL families)"
             )
-        share = keep_video if name == "video_processor" and keep_video is not None else keep
+        share = of_videos if name == "video_processor" and of_videos is not None else wanted
         setattr(smaller, name, _downscaled(own, share))
     if not names:
         raise VTPruneError(f"{type(processor).__name__} has no image processor, so that nothing can be made smaller")
     return smaller
 
 
+# Set on the classes that are made here.
+MADE = "_vtprune_downscaled"
+
+
 def _downscaled(own: Any, keep: int | float) -> Any:
     """A copy of an image or video processor whose resizing goes on to the budget."""
     kind = type(own)
     # The class that knows how large a picture is to be; above it is the one that resizes.
-    sizes: Any = next(base for base in kind.__mro__ if "resize" in vars(base))
+    sizes: Any = next(base for base in kind.__mro__ if "resize" in vars(base) and MADE not in vars(base))
 
     def resize(self: Any, images: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         shown = kwargs.pop("videos") if images is None and "videos" in kwargs else images
@@ -62,6 +65,15 @@ def _downscaled(own: Any, keep: int | float) -> Any:
         size = type(kwargs["size"])(height=rows * factor, width=columns * factor)
         return super(sizes, self).resize(image=shown, size=size, resample=kwargs.get("resample"))
 
+    def _preprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("do_resize", True):
+            raise VTPruneError("do_resize=False leaves pictures as large as they are; use the processor itself")
+        return kind._preprocess(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: int = 0) -> Any:
+        return _downscaled, (own, keep)
+
+    members = {"resize": resize, "_preprocess": _preprocess, "__reduce_ex__": reduce, MADE: True}
     made = copy.copy(own)
-    made.__class__ = type(kind.__name__, (kind,), {"resize": resize, "__module__": kind.__module__})
+    made.__class__ = type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})
     return made

@@ -29,8 +29,9 @@ from vtprune.hooks.weights import (
 )
 from vtprune.hooks.wrapping import Wrapping
 from vtprune.method import config
+from vtprune.method.kinds import VIDEO
 from vtprune.method.order import check_order
-from vtprune.method.pruner import Pruner
+from vtprune.method.pruner import Pruner, form_for, forms
 from vtprune.method.resolving import folder_of, resolve
 from vtprune.method.sharing import Sharing
 from vtprune.method.stages import acts, encoder_layers, revives
@@ -99,6 +100,8 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, sha
         unbound = [sharing.base(one) for one in given]
     pruners = [one.bind(replace(facts, first=index <= min(acting, default=0))) for index, one in enumerate(unbound)]
     check_order(pruners)
+    if any(len(forms(one)) > 1 for one in pruners):
+        check_order([form_for(one, VIDEO) for one in pruners])
     check_states(pruners)
     adapter.check_stages(encoder=any(encoder_layers(one) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
@@ -196,10 +199,20 @@ def save_config(source: Any, folder: str | Path) -> Path:
     Returns the file's path. Raises VTPruneError for anything else, and for a folder that cannot be written.
     """
     if isinstance(source, torch.nn.Module):
-        given = _wrapping(core_model(source), "save the config").given
+        wrapping = _wrapping(core_model(source), "save the config")
+        _tell_unsaved(wrapping)
+        given = wrapping.given
     else:
         given = resolve(source)
     return config.save_config(given[0] if len(given) == 1 else given, folder)
+
+
+def _tell_unsaved(wrapping: Wrapping) -> None:
+    """Warns of what was given to `wrap` and is in no config."""
+    sharing = wrapping.sharing
+    if sharing is not None:
+        text = f"a config holds no keep_prompt: give keep_prompt={sharing.keep!r}, share={sharing.by!r} to wrap again"
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def save(model: Any, folder: str | Path) -> Path:

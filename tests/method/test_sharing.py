@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -130,6 +132,8 @@ def test_batches_share_prompt_by_prompt() -> None:
         ("random+fastv", {"keep_prompt": 0.5}, "keep_prompt is the budget of one method"),
         ("pmod", {"keep_prompt": 0.5}, "pmod has routers in the layers that one keep routes; give keep, a budget"),
         ("d2o", {"keep_prompt": 0.5}, "d2o cuts each image's entries of a cache by themselves"),
+        ("none", {"keep_prompt": 5}, "none prunes nothing; give keep"),
+        ("frame_skip:every=2", {"keep_prompt": 5}, "keep_prompt says how many tokens stay, as a keep does"),
         ("visionzip", {"keep_prompt": 0.5}, "visionzip prunes inside the vision encoder, where it is not known"),
         ("fastv", {"keep_prompt": 1.5}, "keep_prompt takes a count of vision tokens per prompt"),
         ("fastv", {"keep_prompt": 0.5, "share": "luck"}, "share is one of 'size', 'importance', got 'luck'"),
@@ -155,6 +159,26 @@ def test_a_method_that_counts_by_itself_is_not_shared_by_importance() -> None:
         pytest.raises(vtprune.VTPruneError, match="decides itself how many tokens stay"),
     ):
         model(**prompt("qwen2.5-vl", ROWS))
+
+
+def test_weights_that_learn_do_not_share_by_importance() -> None:
+    model = vtprune.wrap(make("qwen2.5-vl"), "covipal:width=16,heads=2", keep_prompt=10, share="importance").train()
+    inputs = prompt("qwen2.5-vl", ROWS, "right")
+    with pytest.raises(vtprune.VTPruneError, match="covipal is being trained, where images do not share"):
+        model(**inputs, labels=inputs["input_ids"])
+
+
+def test_whole_numbers_of_any_kind_are_counts() -> None:
+    model = vtprune.wrap(make("qwen2.5-vl"), "random", keep_prompt=np.int64(22))
+    with torch.no_grad():
+        model(**prompt("qwen2.5-vl", ROWS))
+    assert kept(model) == [[12, 2, 8], [20]]
+
+
+def test_whoever_saves_is_told_that_a_config_holds_no_budget_of_a_prompt(tmp_path: Path) -> None:
+    model = vtprune.wrap(make("qwen2.5-vl"), "random", keep_prompt=22)
+    with pytest.warns(UserWarning, match="a config holds no keep_prompt: give keep_prompt=22, share='size'"):
+        vtprune.save(model, tmp_path)
 
 
 def test_each_image_keeps_one_token_at_the_least() -> None:

@@ -74,6 +74,8 @@ def test_dycoke_compares_the_others_of_a_window_with_the_frames_that_the_paper_n
     assert compared(9, released=False) == [None, 0, 0, 2, None, 4, 4, 6, None]
     assert compared(8, released=True) == [None, 0, 0, 2, None, 4, None, 6]
     assert compared(9, released=True) == [None, 0, 0, 2, None, 4, 4, 6, -1]
+    # Of a single frame nothing would be left.
+    assert compared(1, released=True) == [None]
 
 
 def test_dycoke_keeps_what_is_unlike_in_the_published_share_or_as_much_as_keep_asks_for() -> None:
@@ -181,6 +183,37 @@ def test_frames_may_be_pooled_and_then_skipped() -> None:
     (shown,) = vtprune.report(model).samples[0].images
     assert shown.kept_per_part == [6, 0, 0, 0, 6, 0, 0, 0]
     assert {tuple(merge.members) for merge in shown.merged if merge.into < 6} >= {(0, 6), (5, 11)}
+
+
+@pytest.mark.parametrize("method", [*TEMPORAL, "dycoke:variant=released", "evs:keep=1", "frame_pool:keep=1"])
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3)])
+def test_videos_of_few_frames_and_small_ones_are_taken(method: str, frames: int, size: tuple[int, int]) -> None:
+    model = vtprune.wrap(make("qwen2.5-vl"), method)
+    with torch.no_grad():
+        model(**prompt("qwen2.5-vl", [Row([2, 4], [(frames, *size)], 6)]))
+    (shown,) = vtprune.report(model).samples[0].images
+    assert 0 < len(shown.kept) <= shown.tokens
+    assert frames > 1 or "keep" in method or len(shown.kept) == shown.tokens or method == "evs"
+
+
+def test_a_stage_that_had_nothing_to_do_left_what_the_one_before_it_left() -> None:
+    model = vtprune.wrap(make("qwen2.5-vl"), "frame_skip+frame_pool:every=2")
+    with torch.no_grad():
+        model(**prompt("qwen2.5-vl", [Row([2, 3, 4, 2], [(4, 3), (5, 2, 4), (2, 3, 3)], 6)]))
+    first, second = vtprune.report(model).stages
+    # 12 of an image; 3 of 5 frames of 8, then 2; 1 of 2 frames of 9, with which nothing is left to do.
+    assert first.tokens_left == pytest.approx((12 + 24 + 9) / 3)
+    assert second.tokens_left == pytest.approx((12 + 16 + 9) / 3)
+
+
+def test_a_method_for_images_may_keep_more_than_one_for_videos_before_it() -> None:
+    model = vtprune.wrap(make("qwen2.5-vl"), "evs:keep=0.3+fopru:keep=0.5")
+    with torch.no_grad():
+        model(**prompt("qwen2.5-vl", [Row([2, 3, 4], [(4, 3), (5, 2, 4)], 6)]))
+    assert [len(one.kept) for one in vtprune.report(model).samples[0].images] == [6, 12]
+    with pytest.raises(VTPruneError, match="which leaves it nothing to do"):
+        vtprune.wrap(make("qwen2.5-vl"), "fopru:keep=0.5,keep_video=0.2+holov:keep=0.4,keep_video=0.3")
 
 
 @pytest.mark.parametrize("method", TEMPORAL)

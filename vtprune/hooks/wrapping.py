@@ -40,7 +40,7 @@ class Wrapping:
         modules: dict[int, nn.Module],
         sharing: Sharing | None = None,
     ) -> None:
-        self.given, self.pruners, self.modules = given, pruners, modules
+        self.given, self.pruners, self.modules, self.sharing = given, pruners, modules, sharing
         self.name = "+".join(pruner.name for pruner in pruners)
         self._handles: list[RemovableHandle] = []
         self._overridden: list[tuple[Any, str, Any, Override]] = []

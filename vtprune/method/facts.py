@@ -50,7 +50,8 @@ class Work:
     row was scored there, so that what the images share counts for this one; memory: what `remember` answered, of the
     tokens left in the end; probed: tokens of the row that the method's probe saw; decoder_pairs: queries times keys of
     the row in each decoder layer, () without a cache; images: how many of the row's images the method acts on;
-    units: the pieces of equal size (frames) that the encoder attends within.
+    units: the pieces of equal size (frames) that the encoder attends within; decoder_query_width: of the decoder's
+    queries, 0 where that is `decoder_width`.
     """
 
     patches: int
@@ -77,6 +78,12 @@ class Work:
     decoder_pairs: tuple[int, ...] = ()
     images: int = 1
     units: int = 1
+    decoder_query_width: int = 0
+
+    @property
+    def attention_width(self) -> int:
+        """Of the decoder's queries: all heads together, which need not be as wide as its hidden states."""
+        return self.decoder_query_width or self.decoder_width
 
     @property
     def encoder_pairs(self) -> int:

@@ -56,12 +56,19 @@ def _start(pruner: Pruner) -> int:
 def _check_budgets(first: Pruner, second: Pruner) -> None:
     """A later stage keeps fewer tokens than an earlier one, where both are counts or both are fractions."""
     before, after = first.keep, second.keep
+    if _spares_images(first) and not _spares_images(second):
+        # Images come to the second one whole.
+        return
     if before is None or after is None or type(before) is not type(after) or after < before:
         return
     raise VTPruneError(
         f"{second.name} is asked to keep {after!r} of the tokens that {first.name} cuts to {before!r}, which leaves "
         "it nothing to do; each stage keeps less than the one before it"
     )
+
+
+def _spares_images(pruner: Pruner) -> bool:
+    return isinstance(pruner, BeforeDecoder) and pruner.videos_only
 
 
 def _check_encoder(first: Pruner, second: Pruner) -> None:

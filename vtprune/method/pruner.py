@@ -51,10 +51,11 @@ class Counted(Enum):
         return float(counts[-1] if self is Counted.LEFT else counts[0])
 
 
-def check_keep(keep: object, name: str = "keep") -> None:
-    """Raises VTPruneError unless `keep` is None, an int of at least 1, or a float in (0, 1]; name: of the option."""
+def checked_keep(keep: Any, name: str = "keep") -> int | float | None:
+    """A keep with any whole number (numpy's, say) as an int; raises VTPruneError unless it is None, an int of at
+    least 1, or a float in (0, 1]; name: of the option."""
     if keep is None:
-        return
+        return None
     per = {"keep_video": "video", "keep_prompt": "prompt"}.get(name, "image")
     hint = f"{name} takes a count of vision tokens per {per} (an int of at least 1) or a fraction (a float in (0, 1])"
     if isinstance(keep, bool) or not isinstance(keep, Integral | float):
@@ -63,6 +64,7 @@ def check_keep(keep: object, name: str = "keep") -> None:
         raise VTPruneError(f"{hint}, got {keep!r}")
     if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
         raise VTPruneError(f"{hint}, got {keep!r}")
+    return int(keep) if isinstance(keep, Integral) else keep
 
 
 def budget_of(keep: int | float, tokens: int) -> int:
@@ -95,10 +97,7 @@ class Pruner(ABC):
 
     def __post_init__(self) -> None:
         for name in ("keep", "keep_video"):
-            value = getattr(self, name)
-            check_keep(value, name)
-            if isinstance(value, Integral):
-                object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, checked_keep(getattr(self, name), name))
         variant = getattr(self, "variant", None)
         if variant is not None and variant not in self.info.variants:
             choices = ", ".join(map(repr, self.info.variants))

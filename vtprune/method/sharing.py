@@ -12,8 +12,8 @@ from torch import Tensor
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.asking import Asking, asking
-from vtprune.method.pruner import Pruner, budget_of, check_keep
-from vtprune.method.stages import InCache, InEncoder, InLayers
+from vtprune.method.pruner import Pruner, budget_of, checked_keep
+from vtprune.method.stages import InCache, InEncoder, InLayers, acts
 
 BY = ("size", "importance")
 # What a message says where the second one cannot be.
@@ -33,7 +33,7 @@ class Sharing:
     by: str = "size"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep, "keep_prompt")
+        object.__setattr__(self, "keep", checked_keep(self.keep, "keep_prompt"))
         if self.by not in BY:
             raise VTPruneError(f"share is one of {', '.join(map(repr, BY))}, got {self.by!r}")
 
@@ -55,8 +55,17 @@ class Sharing:
             reason = "has routers in the layers that one keep routes"
         elif isinstance(pruner, InCache):
             reason = "cuts each image's entries of a cache by themselves"
+        elif not acts(pruner):
+            reason = "prunes nothing"
         if reason is not None:
             raise VTPruneError(f"{pruner.name} {reason}; give keep, a budget an image")
+        try:
+            self.base(pruner)
+        except VTPruneError as error:
+            raise VTPruneError(
+                f"{pruner.name}: keep_prompt says how many tokens stay, as a keep does, and the other options do not "
+                f"go with one ({error})"
+            ) from error
 
     def base(self, pruner: Pruner) -> Pruner:
         """The method with a count to keep, which says where it acts; each prompt's images have counts of their own."""
@@ -86,6 +95,8 @@ def by_importance(name: str, selections: Sequence[Selection | None], budget: int
     """The choices of one prompt's images, made together: the `budget` tokens with the highest scores of them all, the
     best of each image among them; ties go to the first image. Raises VTPruneError, in the name of the method, for a
     choice that is not one by scores."""
+    if any(selection is not None and selection.learns for selection in selections):
+        raise VTPruneError(f"{name} is being trained, where images do not share a budget by importance; {BY_SIZE}")
     rankings = [None if selection is None else selection.ranking for selection in selections]
     if any(ranking is None for ranking in rankings):
         raise VTPruneError(

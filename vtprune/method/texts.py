@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import InputError
-from vtprune.method.pruner import Pruner, check_keep
+from vtprune.method.pruner import Pruner, checked_keep
 from vtprune.method.registry import available
 
 OPENING, CLOSING, QUOTES = "([", ")]", "'\""
@@ -147,7 +147,7 @@ def parse_keep(text: str) -> int | float:
             keep = float(text[:-1]) / 100
         else:
             keep = int(text) if text.lstrip("+-").isdecimal() else float(text)
-        check_keep(keep)
+        checked_keep(keep)
     except ValueError as error:
         raise InputError(
             f"keep: cannot take {text!r}; give a count of vision tokens per image (64), a fraction in (0, 1] "

@@ -297,7 +297,7 @@ class D2O(InCache):
         if not work.decoder_pairs:
             return 0
         watched = {*self.evict_layers(), *self.density_layers()}
-        return 2 * work.decoder_width * sum(work.decoder_pairs[layer] for layer in watched) // work.images
+        return 2 * work.attention_width * sum(work.decoder_pairs[layer] for layer in watched) // work.images
 
 
 class _Cut:

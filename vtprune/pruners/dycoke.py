@@ -38,7 +38,7 @@ def compared(frames: int, *, released: bool) -> list[int | None]:
         for frame in range(2, frames, WINDOW):
             if frame - 2 >= frames - WINDOW:
                 found[frame] = None
-        if frames % 2:
+        if frames % 2 and frames > 1:
             found[-1] = -1
     return found
 

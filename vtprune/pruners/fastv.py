@@ -63,4 +63,4 @@ class FastV(Staged):
 
     def flops(self, work: Work) -> int:
         """One row of attention a layer."""
-        return sum(2 * tokens * work.decoder_width for tokens in work.decoder_tokens)
+        return sum(2 * tokens * work.attention_width for tokens in work.decoder_tokens)

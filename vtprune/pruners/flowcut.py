@@ -197,4 +197,4 @@ class FlowCut(InEncoder, BetweenLayers):
         """A row of attention a layer and, with CLS and in the decoder, a row of value products."""
         rows = 2 if work.has_cls else 1
         encoder = sum(work.encoder_patches[i] for i in work.encoder_layers) * rows * 2 * work.encoder_width
-        return encoder + len(work.decoder_layers) * work.kept * 2 * 2 * work.decoder_width
+        return encoder + len(work.decoder_layers) * work.kept * 2 * 2 * work.attention_width

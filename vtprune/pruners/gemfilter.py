@@ -129,4 +129,4 @@ class GemFilter(BeforeDecoder):
 
     def flops(self, work: Work) -> int:
         """One row of logits; what the probe itself computes is counted with its layers."""
-        return 2 * work.probed * work.decoder_width
+        return 2 * work.probed * work.attention_width

@@ -70,4 +70,4 @@ class LazyLLM(Stepped):
 
     def flops(self, work: Work) -> int:
         """One row of attention a layer, in the prefill."""
-        return len(work.decoder_layers) * 2 * work.prompt * work.decoder_width
+        return len(work.decoder_layers) * 2 * work.prompt * work.attention_width

@@ -58,8 +58,8 @@ class PyramidDrop(Stepped):
 
     def flops(self, work: Work) -> int:
         """The last token's query and all keys once for a row's images, and one row of attention for each, a stage."""
-        width, total = work.decoder_width, 0
+        width, asked, total = work.decoder_width, work.attention_width, 0
         for tokens, first in zip(work.decoder_tokens, work.first_asked, strict=True):
-            total += 2 * tokens * width
-            total += 2 * width * (width + tokens * work.decoder_kv_width) if first else 0
+            total += 2 * tokens * asked
+            total += 2 * width * (asked + tokens * work.decoder_kv_width) if first else 0
         return total

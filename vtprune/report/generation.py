@@ -203,7 +203,7 @@ class Generation:
 
     def _stage(self, index: int) -> StageReport:
         pruner = self.pruners[index]
-        left: list[float] = [image.left.get(index, int(image.encoded.alive.numel())) for image in self.images]
+        left: list[float] = [image.left_by(index) for image in self.images]
         if evict_layers(pruner):
             left = [self._achieved_tokens(image) for image in self.images]
         mean = sum(left) / len(left) if left else 0.0
@@ -385,6 +385,7 @@ class Generation:
                 encoder_width=blocks.width,
                 encoder_heads=blocks.heads,
                 decoder_width=decoder.width,
+                decoder_query_width=decoder.query_width,
                 decoder_heads=decoder.heads,
                 prompt=words + sum(one.total for one in self.images if one.key == key),
                 text=words,

@@ -141,6 +141,11 @@ class ImageTrail:
         """Tokens that decoder layer `layer` holds in its cache once the prefill is over."""
         return self.layers[-1] if layer in self.cut else self.kept_at(layer)
 
+    def left_by(self, order: int) -> int:
+        """The tokens that the pruner at this place of the list left, or found where it had nothing to do."""
+        acted = [place for place in self.left if place <= order]
+        return self.left[max(acted)] if acted else int(self.encoded.alive.numel())
+
     def kept_per_part(self) -> list[int]:
         """How many tokens of each of its parts (frames) enter the decoder."""
         ends = list(itertools.accumulate(part.tokens for part in self.encoded.parts))

@@ -177,4 +177,4 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         cosines = 2 * work.tokens * work.encoder_width if self.merge else 0
         key = 2 * patches * (1 if work.has_cls else patches // work.units) * work.encoder_width
         columns = work.prompt - work.tokens + work.kept
-        return cosines + key + len(work.decoder_layers) * 2 * max(1, work.text_after) * columns * work.decoder_width
+        return cosines + key + len(work.decoder_layers) * 2 * max(1, work.text_after) * columns * work.attention_width

@@ -221,9 +221,9 @@ class SparseVLM(Staged):
         raters, width = max(1, len(work.memory.get("raters", ()))), work.decoder_width
         total = 2 * work.tokens * work.text_after * width
         for row, image in zip(work.decoder_tokens, work.image_tokens, strict=True):
-            total += 2 * raters * row * width
+            total += 2 * raters * row * work.attention_width
             if self.version == 2:
-                total += 2 * raters * image * width // work.decoder_heads
+                total += 2 * raters * image * work.attention_width // work.decoder_heads
             if self.recycles:
                 total += 2 * pool_size(image) * (pool_size(image) + cluster_count(image)) * width
         return total
