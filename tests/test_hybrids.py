@@ -52,8 +52,10 @@ every_pruner = pytest.mark.parametrize("pruner", DROPS[-1:] + SUPPORTED, ids=lab
 every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
+# Of the list of all models `tests/test_support.py` shows the same; here are settings of these decoders' own, too.
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("pruner", DROPS + SUPPORTED, ids=label)
+@pytest.mark.parametrize("pruner", DROPS + SUPPORTED[:-3], ids=label)
 @every_attention
 @every_model
 def test_dropping_equals_deleting_in_prefill_and_decode(kind: str, attention: str, pruner: Pruner, batch: str) -> None:
@@ -63,6 +65,12 @@ def test_dropping_equals_deleting_in_prefill_and_decode(kind: str, attention: st
     features = image_features(model, inputs)
     expected = run_deleted(kind, vtprune.unwrap(model), inputs, report, features)
     assert compare(logits, expected, inputs) < TOLERANCE
+
+
+@pytest.mark.parametrize("pruner", SUPPORTED[-3:], ids=label)
+@every_model
+def test_layers_that_are_given_drop_exactly(kind: str, pruner: Pruner) -> None:
+    test_dropping_equals_deleting_in_prefill_and_decode(kind, "sdpa", pruner, "ragged")
 
 
 @every_model
