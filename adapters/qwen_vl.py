@@ -225,17 +225,19 @@ class Qwen2VLAdapter(Adapter):
         """Keeps the row's M-RoPE delta (next position minus text length) with the cache."""
         from vtprune.cache.books import books
 
-        positions = prompt.positions
+        positions, real = prompt.positions, prompt.real()
+        place = torch.arange(prompt.length, device=prompt.device).expand_as(real)
         if positions is None:
-            # Without position ids the model numbers all places, padding included.
-            positions = torch.arange(prompt.offset, prompt.offset + prompt.length, device=prompt.device)[None, None]
+            # Without position ids the model numbers all places, padding included, and so what follows.
+            before = prompt.real_so_far().long().cumsum(dim=1)[:, -prompt.length :]
+            books(layers).extend(ROPE_DELTA, prompt.offset + place + 1 - before, prompt.offset)
+            return
         planes = positions if positions.ndim == 3 else positions[None]
         spatial = planes[-3:].amax(dim=0).expand(prompt.batch, -1).cummax(dim=1).values
         mask = prompt.mask
         text = _text_positions(mask, prompt.batch, past=prompt.offset, length=prompt.length, device=prompt.device)
         # Padding after a row's last token repeats what holds there.
-        place = torch.arange(prompt.length, device=prompt.device).expand_as(text)
-        held = place.masked_fill(~prompt.real(), 0).cummax(dim=1).values
+        held = place.masked_fill(~real, 0).cummax(dim=1).values
         books(layers).extend(ROPE_DELTA, (spatial - text).gather(1, held), prompt.offset)
 
 

@@ -42,6 +42,8 @@ from vtprune.files import check_new_file, write_json
 from vtprune.method.texts import split_entries
 
 SIDE, TEXT, VOCABULARY, IMAGE = 24, 64, 128, 120
+# A video's placeholder, its frames, and the tokens a side of each.
+VIDEO, FRAMES, FRAME_SIDE = IMAGE + 3, 16, 6
 KEEP = 0.25
 # Lines of code that a detailed table shows for their launches.
 PLACES = 12
@@ -172,7 +174,7 @@ def qwen(layers: tuple[int, int] = (32, 28)) -> Any:
             "fullatt_block_indexes": list(range(layers[0] - 1, 0, -8)),
         },
         text_config={**_decoder(layers[1]), "rope_parameters": rope},
-        image_token_id=IMAGE, vision_start_token_id=IMAGE + 1, vision_end_token_id=IMAGE + 2, video_token_id=IMAGE + 3,
+        image_token_id=IMAGE, vision_start_token_id=IMAGE + 1, vision_end_token_id=IMAGE + 2, video_token_id=VIDEO,
     )  # fmt: skip
     return _made(Qwen2_5_VLForConditionalGeneration, config)
 
@@ -187,7 +189,7 @@ def qwen3(layers: tuple[int, int] = (24, 28)) -> Any:
             "deepstack_visual_indexes": [layers[0] * part // 4 - 1 for part in (1, 2, 3)],
         },
         text_config={**_decoder(layers[1]), "head_dim": 8, "rope_parameters": rope},
-        image_token_id=IMAGE, vision_start_token_id=IMAGE + 1, vision_end_token_id=IMAGE + 2, video_token_id=IMAGE + 3,
+        image_token_id=IMAGE, vision_start_token_id=IMAGE + 1, vision_end_token_id=IMAGE + 2, video_token_id=VIDEO,
     )  # fmt: skip
     return _made(Qwen3VLForConditionalGeneration, config)
 
@@ -204,21 +206,23 @@ def _made(kind: Any, config: Any) -> Any:
     return kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
 
 
-def inputs_of(model: Any, batch: int) -> dict[str, Tensor]:
-    """`batch` rows of one image each; of several rows each has one token of text less than the one before it."""
+def inputs_of(model: Any, batch: int, *, video: bool = False) -> dict[str, Tensor]:
+    """`batch` rows of one image each, or of one video with as many tokens; of several rows each has one token of text
+    less than the one before it."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, IMAGE, (batch, TEXT), generator=generator)
     mask = (torch.arange(TEXT) >= torch.arange(batch)[:, None]).long()
-    picture = torch.full((batch, SIDE * SIDE), IMAGE)
+    picture = torch.full((batch, SIDE * SIDE), VIDEO if video else IMAGE)
     middle = TEXT // 2
     ids = torch.cat([ids[:, :middle].masked_fill(mask[:, :middle] == 0, 0), picture, ids[:, middle:]], dim=1)
     mask = torch.cat([mask[:, :middle], torch.ones_like(picture), mask[:, middle:]], dim=1)
     found = {"input_ids": ids, "attention_mask": mask}
     if hasattr(model.config, "vision_start_token_id"):
-        patches = 4 * SIDE * SIDE * batch
-        found["pixel_values"] = torch.randn(patches, 3 * 2 * 14 * 14, generator=generator)
-        found["image_grid_thw"] = torch.tensor([[1, 2 * SIDE, 2 * SIDE]] * batch)
-        found["mm_token_type_ids"] = (ids == IMAGE).long()
+        pixels = torch.randn(4 * SIDE * SIDE * batch, 3 * 2 * 14 * 14, generator=generator)
+        frames, side = (FRAMES, FRAME_SIDE) if video else (1, SIDE)
+        found["pixel_values_videos" if video else "pixel_values"] = pixels
+        found["video_grid_thw" if video else "image_grid_thw"] = torch.tensor([[frames, 2 * side, 2 * side]] * batch)
+        found["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO)
     else:
         found["pixel_values"] = torch.randn(batch, 3, 14 * SIDE, 14 * SIDE, generator=generator)
     return found
@@ -248,7 +252,7 @@ def count(model: Any, inputs: dict[str, Tensor]) -> Steps:
     for _ in range(2):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         token = {"input_ids": torch.full_like(mask[:, :1], 5), "attention_mask": mask}
-        if "image_grid_thw" in inputs:
+        if "mm_token_type_ids" in inputs:
             # Which positions these are does not change how many operations turn keys by them.
             token["position_ids"] = mask.sum(dim=1, keepdim=True).expand(3, -1, -1)
         given = with_cache(model.forward, token, cache_in(out))
@@ -258,7 +262,7 @@ def count(model: Any, inputs: dict[str, Tensor]) -> Steps:
     return Steps(prefill, *steps)
 
 
-MODELS: dict[str, Callable[[], Any]] = {"llava": llava, "qwen": qwen, "qwen3": qwen3}
+MODELS: dict[str, Callable[[], Any]] = {"llava": llava, "qwen": qwen, "qwen3": qwen3, "video": qwen}
 
 
 @torch.inference_mode()
@@ -271,7 +275,7 @@ def count_all(kind: str, batch: int, methods: list[str]) -> dict[str, Steps]:
     """The counts of the unpruned model, under "", and of each method, at 25% where it has no setting of its own that
     is for other depths."""
     model = MODELS[kind]()
-    inputs = inputs_of(model, batch)
+    inputs = inputs_of(model, batch, video=kind == "video")
     _warm_up(model, inputs)
     found = {"": count(model, inputs)}
     with vtprune.wrapped(model, "none"):
@@ -318,7 +322,7 @@ def places(method: str, counts: Counts) -> Table:
 
 def main(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; all that ship by default.")] = "",
-    model: Annotated[str, typer.Option(help="llava, qwen (Qwen2.5-VL) or qwen3.")] = "llava",
+    model: Annotated[str, typer.Option(help="llava, qwen (Qwen2.5-VL), qwen3, or video (the second one).")] = "llava",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     detail: Annotated[bool, typer.Option("--detail", help="Also where in the code they are.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the counts.")] = None,
@@ -329,7 +333,8 @@ def main(
             check_new_file(output)
         if model not in MODELS:
             raise vtprune.VTPruneError(f"model is one of {', '.join(MODELS)}, got {model!r}")
-        chosen = split_entries(methods) or [name for name in vtprune.available() if not for_videos_alone(name)]
+        shipped = [name for name in vtprune.available() if model == "video" or not for_videos_alone(name)]
+        chosen = split_entries(methods) or shipped
         counts = count_all(model, batch, chosen)
         console = Console(width=140)
         console.print(table(model, batch, counts))

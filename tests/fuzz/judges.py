@@ -97,9 +97,7 @@ def alone(case: Case, row: int, batch: tuple[Prompt, Run], single: tuple[Prompt,
         yield f"row {row} keeps other tokens alone than in its batch"
         return
     far = difference(run.logits[row][prompt.real[row]][None], lonely.logits, own.words)
-    # Where no row has an image, Qwen numbers padding, too: its rotary angles, which are fp32, are then others alone.
-    shifted = case.shape.is_qwen and not any(prompt.images)
-    if far > (ROUNDED if shifted else tolerance(case, run.prefill)):
+    if far > tolerance(case, run.prefill):
         yield f"row {row} alone is {far:.1e} from itself in its batch"
 
 

@@ -25,10 +25,8 @@ def positions_of(shape: Architecture, model: Any, prompt: Prompt) -> Tensor:
     ids = prompt.inputs["input_ids"]
     sizes = {name: prompt.inputs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
     if sizes["image_grid_thw"] is None and sizes["video_grid_thw"] is None:
-        # Where no row has an image, the model numbers all places, padding included; steps follow the last token.
-        places = torch.arange(prompt.length).expand(len(ids), -1)
-        last = places.masked_fill(~prompt.real[:, : prompt.length], 0).amax(dim=1, keepdim=True)
-        return torch.cat([places, last + 1 + torch.arange(STEPS)], dim=1).expand(3, -1, -1)
+        # Where no row has an image, the model numbers all places, padding included.
+        return torch.arange(prompt.length + STEPS).expand(3, len(ids), -1)
     places, deltas = model.model.get_rope_index(
         ids,
         mm_token_type_ids=prompt.inputs["mm_token_type_ids"],

@@ -66,8 +66,12 @@ def _complaints(case: Case, outcome: Outcome) -> Iterator[str]:
     yield from judges.counted(case, prompt, ours)
     if len(case.layout.rows) > 1 and not any(map(judges.shares_counts, case.pruners)):
         for row in range(len(case.layout.rows)):
-            single = build(shape, case.layout, only=row)
-            yield from judges.alone(case, row, (prompt, ours), (single, run(shape, model, single, wrapped=True)))
+            single, places = build(shape, case.layout, only=row), None
+            if shape.is_qwen and not any(prompt.images):
+                # Where no row has an image, Qwen numbers padding, too; alone a row has none, but the same places.
+                places = positions_of(shape, plain, prompt)[:, row : row + 1, prompt.real[row]]
+            lonely = run(shape, model, single, wrapped=True, positions=places)
+            yield from judges.alone(case, row, (prompt, ours), (single, lonely))
     outcome.far, outcome.allowed = judges.masked(case, prompt, ours, features, gates)
     if outcome.far > outcome.allowed:
         yield f"{outcome.far:.1e} from the model under masks, at most {outcome.allowed:.0e} is allowed"

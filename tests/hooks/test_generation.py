@@ -44,6 +44,24 @@ def test_decoding_from_the_cache_equals_recomputing_the_prompt(kind: str, option
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("kind", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+@torch.no_grad()
+def test_text_alone_is_numbered_as_the_unpruned_model_numbers_it(kind: str, padding: str) -> None:
+    inputs = prompt(kind, [Row([9], [], 4), Row([5], [], 5)], padding)
+    found = []
+    for wrap in (False, True):
+        model = vtprune.wrap(make(kind), "random", keep=4) if wrap else make(kind)
+        out, mask, logits = model(**inputs, use_cache=True), inputs["attention_mask"], []
+        for token in (11, 12):
+            mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+            step = {"input_ids": torch.full((2, 1), token), "attention_mask": mask, PAST: out.past_key_values}
+            out = model(**step)
+            logits.append(out.logits)
+        found.append(torch.cat(logits))
+    assert float((found[0] - found[1]).abs().max()) < TOLERANCE
+
+
 @every_model
 def test_the_report_has_the_rows_of_the_expanded_batch(kind: str) -> None:
     inputs = prompt(kind, ROWS[kind])
