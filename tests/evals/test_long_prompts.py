@@ -25,8 +25,8 @@ def test_a_video_and_many_images_are_read_pruned_and_counted() -> None:
         )
     )
     assert [(run.method, run.kept) for run in video] == [("none", 36), ("evs", 9), ("fastv", 18)]
-    # Images stay whole under what compares frames. FastV: one of four layers has all 16 tokens of an image, the others 5,
-    # as 6 would make the mean more than 8.
+    # Images stay whole under what compares frames. FastV: one of four layers has all 16 tokens of an image, the others
+    # have 5, as 6 would make the mean more than 8.
     assert [run.kept for run in images] == [48, 48, round(3 * (16 + 3 * 5) / 4)]
     assert {run.tokens for run in video} | {run.tokens for run in images} == {36, 48}
     assert images[1].promised == 1.0 < video[1].promised
