@@ -10,6 +10,7 @@ from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
+from vtprune.adapters.llava_anyres import LlavaNextAdapter, LlavaNextVideoAdapter, LlavaOnevisionAdapter
 from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen3VLMoeAdapter, Qwen25VLAdapter
 from vtprune.adapters.qwen_vl_hybrid import Qwen35Adapter, Qwen35MoeAdapter
 from vtprune.cost.sizes import ModelCost
@@ -17,6 +18,9 @@ from vtprune.errors import UnsupportedModelError
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaNextVideoAdapter,
+    LlavaOnevisionAdapter,
     Qwen2VLAdapter,
     Qwen25VLAdapter,
     Qwen3VLAdapter,

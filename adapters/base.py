@@ -150,14 +150,19 @@ class Adapter(ABC):
     def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
         """The pixels of each unit of the encoder's pass, that of `encoding`."""
 
-    def assemble(self, images: list[EncodedImage], arguments: dict[str, Any]) -> list[EncodedImage]:
-        """The images or videos of one encoder pass, one for each feature tensor of the model, with what else is known
-        of them (which placeholders are no vision tokens): as they are, unless a family says more."""
-        return images
-
     @abstractmethod
-    def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def picture(self, image: EncodedImage) -> Tensor:
         """(t, 3, H, W) the pixels of one image, or of each frame of a video, as the encoder got them, in [0, 1]."""
+
+    def laid_out(self, image: EncodedImage) -> Tensor:
+        """The pixels of an image or a video whose tokens form one grid, laid out by it: as the encoder got them,
+        unless a family makes tokens otherwise."""
+        assert image.pixels is not None
+        return image.pixels
+
+    def part_pixels(self, image: EncodedImage, part: int) -> Tensor:
+        """(3, H, W) the pixels of one of the rectangles that an image's tokens form, where a family has several."""
+        return self.laid_out(image)
 
     @property
     def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vtprune.adapters.base import Adapter, Projections, Source, uses_flash
 from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
 from vtprune.cost.sizes import FixedVisionCost, ModelCost
-from vtprune.encoder.encoding import Encoding
+from vtprune.encoder.encoding import EncodedImage, Encoding
 from vtprune.encoder.padded import PaddedEncoding
 from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.method.facts import ModelFacts
@@ -117,6 +117,13 @@ class LlavaAdapter(Adapter):
         return layer.layer_norm2, layer.mlp
 
     def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
+        self._check_layers(arguments)
+        pixel_values, patch = arguments[source.pixels], self.model.config.vision_config.patch_size
+        height, width = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        return self._encoding([(1, height, width)] * pixel_values.shape[0], device=pixel_values.device)
+
+    def _check_layers(self, arguments: dict[str, Any]) -> None:
+        """Raises VTPruneError where a call asks for features of other layers than the config does."""
         config = self.model.config
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given = arguments.get(name)
@@ -125,26 +132,28 @@ class LlavaAdapter(Adapter):
                     f"{name}={given!r} differs from the model's config ({getattr(config, name)!r}); set it on the "
                     "config before wrapping"
                 )
-        pixel_values = arguments[source.pixels]
-        patch = config.vision_config.patch_size
-        height, width = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
-        count = pixel_values.shape[0]
+
+    def _encoding(self, grids: list[tuple[int, int, int]], **given: Any) -> Encoding:
+        """The state of a pass of images, crops or frames of these grids; given: what `Encoding` takes beside what
+        follows from the config."""
+        config = self.model.config
         return PaddedEncoding(
-            [(1, height, width)] * count,
+            grids,
             group=1,
             prefix=self._prefix,
             heads=config.vision_config.num_attention_heads,
             depth=self.depth,
             last=config.vision_config.num_hidden_layers - 1,
-            device=pixel_values.device,
             flash=uses_flash(config.vision_config),
+            **given,
         )
 
     def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
         return list(arguments[source.pixels])
 
-    def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        return self.real_colours(pixels[None])
+    def picture(self, image: EncodedImage) -> Tensor:
+        assert image.pixels is not None
+        return self.real_colours(image.pixels[None])
 
     @property
     def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -21,7 +21,7 @@ from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
 from vtprune.cache.names import ROPE_DELTA
 from vtprune.cost.sizes import ModelCost, PackedVisionCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
-from vtprune.encoder.encoding import Encoding
+from vtprune.encoder.encoding import EncodedImage, Encoding
 from vtprune.encoder.packed import SIZE_BIAS, PackedEncoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.facts import ModelFacts
@@ -126,15 +126,16 @@ class Qwen2VLAdapter(Adapter):
     def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
         return list(arguments[source.pixels].split([total * encoding.group for total in encoding.totals]))
 
-    def picture(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def picture(self, image: EncodedImage) -> Tensor:
+        assert image.pixels is not None
         vision, merge = self.model.config.vision_config, self._merge
-        frames, height, width = grid
+        frames, height, width = image.grid
         # A patch is several frames of a video deep in time; an image is repeated to fill it. The first is the picture.
         pattern = "(t h w gh gw) (c time ph pw) -> time t c (h gh ph) (w gw pw)"
         sizes = {"t": frames, "h": height, "w": width, "gh": merge, "gw": merge}
         size = vision.patch_size
         return self.real_colours(
-            rearrange(pixels, pattern, **sizes, time=vision.temporal_patch_size, ph=size, pw=size)[0]
+            rearrange(image.pixels, pattern, **sizes, time=vision.temporal_patch_size, ph=size, pw=size)[0]
         )
 
     def sized_attentions(self) -> list[tuple[Any, str, Callable[..., Any]]]:

@@ -165,7 +165,8 @@ class Drops(InEncoder, BeforeDecoder, BetweenLayers):
         stage = self.encoder.index(layer.index) + 1
         for row, valid in enumerate(layer.valid):
             count = max(1, round(int(layer.total[row]) * 0.75**stage))
-            keep[row, kept_tokens(torch.arange(int(valid.sum())), int(layer.total[row]), count, layer.index)] = True
+            chosen = kept_tokens(torch.arange(int(valid.sum())), int(layer.total[row]), count, layer.index)
+            keep[row, valid.nonzero().flatten()[chosen]] = True
         return keep
 
     def select(self, stream: VisionStream) -> Selection | None:

@@ -14,6 +14,12 @@ from torch import Tensor
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -27,6 +33,7 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 IMAGE, START, END, VIDEO, PAD = 90, 91, 92, 93, 0
 # The name that forward and generate have for the cache: another one since transformers 5.24.
@@ -46,8 +53,9 @@ def spread(model: Any, scale: float = 3.0) -> Any:
     return model.eval()
 
 
-def _llava(tower: dict[str, Any], strategy: str) -> Any:
-    config = LlavaConfig(
+def _llava(tower: dict[str, Any], strategy: str, family: tuple[Any, Any] | None = None, **given: Any) -> Any:
+    config_class, model_class = family or (LlavaConfig, LlavaForConditionalGeneration)
+    config = config_class(
         vision_config={
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
             "image_size": 24, "patch_size": 4, **tower,
@@ -58,10 +66,40 @@ def _llava(tower: dict[str, Any], strategy: str) -> Any:
             "vocab_size": 100, "max_position_embeddings": 512, "pad_token_id": PAD,
         },
         image_token_id=IMAGE,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy=strategy,
+        **{"vision_feature_layer": -2, "vision_feature_select_strategy": strategy, **given},
     )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
+    return model_class(config)
+
+
+# Sides of the pictures, in pixels, that crops of 24 make.
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
+
+
+def _next() -> Any:
+    family = LlavaNextConfig, LlavaNextForConditionalGeneration
+    return _llava({"model_type": "clip_vision_model"}, "default", family, image_grid_pinpoints=PINPOINTS)
+
+
+def _next_video() -> Any:
+    return _llava(
+        {"model_type": "clip_vision_model"},
+        "default",
+        (LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration),
+        image_grid_pinpoints=PINPOINTS,
+        video_token_id=VIDEO,
+    )
+
+
+def _onevision() -> Any:
+    return _llava(
+        {"model_type": "siglip_vision_model", "patch_size": 5, "image_size": 25},
+        "full",
+        (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
+        image_grid_pinpoints=[[25 * height, 25 * width] for height in range(1, 4) for width in range(1, 4)],
+        vision_feature_layer=-1,
+        vision_aspect_ratio="anyres_max_4",
+        video_token_id=VIDEO,
+    )
 
 
 def _qwen(config: Any, model: Any, tower: dict[str, Any], text: dict[str, Any] | None = None) -> Any:
@@ -139,6 +177,9 @@ def _qwen3_5_moe() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "llava-clip": lambda: _llava({"model_type": "clip_vision_model"}, "default"),
     "llava-siglip": lambda: _llava({"model_type": "siglip_vision_model"}, "full"),
+    "llava-next": _next,
+    "llava-next-video": _next_video,
+    "llava-onevision": _onevision,
     "qwen2.5-vl": _qwen2_5,
     "qwen2-vl": _qwen2,
     "qwen3-vl": lambda: qwen3([1, 2, 3]),
@@ -148,7 +189,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 }
 # Models with linear attention in most decoder layers: there dropping is no masking, and some methods have no place.
 HYBRIDS = ("qwen3.5", "qwen3.5-moe")
-MODELS = [kind for kind in BUILDERS if kind not in HYBRIDS]
+# Models that cut pictures into crops, each row of which ends in a newline token: an image is not one rectangle.
+ANYRES = ("llava-next", "llava-next-video", "llava-onevision")
+MODELS = [kind for kind in BUILDERS if kind not in (*HYBRIDS, *ANYRES)]
 # Models that differ from another one of these only in their tower: `make test` runs them where towers matter.
 TOWER_ONLY = frozenset({"qwen2-vl", "qwen3-vl", "qwen3-vl-moe"})
 
@@ -189,24 +232,28 @@ TEXT = Row([9], [], seed=4)
 ANY_SIZE = [Row([3, 7], [(5, 7)], 1), Row([2, 4], [(4, 3)], 2), Row([2, 3, 5], [(3, 6), (4, 4)], 3)]
 # A video alone, one beside an image, and text alone.
 VIDEOS = [Row([2, 5], [(3, 2, 4)], 5), Row([2, 3, 4], [(4, 3), (2, 3, 3)], 6), Row([4], [], 7)]
+# The same where all videos of a batch have equally many frames.
+EQUAL_VIDEOS = [Row([2, 5], [(3, 6, 6)], 5), Row([2, 3, 4], [(12, 6), (3, 6, 6)], 6), Row([4], [], 7)]
+# Pictures whose crops are full, padded at the sides, above and below, or that are one crop without a frame around it.
+CROPPED = [Row([3, 7], [(11, 7)], 1), Row([2, 4], [(6, 13)], 2), Row([2, 3, 5], [(6, 6), (12, 5)], 3)]
 # What a prompt may show: one row without padding, then batches of rows that differ in length.
 SHOWN = ("an image", "several images", "a video", "a video and an image")
 
 
 def shown_rows(kind: str, shown: str) -> list[Row]:
     """The rows of a prompt that shows this, of sizes that the family takes."""
-    one, two, other = ANY_SIZE if kind.startswith("qwen") else [LONG, SHORT, TWO]
+    one, two, other = CROPPED if kind in ANYRES else ANY_SIZE if kind.startswith("qwen") else [LONG, SHORT, TWO]
     return {
         "an image": [one],
         "several images": [other, TEXT, two],
-        "a video": [Row([2, 5], [(5, 2, 4)], 5), Row([6, 3], [(3, 3, 3)], 8)],
-        "a video and an image": VIDEOS,
+        "a video": [Row([2, 5], [(5, 2, 4)], 5), Row([6, 3], [(5 if kind in ANYRES else 3, 3, 3)], 8)],
+        "a video and an image": EQUAL_VIDEOS if kind in ANYRES else VIDEOS,
     }[shown]
 
 
 def takes(kind: str, shown: str) -> bool:
     """Whether a family takes what a prompt of this name shows."""
-    return kind.startswith("qwen") or "video" not in shown
+    return kind.startswith(("qwen", "llava-next-video", "llava-onevision")) or "video" not in shown
 
 
 ROWS = {
@@ -217,6 +264,7 @@ ROWS = {
     "qwen3-vl": ANY_SIZE,
     "qwen3-vl-moe": ANY_SIZE,
     **dict.fromkeys(HYBRIDS, ANY_SIZE),
+    **dict.fromkeys(ANYRES, CROPPED),
 }
 
 
@@ -247,11 +295,27 @@ def prompt(kind: str, rows: list[Row], padding: str = "left") -> dict[str, Tenso
                 pixels[token].append(torch.randn(frames * 4 * height * width, 3 * 2 * 4 * 4, generator=generator))
                 grids[token].append([frames, 2 * height, 2 * width])
                 parts += shown
+            elif kind in ANYRES:
+                size = None if token == VIDEO else [4 * height, 4 * width]
+                pieces, placeholders = _pieces(kind, frames, size)
+                side = _original(kind).config.vision_config.image_size
+                pixels[token].append(torch.randn(pieces, 3, side, side, generator=generator))
+                grids[token].append(size or [])
+                parts.append(torch.full((placeholders,), token))
             else:
                 pixels[token].append(torch.randn(1, 3, 4 * height, 4 * width, generator=generator))
                 parts.append(image)
             parts.append(text)
         ids.append(torch.cat(parts))
+    if kind in ANYRES:
+        inputs = _assemble(kind, ids, [], [], padding)
+        if pixels[IMAGE]:
+            # Crops of pictures that have fewer are filled up.
+            inputs["pixel_values"] = torch.nn.utils.rnn.pad_sequence(pixels[IMAGE], batch_first=True)
+            inputs["image_sizes"] = torch.tensor(grids[IMAGE])
+        if pixels[VIDEO]:
+            inputs["pixel_values_videos"] = torch.stack(pixels[VIDEO])
+        return inputs
     inputs = _assemble(kind, ids, pixels[IMAGE], grids[IMAGE], padding)
     if pixels[VIDEO]:
         inputs["pixel_values_videos"] = torch.cat(pixels[VIDEO])
@@ -260,6 +324,25 @@ def prompt(kind: str, rows: list[Row], padding: str = "left") -> dict[str, Tenso
         if kind == "qwen2.5-vl":
             inputs["second_per_grid_ts"] = torch.full((len(grids[VIDEO]),), SECONDS)
     return inputs
+
+
+@functools.cache
+def _placeholders(kind: str, frames: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    model, crops = _original(kind).model, frames
+    side = model.config.vision_config.image_size
+    with torch.no_grad():
+        if size is None:
+            found = model.get_video_features(torch.zeros(1, frames, 3, side, side)).pooler_output
+        else:
+            crops = image_size_to_num_patches(list(size), model.config.image_grid_pinpoints, side)
+            found = model.get_image_features(torch.zeros(1, crops, 3, side, side), torch.tensor([size])).pooler_output
+    return crops, len(found[0])
+
+
+def _pieces(kind: str, frames: int, size: list[int] | None) -> tuple[int, int]:
+    """How many crops a picture of this size, or frames a video, is given as, and how many placeholders stand for it:
+    what the unpruned model itself makes of it."""
+    return _placeholders(kind, frames, None if size is None else (size[0], size[1]))
 
 
 def _assemble(

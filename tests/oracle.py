@@ -8,6 +8,7 @@ Positions are those of the unpruned prompt. Nothing here uses vtprune's own comp
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -199,9 +200,22 @@ def places_of(ids: Tensor, sample: Any) -> list[Tensor]:
     places = {kind: (ids == token).nonzero().flatten() for kind, token in (("image", IMAGE), ("video", VIDEO))}
     found = []
     for image in sample.images:
-        found.append(places[image.kind][first[image.kind] : first[image.kind] + image.tokens])
-        first[image.kind] += image.tokens
+        length = image.tokens + image.structural
+        found.append(without_newlines(places[image.kind][first[image.kind] : first[image.kind] + length], image))
+        first[image.kind] += length
     return found
+
+
+def without_newlines(places: Tensor, image: Any) -> Tensor:
+    """Those of an image's placeholders that are vision tokens: a newline ends each row of the crops' grid, or all of
+    what has no such grid."""
+    if not image.structural:
+        return places
+    if len(image.parts) == 1 or image.kind == "video":
+        return places[: -image.structural]
+    base, (_, height, width) = math.prod(image.parts[0]), image.parts[1]
+    rows = places[base:].view(height, width + 1)
+    return torch.cat([places[:base], rows[:, :-1].flatten()])
 
 
 def _merges(ids: Tensor, report: vtprune.Report, layer: int) -> list[tuple[int, int, Tensor, Tensor]]:
@@ -295,7 +309,8 @@ def image_features(model: Any, inputs: dict[str, Tensor]) -> Features:
     for token, kind, pixels in ((IMAGE, "image", "pixel_values"), (VIDEO, "video", "pixel_values_videos")):
         if pixels not in inputs:
             continue
-        grids = {name: inputs[name] for name in (f"{kind}_grid_thw",) if name in inputs}
+        sizes = (f"{kind}_grid_thw", *(("image_sizes",) if kind == "image" else ()))
+        grids = {name: inputs[name] for name in sizes if name in inputs}
         with torch.no_grad():
             out = getattr(model.model, f"get_{kind}_features")(inputs[pixels], **grids)
         found.own[token] = [one.clone() for one in out.pooler_output]

@@ -74,7 +74,7 @@ def _fate(report: ImageReport, token: int) -> str:
     into = [merge for merge in report.merged if token in merge.members and merge.into != token]
     holds = sum(len(set(merge.members) - {token}) for merge in report.merged if merge.into == token)
     flowed = f"flowed into {place(report, into[-1].into)} {_when(into[-1])}" if into else ""
-    if token == report.cls:
+    if token in report.cls_tokens:
         return "the encoder's CLS token goes on in its place"
     if token not in report.kept:
         return flowed or "never entered the decoder"

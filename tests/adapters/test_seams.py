@@ -18,10 +18,10 @@ from tests.models import END, HYBRIDS, IMAGE, LONG, MODELS, ROWS, SHORT, START, 
 from tests.oracle import TOLERANCE
 from vtprune import adapters
 from vtprune.adapters import sizes
-from vtprune.adapters.base import Adapter
+from vtprune.adapters.base import Adapter, Source
 from vtprune.adapters.llava import LlavaAdapter
-from vtprune.cost.sizes import ModelCost
-from vtprune.encoder.encoding import EncodedImage, Part
+from vtprune.encoder.arrangement import Arrangement, Part
+from vtprune.encoder.encoding import EncodedImage, Encoding
 
 LAYER, HYBRID_LAYER = 2, 4
 
@@ -220,16 +220,11 @@ def test_what_is_encoded_ahead_of_time_is_found_by_its_kind() -> None:
 class EndsOfRows(LlavaAdapter):
     """A LLaVA that takes the last column of each image's grid for something that ends a row."""
 
-    @classmethod
-    def sizes(cls, config: Any) -> ModelCost:
-        # Of the tower's cost nothing is said here: it stands for one whose images have these grids.
-        cost = super().sizes(config)
-        return replace(cost, vision=replace(cost.vision, side=(6, 5)))
-
-    def assemble(self, rows: list[EncodedImage], arguments: dict[str, Any]) -> list[EncodedImage]:
+    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
         slots = torch.arange(36).view(6, 6)[:, :-1].flatten()
-        part = Part((1, 6, 5))
-        return [replace(row, parts=(part,), alive=torch.arange(30), slots=slots, structural=6) for row in rows]
+        row = Arrangement(((1, 6, 6),), (Part((1, 6, 5)),), slots[:, None], length=36, slots=slots)
+        pixels = arguments[source.pixels]
+        return self._encoding([(1, 6, 6)] * len(pixels), device=pixels.device, arrangements=[row] * len(pixels))
 
 
 @pytest.mark.parametrize("method", ["random:keep=9", "divprune:keep=0.25"])

@@ -16,6 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtprune
 from tests.flop_helper import measured_flops
 from tests.models import PAST, VIDEO, VIDEOS, Row, make, prompt, tower_order
+from vtprune.encoder.arrangement import Part
+from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.choosing import top
 from vtprune.method.kinds import Shown
 from vtprune.method.plan import Plan
@@ -311,7 +313,8 @@ def test_the_picture_of_a_video_is_one_of_each_pair_of_frames(kind: str, monkeyp
     pixels = torch.rand(3, 2, 3, 40, 56, generator=torch.Generator().manual_seed(2))
     patches = rearrange(pixels, "t time c (h gh ph) (w gw pw) -> (t h w gh gw) (c time ph pw)", gh=2, gw=2, ph=4, pw=4)
     monkeypatch.setattr(adapter, "real_colours", lambda values: values)
-    torch.testing.assert_close(adapter.picture(patches, (3, 5, 7)), pixels[:, 0])
+    video = EncodedImage((Part((1, 5, 7)),) * 3, torch.arange(105), None, patches, [], (), None)
+    torch.testing.assert_close(adapter.picture(video), pixels[:, 0])
 
 
 def test_the_most_salient_tokens_are_taken_over_all_frames(monkeypatch: pytest.MonkeyPatch) -> None:

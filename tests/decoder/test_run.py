@@ -18,7 +18,8 @@ from tests.models import IMAGE, PAST, ROWS, Row, make, prompt
 from vtprune.cache import names
 from vtprune.decoder.prompt import ImageSpan, PromptInfo, numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, LayerView, Observer, Shaper
-from vtprune.encoder.encoding import EncodedImage, Part
+from vtprune.encoder.arrangement import Part
+from vtprune.encoder.encoding import EncodedImage
 from vtprune.hooks.recording import Recording
 from vtprune.method.answers import Merge, Selection
 from vtprune.method.views import DecoderLayer

@@ -16,7 +16,7 @@ from torch import Tensor
 import vtprune
 from tests.models import MODELS, ROWS, make, prompt, tower_order
 from vtprune.errors import VTPruneError
-from vtprune.hooks.state import RECORD
+from vtprune.hooks.records import RECORD
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.stages import InEncoder
 from vtprune.method.views import EncoderLayer

@@ -160,7 +160,7 @@ class VisionCost(ABC):
         """Attention segments when `patches` are left; raises VTPruneError if that does not determine them."""
 
     def pooling_macs(self, tokens: int) -> int:
-        """Multiply-accumulates of a head over the last layer's `tokens`, for one image."""
+        """Multiply-accumulates of a head over the last layer's `tokens`, of one run of them."""
         return 0
 
     def image_macs(self, grid: Grid, alive: Sequence[Alive] | None, mlp: Sequence[int] | None = None) -> int:
@@ -171,7 +171,7 @@ class VisionCost(ABC):
         for layer in range(self.blocks.layers):
             segments = self._layer_segments(grid, layer, None if alive is None else alive[layer])
             macs += self.blocks.layer_macs(segments, mlp[layer] if mlp else None)
-        return macs + self.pooling_macs(sum(segments))
+        return macs + sum(map(self.pooling_macs, segments))
 
     def _layer_segments(self, grid: Grid, layer: int, alive: Alive | None) -> Segments:
         full = self.segments(grid, layer)
@@ -188,7 +188,7 @@ class VisionCost(ABC):
 
 @dataclass(frozen=True)
 class FixedVisionCost(VisionCost):
-    """A tower with one image size (CLIP, SigLIP).
+    """A tower with one image size (CLIP, SigLIP), for images, crops or frames.
 
     side: patches of an image's height and width; extra: CLS tokens; dropped: tokens that the feature
     selection cuts; pooling: whether an attention-pooling head runs.
@@ -204,23 +204,35 @@ class FixedVisionCost(VisionCost):
             return [(1, *self.side)] * count("images", images)
         grids = _grids(images)
         for grid in grids:
-            if math.prod(grid) not in {math.prod(self.side), self.features(grid)}:
+            if math.prod(grid[1:]) not in {math.prod(self.side), self._features}:
                 raise VTPruneError(
-                    f"every image of this model is a grid (1, {self.side[0]}, {self.side[1]}), got {grid}"
+                    f"every image of this model is a grid (1, {self.side[0]}, {self.side[1]}), or (n, "
+                    f"{self.side[0]}, {self.side[1]}) for n crops or frames, got {grid}"
                 )
         return grids
 
-    def patches(self, grid: Grid) -> int:
-        return math.prod(self.side)
-
-    def features(self, grid: Grid) -> int:
+    @property
+    def _features(self) -> int:
         return math.prod(self.side) + self.extra - self.dropped
 
+    def patches(self, grid: Grid) -> int:
+        return grid[0] * math.prod(self.side)
+
+    def features(self, grid: Grid) -> int:
+        return grid[0] * self._features
+
     def segments(self, grid: Grid, layer: int) -> Segments:
-        return (math.prod(self.side) + self.extra,)
+        return (math.prod(self.side) + self.extra,) * grid[0]
 
     def alive_segments(self, grid: Grid, layer: int, patches: int) -> Segments:
-        return (patches + self.extra,)
+        if grid[0] == 1:
+            return (patches + self.extra,)
+        if patches == self.patches(grid):
+            return self.segments(grid, layer)
+        raise VTPruneError(
+            f"{patches} patches in encoder layer {layer} lie in {grid[0]} crops or frames: encoder_tokens_per_layer "
+            "takes their lengths there, with the CLS token of each, a list in place of a count"
+        )
 
     def pooling_macs(self, tokens: int) -> int:
         if not self.pooling:

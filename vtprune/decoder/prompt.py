@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtprune.decoder.conversation import Conversations, numbers_by_mask, numbers_by_positions
 from vtprune.decoder.outline import Ints, Outline
-from vtprune.encoder.encoding import EncodedImage, cut_signals
+from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.kinds import Shown
 from vtprune.method.views import LayerSignals
 
@@ -230,4 +230,4 @@ def left_signals(signals: LayerSignals | None, image: EncodedImage, span: ImageS
     if signals is None or span.kept.numel() == image.alive.numel():
         return signals
     alive, device = image.alive, signals.query.device
-    return cut_signals(signals, torch.searchsorted(alive, span.kept.to(alive.device)).to(device))
+    return signals.cut(torch.searchsorted(alive, span.kept.to(alive.device)).to(device))

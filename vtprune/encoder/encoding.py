@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vtprune.encoder.arrangement import Arrangement, Part, visible_patches
 from vtprune.encoder.merging import Origins, merges_of
 from vtprune.method.answers import EncoderSelection, Merge
 from vtprune.method.checks import Checks
@@ -23,31 +24,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A rectangle of vision tokens: the whole image, or one frame of a video; grid (t, h, w), in vision tokens."""
-
-    grid: tuple[int, int, int]
-
-    @property
-    def tokens(self) -> int:
-        """Vision tokens of the rectangle."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
-
-
 @dataclass
 class EncodedImage:
     """What the decoder side has to know of one encoded image or video.
 
-    kind: IMAGE or VIDEO; parts: the rectangles that its vision tokens form, in their order; alive: (N,) tokens that
-    the encoder left, ascending; segments: attention segment lengths (in patches, CLS included) in each encoder layer,
-    empty if no pruner acts there; mlp: tokens through each layer's MLP; scored: the layers at which a pruner scored;
-    maker: who will know it again; signals, last_signals: of the features' layer and of the tower's last one; owner,
-    share: (total,) the token that holds each token (-1: none) and its weight there, None if nothing merged;
-    merged_at: the layer of the last merge; cls: the token in whose place the CLS token stands, -1 for none; slots:
-    (total,) which of its placeholders, in the order of the prompt, each vision token stands at, None for all;
-    structural: how many of its placeholders are no vision tokens (ends of rows); planes: tokens alive where each of
-    the values was made that the decoder adds to them between its layers.
+    kind: IMAGE or VIDEO; parts: the rectangles that its vision tokens form, in their order; units: the grids (t, h, w)
+    that the encoder attended within, one after another; alive: (N,) tokens that the encoder left, ascending; visible:
+    how many of them the decoder sees; segments: attention segment lengths (in patches, CLS included) in each encoder
+    layer, empty if no pruner acts there; mlp: tokens through each layer's MLP; scored: the layers at which a pruner
+    scored; maker: who will know it again; signals, last_signals: of the features' layer and of the tower's last one;
+    owner, share: (total,) the token that holds each token (-1: none) and its weight there, None if nothing merged;
+    merged_at: the layer of the last merge; cls: the token in whose place the CLS token stands, -1 for none, (U,) for
+    several units; slots: (total,) which of its placeholders, in the order of the prompt, each vision token stands at,
+    None for all; structural: how many of its placeholders are no vision tokens (ends of rows); planes: tokens alive
+    where each of the values was made that the decoder adds to them between its layers; projected, projects: what went
+    through the projector, and what would have had nothing been dropped; arrangement: how its tokens are made of
+    patches, where these are not the same.
     """
 
     parts: tuple[Part, ...]
@@ -67,6 +59,17 @@ class EncodedImage:
     structural: int = 0
     planes: tuple[int, ...] = ()
     kind: str = IMAGE
+    units: tuple[tuple[int, int, int], ...] = ()
+    visible: int = 0
+    projected: int = 0
+    projects: int = 0
+    arrangement: Arrangement | None = None
+
+    @property
+    def encoded(self) -> tuple[int, int, int]:
+        """(t, h, w) of what went through the encoder: its units, which are of one size, one after another."""
+        units = self.units or tuple(part.grid for part in self.parts)
+        return (sum(unit[0] for unit in units), *units[0][1:])
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -79,7 +82,7 @@ class EncodedImage:
     @property
     def shown(self) -> Shown:
         """Its sizes."""
-        return Shown(self.total, self.kind, len(self.parts))
+        return Shown(self.total, self.kind, len(self.units or self.parts))
 
     @property
     def total(self) -> int:
@@ -134,10 +137,10 @@ class Encoding(ABC):
     Attention never leaves a unit, so that all below which says image means one of them; `shown` says what they make.
 
     grids: (t, h, w) of each unit in vision tokens; kind: IMAGE or VIDEO; units: how many units each image or video is
-    made of (None: one); group: patches of a vision token; prefix: leading tokens
-    that are not patches; heads: attention heads; depth: layers that feed the features; last: the tower's last
-    layer; arguments: of the layer under way; sizes: (B, N) how many tokens each one stands for; proportional:
-    whether attention weighs keys by it.
+    made of (None: one); arrangements: how each image or video is made of patches, () where its tokens are these, in
+    their order; group: patches of a vision token; prefix: leading tokens that are not patches; heads: attention heads;
+    depth: layers that feed the features; last: the tower's last layer; arguments: of the layer under way; sizes:
+    (B, N) how many tokens each one stands for; proportional: whether attention weighs keys by it.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class Encoding(ABC):
         device: torch.device,
         kind: str = IMAGE,
         units: Sequence[int] | None = None,
+        arrangements: Sequence[Arrangement] = (),
     ) -> None:
         self.grids, self.group, self.prefix, self.heads, self.depth, self.last = (
             grids,
@@ -164,11 +168,17 @@ class Encoding(ABC):
         # Tokens of each image, whole and alive.
         self.totals = [t * h * w for t, h, w in grids]
         self.units = [1] * len(grids) if units is None else list(units)
-        self.shown = [Shown(sum(totals), kind, len(totals)) for totals in self.of_units(self.totals)]
-        self.counts = list(self.totals)
+        # Those of them that the decoder will see (padding around a picture that is cut into crops never reaches it):
+        # what others say of tokens counts these alone.
+        visible = visible_patches(arrangements)
+        self.seen = list(self.totals) if visible is None else visible.sum(dim=1).tolist()
+        self.shown = [Shown(sum(seen), kind, len(seen)) for seen in self.of_units(self.seen)]
+        self.counts, self.kept = list(self.totals), list(self.seen)
         self.total = torch.tensor(self.totals, device=device)
         column = torch.arange(max(self.totals), device=device)
         self.valid = column[None] < self.total[:, None]
+        self.visible = None if visible is None else visible.to(device)
+        self.arrangements, self.kind = arrangements, kind
         self.alive = column.expand(len(grids), -1)
         self.sizes = self.valid.float()
         self.proportional = False
@@ -206,9 +216,18 @@ class Encoding(ABC):
         """Budgets a unit, from those of whole images and videos: by size, the largest remainders first (ties: the
         first), at least 1 each where there is one for each."""
         found = []
-        for budget, totals in zip(budgets, self.of_units(self.totals), strict=True):
+        for budget, totals in zip(budgets, self.of_units(self.seen), strict=True):
             found += shares_by_size(totals, budget)
         return found
+
+    def spared(self, budgets: Sequence[int]) -> list[bool]:
+        """(B,) the units that have no more tokens than `budgets` (B,), or none that the decoder sees."""
+        return [not left or left <= budget for left, budget in zip(self.kept, budgets, strict=True)]
+
+    @property
+    def candidates(self) -> Tensor:
+        """(B, N) the tokens that may be kept: no padding, and seen by the decoder."""
+        return self.valid if self.visible is None else self.valid & self.visible
 
     @abstractmethod
     def states(self, kwargs: dict[str, Any], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,8 +304,8 @@ class Encoding(ABC):
             query=query,
             key=key,
             value=value,
-            valid=self.valid,
-            total=self.total,
+            valid=self.candidates,
+            total=self.total if self.visible is None else torch.tensor(self.seen, device=self.valid.device),
             budget=torch.tensor(budgets, device=self.valid.device),
             index=index,
             depth=self.depth,
@@ -297,8 +316,9 @@ class Encoding(ABC):
             sizes=self.sizes,
             grids=tuple(self.grids),
             hidden=None if hidden is None else self.hidden(hidden),
-            alive=tuple(self.counts),
+            alive=tuple(self.kept),
             budgets=tuple(budgets),
+            unseen=tuple(total - seen for total, seen in zip(self.totals, self.seen, strict=True)),
         )
 
     def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:
@@ -323,7 +343,7 @@ class Encoding(ABC):
             found = getattr(self, name)
             if found is not None:
                 own = zip(found, order, counts, strict=True)
-                setattr(self, name, [cut_signals(signals, columns[:n]) for signals, columns, n in own])
+                setattr(self, name, [signals.cut(columns[:n]) for signals, columns, n in own])
         self._cut_columns(selection, order, counts)
 
     def _cut_columns(self, selection: EncoderSelection, order: Tensor, counts: list[int]) -> None:
@@ -341,6 +361,13 @@ class Encoding(ABC):
             named = self.alive.gather(1, selection.cls.clamp(min=0)[:, None])[:, 0]
             self.cls = torch.where(selection.cls >= 0, named, -1 if self.cls is None else self.cls)
         self.alive = self.alive.gather(1, order)
+        if self.visible is not None:
+            # What the decoder does not see goes with the first tokens that a unit loses.
+            self.visible = self.visible.gather(1, order)
+            own = zip(self.kept, self.counts, counts, strict=True)
+            self.kept = [seen if now == before else now for seen, before, now in own]
+        else:
+            self.kept = list(counts)
         self.counts = counts
         if self.full:
             # Padding stands on the right, so that the first columns were full before.
@@ -383,7 +410,7 @@ class Encoding(ABC):
         left = self._seen.left
         if began is None or left is None:
             return signals
-        return [cut_signals(one, columns) for one, columns in zip(signals, left, strict=True)]
+        return [one.cut(columns) for one, columns in zip(signals, left, strict=True)]
 
     def note_layer(self, index: int, kwargs: dict[str, Any]) -> None:
         """Records the attention segments of a layer that is about to run, for the accounting."""
@@ -419,6 +446,10 @@ class Encoding(ABC):
             alive = names[b, : self.counts[b]]
             image = EncodedImage(
                 parts=(Part(grid),),
+                units=(grid,),
+                visible=self.kept[b],
+                projected=self.counts[b],
+                projects=self.totals[b],
                 alive=alive,
                 signals=signals[b],
                 pixels=pixels[b],
@@ -439,7 +470,7 @@ class Encoding(ABC):
         column = self.origins.column[row, : image.total]
         owner = torch.where(column >= 0, names[column.clamp(min=0)], column)
         order = image.alive.argsort()
-        signals, last = (None if s is None else cut_signals(s, order) for s in (image.signals, image.last_signals))
+        signals, last = (None if s is None else s.cut(order) for s in (image.signals, image.last_signals))
         return replace(
             image, alive=image.alive[order], signals=signals, last_signals=last, owner=owner,
             share=self.origins.share[row, : image.total], merged_at=self.origins.layer[row],
@@ -463,6 +494,11 @@ def joined(units: Sequence[EncodedImage], kind: str) -> EncodedImage:
         first,
         kind=kind,
         parts=tuple(part for unit in units for part in unit.parts),
+        units=tuple(grid for unit in units for grid in unit.units),
+        visible=sum(unit.visible for unit in units),
+        projected=sum(unit.projected for unit in units),
+        projects=sum(unit.projects for unit in units),
+        cls=_joined_cls(units, starts),
         alive=torch.cat([unit.alive + start for unit, start in zip(units, starts, strict=True)]),
         signals=_joined_signals([unit.signals for unit in units]),
         last_signals=_joined_signals([unit.last_signals for unit in units]),
@@ -477,6 +513,14 @@ def joined(units: Sequence[EncodedImage], kind: str) -> EncodedImage:
     )
 
 
+def _joined_cls(units: Sequence[EncodedImage], starts: Sequence[int]) -> int | Tensor:
+    """(U,) the token in whose place the CLS token of each unit stands; -1 where no unit has one."""
+    if not any(isinstance(unit.cls, Tensor) for unit in units):
+        return -1
+    places = torch.stack([torch.as_tensor(unit.cls, device=unit.alive.device) for unit in units])
+    return torch.where(places >= 0, places + torch.tensor(starts, device=places.device), -1)
+
+
 def _joined_signals(units: Sequence[LayerSignals | None]) -> LayerSignals | None:
     known = [unit for unit in units if unit is not None]
     if not known:
@@ -485,20 +529,48 @@ def _joined_signals(units: Sequence[LayerSignals | None]) -> LayerSignals | None
     return replace(known[0], query=query, key=key, value=value, lengths=tuple(one.tokens for one in known))
 
 
-def cut_signals(signals: LayerSignals, tokens: Tensor) -> LayerSignals:
-    """The signals of some of an image's tokens, by their indices in the order wanted; in several units, that of the
-    units."""
-    lengths = signals.lengths
-    patches = tokens[:, None] * signals.group + torch.arange(signals.group, device=tokens.device)
-    if not lengths:
-        rows = torch.cat([torch.arange(signals.prefix, device=tokens.device), signals.prefix + patches.flatten()])
-    else:
-        ends = torch.tensor(lengths, device=tokens.device).cumsum(0)
-        unit = torch.searchsorted(ends, tokens, right=True)
-        left = torch.zeros(len(lengths), dtype=torch.long, device=tokens.device).index_add_(
-            0, unit, torch.ones_like(unit)
-        )
-        lengths, rows = tuple(left.tolist()), patches.flatten()
+def arranged(image: EncodedImage, arrangement: Arrangement) -> EncodedImage:
+    """The image or video as the decoder sees it, from what is known of its patches."""
+    device = image.alive.device
+    sources = arrangement.sources.to(device)
+    every = torch.arange(arrangement.tokens, device=device)
+    token = torch.full((arrangement.patches,), arrangement.tokens, device=device)
+    # Of what mixes patches nothing is dropped in the encoder, so that any of its patches stands for a token.
+    token[sources[:, 0]] = every
+    whole = image.alive.numel() == arrangement.patches
+    alive = every if whole else token[image.alive].sort().values[: image.visible]
+    owner, share = image.owner, image.share
+    if owner is not None and share is not None:
+        own = owner[sources[:, 0]]
+        holder = torch.where(own >= 0, token[own.clamp(min=0)], -1)
+        owner, share = holder.masked_fill(holder == arrangement.tokens, -1), share[sources[:, 0]]
+    rank = torch.zeros_like(token)
+    rank[image.alive] = torch.arange(image.alive.numel(), device=device)
+    cls = torch.as_tensor(image.cls, device=device)
+    cls = torch.where(cls >= 0, token[cls.clamp(min=0)], -1)
     return replace(
-        signals, query=signals.query[:, rows], key=signals.key[:, rows], value=signals.value[:, rows], lengths=lengths
+        image,
+        parts=arrangement.parts,
+        alive=alive,
+        signals=_arranged_signals(image.signals, arrangement, rank[sources[alive]], alive),
+        last_signals=_arranged_signals(image.last_signals, arrangement, rank[sources[alive]], alive),
+        owner=owner,
+        share=share,
+        cls=cls.masked_fill(cls == arrangement.tokens, -1),
+        slots=arrangement.slots,
+        structural=arrangement.length - arrangement.tokens,
+        projected=arrangement.tokens if arrangement.projected else image.projected,
+        projects=arrangement.tokens if arrangement.projected else image.projects,
+        arrangement=arrangement,
     )
+
+
+def _arranged_signals(
+    signals: LayerSignals | None, arrangement: Arrangement, sources: Tensor, tokens: Tensor
+) -> LayerSignals | None:
+    """The signals of patches, unit by unit, as those of `tokens`, which are made of the patches `sources` left."""
+    if signals is None:
+        return None
+    lengths = signals.lengths or (signals.tokens,)
+    weights = None if arrangement.weights is None else arrangement.weights.to(tokens.device)[tokens]
+    return replace(signals, lengths=lengths, sources=sources.to(signals.query.device), weights=weights)

@@ -33,11 +33,12 @@ from vtprune.hooks.eviction import Evictor
 from vtprune.hooks.learning import Teacher
 from vtprune.hooks.probe import Prober
 from vtprune.hooks.recording import Recorder, number_rows
+from vtprune.hooks.records import records_of
 from vtprune.hooks.returning import Leaving, Returning
 from vtprune.hooks.routing import RoutedLayers
 from vtprune.hooks.scoring import DecoderScoring
 from vtprune.hooks.selecting import Dropping, Inputs, Selecting, by_prompt
-from vtprune.hooks.state import FRAME, RECORD, RUN, Frame, ThreadState
+from vtprune.hooks.state import FRAME, RUN, Frame, ThreadState
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
 from vtprune.method.sharing import Sharing
@@ -97,8 +98,7 @@ class DecoderHooks:
                     f"{kind} inputs are not supported by {self.adapter.name}, which takes {' and '.join(known)}s"
                 )
             if encoded is not None:
-                records = [getattr(tensor, RECORD, None) for tensor in encoded.pooler_output]
-                frame.encoded[kind] = self._known(records)
+                frame.encoded[kind] = self._known(records_of(encoded))
         return args, {**kwargs, FRAME: frame}
 
     def _known(self, records: list[EncodedImage | None]) -> list[EncodedImage]:

@@ -6,24 +6,23 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, Source
-from vtprune.encoder.encoding import EncodedImage, Encoding, joined
+from vtprune.encoder.encoding import EncodedImage, Encoding, arranged, joined
 from vtprune.encoder.merging import check_selection
+from vtprune.errors import VTPruneError
 from vtprune.hooks.checkpoints import Checkpoints
-from vtprune.hooks.state import (
-    FRAME,
-    RECORD,
-    RUN,
-    ThreadState,
-)
+from vtprune.hooks.records import note_records
+from vtprune.hooks.state import FRAME, RUN, ThreadState
 from vtprune.hooks.taps import Taps
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.facts import ModelFacts
+from vtprune.method.kinds import VIDEO
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import forms
 from vtprune.method.stages import InEncoder, Read, encoder_layers, reads
@@ -90,12 +89,12 @@ class EncoderHooks:
                 encoding.checks.settle()
             units = encoding.images(self.adapter.pixels(source, arguments, encoding), self.token)
             images = [joined(own, source.kind) for own in encoding.of_units(units)]
-            images = self.adapter.assemble(images, arguments)
+            if encoding.arrangements:
+                images = [arranged(image, one) for image, one in zip(images, encoding.arrangements, strict=True)]
             if encoding.origins is not None and encoding.planes:
                 self.adapter.change_planes(output, functools.partial(_combined, encoding, units))
             # Features may be expanded for beams or handed in later; their records travel with the tensors.
-            for tensor, image in zip(output.pooler_output, images, strict=True):
-                setattr(tensor, RECORD, image)
+            note_records(output, images)
             if frame is not None:
                 frame.encoded[source.kind] = images
             return output.to_tuple() if as_tuple else output
@@ -199,9 +198,17 @@ class EncoderHooks:
         if index not in acting.encoder_layers():
             return None
         budgets = encoding.shared([plan.in_encoder(order) for plan in plans])
-        whole = [alive <= budget for alive, budget in zip(encoding.counts, budgets, strict=True)]
+        whole = encoding.spared(budgets)
         if all(whole):
             return None
+        mixed = next((one for one in encoding.arrangements if one.mixed), None)
+        if mixed is not None:
+            raise VTPruneError(
+                f"{pruner.name} prunes inside the vision encoder, and {self.adapter.name} makes each token of "
+                f"{'this video' if encoding.kind == VIDEO else 'a picture this large'} ({mixed.tokens} tokens) of "
+                "several patches after it, so that no patch can be dropped by itself; use a method that prunes after "
+                "the encoder" + ("" if encoding.kind == VIDEO else ", or a smaller picture")
+            )
         before = encoding.scored.get(index, [False] * len(whole))
         encoding.scored[index] = [known or not spared for known, spared in zip(before, whole, strict=True)]
         shown = hidden if Read.HIDDEN in pruner.encoder_reads else None
@@ -213,7 +220,15 @@ class EncoderHooks:
         if answer is None:
             return None
         selection = EncoderSelection.drop(answer) if isinstance(answer, Tensor) else answer
-        if any(whole) or not encoding.full:
+        if encoding.visible is not None:
+            hidden = ~encoding.visible
+            selection = replace(
+                selection,
+                keep=selection.keep & encoding.visible,
+                into=selection.into.masked_fill(hidden, -1),
+                lossless=False,
+            )
+        if any(whole) or not encoding.full or encoding.visible is not None:
             # An image within its budget is kept whole, whatever the method says of its neighbours.
             selection = selection.sparing(whole, encoding.valid, encoding.counts)
         if not selection.sound:

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from vtprune.decoder.outline import Ints
 from vtprune.decoder.prompt import ImageSpan, left_signals
 from vtprune.decoder.run import DecoderRun, LayerView, Observer
+from vtprune.encoder.encoding import EncodedImage
 from vtprune.errors import KeptWholeWarning, VTPruneError
 from vtprune.hooks.learning import Lessons
 from vtprune.hooks.probe import Probe, Prober
 from vtprune.hooks.recording import Recording
 from vtprune.hooks.scoring import DecoderScoring, SeenLayer
 from vtprune.method.answers import KEPT_WHOLE, Selection
-from vtprune.method.asking import started, together
+from vtprune.method.asking import Asking, started, together
 from vtprune.method.facts import ModelFacts
 from vtprune.method.kinds import VIDEO
+from vtprune.method.parting import remember_by_part, select_by_part
 from vtprune.method.plan import Plan
 from vtprune.method.pruner import Pruner, forms
 from vtprune.method.sharing import BY_SIZE, Sharing, by_importance
@@ -32,12 +34,13 @@ from vtprune.method.stages import (
     BetweenLayers,
     Query,
     Read,
+    by_rectangle,
     cut_caches,
     drop_layers,
     probe_layer,
     reads,
 )
-from vtprune.method.views import DecoderLayer, VisionStream
+from vtprune.method.views import DecoderLayer, Rectangle, VisionStream
 from vtprune.tensors.attention import full_precision
 
 Shared = TypeVar("Shared", VisionStream, DecoderLayer)
@@ -170,7 +173,7 @@ class Selecting:
                 if span in asking and isinstance(one, BeforeDecoder)
             ]
             with full_precision(inputs.embeds.device), run.checks.collecting():
-                selections = together([started(one.select, self.to_rank(stream)) for _, stream, one in asked])
+                selections = together([_selecting(one, self.to_rank(stream)) for _, stream, one in asked])
             answers = [(span, selection) for (span, _, _), selection in zip(asked, selections, strict=True)]
             entering = functools.partial(self._entering, order)
             for span, selection, budget in self.pooled(run, answers, entering, name=pruner.name):
@@ -261,10 +264,10 @@ class Selecting:
         words = (run.words if module is None else run.unlabelled_words)[span.key]
         assert image.pixels is not None
         plan = self.plans.of(span.shown)
-        picture, budget = None, plan.entering(order)
-        if Read.PICTURE in reads(pruner):
+        picture, budget, rectangles = None, plan.entering(order), self._rectangles(image, pruner)
+        if Read.PICTURE in reads(pruner) and not rectangles:
             if id(image) not in inputs.pictures:
-                inputs.pictures[id(image)] = self.adapter.picture(image.pixels, image.grid)
+                inputs.pictures[id(image)] = self.adapter.picture(image)
             picture = inputs.pictures[id(image)]
         return VisionStream(
             features=run.merged(span, inputs.embeds[row, span.places[span.kept]]),
@@ -273,7 +276,7 @@ class Selecting:
             total=image.total,
             budget=plan.pruners[order].budget(image.total) if budget is None else budget,
             signals=left_signals(image.signals, image, span),
-            pixels=image.pixels,
+            pixels=self.adapter.laid_out(image) if Read.PIXELS in reads(pruner) and not rectangles else image.pixels,
             text=inputs.embeds[row, text],
             text_ids=None if inputs.ids is None else inputs.ids[row, text],
             last_signals=left_signals(image.last_signals, image, span),
@@ -283,7 +286,19 @@ class Selecting:
             module=module,
             training=module is not None and module.training and torch.is_grad_enabled(),
             kind=image.kind,
+            rectangles=rectangles,
         )
+
+    def _rectangles(self, image: EncodedImage, pruner: Pruner) -> tuple[Rectangle, ...]:
+        """What a method is shown of each of the rectangles that an image's tokens form, where these are several."""
+        if len({part.grid[1:] for part in image.parts}) == 1:
+            return ()
+        found = []
+        for number, part in enumerate(image.parts):
+            pixels = self.adapter.part_pixels(image, number)
+            picture = self.adapter.real_colours(pixels[None]) if Read.PICTURE in reads(pruner) else None
+            found.append(Rectangle(part.grid, pixels, picture))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -353,12 +368,26 @@ def _after(words: Ints, span: ImageSpan) -> int:
     return int((words > span.stands[-1]).sum())
 
 
+def _selecting(pruner: BeforeDecoder, stream: VisionStream) -> Asking[Selection | None]:
+    """The call that asks a method about an image, or about each of its rectangles."""
+    if stream.rectangles and by_rectangle(pruner):
+        return started(select_by_part, pruner, stream)
+    return started(pruner.select, stream)
+
+
 def _remembering(pruners: list[Pruner], streams: list[VisionStream]) -> list[VisionStream]:
     """The streams with what their method remembers of each; pruners: it, as it treats each stream."""
     asked = [(one, stream) for one, stream in zip(pruners, streams, strict=True) if isinstance(one, BetweenLayers)]
     if not asked:
         return streams
-    memories = together([started(one.remember, stream) for one, stream in asked])
+    memories = together(
+        [
+            started(remember_by_part, one, stream)
+            if stream.rectangles and by_rectangle(one)
+            else started(one.remember, stream)
+            for one, stream in asked
+        ]
+    )
     return [replace(stream, memory=memory) for stream, memory in zip(streams, memories, strict=True)]
 
 

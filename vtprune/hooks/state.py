@@ -22,8 +22,6 @@ RUN = "vtprune_run"
 GATE = "vtprune_gate"
 # The argument that carries a forward's Frame to the decoder.
 FRAME = "vtprune_frame"
-# The attribute of an image's feature tensor that holds its EncodedImage.
-RECORD = "_vtprune_image"
 
 
 @dataclass

@@ -15,6 +15,7 @@ from vtprune.errors import UnsupportedModelError, VTPruneError
 from vtprune.hooks.decoder import DecoderHooks
 from vtprune.hooks.encoder import EncoderHooks
 from vtprune.hooks.generate import GenerateHooks
+from vtprune.hooks.records import expanding
 from vtprune.hooks.state import ThreadState
 from vtprune.hooks.taps import Taps
 from vtprune.method.facts import ModelFacts
@@ -114,6 +115,7 @@ class Wrapping:
         self._after(adapter.language_model, hooks.close_decoder)
         asked = GenerateHooks(self._state, None if hooks.reads_all is None else hooks.reads_all.name)
         self.override(adapter.model, "generate", asked.generate(adapter.model.generate))
+        self.override(adapter.model, "_expand_multimodal_outputs", expanding(adapter.model._expand_multimodal_outputs))
         guesses = asked.candidate_generator(adapter.model._get_candidate_generator)
         self.override(adapter.model, "_get_candidate_generator", guesses)
         for index, layer in enumerate(adapter.decoder_layers):

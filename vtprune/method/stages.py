@@ -28,10 +28,13 @@ class Read(Enum):
     ENCODER_FLOWS = auto()
     # q, k and v of the vision tower's last layer, which may lie past the one that feeds the decoder.
     LAST_LAYER = auto()
-    # The image's real colours.
+    # The image's real colours; its pixels as the encoder got them, laid out by its grid.
     PICTURE = auto()
+    PIXELS = auto()
     # Every token of the image's grid, so that no stage may leave tokens out before this one.
     WHOLE_GRID = auto()
+    # Rows and columns: an image whose tokens form several rectangles is shown as one of them after the other.
+    GRID = auto()
     # Hidden states of the layer that ran.
     HIDDEN = auto()
 
@@ -95,7 +98,7 @@ class BeforeDecoder(Pruner):
 
     @property
     def input_reads(self) -> frozenset[Read]:
-        """ENCODER, LAST_LAYER, PICTURE, WHOLE_GRID; nothing by default."""
+        """ENCODER, LAST_LAYER, PICTURE, WHOLE_GRID, GRID; nothing by default."""
         return NOTHING
 
     def probe_layer(self) -> int | None:
@@ -121,7 +124,7 @@ class BetweenLayers(Pruner):
 
     @property
     def layer_reads(self) -> frozenset[Read]:
-        """HIDDEN, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, for `remember`; nothing by default."""
+        """HIDDEN, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, GRID, for `remember`; nothing by default."""
         return NOTHING
 
     @property
@@ -293,6 +296,11 @@ def revives(pruner: Pruner) -> bool:
 def skips_text(pruner: Pruner) -> bool:
     """Whether a pruner may leave text out of a layer."""
     return isinstance(pruner, InLayers) and pruner.skips_text
+
+
+def by_rectangle(pruner: Pruner) -> bool:
+    """Whether a pruner reads rows and columns, so that it is shown one rectangle of an image at a time."""
+    return bool(reads(pruner) & {Read.GRID, Read.WHOLE_GRID})
 
 
 def reads(pruner: Pruner) -> frozenset[Read]:

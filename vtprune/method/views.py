@@ -19,6 +19,23 @@ from vtprune.tensors.attention import attention_received, attention_received_and
 
 
 @dataclass(frozen=True)
+class Rectangle:
+    """One of several rectangles that the tokens of one image form.
+
+    grid: (t, h, w) in vision tokens; pixels, picture: as in `VisionStream`, of it alone.
+    """
+
+    grid: tuple[int, int, int]
+    pixels: Tensor
+    picture: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+@dataclass(frozen=True)
 class VisionStream:
     """The vision tokens of one image, or of one video, on their way into the decoder.
 
@@ -43,6 +60,8 @@ class VisionStream:
         shown text that the forward's labels mark as an answer.
     training: whether that module is being trained: it is in training mode, and gradients are recorded.
     kind: "image" or "video".
+    rectangles: of an image whose tokens form several (a picture cut into crops), each of these, in the order of its
+        tokens; `grid` is then one row of all tokens, and methods that read a grid are shown one rectangle at a time.
     """
 
     features: Tensor
@@ -63,6 +82,7 @@ class VisionStream:
     module: Any = None
     training: bool = False
     kind: str = IMAGE
+    rectangles: tuple[Rectangle, ...] = ()
 
     @property
     def frames(self) -> Tensor:
@@ -84,6 +104,8 @@ class EncoderLayer:
     sizes: (B, N) how many tokens each one stands for: 1 until something merges.
     grids: (t, h, w) of each whole image in vision tokens.
     alive, budgets: (B,) tokens of each image that are left, and `budget`, on the host (read back where not given).
+    unseen: (B,) tokens of its grid that the decoder never sees (padding around an image that is cut into crops), which
+        are not `valid`; () for none.
     hidden: (B, P + N * group, D) hidden states after the layer (before its MLP for a method that merges there),
         laid out as query, key and value; None if no method asks (`Read.HIDDEN`).
     """
@@ -105,6 +127,7 @@ class EncoderLayer:
     hidden: Tensor | None = None
     alive: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
+    unseen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.alive:
@@ -267,8 +290,11 @@ class LayerSignals:
     query, key, value: (H, P + N * group, d) with P = `prefix` leading tokens (1 with a CLS token, else 0),
     then the patches; `group` consecutive patches (4 for Qwen's 2x2 merge) form one vision token. Patches
     stand in raster order of the vision tokens. Queries and keys carry their rotary embedding, if any.
-    lengths: tokens of each unit (a frame) where there are several, which follow each other; attention never leaves a
-    unit, so that the tokens of a video are scored frame by frame.
+    lengths: tokens of each unit (a frame, a crop) where there are several, which follow each other, each with its own
+    leading tokens; attention never leaves a unit, so that the tokens of a video are scored frame by frame.
+    sources: (N, k) the patches that each token is made of, counted through the units without leading tokens, where
+    tokens do not stand in the order of their patches (a picture cut into crops) or are means of them; lengths then
+    count patches. weights: (N, k) the share of each of them, None for a plain mean.
     """
 
     query: Tensor
@@ -278,10 +304,14 @@ class LayerSignals:
     prefix: int
     group: int
     lengths: tuple[int, ...] = ()
+    sources: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """N."""
+        if self.sources is not None:
+            return self.sources.shape[0]
         return (self.query.shape[1] - self.prefix * max(1, len(self.lengths))) // self.group
 
     @property
@@ -292,7 +322,7 @@ class LayerSignals:
         sizes = [self.prefix + tokens * self.group for tokens in self.lengths]
         cut = zip(*(states.split(sizes, dim=1) for states in (self.query, self.key, self.value)), strict=True)
         return tuple(
-            replace(self, query=query, key=key, value=value, lengths=())
+            replace(self, query=query, key=key, value=value, lengths=(), sources=None, weights=None)
             for tokens, (query, key, value) in zip(self.lengths, cut, strict=True)
             if tokens
         )
@@ -303,7 +333,10 @@ class LayerSignals:
         return self.prefix > 0
 
     def pool(self, patch_scores: Tensor) -> Tensor:
-        """Mean of (N * group,) patch scores over each vision token's patches: (N,)."""
+        """Mean of patch scores, unit by unit, over each vision token's patches: (N,)."""
+        if self.sources is not None:
+            scores = patch_scores[self.sources]
+            return scores.mean(dim=1) if self.weights is None else (scores * self.weights.to(scores)).sum(dim=1)
         return reduce(patch_scores, "(n g) -> n", "mean", g=self.group)
 
     def cls_attention(self) -> Tensor:
@@ -347,3 +380,48 @@ class LayerSignals:
             )
             return tuple(part.flatten() for part in score(query, key))
         return tuple(map(torch.cat, zip(*(score(unit.query, unit.key) for unit in self.units), strict=True)))
+
+    def cut(self, tokens: Tensor) -> LayerSignals:
+        """The signals of some of an image's tokens, by their indices in the order wanted; in several units, that of
+        the units."""
+        if self.sources is not None:
+            return self._cut_sources(self.sources, tokens)
+        lengths = self.lengths
+        if lengths:
+            return self._cut_patches(tokens)
+        patches = tokens[:, None] * self.group + torch.arange(self.group, device=tokens.device)
+        rows = torch.cat([torch.arange(self.prefix, device=tokens.device), self.prefix + patches.flatten()])
+        return replace(self, query=self.query[:, rows], key=self.key[:, rows], value=self.value[:, rows])
+
+    def _cut_patches(self, tokens: Tensor) -> LayerSignals:
+        """Of several units, only `tokens`, ascending, and the tokens that lead each unit."""
+        lengths, group, prefix, device = self.lengths, self.group, self.prefix, tokens.device
+        ends = torch.tensor(lengths, device=device).cumsum(0)
+        unit = torch.searchsorted(ends, tokens, right=True)
+        left = torch.zeros(len(lengths), dtype=torch.long, device=device).index_add_(0, unit, torch.ones_like(unit))
+        patches = tokens[:, None] * group + torch.arange(group, device=device) + prefix * (unit + 1)[:, None]
+        rows = patches.flatten()
+        if prefix:
+            starts = (ends - torch.tensor(lengths, device=device)) * group + prefix * torch.arange(
+                len(lengths), device=device
+            )
+            leading = starts[:, None] + torch.arange(prefix, device=device)
+            rows = torch.cat([leading.flatten(), rows]).sort().values
+        return replace(
+            self,
+            query=self.query[:, rows],
+            key=self.key[:, rows],
+            value=self.value[:, rows],
+            lengths=tuple(left.tolist()),
+        )
+
+    def _cut_sources(self, sources: Tensor, tokens: Tensor) -> LayerSignals:
+        """Of tokens that are made of patches, only `tokens`: without the patches that only others were made of. What
+        no token is made of (padding around the picture) stays, as the tower attended to it."""
+        own, whole = sources[tokens.to(sources.device)], sum(self.lengths)
+        stays = torch.ones(whole, dtype=torch.bool, device=sources.device)
+        stays[sources.flatten()] = False
+        stays[own.flatten()] = True
+        cut = replace(self, sources=None, weights=None)._cut_patches(stays.nonzero().flatten())
+        weights = None if self.weights is None else self.weights[tokens.to(self.weights.device)]
+        return replace(cut, sources=(stays.cumsum(0) - 1)[own], weights=weights)

@@ -15,7 +15,7 @@ from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.pruner import Tunable
 from vtprune.method.registry import register
-from vtprune.method.stages import BeforeDecoder
+from vtprune.method.stages import NOTHING, BeforeDecoder, Read
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.attending import check_attending, snapped
 from vtprune.pruners.parts.checks import check_choice
@@ -103,6 +103,11 @@ class GemFilter(BeforeDecoder):
     def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
+
+    @property
+    def input_reads(self) -> frozenset[Read]:
+        """Rows and columns, where scores are averaged over a grid."""
+        return frozenset({Read.GRID}) if self.pooling == "grid" else NOTHING
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Over which neighbours scores are averaged."""

@@ -206,7 +206,7 @@ class HoloV(BeforeDecoder):
     variant: str = "paper"
 
     default_keep = 64 / 576
-    input_reads = frozenset({Read.ENCODER})
+    input_reads = frozenset({Read.ENCODER, Read.GRID})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,11 +35,11 @@ class Zipped:
     ends: tuple[int, ...]
     lost: tuple[int, ...]
 
-    def selection(self, *, merge: bool, cls: Sequence[bool] | None) -> EncoderSelection:
+    def selection(self, *, merge: bool, cls: Sequence[bool] | None, among: Tensor | None = None) -> EncoderSelection:
         """What goes on: each target plus the mean of what flows into it, or the target as it is without `merge`.
 
         cls: (B,) bool, the images whose CLS token takes the place of the first token that does not go on (that
-        token still flows into its target).
+        token still flows into its target); among: (B, N) bool, which tokens may be that one, None for all.
         """
         keep = self.dominant | self.targets
         column = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
@@ -50,7 +50,8 @@ class Zipped:
         merges = merge and any(end and left for end, left in zip(self.ends, self.lost, strict=True))
         if cls is None or not any(cls):
             return EncoderSelection(keep, into, weights, counts=self.counts, flows=merges, sound=True)
-        place, stands = (~keep).int().argmax(dim=1), torch.tensor(cls, device=keep.device)
+        free = ~keep if among is None else ~keep & among
+        place, stands = free.int().argmax(dim=1), torch.tensor(cls, device=keep.device)
         keep = keep | ((column == place[:, None]) & stands[:, None])
         kept = tuple(n + (own and left > 0) for n, own, left in zip(self.counts, cls, self.lost, strict=True))
         return EncoderSelection(
@@ -198,7 +199,8 @@ class VisionZip(InEncoder):
         metric = check_scores(mean_keys(layer), self.name)
         alive, valid = layer.alive, layer.valid
         found = zip_tokens(scores, metric, valid, alive=alive, dominant=patches, contextual=contextual)
-        return found.selection(merge=self.merge, cls=stands if self.cls and layer.prefix else None)
+        among = valid if any(layer.unseen) else None
+        return found.selection(merge=self.merge, cls=stands if self.cls and layer.prefix else None, among=among)
 
     def flops(self, work: Work) -> int:
         """The attention row (all rows without CLS), and the similarities to the targets."""

@@ -228,7 +228,8 @@ class Generation:
                 kept_per_layer=[image.kept_at(layer).tolist() for layer in range(self.depth)],
                 merged=_merged(image),
                 cached_per_layer=[self._cached(image, layer) for layer in range(self.depth)],
-                cls=int(image.encoded.cls),
+                cls=_cls_tokens(image)[0],
+                cls_tokens=[token for token in _cls_tokens(image) if token >= 0],
                 notes=self._notes_of(image),
                 published_tokens=_published(self.pruners[-1], _counts(image, self.depth)),
                 steps=image_steps(self._log, image, self.depth),
@@ -236,6 +237,8 @@ class Generation:
                 achieved_tokens=self._achieved_tokens(image),
                 kind=image.encoded.kind,
                 kept_per_part=image.kept_per_part(),
+                parts=[part.grid for part in image.encoded.parts],
+                structural=image.encoded.structural,
             )
             for image in self.images
             if image.row == row
@@ -276,7 +279,7 @@ class Generation:
             # Rows of one sample under beams share its images: the tower ran on each of them once.
             fresh = [image for image in images if id(image.encoded) not in encoded]
             encoded.update(id(image.encoded) for image in images)
-            grids = [image.encoded.grid for image in fresh]
+            grids = [image.encoded.encoded for image in fresh]
             text, whole = self._text_of(key), sum(image.total for image in images)
             words, own, past = self._text_per_layer(key), self._own(key, held), self._past(key, held)
             alone = prefill_flops(
@@ -286,13 +289,19 @@ class Generation:
                 images=grids,
                 encoder_tokens_per_layer=_segments(fresh),
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
-                projector_tokens=sum(int(image.encoded.alive.numel()) for image in fresh),
+                projector_tokens=sum(image.encoded.projected for image in fresh),
                 plane_tokens=sum(sum(image.encoded.planes) for image in fresh),
                 scoring=sum(self._scoring(images, place) for place in range(len(images)))
                 + self._probes(key, past)
                 + sum(pruner.row_flops(own[0] + text) for pruner in self.pruners if isinstance(pruner, InLayers)),
             )
-            unpruned = prefill_flops(self.cost, whole, text_tokens=text, images=grids)
+            unpruned = prefill_flops(
+                self.cost,
+                whole,
+                text_tokens=text,
+                images=grids,
+                projector_tokens=sum(image.encoded.projects for image in fresh),
+            )
             if any(past):
                 before = held.whole[key[0]] - whole - text
                 alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
@@ -420,6 +429,12 @@ def _segments(images: list[ImageTrail]) -> list[list[list[int]]] | None:
 
 def _mlp_tokens(images: list[ImageTrail]) -> list[tuple[int, ...]] | None:
     return [image.encoded.mlp for image in images] if any(image.encoded.segments for image in images) else None
+
+
+def _cls_tokens(image: ImageTrail) -> list[int]:
+    """The token in whose place the CLS token of each of an image's units stands, -1 for none."""
+    places: list[int] = torch.as_tensor(image.encoded.cls).reshape(-1).tolist()
+    return places
 
 
 def _merged(image: ImageTrail) -> list[MergeReport]:

@@ -81,7 +81,7 @@ class CDPruner(BeforeDecoder):
     @property
     def input_reads(self) -> frozenset[Read]:
         """The picture, with a CLIP."""
-        return NOTHING if self.clip is None else frozenset({Read.PICTURE})
+        return NOTHING if self.clip is None else frozenset({Read.PICTURE, Read.GRID})
 
     @property
     def renumbers(self) -> bool:

@@ -103,9 +103,15 @@ def merge_alike(layer: EncoderLayer, threshold: float, method: str, *, released:
 
     Raises ScoreError for NaN, and VTPruneError where a token is missing.
     """
-    if layer.alive != tuple(math.prod(grid) for grid in layer.grids):
+    unseen = layer.unseen or (0,) * len(layer.grids)
+    if layer.alive != tuple(math.prod(grid) - hidden for grid, hidden in zip(layer.grids, unseen, strict=True)):
         raise VTPruneError(f"{method} merges windows of whole images: no stage may drop tokens before it")
     windows = batch_windows(layer.grids, ragged=not released).to(layer.valid.device)
+    if any(unseen):
+        # Nothing flows together with what the decoder never sees.
+        rows = torch.arange(len(windows), device=windows.device)[:, None, None]
+        hidden = (windows >= 0) & ~layer.valid[rows, windows.clamp(min=0)]
+        windows = windows.masked_fill(hidden.any(dim=-1, keepdim=True), -1)
     similarity = check_scores(window_similarity(token_means(layer), windows), method)
     chosen = alike_windows(similarity, windows, threshold, layer.total - layer.budget, shared=released)
     return merge_windows(windows, chosen, layer.valid)

@@ -59,12 +59,12 @@ def level_entropy(levels: Tensor, eps: float = 0.0) -> Tensor:
 def released_entropy(pixels: Tensor, grid: Grid3) -> Tensor:
     """Entropy of each token's area by the released code's levels: (N,).
 
-    pixels: normalised, (3, H, W) or (patches, 3 * t * p * p), as the encoder gets them.
+    pixels: normalised, (3, H, W), (t, 3, H, W) or (patches, 3 * t * p * p), as the encoder gets them.
     """
     if pixels.ndim == 2:
         levels = wrapped_levels(rearrange(pixels, "(n g) (c x) -> n c (g x)", n=math.prod(grid), c=3))
     else:
-        levels = patch_levels(wrapped_levels(pixels[None]), grid)
+        levels = patch_levels(wrapped_levels(pixels if pixels.ndim == 4 else pixels[None]), grid)
     return level_entropy(levels, RELEASED_EPS)
 
 
@@ -122,6 +122,7 @@ def importance_map(signals: LayerSignals, entropy: Tensor | None, threshold: flo
     attention = signals.pool(received)
     if entropy is None:
         return attention
-    tokens = [unit.tokens for unit in signals.units]
+    # The crops of one picture are one picture; frames are several.
+    tokens = [attention.numel()] if signals.sources is not None else [unit.tokens for unit in signals.units]
     shares = torch.cat([one.softmax(dim=0) for one in entropy.to(attention).split(tokens)])
     return check_scores(attention + alpha * shares / signals.group, "vflowopt")

@@ -113,10 +113,12 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
 
     @property
     def input_reads(self) -> frozenset[Read]:
-        """Attention, which weighs tokens where they flow together; the picture where the entropy of real colours
+        """Attention, which weighs tokens where they flow together; the picture, or its pixels, where their entropy
         counts."""
-        found = {Read.ENCODER_FLOWS if self.recycle else Read.ENCODER}
-        return frozenset(found | {Read.PICTURE} if self.variant == "paper" and self.entropy_weight != 0 else found)
+        found = {Read.GRID, Read.ENCODER_FLOWS if self.recycle else Read.ENCODER}
+        if self.entropy_weight != 0:
+            found.add(Read.PICTURE if self.variant == "paper" else Read.PIXELS)
+        return frozenset(found)
 
     @property
     def renumbers(self) -> bool:
