@@ -376,6 +376,11 @@ class Adapter(ABC):
         """Whether positions="compact" is defined (1-D positions)."""
         return True
 
+    @property
+    def newlines(self) -> bool:
+        """Whether some of an image's placeholders are no vision tokens but end its rows."""
+        return False
+
     def new_cache(self) -> Cache:
         """The cache that the model would make for itself."""
         from transformers.cache_utils import DynamicCache

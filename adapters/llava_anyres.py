@@ -45,6 +45,10 @@ class LlavaNextAdapter(LlavaAdapter):
         vision = self.model.config.vision_config
         return int(vision.image_size // vision.patch_size)
 
+    @property
+    def newlines(self) -> bool:
+        return True
+
     def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
         self._check_layers(arguments)
         arrangements = self._arrangements(source, arguments)

@@ -77,11 +77,12 @@ def run_masked(
     features: Any = None,
     *,
     compact: bool = False,
+    newlines: str = "keep",
 ) -> Tensor:
     """Logits (B, L + STEPS, V) of the unwrapped model in one pass, with the report's dropped tokens masked.
 
     features: image features to feed instead of the model's own (from an encoder that dropped tokens).
-    compact: whether each layer numbers the tokens alive in it without gaps.
+    compact: whether each layer numbers the tokens alive in it without gaps; newlines: as it was wrapped with.
     """
     ids = torch.cat([inputs["input_ids"], next_tokens(inputs["input_ids"].shape[0])], dim=1)
     embeds = embeddings_of(model, inputs, ids, features)
@@ -89,7 +90,7 @@ def run_masked(
     handles = []
     length = inputs["input_ids"].shape[1]
     real = full_mask(inputs, STEPS).bool()
-    both = zip(_alive(ids, real, report), _alive(ids, real, report, cached=True), strict=True)
+    both = zip(_alive(ids, real, report, newlines), _alive(ids, real, report, newlines, cached=True), strict=True)
     for index, (layer, (alive, cached)) in enumerate(zip(decoder.layers, both, strict=True)):
         numbers = (alive.cumsum(dim=1) - 1).clamp(min=0)
         numbers[:, length:] = (cached.cumsum(dim=1) - 1)[:, length:]
@@ -230,7 +231,27 @@ def _merges(ids: Tensor, report: vtprune.Report, layer: int) -> list[tuple[int, 
     return found
 
 
-def _alive(ids: Tensor, real: Tensor, report: vtprune.Report, *, cached: bool = False) -> list[Tensor]:
+def dropped_newlines(ids: Tensor, image: Any, own: Tensor, policy: str) -> Tensor:
+    """The places of an image's newlines that its policy takes out, of one row (L,); own: the places of its tokens."""
+    rows: dict[int, set[int]] = {}
+    first, base = int(own[0]), math.prod(image.parts[0])
+    for place in range(first, first + image.tokens + image.structural):
+        if place not in own.tolist():
+            rows[place] = set()
+    for token, place in enumerate(own.tolist()):
+        after = [end for end in rows if end > place]
+        if after and (len(image.parts) == 1 or image.kind == "video" or token >= base):
+            rows[min(after)].add(token)
+    if policy == "keep" or len(image.kept) == image.tokens:
+        return torch.tensor([], dtype=torch.long)
+    gone = [place for place, tokens in rows.items() if policy == "drop" or not tokens & set(image.kept)]
+    assert len(gone) == image.structural - image.structural_left
+    return torch.tensor(gone, dtype=torch.long)
+
+
+def _alive(
+    ids: Tensor, real: Tensor, report: vtprune.Report, newlines: str = "keep", *, cached: bool = False
+) -> list[Tensor]:
     """(B, L) for each layer: neither padding nor dropped; cached: nor cut from its cache after the prefill."""
     found = []
     for layer in range(len(report.tokens_per_layer)):
@@ -238,6 +259,7 @@ def _alive(ids: Tensor, real: Tensor, report: vtprune.Report, *, cached: bool = 
         for row, sample in enumerate(report.samples):
             for image, own in zip(sample.images, places_of(ids[row], sample), strict=True):
                 alive[row, own] = False
+                alive[row, dropped_newlines(ids[row], image, own, newlines)] = False
                 kept = image.cached_per_layer if cached else image.kept_per_layer
                 alive[row, own[kept[layer]]] = True
         found.append(alive)

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from vtprune.adapters import adapter_for, core_model
 from vtprune.cache.names import GENERATION
 from vtprune.errors import UntrainedWarning, VTPruneError
+from vtprune.hooks.newlines import POLICIES
 from vtprune.hooks.weights import (
     SUBMODULE,
     attach,
@@ -53,6 +54,7 @@ def wrap(
     positions: str = "original",
     keep_prompt: int | float | None = None,
     share: str = "size",
+    newlines: str = "keep",
     **options: Any,
 ) -> M:
     """Makes `model` prune its vision tokens, in place, and returns it.
@@ -63,12 +65,15 @@ def wrap(
     renumbers them layer by layer: a prompt's tokens without gaps, a later token by what the layer's cache then holds
     of its row. keep_prompt: instead of the method's `keep`, one budget for all images and videos of a prompt, a count
     of their tokens (int) or a fraction (float), which they share by "size" or by "importance" (`share`; see
-    vtprune/method/sharing.py). Generation without a cache (`use_cache=False`) reads everything anew at each step, so
+    vtprune/method/sharing.py). newlines: what becomes of the tokens that end the rows of a picture's crops
+    (LLaVA-NeXT, LLaVA-OneVision) where the picture loses tokens before the decoder: "keep", "rows" (those stay whose
+    row has a token left), or "drop", as several methods' released code does; they are no vision tokens, and count
+    against no budget. Generation without a cache (`use_cache=False`) reads everything anew at each step, so
     methods that choose by the text choose anew too, by what was generated so far. Raises VTPruneError (or a subclass)
     for an unknown method or option, a model without an adapter, and a model that is wrapped already.
     """
     sharing = _sharing(keep_prompt, share)
-    return _wrap(model, pruner, positions, options, sharing=sharing, level=3)
+    return _wrap(model, pruner, options, sharing=sharing, positions=positions, newlines=newlines, level=3)
 
 
 def _sharing(keep_prompt: int | float | None, share: str) -> Sharing | None:
@@ -79,7 +84,16 @@ def _sharing(keep_prompt: int | float | None, share: str) -> Sharing | None:
     return None
 
 
-def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, sharing: Sharing | None, level: int) -> M:
+def _wrap(
+    model: M,
+    pruner: Any,
+    options: dict[str, Any],
+    *,
+    sharing: Sharing | None,
+    positions: str,
+    newlines: str,
+    level: int,
+) -> M:
     """`wrap`; level: how far up the stack the line stands that a warning names."""
     core: Any = core_model(model)
     if is_wrapped(core):
@@ -87,8 +101,12 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, sha
         raise VTPruneError(f"this model is already wrapped with {current}; call vtprune.unwrap(model) first")
     if positions not in POSITIONS:
         raise VTPruneError(f"positions is 'original' or 'compact', got {positions!r}")
+    if newlines not in POLICIES:
+        raise VTPruneError(f"newlines is one of {', '.join(map(repr, POLICIES))}, got {newlines!r}")
     given = resolve(pruner, **options)
     adapter = adapter_for(model)
+    if newlines != "keep" and not adapter.newlines:
+        raise VTPruneError(f"newlines={newlines!r}: {adapter.name} has no tokens that end rows; leave it out")
     facts = adapter.facts()
     # What cannot be accounted for is refused now, not when a report is asked for.
     adapter.sizes(core.config)
@@ -129,7 +147,9 @@ def _wrap(model: M, pruner: Any, positions: str, options: dict[str, Any], *, sha
         warnings.warn(f"{untrained(pruners)}. {HOW_TO_TRAIN}", UntrainedWarning, stacklevel=level)
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
     # weights that a method brings, which are trained and moved with it.
-    wrapping = Wrapping(adapter, pruners, facts, compact=compact, given=given, modules=modules, sharing=sharing)
+    wrapping = Wrapping(
+        adapter, pruners, facts, compact=compact, given=given, modules=modules, sharing=sharing, newlines=newlines
+    )
     core.__dict__[ATTRIBUTE] = wrapping
     attach(core, modules)
     if modules:
@@ -154,11 +174,12 @@ def wrapped(
     positions: str = "original",
     keep_prompt: int | float | None = None,
     share: str = "size",
+    newlines: str = "keep",
     **options: Any,
 ) -> Iterator[M]:
     """`wrap` for the length of a with block; unwraps also when the block raises."""
     sharing = _sharing(keep_prompt, share)
-    _wrap(model, pruner, positions, options, sharing=sharing, level=4)
+    _wrap(model, pruner, options, sharing=sharing, positions=positions, newlines=newlines, level=4)
     try:
         yield model
     finally:

@@ -32,8 +32,8 @@ class ImageSpan:
     the host and on the device; kept: tokens alive now, indices into the whole image; talk: which of its row's
     conversations it belongs to; layers: the tokens (n,) that were alive at each decoder layer so far; memories: what
     each pruner (by its place in the list) remembers of the tokens alive; structural: places of its placeholders that
-    are no vision tokens, which are never dropped and are no text either; share: what it may keep of a budget that its
-    prompt's images share, None where each has its own.
+    are no vision tokens and no text either; gone: those of them that were dropped; share: what it may keep of a budget
+    that its prompt's images share, None where each has its own.
     """
 
     row: int
@@ -45,6 +45,7 @@ class ImageSpan:
     layers: list[Tensor] = field(default_factory=list)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
     structural: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    gone: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     share: int | None = None
 
     def __post_init__(self) -> None:

@@ -192,6 +192,7 @@ class DecoderRun:
         self._taken: list[int] | None = None
         # The last answer of `row_counts`, and what it was for.
         self._counted: tuple[tuple[int, ...], list[int]] | None = None
+        self._staying: Ints | None = None
         # By image: the places of its tokens and their new vectors, until the next layer is fed them.
         self._changed: dict[ImageSpan, tuple[Tensor, Tensor]] = {}
         self._layouts: dict[int, Layout] = {}
@@ -293,11 +294,16 @@ class DecoderRun:
             found.append(talks)
         return found
 
-    @cached_property
+    @property
     def _never_dropped(self) -> Ints:
-        """(B, L + 1) how many tokens before each place are no padding and no vision tokens."""
-        stays = (self.prompt.outline.number >= 0) & ~self._vision[0]
-        return np.pad(stays.cumsum(axis=1), ((0, 0), (1, 0)))
+        """(B, L + 1) how many tokens before each place are no padding and no vision tokens, newlines that were dropped
+        left out."""
+        if self._staying is None:
+            stays = (self.prompt.outline.number >= 0) & ~self._vision[0]
+            for span in self.spans:
+                stays[span.row, span.gone] = False
+            self._staying = np.pad(stays.cumsum(axis=1), ((0, 0), (1, 0)))
+        return self._staying
 
     def _before(self, row: int, place: int, kept: Sequence[int]) -> int:
         """Tokens alive before a place of a row that is not inside an image."""
@@ -328,6 +334,13 @@ class DecoderRun:
             self._changed[span] = span.places[span.kept], vectors
         if selection.bias is not None:
             self._add_bias(span, selection.bias)
+
+    def drop_structural(self, span: ImageSpan, gone: Ints) -> None:
+        """Takes some of an image's placeholders that are no vision tokens out, before the first layer."""
+        span.gone, self._staying, self._counted = gone, None, None
+        self.mark(span)
+        assert self.alive is not None
+        self.alive[span.row, self.on_device(gone)] = False
 
     def _add_bias(self, span: ImageSpan, values: Tensor) -> None:
         """Adds values (K,) to what every layer adds to the attention logits of the span's tokens as keys."""

@@ -31,6 +31,7 @@ from vtprune.errors import VTPruneError
 from vtprune.hooks.checkpoints import Checkpoints, drops_cache
 from vtprune.hooks.eviction import Evictor
 from vtprune.hooks.learning import Teacher
+from vtprune.hooks.newlines import drop_newlines
 from vtprune.hooks.probe import Prober
 from vtprune.hooks.recording import Recorder, number_rows
 from vtprune.hooks.records import records_of
@@ -57,12 +58,13 @@ class DecoderHooks:
         *,
         sharing: Sharing | None,
         compact: bool,
+        newlines: str,
         maker: object,
         modules: dict[int, nn.Module],
     ) -> None:
         pruners = list(plans.pruners)
         self.adapter, self.pruners, self.facts, self.state, self.compact = adapter, pruners, facts, state, compact
-        self._plans, self._sharing = plans, sharing
+        self._plans, self._sharing, self._newlines = plans, sharing, newlines
         scoring = DecoderScoring(adapter, pruners, self._plans)
         self._evictor = Evictor(adapter, pruners, self._plans)
         self._selecting = Selecting(scoring, facts, modules, sharing)
@@ -150,6 +152,7 @@ class DecoderHooks:
         ids = frame.inputs.get("input_ids") if frame.inputs.get("inputs_embeds") is None else None
         prober, dropping = Prober(self.adapter, module, args, kwargs, run=run), Dropping(lessons, recording)
         self._selecting.before_decoder(prober, dropping, Inputs(embeds, ids))
+        drop_newlines(run, recording, self._newlines)
         run.observers = self._observers(run, dropping, revival)
         recording.begin(run)
         if cache is not cache_in(kwargs):

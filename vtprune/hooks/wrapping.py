@@ -40,6 +40,7 @@ class Wrapping:
         given: list[Pruner],
         modules: dict[int, nn.Module],
         sharing: Sharing | None = None,
+        newlines: str = "keep",
     ) -> None:
         self.given, self.pruners, self.modules, self.sharing = given, pruners, modules, sharing
         self.name = "+".join(pruner.name for pruner in pruners)
@@ -51,7 +52,7 @@ class Wrapping:
         self._encoder = EncoderHooks(adapter, plans, facts, state=state, taps=self._taps)
         self._decoder = DecoderHooks(
             adapter, plans, facts, state,
-            sharing=sharing, compact=compact, maker=self._encoder.token, modules=modules,
+            sharing=sharing, compact=compact, newlines=newlines, maker=self._encoder.token, modules=modules,
         )  # fmt: skip
         try:
             self._refuse_copies(adapter.model)

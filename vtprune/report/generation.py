@@ -239,6 +239,7 @@ class Generation:
                 kept_per_part=image.kept_per_part(),
                 parts=[part.grid for part in image.encoded.parts],
                 structural=image.encoded.structural,
+                structural_left=image.encoded.structural - image.newlines_gone,
             )
             for image in self.images
             if image.row == row
@@ -293,7 +294,7 @@ class Generation:
                 plane_tokens=sum(sum(image.encoded.planes) for image in fresh),
                 scoring=sum(self._scoring(images, place) for place in range(len(images)))
                 + self._probes(key, past)
-                + sum(pruner.row_flops(own[0] + text) for pruner in self.pruners if isinstance(pruner, InLayers)),
+                + sum(pruner.row_flops(own[0] + words[0]) for pruner in self.pruners if isinstance(pruner, InLayers)),
             )
             unpruned = prefill_flops(
                 self.cost,
@@ -321,6 +322,10 @@ class Generation:
     def _text_of(self, key: tuple[int, int]) -> int:
         return self.texts[key[0]][key[1]]
 
+    def _text_left(self, key: tuple[int, int]) -> int:
+        """The same without newlines that were dropped."""
+        return self._text_of(key) - sum(image.newlines_gone for image in self._new(key))
+
     def _own(self, key: tuple[int, int], held: Held) -> list[int]:
         """Vision tokens of a conversation that each layer computed in the prefill."""
         row = key[0]
@@ -340,7 +345,7 @@ class Generation:
 
     def _text_per_layer(self, key: tuple[int, int]) -> list[int]:
         """Text tokens of a conversation that each layer computed in the prefill."""
-        whole, routed = self._text_of(key), self.trail.routed_text
+        whole, routed = self._text_left(key), self.trail.routed_text
         found = {layer: text.counts.get(key[1]) for layer, text in routed.items()}
         # A conversation without any text has nothing to be counted.
         return [(found[layer] or [0] * self.rows)[key[0]] if layer in found else whole for layer in range(self.depth)]
@@ -368,14 +373,15 @@ class Generation:
         """Queries times keys of this turn's attention in each decoder layer, padding left out; () without a cache."""
         if not self._history:
             return ()
-        own = [tokens + self._text_of(key) for tokens in self._own(key, Held())]
+        own = [tokens + self._text_left(key) for tokens in self._own(key, Held())]
         keys = [layer[key[0]] for layer in self._history[0].entries] if self.offset else own
         return tuple(n * k for n, k in zip(own, keys, strict=True))
 
     def _scoring(self, images: list[ImageTrail], place: int) -> int:
         """What all methods add for one of the images of a conversation."""
         image, key = images[place], images[place].key
-        words = self._text_of(key)
+        words, left = self._text_of(key), self._text_left(key)
+        text = words - sum(one.encoded.structural for one in images)
         blocks, decoder = self.cost.vision.blocks, self.cost.decoder
         patches = image.total * self.facts.group
         alive = [sum(layer) for layer in image.encoded.segments] or [patches + self.facts.has_cls] * blocks.layers
@@ -397,7 +403,7 @@ class Generation:
                 decoder_query_width=decoder.query_width,
                 decoder_heads=decoder.heads,
                 prompt=words + sum(one.total for one in self.images if one.key == key),
-                text=words,
+                text=text,
                 text_after=image.text_after,
                 units=image.encoded.shown.units,
                 decoder_kv_width=decoder.kv_width,
@@ -406,7 +412,7 @@ class Generation:
                 encoder_patches=tuple(alive),
                 encoder_layers=image.encoded.scored,
                 decoder_layers=tuple(scored),
-                decoder_tokens=tuple(words + sum(one.kept_at(n).numel() for one in images) for n in scored),
+                decoder_tokens=tuple(left + sum(one.kept_at(n).numel() for one in images) for n in scored),
                 first_asked=tuple(layer not in known for layer in scored),
                 has_cls=self.facts.has_cls,
                 image_tokens=tuple(int(image.kept_at(layer).numel()) for layer in scored),

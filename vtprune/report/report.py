@@ -54,14 +54,14 @@ class ImageReport:
     grid: (t, h, w) in vision tokens, one row of all of them where they form several rectangles; parts: (t, h, w) of
     each rectangle (frames, or the base crop of a picture and the grid that its other crops make); kind: "image" or
     "video"; kept_per_part: of `kept`, how many lie in each part; structural: the placeholders that are no vision
-    tokens (newlines); kept: tokens that enter the decoder; kept_per_layer: tokens that each decoder layer processes;
-    cached_per_layer: tokens in each layer's cache after the prefill; merged: what flowed into what; cls: the token in
-    whose place the encoder's CLS token stands, -1 for none, and cls_tokens: that of each crop that has one; notes:
-    what methods said; published_tokens: what was kept as the last method's paper counts it, None where it counts as
-    this report does; steps: every forward on the cache after the one that brought the image, where its tokens may
-    return; cached_per_head: the tokens that each key-value head of a layer's cache holds now, by layer, [] for a layer
-    whose heads all hold what they held after the prefill; achieved_tokens: what was kept, counted as the last method
-    counts `keep`.
+    tokens (newlines), and structural_left: those that enter the decoder; kept: tokens that enter the decoder;
+    kept_per_layer: tokens that each decoder layer processes; cached_per_layer: tokens in each layer's cache after the
+    prefill; merged: what flowed into what; cls: the token in whose place the encoder's CLS token stands, -1 for none,
+    and cls_tokens: that of each crop that has one; notes: what methods said; published_tokens: what was kept as the
+    last method's paper counts it, None where it counts as this report does; steps: every forward on the cache after
+    the one that brought the image, where its tokens may return; cached_per_head: the tokens that each key-value head
+    of a layer's cache holds now, by layer, [] for a layer whose heads all hold what they held after the prefill;
+    achieved_tokens: what was kept, counted as the last method counts `keep`.
     """
 
     grid: tuple[int, int, int]
@@ -81,6 +81,7 @@ class ImageReport:
     cls_tokens: list[int] = field(default_factory=list)
     parts: list[tuple[int, int, int]] = field(default_factory=list)
     structural: int = 0
+    structural_left: int = 0
 
     @property
     def kept_whole(self) -> str:

@@ -86,7 +86,7 @@ class ImageTrail:
     it left the last time that it acted on the decoder's side; asked: by order, the decoder layers after which it was
     asked; probed: by order, the tokens that its probe saw; memories: by order, what it remembers of the tokens left.
     notes: what pruners said; text_after: how many text tokens of its conversation stand after it; share: as in
-    `ImageSpan`.
+    `ImageSpan`; newlines_gone: placeholders that are no vision tokens and were dropped with them.
     """
 
     row: int
@@ -105,6 +105,7 @@ class ImageTrail:
     notes: list[str] = field(default_factory=list)
     text_after: int = 0
     share: int | None = None
+    newlines_gone: int = 0
 
     @property
     def key(self) -> tuple[int, int]:
