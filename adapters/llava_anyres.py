@@ -235,7 +235,7 @@ def _neighbours(cells: Tensor, side: int, across: int) -> tuple[Tensor, Tensor |
         at = torch.stack([(high if row else low)[:, 0], (high if column else low)[:, 1]], dim=-1)
         sources.append(_patch(at.long(), side, across))
         shares.append((part[:, 0] if row else 1 - part[:, 0]) * (part[:, 1] if column else 1 - part[:, 1]))
-    return torch.stack(sources, dim=1), torch.stack(shares, dim=1).float()
+    return torch.stack(sources, dim=1), torch.stack(shares, dim=1)
 
 
 def _patch(cells: Tensor, side: int, across: int) -> Tensor:

@@ -427,7 +427,11 @@ class Encoding(ABC):
             self.mlp[index] = self._alive_patches()
 
     def _alive_patches(self) -> list[int]:
-        return [self.prefix + tokens * self.group for tokens in self.counts]
+        return [self.prefix + tokens * self.group for tokens in self.computed()]
+
+    def computed(self) -> list[int]:
+        """(B,) the tokens that layers compute of each unit, as if its image ran alone: those that are alive."""
+        return self.counts
 
     def note_plane(self) -> None:
         """Notes which tokens are alive where values are made of them that the decoder adds between its layers."""
@@ -439,7 +443,7 @@ class Encoding(ABC):
         none: list[None] = [None] * len(self.grids)
         signals: Sequence[LayerSignals | None] = self.signals or none
         last: Sequence[LayerSignals | None] = self.last_signals or none
-        names = self.names()
+        names, computed = self.names(), self.computed()
         cls = [-1] * len(self.grids) if self.cls is None else self.cls
         found = []
         for b, grid in enumerate(self.grids):
@@ -448,7 +452,7 @@ class Encoding(ABC):
                 parts=(Part(grid),),
                 units=(grid,),
                 visible=self.kept[b],
-                projected=self.counts[b],
+                projected=computed[b],
                 projects=self.totals[b],
                 alive=alive,
                 signals=signals[b],

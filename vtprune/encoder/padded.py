@@ -126,4 +126,8 @@ class PaddedEncoding(Encoding):
         return full.index_put((rows, names.to(states.device)), states)[:, :-1]
 
     def layer_segments(self, kwargs: dict[str, Any]) -> list[list[int]]:
-        return [[self.prefix + tokens] for tokens in self.counts]
+        return [[self.prefix + tokens] for tokens in self.computed()]
+
+    def computed(self) -> list[int]:
+        # The crops of one image run together, padded to the longest of them.
+        return [max(own) for own in self.of_units(self.counts) for _ in own]
