@@ -14,6 +14,15 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -162,6 +171,87 @@ def random_hybrid_checkpoint(*, experts: bool) -> str:
     kind(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+ANYRES_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|image_pad|>{% elif part['type'] == 'video' %}<|video_pad|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# A crop is 8 x 8 patches of 14 pixels.
+CROP = 112
+
+
+def _anyres_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = _qwen_tokenizer()
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    return tokenizer
+
+
+@cache
+def random_next_checkpoint() -> str:
+    """The folder of a LLaVA-NeXT with the published crops (but of fewer patches), scaled in width and depth."""
+    folder = mkdtemp(prefix="vtprune-next-checkpoint-")
+    pinpoints = [[CROP * height, CROP * width] for height, width in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": CROP}, crop_size={"height": CROP, "width": CROP}, image_grid_pinpoints=pinpoints
+    )
+    tokenizer = _anyres_tokenizer()
+    processor = LlavaNextProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        image_token="<|image_pad|>", num_additional_image_tokens=1, chat_template=ANYRES_TEMPLATE,
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **_anyres_tower()},
+        text_config={"model_type": "mistral", "sliding_window": None, **_anyres_decoder(len(tokenizer))},
+        image_grid_pinpoints=pinpoints, image_token_id=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@cache
+def random_onevision_checkpoint() -> str:
+    """The folder of a LLaVA-OneVision with the published crops (but of fewer patches), scaled in width and depth."""
+    folder = mkdtemp(prefix="vtprune-onevision-checkpoint-")
+    pinpoints = [[CROP * height, CROP * width] for height in range(1, 7) for width in range(1, 7)]
+    size, tokenizer = {"height": CROP, "width": CROP}, _anyres_tokenizer()
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        tokenizer=tokenizer, video_processor=LlavaOnevisionVideoProcessor(size=size), num_image_tokens=64,
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9", image_token="<|image_pad|>",
+        video_token="<|video_pad|>", chat_template=ANYRES_TEMPLATE,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **_anyres_tower()},
+        text_config={"model_type": "qwen2", **_anyres_decoder(len(tokenizer))},
+        image_grid_pinpoints=pinpoints, image_token_id=5, video_token_id=6, vision_feature_layer=-1,
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _anyres_tower() -> dict[str, Any]:
+    return {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "image_size": CROP, "patch_size": 14,
+    }  # fmt: skip
+
+
+def _anyres_decoder(vocabulary: int) -> dict[str, Any]:
+    return {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "initializer_range": 0.2,
+    }  # fmt: skip
 
 
 @cache

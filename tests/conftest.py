@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.models import HYBRIDS, MODELS, SHOWN, TOWER_ONLY
+from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, TOWER_ONLY
 from tests.sampling import Case, sample
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def _case(item: pytest.Function) -> Case | None:
 
 def _is_of_a_tower_elsewhere(item: pytest.Function) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return params.get("kind") in TOWER_ONLY and item.path.relative_to(HERE).parts[0] not in OF_TOWERS
+    return params.get("kind") in TOWER_ONLY.union(ANYRES) and item.path.relative_to(HERE).parts[0] not in OF_TOWERS
 
 
 # What the tests of the support table found, by cell.
@@ -56,7 +56,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     # Of several processes the one that hears of all tests writes.
     if path is not None and not hasattr(session.config, "workerinput"):
         own = {cell: texts for cell, texts in FOUND.items() if not cell[0].startswith("test_")}
-        support.write(path, own, [*MODELS, *HYBRIDS], list(SHOWN))
+        support.write(path, own, [*MODELS, *ANYRES, *HYBRIDS], list(SHOWN))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,10 +16,11 @@ import vtprune
 from tests import support
 from tests.deleted import run_deleted
 from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, TEMPORAL, label
-from tests.models import HYBRIDS, MODELS, SHOWN, make, prompt, shown_rows, takes
+from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, make, prompt, shown_rows, takes
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
+from vtprune.adapters import adapter_for
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import revives
+from vtprune.method.stages import encoder_layers, revives
 
 # What heads hold, or gates weigh, is no mask of whole tokens: these have references of their own.
 UNMASKED = CACHE + GATED
@@ -30,7 +31,10 @@ NO_PLACE = {
     "pmod": "refused by name: what a token that skips a layer leaves in its state is not defined",
     "gamma_mod": "refused by name: what a token that skips a layer leaves in its state is not defined",
 }
-KINDS = [*MODELS, *HYBRIDS]
+# Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.
+POOLED = "refused by name: a token of a video is the mean of several patches, which cannot be dropped by themselves"
+IN_ENCODER = ("flowcut", "turbo", "visionzip", "mustdrop", "test_drops")
+KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 
 
 @pytest.fixture
@@ -50,8 +54,11 @@ def refuses_videos(kind: str, pruner: Pruner) -> bool:
     return True
 
 
-def is_refused(kind: str, pruner: Pruner, says: Callable[[str], None]) -> bool:
-    """Whether a decoder with linear attention has no place for a method, or for this setting of it."""
+def is_refused(kind: str, pruner: Pruner, shown: str, says: Callable[[str], None]) -> bool:
+    """Whether a decoder with linear attention has no place for a method, or for this setting of it, or a method acts
+    on patches that tokens are only means of."""
+    if kind in ANYRES and "video" in shown and pruner.name in IN_ENCODER:
+        return _refuses_pooled(kind, pruner, shown, says)
     if kind not in HYBRIDS:
         return False
     layers, schedule = getattr(pruner, "layers", None), getattr(pruner, "schedule", "")
@@ -62,6 +69,17 @@ def is_refused(kind: str, pruner: Pruner, says: Callable[[str], None]) -> bool:
     assert _refused(kind, pruner)
     if pruner.name in NO_PLACE:
         says(NO_PLACE[pruner.name])
+    return True
+
+
+def _refuses_pooled(kind: str, pruner: Pruner, shown: str, says: Callable[[str], None]) -> bool:
+    if not encoder_layers(pruner.bind(adapter_for(make(kind)).facts())):
+        return False
+    model = vtprune.wrap(make(kind), pruner)
+    with torch.no_grad(), pytest.raises(vtprune.VTPruneError, match=f"{pruner.name} prunes inside the vision encoder"):
+        model(**prompt(kind, shown_rows(kind, shown)))
+    if pruner.name != "mustdrop":
+        says(POOLED)
     return True
 
 
@@ -90,7 +108,7 @@ def test_dropping_equals_masking_whatever_is_shown(
         assert refuses_videos(kind, pruner)
         says(NO_VIDEOS)
         return
-    if is_refused(kind, pruner, says):
+    if is_refused(kind, pruner, shown, says):
         return
     # A state would take in what pads a row behind its tokens.
     inputs = prompt(kind, shown_rows(kind, shown), "left" if kind in HYBRIDS else padding)
@@ -124,7 +142,7 @@ def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(
         assert refuses_videos(kind, pruner)
         says(NO_VIDEOS)
         return
-    if is_refused(kind, pruner, says):
+    if is_refused(kind, pruner, shown, says):
         return
     model = vtprune.wrap(make(kind), pruner)
     rows = shown_rows(kind, shown)
@@ -145,7 +163,7 @@ def test_keeping_everything_generates_what_the_unpruned_model_does(
     if not takes(kind, shown):
         assert refuses_videos(kind, pruner)
         return
-    if is_refused(kind, pruner, says):
+    if is_refused(kind, pruner, shown, says):
         return
     inputs, model = prompt(kind, shown_rows(kind, shown)), make(kind)
     options = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}

@@ -32,8 +32,8 @@ def downscale(processor: Any, keep: int | float, *, keep_video: int | float | No
         own = getattr(processor, name)
         if not all(hasattr(own, size) for size in ("patch_size", "merge_size", "resize")):
             raise VTPruneError(
-                f"{type(own).__name__} makes pictures of one size, which the positions of its tower are for; "
-                "downscale takes processors of models that see any size (the Qwen-VL families)"
+                f"{type(own).__name__} makes pictures, or crops of them, of one size, which the positions of its "
+                "tower are for; downscale takes processors of models that see any size (the Qwen-VL families)"
             )
         share = of_videos if name == "video_processor" and of_videos is not None else wanted
         setattr(smaller, name, _downscaled(own, share))

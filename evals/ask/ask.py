@@ -113,7 +113,9 @@ def compare_answers(
         f"unpruned: {answers[0].text.strip()}\npruned: {answers[1].text.strip()}"
     )
     if isinstance(media, Video):
-        picture = compare_frames(media, processor.video_processor.temporal_patch_size, report, title)
+        # Frames that make one row of tokens.
+        deep = getattr(processor.video_processor, "temporal_patch_size", None) or 1
+        picture = compare_frames(media, deep, report, title)
     else:
         picture = compare(seen_image(media, processor, inputs.get("pixel_values")), report, title)
     unpruned, pruned = answers

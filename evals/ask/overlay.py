@@ -4,8 +4,10 @@ the colour of their layer, merged groups tinted in one colour each."""
 from __future__ import annotations
 
 import colorsys
+import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,9 @@ def _colour(index: int) -> tuple[int, int, int]:
 def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     """The picture cut into the report's grid, frames below each other: what stays as it is, what dropped out between
     decoder layers in its layer's colour, what never entered the decoder dimmed."""
+    rectangles = rectangles_of(report)
+    if len(rectangles) > 1:
+        return side_by_side([draw_kept(image, one) for one in rectangles])
     frames, height, width = report.grid
     drawn = draw_parts([image] * frames, report, range(frames), cell_size(height, width))
     if frames == 1:
@@ -69,6 +74,38 @@ def draw_kept(image: Image.Image, report: ImageReport) -> Image.Image:
     for place, picture in enumerate(drawn):
         canvas.paste(picture, (0, place * picture.height))
     return canvas
+
+
+def rectangles_of(report: ImageReport) -> list[ImageReport]:
+    """The report of each rectangle that an image's tokens form: the picture itself and the grid of its crops; where
+    there is one, or frames of one size, the report as it is. What flowed between rectangles is left out."""
+    if len({part[1:] for part in report.parts}) < 2:
+        return [report]
+    found, start = [], 0
+    for grid in report.parts:
+        stop = start + math.prod(grid)
+        found.append(_between(report, grid, start, stop))
+        start = stop
+    return found
+
+
+def _between(report: ImageReport, grid: tuple[int, int, int], start: int, stop: int) -> ImageReport:
+    def own(tokens: Sequence[int]) -> list[int]:
+        return [token - start for token in tokens if start <= token < stop]
+
+    return replace(
+        report,
+        grid=grid,
+        parts=[grid],
+        tokens=stop - start,
+        kept=own(report.kept),
+        kept_per_layer=[own(layer) for layer in report.kept_per_layer],
+        merged=[
+            replace(merge, into=merge.into - start, members=[member - start for member in merge.members])
+            for merge in report.merged
+            if all(start <= token < stop for token in (merge.into, *merge.members))
+        ],
+    )
 
 
 def draw_parts(
@@ -158,7 +195,7 @@ def compare(image: Image.Image, report: Report, title: str = "") -> Image.Image:
 def everything(report: ImageReport) -> ImageReport:
     """The report of the same image with all of its tokens kept."""
     tokens = list(range(report.tokens))
-    return ImageReport(report.grid, report.tokens, tokens, kept_per_layer=[tokens], merged=[])
+    return ImageReport(report.grid, report.tokens, tokens, kept_per_layer=[tokens], merged=[], parts=report.parts)
 
 
 def compose(pictures: Image.Image, report: Report, title: str) -> Image.Image:

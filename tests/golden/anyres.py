@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from vtprune.adapters import adapter_for
+from vtprune.encoder.arrangement import Arrangement
 
 
 def unpad_mask(rows: int, cols: int, original: tuple[int, int]) -> Tensor:
@@ -22,6 +29,31 @@ def unpad_mask(rows: int, cols: int, original: tuple[int, int]) -> Tensor:
     return mask
 
 
+@functools.cache
+def arrangement(layout: tuple[int, int], side: int, original: tuple[int, int] | None) -> Arrangement:
+    """How LLaVA-NeXT's adapter lays out a picture (width, height) in (rows, cols) crops of side x side patches; None:
+    one that fills them."""
+    pixels, (rows, cols) = 14 * side, layout
+    config = LlavaNextConfig(
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "image_size": pixels, "patch_size": 14,
+        },
+        text_config={
+            "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "vocab_size": 8,
+        },
+        image_grid_pinpoints=[[rows * pixels, cols * pixels]],
+        image_token_id=7,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    adapter: Any = adapter_for(LlavaNextForConditionalGeneration(config))
+    width, height = original or (cols * pixels, rows * pixels)
+    (source,) = adapter.sources()
+    (found,) = adapter._arrangements(source, {"image_sizes": torch.tensor([[height, width]])})
+    return found
+
+
 def restore_crops(
     keep: Tensor, layout: tuple[int, int], side: int, original: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -32,15 +64,17 @@ def restore_crops(
     Returns the mask of kept cells, (rows * side, cols * side) bool, and the order, indices into the C * K
     survivors.
     """
-    height, width = layout[0] * side, layout[1] * side
-    crop = torch.arange(keep.shape[0], device=keep.device)[:, None]
-    row = crop // layout[1] * side + keep // side
-    col = crop % layout[1] * side + keep % side
-    source = torch.full((height, width), -1, device=keep.device)
-    source[row.flatten(), col.flatten()] = torch.arange(keep.numel(), device=keep.device)
-    if original is not None:
-        source[~unpad_mask(height, width, original).to(keep.device)] = -1
-    return source >= 0, source[source >= 0]
+    crop = torch.arange(keep.shape[0])[:, None]
+    found = arrangement(layout, side, original)
+    token = torch.full((found.patches,), -1)
+    token[found.sources[:, 0]] = torch.arange(found.tokens)
+    # The picture itself comes before its crops.
+    own = token[((1 + crop) * side**2 + keep.cpu()).flatten()]
+    order = own.argsort()[int((own < 0).sum()) :]
+    mask = torch.zeros(layout[0] * side, layout[1] * side, dtype=torch.bool)
+    row, col = crop // layout[1] * side + keep.cpu() // side, crop % layout[1] * side + keep.cpu() % side
+    mask[row.flatten()[order], col.flatten()[order]] = True
+    return mask, order
 
 
 def join_crops(tokens: Tensor, places: Tensor, layout: tuple[int, int], side: int) -> Tensor:

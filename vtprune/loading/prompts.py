@@ -14,7 +14,7 @@ from vtprune.loading.media import Media
 from vtprune.loading.videos import Video
 
 Message = dict[str, Any]
-WITH_VIDEOS = "the Qwen-VL families (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5)"
+WITH_VIDEOS = "the Qwen-VL families (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5), LLaVA-OneVision or LLaVA-NeXT-Video"
 # What a model is given in its own type; all else that floats, as the seconds between frames, stays as it is.
 PIXELS = ("pixel_values", "pixel_values_videos")
 
