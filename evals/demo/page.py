@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,9 +109,11 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
             info="What differs from the method's own settings, as name=value with commas between.",
             elem_id="options",
         )
-        # Changes when the options of a link are to be shown one by one.
-        seed = gr.State("")
-        _controls(models, model, method, options=options, seed=seed)
+        # What the controls are of, in one piece: model, method and options that are to be shown one by one. Read from
+        # three components they could be of different moments, and those of the earlier one be drawn last. No State, of
+        # whose changes gradio tells the browser through the queue alone.
+        shown = gr.Textbox("", visible="hidden")
+        _controls(models, shown, options=options)
     with gr.Accordion("Other pictures and questions", open=False):
         gr.Examples([list(one) for one in examples], [image, question], label="Examples", cache_examples=False)
     with gr.Accordion("A link to this page as it stands", open=False):
@@ -123,7 +126,7 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
             raise Sentence(f"model: this page has {', '.join(models.names)}")
         known = _methods(models, name)
         own = how if how in known and not as_trained(models[name]) else link.default_method(models, name)
-        return gr.Dropdown(choices=known, value=own), _about(own, name, models), "", ""
+        return gr.Dropdown(choices=known, value=own), _about(own, name, models), "", _shown(name, own)
 
     def opened(request: gr.Request) -> tuple[Any, ...]:
         found = link.read(dict(request.query_params), models)
@@ -132,17 +135,17 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
             gr.Dropdown(choices=_methods(models, found.model), value=found.method),
             found.keep,
             found.options,
-            found.options,
+            _shown(found.model, found.method, found.options),
             found.question,
             _about(found.method, found.model, models),
         )
 
-    model.input(switched, [model, method], [method, told, options, seed], **LIGHT)
+    model.input(switched, [model, method], [method, told, options, shown], **LIGHT)
     method.change(lambda how, name: _about(how, name, models), [method, model], told, **LIGHT)
-    method.input(lambda: ("", ""), None, [options, seed], **LIGHT)
+    method.input(lambda name, how: ("", _shown(name, how)), [model, method], [options, shown], **LIGHT)
     # What was typed stands in the controls, too.
-    options.blur(lambda text: text or "", options, seed, **LIGHT)
-    page.load(opened, None, [model, method, keep, options, seed, question, told], **LIGHT)
+    options.blur(_shown, [model, method, options], shown, **LIGHT)
+    page.load(opened, None, [model, method, keep, options, shown, question, told], **LIGHT)
     held: list[Any] = [model, method, keep, options, question]
     gr.on([one.change for one in held], None, held, address, js=link.WRITE, **LIGHT)
     return [image, question, model, method, keep, options]
@@ -179,11 +182,18 @@ def _about(method: str, name: str, models: Models) -> str:
     return about(method) if method in choosable() else ""
 
 
-def _controls(models: Models, model: Any, method: Any, *, options: Any, seed: Any) -> None:
-    """A control for each option of the method that is chosen, which write into the text of all options."""
+def _shown(name: str, how: str, options: str | None = "") -> str:
+    """A model, a method and the text of its options, as one text."""
+    return json.dumps([name, how, options or ""])
 
-    @gr.render([model, method, seed], triggers=[model.change, method.change, seed.change], queue=False)
-    def draw(name: str, how: str, linked: str) -> None:
+
+def _controls(models: Models, shown: Any, *, options: Any) -> None:
+    """A control for each option of the method that is chosen, which write into the text of all options; shown: what
+    `_shown` makes of these."""
+
+    @gr.render(shown, triggers=[shown.change], queue=False)
+    def draw(chosen: str) -> None:
+        name, how, linked = json.loads(chosen)
         if how == as_trained(models[name]):
             gr.Markdown("As it was trained: nothing is left to choose, and keep does not count.")
             return

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from vtprune.assets import EXAMPLE_IMAGE
+from vtprune.evals.demo.options import Option, options_of
+from vtprune.method.facts import ModelFacts
 
 DONE = "document.querySelector('#numbers table') && document.querySelector('#view canvas')"
 
@@ -182,18 +184,35 @@ def test_a_link_opens_the_page_as_it_stood(browser: Any, address: str) -> None:
     assert page.input_value("#question textarea") == "how many squares are there?"
     page.get_by_text("Options", exact=True).click()
     page.wait_for_function("document.querySelector('#options textarea, #options input')?.value == 'merge=False'")
-    contextual = page.get_by_label("contextual").first
-    contextual.wait_for(state="attached")
-    if not contextual.is_visible():
-        # On a busy machine the controls arrive after the click, and gradio draws the section anew, closed.
-        page.get_by_text("Options", exact=True).click()
-        contextual.wait_for()
+    page.get_by_label("contextual").first.wait_for()
     assert not page.get_by_label("merge").is_checked()
     page.get_by_label("cls").click()
     page.wait_for_function(
         "/^merge=False,cls=False$/.test(document.querySelector('#options textarea, #options input')?.value)"
     )
     page.wait_for_function("/cls%3DFalse/.test(location.href)")
+    page.close()
+
+
+def test_the_controls_are_those_of_the_link_however_slowly_others_are_drawn(
+    browser: Any, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+
+    def drawing(method: str, facts: ModelFacts) -> list[Option]:
+        drawn.append(method)
+        # The method that the page starts with, if anything should still draw it, comes last.
+        time.sleep(0.0 if method == "visionzip" else 2.0)
+        return options_of(method, facts)
+
+    monkeypatch.setattr("vtprune.evals.demo.page.options_of", drawing)
+    page = browser.new_page()
+    page.goto(f"{address}/?method=visionzip")
+    page.get_by_text("Options", exact=True).click()
+    page.get_by_label("contextual").first.wait_for()
+    page.wait_for_timeout(2500)
+    assert drawn == ["visionzip"]
+    assert page.get_by_label("contextual").first.is_visible()
     page.close()
 
 
