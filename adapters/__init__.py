@@ -19,8 +19,8 @@ from vtprune.errors import UnsupportedModelError
 ADAPTERS: tuple[type[Adapter], ...] = (
     LlavaAdapter,
     LlavaNextAdapter,
-    LlavaNextVideoAdapter,
     LlavaOnevisionAdapter,
+    LlavaNextVideoAdapter,
     Qwen2VLAdapter,
     Qwen25VLAdapter,
     Qwen3VLAdapter,

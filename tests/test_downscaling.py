@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+from transformers import (
+    CLIPImageProcessor,
+    LlavaNextImageProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLVideoProcessor,
+)
 
 import vtprune
 from vtprune.loading.pictures import open_picture
@@ -93,6 +99,9 @@ def test_what_cannot_be_made_smaller_is_refused() -> None:
     processor = Processor()
     processor.image_processor = CLIPImageProcessor()
     with pytest.raises(vtprune.VTPruneError, match="makes pictures of one size, which the positions"):
+        vtprune.downscale(processor, 0.5)
+    processor.image_processor = LlavaNextImageProcessor()
+    with pytest.raises(vtprune.VTPruneError, match="LlavaNextImageProcessor cuts pictures into crops of one size"):
         vtprune.downscale(processor, 0.5)
     with pytest.raises(vtprune.VTPruneError, match="has no image processor"):
         vtprune.downscale(open_picture, 0.5)

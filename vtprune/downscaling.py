@@ -31,9 +31,10 @@ def downscale(processor: Any, keep: int | float, *, keep_video: int | float | No
     for name in names:
         own = getattr(processor, name)
         if not all(hasattr(own, size) for size in ("patch_size", "merge_size", "resize")):
+            what = "cuts pictures into crops" if hasattr(own, "image_grid_pinpoints") else "makes pictures"
             raise VTPruneError(
-                f"{type(own).__name__} makes pictures, or crops of them, of one size, which the positions of its "
-                "tower are for; downscale takes processors of models that see any size (the Qwen-VL families)"
+                f"{type(own).__name__} {what} of one size, which the positions of its tower are for; "
+                "downscale takes processors of models that see any size (the Qwen-VL families)"
             )
         share = of_videos if name == "video_processor" and of_videos is not None else wanted
         setattr(smaller, name, _downscaled(own, share))
