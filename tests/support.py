@@ -10,7 +10,8 @@ YES, WHOLE = "yes", "whole"
 INTRODUCTION = """# What runs on what
 
 Written by `make test-all` from what its tests found; every cell was run with all the settings of the method that
-`tests/matrix.py` lists, on tiny models with random weights, with both paddings.
+`tests/matrix.py` lists, on tiny models with random weights, with SDPA and eager attention and with both paddings (a
+decoder with linear attention, Qwen3.5's, with padding on the left alone: other padding it would take into its state).
 
 **yes**: what is dropped equals the unpruned model that does without it, prefill and eight steps, to 2e-5; for methods
 that no mask describes (`d2o`, `gamma_mod`), a batch equals its rows alone, and a reference of their own holds them

@@ -1,4 +1,4 @@
-"""A question about a picture, answered token by token, unpruned and under one or several methods."""
+"""A question about a picture or a video, answered token by token, unpruned and under one or several methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import TextIteratorStreamer
 
 import vtprune
@@ -21,7 +20,9 @@ from vtprune.evals.lmms.generation import Answer, answer_batch, cut
 from vtprune.evals.settings import Setting
 from vtprune.evals.speed.overhead import run_once
 from vtprune.evals.untrained import quiet_untrained
-from vtprune.loading.prompts import check_text, encode, place, question
+from vtprune.loading.media import Media, size_text
+from vtprune.loading.prompts import check_text, check_videos, encode, place, question
+from vtprune.loading.videos import Video
 from vtprune.report.report import Report
 
 STOPS = ("\n\n",)
@@ -75,20 +76,25 @@ def check_question(loaded: Loaded, text: str | None) -> str:
     return text
 
 
-def encoded(loaded: Loaded, image: Image.Image, text: str) -> Any:
-    """The inputs of a question; raises InputError as `check_question`, and for a picture that cannot be taken."""
+def encoded(loaded: Loaded, media: Media, text: str) -> Any:
+    """The inputs of a question; raises InputError as `check_question`, for a picture or a video that cannot be taken,
+    and for a video where the model takes none."""
     text = check_question(loaded, text)
+    kind = "video" if isinstance(media, Video) else "image"
+    if kind == "video":
+        check_videos(loaded.processor, kind)
     try:
-        return encode(loaded.processor, [question(image, text)])
+        return encode(loaded.processor, [question(media, text)])
     except ValueError as error:
-        size = f"{image.width}x{image.height}"
-        raise InputError(f"image: the model's processor refuses this image ({size}): {first_line(error)}") from error
+        raise InputError(
+            f"{kind}: the model's processor refuses this {kind} ({size_text(media)}): {first_line(error)}"
+        ) from error
 
 
 def ask(
     models: Models,
     name: str,
-    image: Image.Image,
+    media: Media,
     text: str,
     *,
     settings: Sequence[Setting],
@@ -101,7 +107,7 @@ def ask(
     Whoever stops listening stops the answer at its next token. Raises VTPruneError for what cannot be asked.
     """
     loaded = models[name]
-    inputs = encoded(loaded, image, text)
+    inputs = encoded(loaded, media, text)
     progress = Progress()
     with models.lent(name) as model, quiet_untrained():
         for label, setting in zip(labels, settings, strict=True):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
 import vtprune
 from vtprune.cache.adopting import cache_in, with_cache
@@ -17,6 +16,7 @@ from vtprune.evals.demo.asking import encoded, stream
 from vtprune.evals.demo.models import Models
 from vtprune.evals.settings import Setting
 from vtprune.evals.untrained import quiet_untrained
+from vtprune.loading.media import Media
 from vtprune.loading.prompts import place
 
 # Percent of the image's tokens.
@@ -36,12 +36,12 @@ class Point:
 
 
 def curve(
-    models: Models, name: str, image: Image.Image, text: str, *, setting: Callable[[float], Setting]
+    models: Models, name: str, media: Media, text: str, *, setting: Callable[[float], Setting]
 ) -> Iterator[list[Point]]:
     """The points so far, from all tokens to few; setting: what a keep in percent asks for. A keep that the method
     cannot reach is refused by itself. Raises VTPruneError for what cannot be asked at all."""
     loaded = models[name]
-    inputs = encoded(loaded, image, text)
+    inputs = encoded(loaded, media, text)
     points: list[Point] = []
     with models.lent(name) as model, quiet_untrained():
         plain = None

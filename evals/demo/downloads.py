@@ -6,17 +6,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vtprune.evals.ask.ask import encoded
 from vtprune.evals.ask.overlay import compare
+from vtprune.evals.ask.sheet import compare_frames
 from vtprune.evals.demo.asking import Finished
 from vtprune.files import write_bytes, write_json
+from vtprune.loading.media import Media
+from vtprune.loading.videos import Video
 from vtprune.provenance import versions
 
 
-def write(folder: Path, image: Image.Image, text: str, *, model: str, finished: list[Finished]) -> tuple[str, str]:
-    """The paths of a PNG and of a JSON file in a folder; the last of the answers is the pruned one."""
+def write(
+    folder: Path, media: Media, together: int, text: str, *, model: str, finished: list[Finished]
+) -> tuple[str, str]:
+    """The paths of a PNG and of a JSON file in a folder; the last of the answers is the pruned one. together: frames
+    that the encoder takes as one."""
     unpruned, pruned = finished[0], finished[-1]
     kept = pruned.report.samples[0].images[0]
     title = (
@@ -25,7 +29,11 @@ def write(folder: Path, image: Image.Image, text: str, *, model: str, finished: 
     )
     name = re.sub(r"\W+", "-", pruned.setting.method).strip("-")
     picture, data = folder / f"{name}.png", folder / f"{name}.json"
-    write_bytes(picture, encoded(compare(image, pruned.report, title), ".png"))
+    if isinstance(media, Video):
+        drawn = compare_frames(media, together, pruned.report, title)
+    else:
+        drawn = compare(media, pruned.report, title)
+    write_bytes(picture, encoded(drawn, ".png"))
     write_json(data, {"model": model, "question": text, "answers": [as_json(one) for one in finished], **versions()})
     return str(picture), str(data)
 

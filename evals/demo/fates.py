@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vtprune.evals.demo.layout import layout
+from vtprune.method.kinds import VIDEO
 from vtprune.report.report import ImageReport, MergeReport
 
 # Longest side in pixels of the picture that the page is given.
-LONGEST = 768
+LONGEST = 1024
 
 
-def fates(image: Image.Image, report: ImageReport, label: str) -> dict[str, Any]:
-    """Plain JSON: the picture, the grid (t, h, w), who is alive before the decoder and in each of its layers, the
-    group that each patch was merged into (-1: none) with the patch that holds it, and a sentence for each patch."""
-    frames, height, width = report.grid
+def fates(pictures: Sequence[Image.Image], report: ImageReport, label: str) -> dict[str, Any]:
+    """Plain JSON: the picture (of a video its frames, side by side), the cell of it that each patch is drawn in, who
+    is alive before the decoder and in each of its layers, the group that each patch was merged into (-1: none) with
+    the patch that holds it, and a sentence for each patch. pictures: one, or one a frame."""
+    placed = layout(pictures, report)
     groups = [-1] * report.tokens
     holders = []
     for number, merge in enumerate(report.merged):
@@ -30,8 +35,10 @@ def fates(image: Image.Image, report: ImageReport, label: str) -> dict[str, Any]
     layers = [report.kept, *report.kept_per_layer]
     return {
         "label": label,
-        "image": data_url(image),
-        "grid": [frames, height, width],
+        "image": data_url(placed.picture),
+        "columns": placed.columns,
+        "rows": placed.rows,
+        "cells": placed.cells,
         "alive": [_marks(kept, report.tokens) for kept in layers],
         "counts": [len(kept) for kept in layers],
         "groups": groups,
@@ -63,11 +70,16 @@ def sentence(report: ImageReport, token: int) -> str:
 
 def place(report: ImageReport, token: int) -> str:
     """Rows and columns count from 1."""
-    frames, height, width = report.grid
-    frame, rest = divmod(token, height * width)
+    parts = report.parts or [report.grid]
+    starts = list(itertools.accumulate(map(math.prod, parts), initial=0))
+    part = bisect.bisect_right(starts, token) - 1
+    (depth, height, width), rest = parts[part], token - starts[part]
+    frame, rest = divmod(rest, height * width)
     row, column = divmod(rest, width)
     shown = f"row {row + 1}, column {column + 1}"
-    return f"frame {frame + 1}, {shown}" if frames > 1 else shown
+    if report.kind == VIDEO or depth > 1:
+        return f"frame {part + frame + 1}, {shown}"
+    return shown if len(parts) == 1 else f"{'the picture itself' if part == 0 else 'its crops'}, {shown}"
 
 
 def _fate(report: ImageReport, token: int) -> str:

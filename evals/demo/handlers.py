@@ -15,17 +15,19 @@ import pandas as pd
 from PIL import Image
 
 from vtprune.errors import InputError
-from vtprune.evals.ask.overlay import seen_image
 from vtprune.evals.demo.asking import LONGEST_ANSWER, Finished, Progress, ask, cost_table, encoded
 from vtprune.evals.demo.curve import Point, curve
 from vtprune.evals.demo.downloads import as_json, write
 from vtprune.evals.demo.failures import failures
 from vtprune.evals.demo.fates import fates
+from vtprune.evals.demo.layout import frames_of
 from vtprune.evals.demo.models import Models
 from vtprune.evals.demo.options import chosen
-from vtprune.evals.demo.requests import logged, picture_of
+from vtprune.evals.demo.requests import logged, media_of
 from vtprune.evals.demo.snippet import snippet
 from vtprune.evals.settings import Setting
+from vtprune.loading.media import Media
+from vtprune.loading.videos import Video
 from vtprune.method.texts import show_keep
 
 # Methods that are compared at once.
@@ -42,37 +44,49 @@ class Handlers:
     models: Models
     folder: Path
 
-    def ask(self, path: str, text: str, name: str, how: str, share: float, extra: str) -> Iterator[tuple[Any, ...]]:
+    def ask(
+        self, path: str, text: str, name: str, how: str, share: float, extra: str, video: str | None = None
+    ) -> Iterator[tuple[Any, ...]]:
         """Status, both answers, then the view, the numbers, both downloads and the lines of Python."""
         same = (gr.skip(),) * 5
         with logged("ask", _what(name, how, share, extra)):
             setting = chosen(self.models[name], how, share, extra)
-            opened, label = picture_of(path), label_of(setting)
+            opened, label = media_of(path, video), label_of(setting)
             for now in self._progress(name, opened, text, [setting]):
                 status = f"{now.doing} …" if now.doing else _notes(now)
                 last = (status, now.texts.get(UNPRUNED, ""), now.texts.get(label, ""))
                 yield *last, *same
             seen = self._seen(name, opened, text)
+            drawn = opened if isinstance(opened, Video) else seen[0]
+            together = -(-len(opened.frames) // len(seen)) if isinstance(opened, Video) else 1
             # The page has taken both files into its own folder once it asks for more.
             with tempfile.TemporaryDirectory(dir=self.folder) as here:
-                picture, data = write(Path(here), seen, text.strip(), model=name, finished=now.finished)
+                picture, data = write(Path(here), drawn, together, text.strip(), model=name, finished=now.finished)
                 yield (
                     *last,
                     fates(seen, now.finished[1].report.samples[0].images[0], html.escape(label)),
                     numbers(now.finished),
                     gr.DownloadButton(value=picture, interactive=True),
                     gr.DownloadButton(value=data, interactive=True),
-                    snippet(self.models[name], setting, text.strip(), tokens=LONGEST_ANSWER),
+                    snippet(
+                        self.models[name],
+                        setting,
+                        text.strip(),
+                        tokens=LONGEST_ANSWER,
+                        video="clip.mp4" if isinstance(opened, Video) else "",
+                    ),
                 )
 
-    def compare(self, path: str, text: str, name: str, hows: list[str], share: float) -> Iterator[tuple[Any, ...]]:
+    def compare(
+        self, path: str, text: str, name: str, hows: list[str], share: float, video: str | None = None
+    ) -> Iterator[tuple[Any, ...]]:
         """The numbers, and a view a method."""
         same = (gr.skip(),) * COMPARED
         with logged("compare", _what(name, str(hows), share, "")):
             if not hows or not isinstance(hows, list):
                 raise InputError(f"methods: choose one, or up to {COMPARED}")
             settings = [chosen(self.models[name], how, share) for how in hows[:COMPARED]]
-            opened = picture_of(path)
+            opened = media_of(path, video)
             for now in self._progress(name, opened, text, settings):
                 yield f"{now.doing} …" if now.doing else numbers(now.finished), *same
             seen = self._seen(name, opened, text)
@@ -82,7 +96,9 @@ class Handlers:
             ]
             yield numbers(now.finished), *views, *[None] * (COMPARED - len(views))
 
-    def curve(self, path: str, text: str, name: str, how: str, share: float, extra: str) -> Iterator[tuple[Any, Any]]:
+    def curve(
+        self, path: str, text: str, name: str, how: str, share: float, extra: str, video: str | None = None
+    ) -> Iterator[tuple[Any, Any]]:
         """The plot and the table below it."""
         with logged("curve", _what(name, how, share, extra)):
             loaded = self.models[name]
@@ -90,7 +106,7 @@ class Handlers:
                 raise InputError(
                     "method: as trained it keeps what it was trained to, so nothing is to be drawn; choose another"
                 )
-            opened = picture_of(path)
+            opened = media_of(path, video)
             for now in curve(self.models, name, opened, text, setting=lambda kept: chosen(loaded, how, kept, extra)):
                 yield frame(now), points(now)
 
@@ -108,32 +124,35 @@ class Handlers:
                     before, pictures = len(now.failures), [(one.picture, one.caption) for one in now.failures]
                 yield status, pictures
 
-    def answer(self, path: str, text: str, name: str, how: str, share: float, extra: str) -> dict[str, Any]:
+    def answer(
+        self, path: str, text: str, name: str, how: str, share: float, extra: str, video: str | None = None
+    ) -> dict[str, Any]:
         """Both answers with all that is known of them, for programs."""
         with logged("answer", _what(name, how, share, extra)):
             setting = chosen(self.models[name], how, share, extra)
-            for now in self._progress(name, picture_of(path), text, [setting], timed=False):
+            for now in self._progress(name, media_of(path, video), text, [setting], timed=False):
                 last = now
             found: dict[str, Any] = json.loads(json.dumps({"answers": [as_json(one) for one in last.finished]}))
             return found
 
     def _progress(
-        self, name: str, image: Image.Image, text: str, settings: Sequence[Setting], *, timed: bool = True
+        self, name: str, media: Media, text: str, settings: Sequence[Setting], *, timed: bool = True
     ) -> Iterator[Progress]:
         return ask(
             self.models,
             name,
-            image,
+            media,
             text,
             settings=[Setting("none"), *settings],
             labels=[UNPRUNED, *(label_of(setting) for setting in settings)],
             timed=timed,
         )
 
-    def _seen(self, name: str, image: Image.Image, text: str) -> Image.Image:
-        """The picture as the encoder saw it, where that is one picture."""
+    def _seen(self, name: str, media: Media, text: str) -> list[Image.Image]:
+        """The picture as the encoder saw it, where that is one picture, or the frames that tokens are drawn over."""
         loaded = self.models[name]
-        return seen_image(image, loaded.processor, encoded(loaded, image, text).get("pixel_values"))
+        pixels = None if isinstance(media, Video) else encoded(loaded, media, text).get("pixel_values")
+        return frames_of(media, loaded.processor, pixels)
 
 
 def label_of(setting: Setting) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vtprune.evals.demo.asking import LONGEST_QUESTION
 from vtprune.evals.demo.models import Models
-from vtprune.evals.demo.options import LONGEST, as_trained, choosable
+from vtprune.evals.demo.options import LONGEST, as_trained, choosable_on
 
 # What the page begins with.
 METHOD, KEEP, QUESTION = "flowcut", 25.0, "what is written on the yellow square?"
@@ -39,7 +39,7 @@ def read(query: Mapping[str, str], models: Models) -> Choice:
     """What a link says; whatever in it cannot be is left at what the page begins with."""
     model = query.get("model", "")
     model = model if model in models.names else models.names[0]
-    known = [*choosable(), as_trained(models[model])]
+    known = [*choosable_on(models[model]), as_trained(models[model])]
     method = query.get("method", "")
     method = method if method and method in known else default_method(models, model)
     try:

@@ -15,14 +15,15 @@ from typing import Any
 
 from vtprune.errors import InputError, VTPruneError
 from vtprune.evals.demo.models import Loaded
-from vtprune.evals.settings import Setting, all_methods
+from vtprune.evals.settings import Setting, all_methods, for_videos_alone
+from vtprune.loading.prompts import takes_videos
 from vtprune.method.catalogue import methods
 from vtprune.method.facts import ModelFacts
 from vtprune.method.pruner import Pruner, Tunable
-from vtprune.method.registry import create, pruner_class, read_options
+from vtprune.method.registry import available, create, pruner_class, read_options
 from vtprune.method.texts import parse_options, show_value
 
-# What every method has, and the page asks for by itself or, as it shows no videos, not at all.
+# What every method has, and the page asks for by itself or, as a visitor shows one thing at a time, not at all.
 COMMON = ("model", "keep", "keep_video", "_for_videos")
 # Tokens of an image for which ranges are told.
 TOKENS = 576.0
@@ -74,6 +75,13 @@ class Option:
 def choosable() -> list[str]:
     """Methods that work without having been trained, and on pictures."""
     return all_methods()
+
+
+def choosable_on(loaded: Loaded) -> list[str]:
+    """The same, and where a model takes videos those that compare frames."""
+    if not takes_videos(loaded.processor):
+        return choosable()
+    return [*choosable(), *(name for name in available() if for_videos_alone(name))]
 
 
 def as_trained(loaded: Loaded) -> str:
@@ -194,13 +202,13 @@ def _whole(method: str, option: Option) -> bool:
 def chosen(loaded: Loaded, method: str, keep: float, options: str | None = "") -> Setting:
     """What a visitor chose, keep in percent of an image's tokens; raises InputError with what would be right.
 
-    Nothing that is chosen names a file: a method is one of `choosable`, or what came with the model.
+    Nothing that is chosen names a file: a method is one of `choosable_on`, or what came with the model.
     """
     if method and method == as_trained(loaded):
         assert loaded.trained is not None
         return loaded.trained
-    if method not in choosable():
-        known = [*choosable(), *([as_trained(loaded)] if loaded.trained else [])]
+    if method not in choosable_on(loaded):
+        known = [*choosable_on(loaded), *([as_trained(loaded)] if loaded.trained else [])]
         raise InputError(f"method: choose one of {', '.join(known)}")
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 100:
         raise InputError(f"keep: a share of the image's tokens above 0% and up to 100%, got {keep!r}")

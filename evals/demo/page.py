@@ -17,8 +17,9 @@ from vtprune.evals.demo import link
 from vtprune.evals.demo.failures import FEWEST, MOST
 from vtprune.evals.demo.handlers import COMPARED, Handlers, frame
 from vtprune.evals.demo.models import Models
-from vtprune.evals.demo.options import Kind, Option, about, as_trained, changed, choosable, options_of
+from vtprune.evals.demo.options import Kind, Option, about, as_trained, changed, choosable_on, options_of
 from vtprune.evals.demo.requests import Sentence
+from vtprune.loading.prompts import takes_videos
 from vtprune.method.facts import ModelFacts
 from vtprune.method.texts import parse_options
 
@@ -30,8 +31,9 @@ VIEW: dict[str, Any] = {
 }
 TITLE = "vtprune: see what a model still sees"
 ABOUT = f"""# {TITLE}
-A vision-language model reads a picture as a grid of patches. A pruner lets some of them go: choose a method and how
-much it may keep, ask a question, and see what is left, what it costs and whether the answer is still right."""
+A vision-language model reads a picture, or each frame of a video, as a grid of patches. A pruner lets some of them go:
+choose a method and how much it may keep, ask a question, and see what is left, what it costs and whether the answer is
+still right."""
 # Never in the programs' interface, and never waiting in the queue.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 LIGHT: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
@@ -63,7 +65,7 @@ def build(models: Models, examples: Sequence[tuple[str, str]], folder: Path, *, 
 
 
 def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]) -> list[Any]:
-    """Picture, question, model, method, keep and options, in this order."""
+    """Picture, question, model, method, keep, options and video, in this order."""
     start = link.read({}, models)
     image = gr.Image(
         examples[0][0],
@@ -73,6 +75,13 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
         label="Picture",
         height=260,
         elem_id="picture",
+    )
+    video = gr.Video(
+        sources=["upload"],
+        label="Video, in place of the picture",
+        height=260,
+        visible=any(takes_videos(models[name].processor) for name in models.names),
+        elem_id="video",
     )
     question = gr.Textbox(
         start.question, label="Question", info="What to ask about the picture; Enter asks.", elem_id="question"
@@ -119,7 +128,8 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
     with gr.Accordion("A link to this page as it stands", open=False):
         address = gr.Textbox(label="Link", info="Holds all but the picture.", buttons=["copy"], elem_id="link")
 
-    _as_it_comes(image, model, method, keep)
+    _as_it_comes(image, video)
+    _as_it_comes(model, method, keep)
 
     def switched(name: str, how: str) -> tuple[Any, ...]:
         if name not in models.names:
@@ -148,14 +158,14 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
     page.load(opened, None, [model, method, keep, options, shown, question, told], **LIGHT)
     held: list[Any] = [model, method, keep, options, question]
     gr.on([one.change for one in held], None, held, address, js=link.WRITE, **LIGHT)
-    return [image, question, model, method, keep, options]
+    return [image, question, model, method, keep, options, video]
 
 
 def _as_it_comes(*components: Any) -> None:
     """Hands what a visitor sends to the handlers as it comes: they refuse what cannot be with a sentence that says
     what would be right, and nothing decodes an upload before the one door for pictures (`picture_of`)."""
     for one in components:
-        one.preprocess = _path_of if isinstance(one, gr.Image) else lambda payload: payload
+        one.preprocess = _path_of if isinstance(one, gr.Image | gr.Video) else lambda payload: payload
 
 
 def _path_of(payload: Any) -> str | None:
@@ -165,13 +175,13 @@ def _path_of(payload: Any) -> str | None:
         return None
     path, folder = os.path.realpath(payload.path), os.path.realpath(get_upload_folder())
     if os.path.commonpath([path, folder]) != folder or not os.path.isfile(path):
-        raise Sentence("image: this picture is not there, or no longer; choose it again")
+        raise Sentence("image: this file is not there, or no longer; choose it again")
     return path
 
 
 def _methods(models: Models, name: str) -> list[str]:
     own = as_trained(models[name])
-    return [*([own] if own else []), *choosable()]
+    return [*([own] if own else []), *choosable_on(models[name])]
 
 
 def _about(method: str, name: str, models: Models) -> str:
@@ -179,7 +189,7 @@ def _about(method: str, name: str, models: Models) -> str:
     trained = models[name].trained if name in models.names else None
     if trained is not None and method == as_trained(models[name]):
         return f"{about(trained.method)} It keeps what it was trained to keep, whatever is chosen below."
-    return about(method) if method in choosable() else ""
+    return about(method) if name in models.names and method in choosable_on(models[name]) else ""
 
 
 def _shown(name: str, how: str, options: str | None = "") -> str:
@@ -279,9 +289,9 @@ def _ask_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) -> N
 
 
 def _compare_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) -> None:
-    image, question, model, _, keep, _ = inputs
+    image, question, model, _, keep, _, video = inputs
     methods = gr.Dropdown(
-        choosable(),
+        list(dict.fromkeys(one for name in handlers.models.names for one in choosable_on(handlers.models[name]))),
         value=["flowcut", "pyramid_drop", "grid"],
         multiselect=True,
         max_choices=COMPARED,
@@ -298,7 +308,7 @@ def _compare_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any]) 
             # Columns stand below each other where a screen is narrow.
             with gr.Column(min_width=220):
                 views.append(gr.HTML(None, elem_id=f"view-{place}", **VIEW))
-    given = [image, question, model, methods, keep]
+    given = [image, question, model, methods, keep, video]
     _cancels(halt, go.click(handlers.compare, given, [numbers, *views], **shared), numbers)
 
 
@@ -338,5 +348,5 @@ def _failures_tab(handlers: Handlers, inputs: list[Any], shared: dict[str, Any])
     gallery = gr.Gallery(
         label="Right without pruning, wrong with it", columns=3, object_fit="contain", elem_id="gallery"
     )
-    given = [*inputs[2:], count]
+    given = [*inputs[2:6], count]
     _cancels(halt, go.click(handlers.failures, given, [found, gallery], **shared), found)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import gradio as gr
-from PIL import Image
 
 from vtprune.errors import InputError, VTPruneError
+from vtprune.loading.media import Media
 from vtprune.loading.pictures import open_picture
-from vtprune.loading.videos import is_video
+from vtprune.loading.videos import FRAMES, is_video, open_video
 
 log = logging.getLogger("vtprune.demo")
 
@@ -50,14 +50,14 @@ def logged(kind: str, what: str) -> Iterator[None]:
         log.info(f"{kind} {what}: {end} in {time.perf_counter() - start:.2f} s")
 
 
-def picture_of(path: str | None) -> Image.Image:
-    """The upright RGB picture in an uploaded file; raises InputError for none and for a video, and PictureError for
-    what is no picture or unfolds to more than MOST_PIXELS."""
+def media_of(path: str | None, video: str | None) -> Media:
+    """The video in an uploaded file, where there is one, up to 16 of its frames; else the upright RGB picture in the
+    other file. Raises InputError for neither, VideoError and PictureError for what cannot be read or unfolds to more
+    than MOST_PIXELS."""
+    if video:
+        return open_video(video, FRAMES, name="the video", most_pixels=MOST_PIXELS)
     if not path:
         raise InputError("image: choose a picture first")
     if is_video(path):
-        raise InputError(
-            "image: this page takes pictures; ask about a video on the command line, by `vtprune ask clip.mp4 "
-            '"What happens?" --model MODEL` with a model of the Qwen-VL families'
-        )
+        raise InputError("image: this is a video; a model that takes videos has a place of its own for them")
     return open_picture(path, "the picture", most_pixels=MOST_PIXELS, formats=FORMATS)

@@ -1,6 +1,6 @@
 // Draws what became of each patch (fates.py) over the picture, for one decoder layer at a time.
 const HUES = 8;
-let layer = 0, token = -1, timer = null, picture = null;
+let layer = 0, token = -1, timer = null, picture = null, places = new Map();
 
 const find = (name) => element.querySelector(name);
 const data = () => (props.value && props.value.alive ? props.value : null);
@@ -11,27 +11,24 @@ function colour(index, alpha) {
   return `hsla(${(index * 222.5) % 360}, ${saturation}%, ${light}%, ${alpha})`;
 }
 
-function cells() {
-  const [frames, height, width] = data().grid;
-  const canvas = find("canvas");
-  return { rows: frames * height, columns: width, w: canvas.width / width, h: canvas.height / (frames * height) };
+// The patch that is drawn in a cell, -1 for none.
+function patch(column, row) {
+  const { columns, rows } = data();
+  return column < 0 || row < 0 || column >= columns || row >= rows ? -1 : (places.get(row * columns + column) ?? -1);
 }
 
 function draw() {
   const now = data(), canvas = find("canvas");
   if (!now || !canvas || !picture || !picture.complete) return;
-  const [frames, height, width] = now.grid;
-  const scale = Math.max(1, Math.round(640 / Math.max(width, height)));
-  canvas.width = width * scale;
-  canvas.height = frames * height * scale;
+  const scale = Math.max(1, Math.round(640 / Math.max(now.columns, now.rows)));
+  canvas.width = now.columns * scale;
+  canvas.height = now.rows * scale;
   const pen = canvas.getContext("2d");
   pen.imageSmoothingEnabled = picture.naturalWidth > canvas.width;
-  for (let frame = 0; frame < frames; frame++) {
-    pen.drawImage(picture, 0, frame * height * scale, canvas.width, height * scale);
-  }
+  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   const alive = now.alive[layer];
   for (let one = 0; one < alive.length; one++) {
-    const x = (one % width) * scale, y = Math.floor(one / width) * scale, group = now.groups[one];
+    const [x, y] = now.cells[one].map((place) => place * scale), group = now.groups[one];
     if (group >= 0 && now.alive[layer][now.holders[group]] === "1") {
       pen.fillStyle = colour(group, 0.5);
       pen.fillRect(x, y, scale, scale);
@@ -44,15 +41,17 @@ function draw() {
     if (now.alive[layer][holder] !== "1") return;
     pen.strokeStyle = colour(group, 1);
     pen.lineWidth = Math.max(2, scale / 10);
-    pen.strokeRect((holder % width) * scale + 1, Math.floor(holder / width) * scale + 1, scale - 2, scale - 2);
+    const [x, y] = now.cells[holder].map((place) => place * scale);
+    pen.strokeRect(x + 1, y + 1, scale - 2, scale - 2);
   });
   if (token >= 0) {
+    const [x, y] = now.cells[token].map((place) => place * scale);
     pen.strokeStyle = "#ffffff";
     pen.lineWidth = Math.max(2, scale / 12);
-    pen.strokeRect((token % width) * scale + 1, Math.floor(token / width) * scale + 1, scale - 2, scale - 2);
+    pen.strokeRect(x + 1, y + 1, scale - 2, scale - 2);
     pen.strokeStyle = "#000000";
     pen.setLineDash([scale / 5, scale / 5]);
-    pen.strokeRect((token % width) * scale + 1, Math.floor(token / width) * scale + 1, scale - 2, scale - 2);
+    pen.strokeRect(x + 1, y + 1, scale - 2, scale - 2);
     pen.setLineDash([]);
   }
   const depth = now.alive.length - 1;
@@ -94,6 +93,7 @@ function start() {
   element.classList.toggle("vt-filled", Boolean(now));
   if (!now) return;
   layer = now.alive.length - 1;
+  places = new Map(now.cells.map(([column, row], one) => [row * now.columns + column, one]));
   picture = new Image();
   picture.onload = draw;
   picture.src = now.image;
@@ -101,10 +101,10 @@ function start() {
 }
 
 function under(event) {
-  const canvas = find("canvas"), box = canvas.getBoundingClientRect(), { rows, columns } = cells();
+  const canvas = find("canvas"), box = canvas.getBoundingClientRect(), { rows, columns } = data();
   const column = Math.floor(((event.clientX - box.left) / box.width) * columns);
   const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
-  return row < 0 || column < 0 || row >= rows || column >= columns ? -1 : row * columns + column;
+  return patch(column, row);
 }
 
 element.addEventListener("pointermove", (event) => {
@@ -115,12 +115,20 @@ element.addEventListener("pointerdown", (event) => {
 });
 element.addEventListener("keydown", (event) => {
   if (event.target.tagName !== "CANVAS" || !data()) return;
-  const { rows, columns } = cells();
-  const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
-  if (!(event.key in moves)) return;
+  const along = { ArrowLeft: -1, ArrowRight: 1 }, down = { ArrowUp: -1, ArrowDown: 1 };
+  if (!(event.key in along) && !(event.key in down)) return;
   event.preventDefault();
-  const next = token < 0 ? 0 : token + moves[event.key];
-  if (next >= 0 && next < rows * columns) tell(next);
+  if (token < 0) return tell(0);
+  if (event.key in along) {
+    const next = token + along[event.key];
+    if (next >= 0 && next < data().cells.length) tell(next);
+    return;
+  }
+  // Over what lies between two frames.
+  const [column, row] = data().cells[token];
+  for (let next = row + down[event.key]; next >= 0 && next < data().rows; next += down[event.key]) {
+    if (patch(column, next) >= 0) return tell(patch(column, next));
+  }
 });
 element.addEventListener("input", (event) => {
   if (event.target.type !== "range") return;

@@ -30,8 +30,9 @@ def demo(
 ) -> None:
     """Open a page on which anyone sees what a pruner keeps, what it costs and what it breaks.
 
-    Upload or paste a picture, ask a question, choose a method and how much it keeps: both answers side by side, what
-    became of each patch layer by layer, tokens, FLOPs, KV bytes and times, and the lines of Python that do the same.
+    Upload or paste a picture, or upload a video where a model takes them, ask a question, choose a method and how much
+    it keeps: both answers side by side, what became of each patch layer by layer, tokens, FLOPs, KV bytes and times,
+    and the lines of Python that do the same.
     Stops with Ctrl-C; uploads lie in a temporary folder that is gone then.
     """
     with one_line_errors(traceback):

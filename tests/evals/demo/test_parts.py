@@ -25,7 +25,7 @@ from vtprune.evals.demo.curve import KEEPS, curve
 from vtprune.evals.demo.fates import fates, sentence
 from vtprune.evals.demo.models import Loaded, Models, load_models
 from vtprune.evals.demo.options import AUTOMATIC, Kind, as_trained, changed, choosable, chosen, options_of
-from vtprune.evals.demo.requests import picture_of
+from vtprune.evals.demo.requests import media_of
 from vtprune.evals.demo.snippet import snippet
 from vtprune.evals.settings import Setting
 from vtprune.loading.pictures import read_image
@@ -109,18 +109,12 @@ def test_what_no_slider_reaches_is_refused(loaded: Loaded, text: str) -> None:
         chosen(loaded, "vflowopt", 50, text)
 
 
-def test_methods_of_videos_alone_are_not_offered() -> None:
-    assert not {"evs", "dycoke", "frame_pool", "frame_skip"} & set(choosable())
-    assert "flowcut" in choosable()
-
-
-def test_a_video_is_told_where_it_is_taken(tmp_path: Path) -> None:
+def test_a_video_is_no_picture_whatever_its_name_says(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mp4")
-    with pytest.raises(InputError, match=r"^image: this page takes pictures; ask about a video .*`vtprune ask"):
-        picture_of(str(path))
-    # Whatever its name says, a video is no picture.
+    with pytest.raises(InputError, match=r"^image: this is a video; a model that takes videos has a place of its own"):
+        media_of(str(path), None)
     with pytest.raises(PictureError, match=r"cannot read the picture: .*its format is not known"):
-        picture_of(str(path.rename(tmp_path / "clip.png")))
+        media_of(str(path.rename(tmp_path / "clip.png")), None)
 
 
 def test_half_a_character_is_no_question(loaded: Loaded) -> None:
@@ -157,7 +151,7 @@ def test_a_patch_is_told_where_it_went() -> None:
         "never entered the decoder.",
         "never entered the decoder.",
     ]
-    drawn = fates(read_image(EXAMPLE_IMAGE), report, "x")
+    drawn = fates([read_image(EXAMPLE_IMAGE)], report, "x")
     assert drawn["alive"] == ["101100", "101100", "100100", "101000"]
     assert drawn["counts"] == [3, 3, 2, 2]
     assert (drawn["groups"], drawn["holders"]) == ([0, 0, -1, -1, -1, -1], [0])
@@ -182,8 +176,8 @@ def test_a_qwen_checkpoint_is_served_like_any_other(monkeypatch: pytest.MonkeyPa
     settings = [Setting("none"), own]
     *_, last = ask(models, name, image, "why?", settings=settings, labels=["unpruned", "pruned"])
     report = last.finished[1].report.samples[0].images[0]
-    drawn = fates(image, report, method)
-    assert len(drawn["words"]) == report.tokens == math.prod(drawn["grid"])
+    drawn = fates([image], report, method)
+    assert len(drawn["words"]) == report.tokens == drawn["columns"] * drawn["rows"] == len(drawn["cells"])
     assert drawn["counts"][-1] < report.tokens
     *_, points = curve(models, name, image, "why?", setting=lambda keep: chosen(models[name], method, keep))
     # Random weights: what the unpruned model said first, a pruned one thinks nothing of.
@@ -193,7 +187,7 @@ def test_a_qwen_checkpoint_is_served_like_any_other(monkeypatch: pytest.MonkeyPa
 
 def test_a_patch_is_told_that_it_returned_or_left_caches(models: Models, loaded: Loaded) -> None:
     words = [
-        " ".join(fates(read_image(EXAMPLE_IMAGE), one.report.samples[0].images[0], "x")["words"])
+        " ".join(fates([read_image(EXAMPLE_IMAGE)], one.report.samples[0].images[0], "x")["words"])
         for one in finished(models, chosen(loaded, "lazyllm", 40), chosen(loaded, "d2o", 40))
     ]
     assert "left before decoder layer 1 (counted from 0); returned at decode step 1." in words[0]

@@ -18,6 +18,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from tests.clips import write_clip
 from tests.evals.demo.conftest import free_port
 from vtprune.assets import EXAMPLE_IMAGE, SHAPES_EVAL
 from vtprune.errors import InputError
@@ -217,9 +218,9 @@ def test_no_address_opens_a_file_of_the_server(address: str, place: str) -> None
     assert caught.value.code in (403, 404)
 
 
-def told(address: str, picture: Any, place: str = "answer", **changes: Any) -> str:
+def told(address: str, picture: Any, place: str = "answer", video: Any = None, **changes: Any) -> str:
     """What the server answers to a request that no client would make."""
-    payload = {"data": [picture, *{**GIVEN, **changes}.values()]}
+    payload = {"data": [picture, *{**GIVEN, **changes}.values(), video]}
     request = urllib.request.Request(
         f"{address}/gradio_api/call/{place}", json.dumps(payload).encode(), {"Content-Type": "application/json"}
     )
@@ -242,6 +243,16 @@ def test_a_picture_cannot_be_named_that_was_not_uploaded(address: str, tmp_path:
     assert all("event: error" in answer for answer in answers)
     # Whether a file is there cannot be told either.
     assert len(answers) == 1 or "gradio.FileData" in str(meta)
+
+
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}], ids=str)
+def test_a_video_cannot_be_named_that_was_not_uploaded(address: str, tmp_path: Path, meta: dict[str, Any]) -> None:
+    secret, pipe = write_clip(tmp_path / "secret.mp4"), tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    names = (secret, pipe, tmp_path, "/etc/passwd", "/none")
+    answers = {told(address, None, video={"path": str(path), **meta}) for path in names}
+    assert all("event: error" in answer for answer in answers)
+    assert not any("llava takes images" in answer for answer in answers), "it was opened"
 
 
 def test_a_line_of_the_log_is_one_line_of_plain_text(client: Client, caplog: Any) -> None:
