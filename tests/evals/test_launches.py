@@ -42,7 +42,7 @@ BOUNDS = {
     "fastv": Bound(1.06, 2),
     "divprune": Bound(1.07, 2),
     "cdpruner": Bound(1.09, 2),
-    "visionzip": Bound(1.15, 2),
+    "visionzip": Bound(1.13, 2),
     "gemfilter": Bound(1.35, 3),  # the layers before its own run twice, and look at the mask once more
     "pyramid_drop": Bound(1.13, 2),
     "sparsevlm": Bound(1.21, 3),
@@ -53,7 +53,7 @@ BOUNDS = {
     "pmod": Bound(1.28, 2, first=1.09, later=1.09),
     "gamma_mod": Bound(1.35, 2, first=1.40, first_reads=1, later=1.40, later_reads=1),
     "flowcut": Bound(1.53, 12),  # ten layers drop by a threshold
-    "turbo": Bound(2.20, 2),
+    "turbo": Bound(2.18, 2),
 }
 # What compares frames, on a video on Qwen2.5-VL's depth, where the wrapper alone reads back twice.
 ON_VIDEOS = {

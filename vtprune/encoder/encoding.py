@@ -202,6 +202,8 @@ class Encoding(ABC):
         # Of the values that the decoder adds between its layers, as they are made.
         self.planes: list[PlaneNote] = []
         self._decided = (-1, 0)
+        # What `names` answered since tokens were last cut or merged.
+        self._named: Tensor | None = None
         # The tokens that layers past the features see, and what was left of them for the features.
         self._seen: Seen = Seen(self.counts)
         # Which tokens the layer under way began with, and where, if it may merge some on the way.
@@ -334,6 +336,7 @@ class Encoding(ABC):
         if index == self.depth - 1:
             self._seen = Seen(self.counts, left=[one[:n] for one, n in zip(order, counts, strict=True)])
         self.compact(selection, order, cls)
+        self._named = None
         self.dropped, self.merged = True, self.merged or merges
         if merges and self.origins is None:
             self.origins = Origins.start(self.alive, self.valid, max(self.totals))
@@ -389,7 +392,11 @@ class Encoding(ABC):
 
     def names(self) -> Tensor:
         """(B, N) the token whose index and position each token alive takes: its heaviest member."""
-        return self.alive if self.origins is None else self.origins.heaviest(self.alive)
+        if self.origins is None:
+            return self.alive
+        if self._named is None:
+            self._named = self.origins.heaviest(self.alive)
+        return self._named
 
     def _image_signals(self, kwargs: dict[str, Any], scale: float, began: Seen | None) -> list[LayerSignals]:
         """Of the tokens alive; began: those that the layer began with, if these were others."""

@@ -104,16 +104,16 @@ class Origins:
     def heaviest(self, alive: Tensor) -> Tensor:
         """(B, N) the original token with the largest share in each column of `alive` (B, N); ties: the lowest.
         The column of CLS is called after the token in whose place it stands."""
-        named = alive.clone()
+        at, tokens = self.column.clamp(min=0), self.column.shape[1]
         best = torch.full(alive.shape, -1.0, device=alive.device)
-        held = (self.column >= 0) & ~self.nameless
-        best.scatter_reduce_(1, self.column.clamp(min=0), self.share.masked_fill(~held, -1.0), "amax")
+        share = self.share.masked_fill((self.column < 0) | self.nameless, -1.0)
+        best.scatter_reduce_(1, at, share, "amax")
         # Equal shares may have been multiplied up in another order.
-        top = held & (self.share >= best.gather(1, self.column.clamp(min=0)) * (1 - TIE))
-        token = torch.arange(self.column.shape[1], device=alive.device).expand_as(self.column)
-        first = torch.full(alive.shape, self.column.shape[1], device=alive.device)
-        first.scatter_reduce_(1, self.column.clamp(min=0), token.masked_fill(~top, self.column.shape[1]), "amin")
-        return torch.where(first < self.column.shape[1], first, named)
+        lower = (share < best.gather(1, at) * (1 - TIE)) | (share < 0)
+        token = torch.arange(tokens, device=alive.device).expand_as(self.column)
+        first = torch.full(alive.shape, tokens, device=alive.device)
+        first.scatter_reduce_(1, at, token.masked_fill(lower, tokens), "amin")
+        return torch.where(first < tokens, first, alive)
 
 
 def merges_of(owner: Tensor, share: Tensor) -> list[Merge]:
