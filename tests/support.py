@@ -16,7 +16,8 @@ decoder with linear attention, Qwen3.5's, with padding on the left alone: other 
 **yes**: what is dropped equals the unpruned model that does without it, prefill and eight steps, to 2e-5; for methods
 that no mask describes (`d2o`, `gamma_mod`), a batch equals its rows alone, and a reference of their own holds them
 elsewhere. **whole**: the method compares frames of a video; an image stays whole, and the model is the unpruned one. A
-number is a reason, below.
+number is a reason, below. Where single settings of a method are refused by name (MustDrop's merges in the tower on
+videos of pooled frames, layers without attention on Qwen3.5), the cell is of its other settings.
 """
 
 Cell = tuple[str, str, str]
