@@ -24,6 +24,8 @@ from vtprune.method.kinds import IMAGE, VIDEO
 
 # What stands for the row and the column of a newline.
 NEWLINE = -1.0
+# Sizes of pictures whose arrangement is kept.
+MOST_SIZES = 256
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -90,6 +92,8 @@ class LlavaNextAdapter(LlavaAdapter):
 
     def _picture(self, size: tuple[int, int], crops: int) -> Arrangement:
         if (size, crops) not in self._known:
+            if len(self._known) == MOST_SIZES:
+                self._known.clear()
             self._known[size, crops] = self._new_picture(size, crops)
         return self._known[size, crops]
 

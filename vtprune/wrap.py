@@ -230,10 +230,14 @@ def save_config(source: Any, folder: str | Path) -> Path:
 
 def _tell_unsaved(wrapping: Wrapping) -> None:
     """Warns of what was given to `wrap` and is in no config."""
-    sharing = wrapping.sharing
+    sharing, newlines = wrapping.sharing, wrapping.newlines
     if sharing is not None:
         text = f"a config holds no keep_prompt: give keep_prompt={sharing.keep!r}, share={sharing.by!r} to wrap again"
         warnings.warn(text, UserWarning, stacklevel=3)
+    if newlines != "keep":
+        warnings.warn(
+            f"a config holds no newlines: give newlines={newlines!r} to wrap again", UserWarning, stacklevel=3
+        )
 
 
 def save(model: Any, folder: str | Path) -> Path:

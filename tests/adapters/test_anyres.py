@@ -6,6 +6,7 @@ That what is dropped is exact shows the matrix of `tests/test_support.py`; it ca
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -352,6 +353,30 @@ def test_newlines_stay_with_their_rows_or_go(pruner: Any, policy: str) -> None:
             cut = len(image.kept) < image.tokens
             left = {"keep": image.structural, "drop": 0}.get(policy if cut else "keep", image.structural_left)
             assert image.structural_left == left
+
+
+def test_a_saved_method_says_that_it_holds_no_policy_for_newlines(tmp_path: Path) -> None:
+    model = vtprune.wrap(make("llava-next"), "fopru", newlines="rows")
+    with pytest.warns(UserWarning, match="a config holds no newlines: give newlines='rows' to wrap again"):
+        vtprune.save_config(model, tmp_path)
+
+
+def test_a_report_holds_no_pixels_and_no_table_of_patches() -> None:
+    inputs = prompt("llava-next", CROPPED)
+    with torch.no_grad(), vtprune.wrapped(make("llava-next"), "fopru", keep=0.5) as model:
+        model(**inputs)
+        images = model.__dict__["_vtprune"].last.trail.images
+    assert len(images) == 4
+    assert all(image.encoded.pixels is None and image.encoded.arrangement is None for image in images)
+
+
+def test_sizes_of_pictures_are_forgotten_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtprune.adapters.llava_anyres.MOST_SIZES", 3)
+    adapter: Any = adapter_for(make("llava-next"))
+    (source,) = adapter.sources()
+    for side in range(20, 60, 4):
+        adapter._arrangements(source, {"image_sizes": torch.tensor([[side, 40]])})
+        assert len(adapter._known) <= 3
 
 
 def test_rows_without_a_token_lose_their_newline_and_cost_nothing() -> None:

@@ -42,7 +42,8 @@ class Wrapping:
         sharing: Sharing | None = None,
         newlines: str = "keep",
     ) -> None:
-        self.given, self.pruners, self.modules, self.sharing = given, pruners, modules, sharing
+        self.given, self.pruners, self.modules = given, pruners, modules
+        self.sharing, self.newlines = sharing, newlines
         self.name = "+".join(pruner.name for pruner in pruners)
         self._handles: list[RemovableHandle] = []
         self._overridden: list[tuple[Any, str, Any, Override]] = []

@@ -179,7 +179,10 @@ class Trail:
     def of(cls, spans: Sequence[ImageSpan]) -> Trail:
         """An empty trail for each of these images, in order. The report outlives signals and pixels of theirs; rows
         that share an image go on sharing it."""
-        slim = {id(span.image): replace(span.image, signals=None, last_signals=None, pixels=None) for span in spans}
+        slim = {
+            id(span.image): replace(span.image, signals=None, last_signals=None, pixels=None, arrangement=None)
+            for span in spans
+        }
         return cls(
             [
                 ImageTrail(
