@@ -336,7 +336,8 @@ def _placeholders(kind: str, frames: int, size: tuple[int, int] | None) -> tuple
         else:
             crops = image_size_to_num_patches(list(size), model.config.image_grid_pinpoints, side)
             found = model.get_image_features(torch.zeros(1, crops, 3, side, side), torch.tensor([size])).pooler_output
-    return crops, len(found[0])
+    # Some releases answer a video frame by frame.
+    return crops, len(found[0].flatten(0, -2))
 
 
 def _pieces(kind: str, frames: int, size: list[int] | None) -> tuple[int, int]:

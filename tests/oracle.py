@@ -335,7 +335,8 @@ def image_features(model: Any, inputs: dict[str, Tensor]) -> Features:
         grids = {name: inputs[name] for name in sizes if name in inputs}
         with torch.no_grad():
             out = getattr(model.model, f"get_{kind}_features")(inputs[pixels], **grids)
-        found.own[token] = [one.clone() for one in out.pooler_output]
+        # Some releases answer a video frame by frame.
+        found.own[token] = [one.flatten(0, -2).clone() for one in out.pooler_output]
         planes = [[one.clone() for one in plane] for plane in getattr(out, "deepstack_features", None) or ()]
         if planes:
             found.planes[token] = planes

@@ -435,11 +435,22 @@ def test_flops_of_a_pooled_video_are_what_torch_counts(kind: str) -> None:
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 
 
+def _repeats_videos(kind: str, model: Any) -> bool:
+    """Whether the unpruned model itself takes beams with videos: releases that answer them frame by frame do not."""
+    try:
+        model.generate(**prompt(kind, [EQUAL_VIDEOS[0]]), **OPTIONS, num_beams=2)
+    except ValueError:
+        return False
+    return True
+
+
 @every_family
 @pytest.mark.parametrize("method", ["random", "visionzip", "lazyllm"])
 def test_beams_and_several_answers_keep_each_image_with_its_row(kind: str, method: str) -> None:
     model = make(kind)
-    rows = CROPPED if method == "visionzip" or kind == "llava-next" else EQUAL_VIDEOS
+    rows = (
+        CROPPED if method == "visionzip" or kind == "llava-next" or not _repeats_videos(kind, model) else EQUAL_VIDEOS
+    )
     with vtprune.wrapped(model, method, keep=0.5):
         beams = {"num_beams": 3, "num_return_sequences": 2}
         together = model.generate(**prompt(kind, rows), **OPTIONS, **beams)[:, -4:]
