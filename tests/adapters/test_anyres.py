@@ -429,6 +429,22 @@ def test_flops_of_a_pooled_video_are_what_torch_counts(kind: str) -> None:
         assert abs(vtprune.report(model).flops_full - whole) < 0.01 * whole
 
 
+@every_family
+def test_flops_from_a_config_alone_are_what_torch_counts(kind: str) -> None:
+    inputs, model = prompt(kind, [CROPPED[0]]), make(kind, "eager")
+    with torch.no_grad(), vtprune.wrapped(model, "none"):
+        model(**inputs)
+        (image,) = images_of(model)
+    side, crops = image.parts[0][1], inputs["pixel_values"].shape[1]
+    found = vtprune.flops(
+        model.config,
+        image.tokens,
+        text_tokens=inputs["input_ids"].shape[1] - image.tokens,
+        images=[(crops, side, side)],
+    )
+    assert found.total == measured_flops(model, inputs)
+
+
 # ---- ways through generate
 
 

@@ -371,6 +371,8 @@ OK: dict[str, Any] = {"tokens_per_layer": 8, "text_tokens": 4, "images": 1}
         (LLAVA, {"encoder_tokens_per_layer": [[64, 64]]}, "of 3 entries"),
         (LLAVA, {"encoder_tokens_per_layer": [[64, 65, 64]]}, "has 65 tokens"),
         (LLAVA, {"encoder_tokens_per_layer": []}, "1 lists"),
+        (LLAVA, {"images": [(2, 8, 8)], "encoder_tokens_per_layer": [[60, 60, 60]]}, "lie in 2 crops or frames"),
+        (LLAVA, {"images": [(2, 8, 9)]}, r"or \(n, 8, 8\) for n crops or frames, got \(2, 8, 9\)"),
         (QWEN, {}, r"grids \(t, h, w\)"),
         (QWEN, {"images": [(5, 7)]}, r"grids \(t, h, w\)"),
         (QWEN, {"images": [(1, 0, 7)]}, "at least 1"),
