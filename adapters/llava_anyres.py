@@ -20,7 +20,7 @@ from vtprune.adapters.llava import LlavaAdapter
 from vtprune.encoder.arrangement import Arrangement, Part
 from vtprune.encoder.encoding import EncodedImage, Encoding
 from vtprune.errors import UnsupportedModelError
-from vtprune.method.kinds import IMAGE, VIDEO
+from vtprune.method.kinds import VIDEO
 
 # What stands for the row and the column of a newline.
 NEWLINE = -1.0
@@ -162,8 +162,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_types = ("llava_onevision",)
 
     def sources(self) -> tuple[Source, ...]:
-        config = self.model.config
-        return Source(IMAGE, config.image_token_id), Source(VIDEO, config.video_token_id)
+        return *super().sources(), Source(VIDEO, self.model.config.video_token_id)
 
     def _crops(self, sizes: Sequence[Sequence[int]], arguments: dict[str, Any]) -> list[int]:
         several = arguments.get("batch_num_images")
@@ -201,8 +200,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     model_types = ("llava_next_video",)
 
     def sources(self) -> tuple[Source, ...]:
-        config = self.model.config
-        return Source(IMAGE, config.image_token_id), Source(VIDEO, config.video_token_id)
+        return *super().sources(), Source(VIDEO, self.model.config.video_token_id)
 
     def check(self) -> None:
         super().check()

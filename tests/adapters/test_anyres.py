@@ -21,11 +21,11 @@ from tests.flop_helper import measured_flops
 from tests.matrix import PRUNERS, label
 from tests.models import ANYRES, CROPPED, EQUAL_VIDEOS, IMAGE, PAST, VIDEO, Row, make, prompt
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
+from tests.watched import images_of, streams_of
 from vtprune.adapters import adapter_for
 from vtprune.encoder.arrangement import Arrangement
 from vtprune.method.kinds import IMAGE as PICTURE
 from vtprune.method.views import VisionStream
-from vtprune.report.report import ImageReport
 
 every_family = pytest.mark.parametrize("kind", ANYRES)
 every_video = pytest.mark.parametrize("kind", ["llava-next-video", "llava-onevision"])
@@ -39,20 +39,6 @@ def arrangement_of(model: Any, height: int, width: int) -> Arrangement:
     source = next(one for one in adapter.sources() if one.kind == PICTURE)
     (found,) = adapter._arrangements(source, {"image_sizes": torch.tensor([[height, width]])})
     return found
-
-
-def images_of(model: Any) -> list[ImageReport]:
-    return [image for sample in vtprune.report(model).samples for image in sample.images]
-
-
-def streams_of(kind: str, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
-    """What a method that reads attention is shown of each image."""
-    seen: list[VisionStream] = []
-    original = vtprune.FoPru.select
-    monkeypatch.setattr(vtprune.FoPru, "select", lambda self, stream: (seen.append(stream), original(self, stream))[1])
-    with torch.no_grad(), vtprune.wrapped(make(kind), "fopru", keep=0.5, **options) as model:
-        model(**inputs)
-    return seen
 
 
 # ---- which patches a token is made of
@@ -213,6 +199,19 @@ def test_a_pooled_token_of_a_video_is_scored_by_its_patches(kind: str, monkeypat
     assert stream.frames.tolist() == [frame for frame in range(3) for _ in range(9)]
 
 
+def _pixels_of(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The pixels of each rectangle, as a method sees them that looks at pixels."""
+    seen: list[Tensor] = []
+    original = vtprune.VFlowOpt.remember
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(
+            vtprune.VFlowOpt, "remember", lambda self, stream: (seen.append(stream.pixels), original(self, stream))[1]
+        )
+        with vtprune.wrapped(make("llava-next"), "vflowopt:keep=0.5,variant='released',alpha=0.5") as model:
+            model(**inputs)
+    return seen
+
+
 @pytest.mark.parametrize("place", [(0, 1, 2), (2, 0, 0), (3, 5, 1), (4, 2, 4)])
 def test_a_bright_patch_comes_out_at_its_own_index(
     place: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -227,9 +226,11 @@ def test_a_bright_patch_comes_out_at_its_own_index(
     index = 36 + (6 * above + row) * 12 + 6 * left + column if crop else 6 * row + column
     assert int((after.features - before.features).norm(dim=-1).argmax()) == index
     part = 0 if crop == 0 else 1
-    pixels = after.rectangles[part].pixels if after.rectangles else None
-    assert pixels is not None
-    bright = (pixels - before.rectangles[part].pixels).sum(dim=0) > 1
+    pixels = [
+        _pixels_of(prompt("llava-next", [Row([3, 7], [(12, 12)], 1)]), monkeypatch),
+        _pixels_of(inputs, monkeypatch),
+    ]
+    bright = (pixels[1][part] - pixels[0][part]).sum(dim=0) > 1
     top = index if crop == 0 else index - 36
     height, width = divmod(top, 6 if crop == 0 else 12)
     assert bright.nonzero()[0].tolist() == [4 * height, 4 * width]

@@ -16,33 +16,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtprune
 from tests.flop_helper import measured_flops
 from tests.models import PAST, VIDEO, VIDEOS, Row, make, prompt, tower_order
+from tests.watched import images_of, streams_of
 from vtprune.encoder.arrangement import Part
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.choosing import top
 from vtprune.method.kinds import Shown
 from vtprune.method.plan import Plan
 from vtprune.method.views import VisionStream
-from vtprune.report.report import ImageReport
 
 KINDS = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"]
 every_family = pytest.mark.parametrize("kind", KINDS)
 every_tower = pytest.mark.parametrize("kind", [*KINDS, "qwen3.5"])
 # Three frames, wider than the windows of Qwen2.5-VL's tower.
 FRAMES = Row([2, 5], [(3, 5, 7)], 5)
-
-
-def images_of(model: Any) -> list[ImageReport]:
-    return [image for sample in vtprune.report(model).samples for image in sample.images]
-
-
-def streams_of(kind: str, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
-    """What a method that reads attention is shown of each image."""
-    seen: list[VisionStream] = []
-    original = vtprune.FoPru.select
-    monkeypatch.setattr(vtprune.FoPru, "select", lambda self, stream: (seen.append(stream), original(self, stream))[1])
-    with torch.no_grad(), vtprune.wrapped(make(kind), "fopru", keep=0.5, **options) as model:
-        model(**inputs)
-    return seen
 
 
 @every_tower

@@ -290,14 +290,17 @@ class Selecting:
         )
 
     def _rectangles(self, image: EncodedImage, pruner: Pruner) -> tuple[Rectangle, ...]:
-        """What a method is shown of each of the rectangles that an image's tokens form, where these are several."""
-        if len({part.grid[1:] for part in image.parts}) == 1:
+        """What a method of rows and columns is shown of each of the rectangles that an image's tokens form, where
+        these are several."""
+        if len({part.grid[1:] for part in image.parts}) == 1 or not by_rectangle(pruner):
             return ()
-        found = []
+        assert image.pixels is not None
+        found, wanted = [], reads(pruner)
         for number, part in enumerate(image.parts):
-            pixels = self.adapter.part_pixels(image, number)
-            picture = self.adapter.real_colours(pixels[None]) if Read.PICTURE in reads(pruner) else None
-            found.append(Rectangle(part.grid, pixels, picture))
+            # Laid out for those alone that look at them.
+            own = self.adapter.part_pixels(image, number) if wanted & {Read.PICTURE, Read.PIXELS} else image.pixels
+            picture = self.adapter.real_colours(own[None]) if Read.PICTURE in wanted else None
+            found.append(Rectangle(part.grid, own, picture))
         return tuple(found)
 
 
@@ -370,7 +373,7 @@ def _after(words: Ints, span: ImageSpan) -> int:
 
 def _selecting(pruner: BeforeDecoder, stream: VisionStream) -> Asking[Selection | None]:
     """The call that asks a method about an image, or about each of its rectangles."""
-    if stream.rectangles and by_rectangle(pruner):
+    if stream.rectangles:
         return started(select_by_part, pruner, stream)
     return started(pruner.select, stream)
 
@@ -382,9 +385,7 @@ def _remembering(pruners: list[Pruner], streams: list[VisionStream]) -> list[Vis
         return streams
     memories = together(
         [
-            started(remember_by_part, one, stream)
-            if stream.rectangles and by_rectangle(one)
-            else started(one.remember, stream)
+            started(remember_by_part, one, stream) if stream.rectangles else started(one.remember, stream)
             for one, stream in asked
         ]
     )

@@ -22,7 +22,7 @@ from vtprune.tensors.attention import attention_received, attention_received_and
 class Rectangle:
     """One of several rectangles that the tokens of one image form.
 
-    grid: (t, h, w) in vision tokens; pixels, picture: as in `VisionStream`, of it alone.
+    grid: (t, h, w) in vision tokens; pixels, picture: as in `VisionStream`, of it alone where the method looks at them.
     """
 
     grid: tuple[int, int, int]
@@ -61,7 +61,8 @@ class VisionStream:
     training: whether that module is being trained: it is in training mode, and gradients are recorded.
     kind: "image" or "video".
     rectangles: of an image whose tokens form several (a picture cut into crops), each of these, in the order of its
-        tokens; `grid` is then one row of all tokens, and methods that read a grid are shown one rectangle at a time.
+        tokens, for a method that reads rows and columns, which is shown one of them at a time; `grid` is then one row
+        of all tokens.
     """
 
     features: Tensor
