@@ -22,7 +22,8 @@ from vtprune.tensors.attention import attention_received, attention_received_and
 class Rectangle:
     """One of several rectangles that the tokens of one image form.
 
-    grid: (t, h, w) in vision tokens; pixels, picture: as in `VisionStream`, of it alone where the method looks at them.
+    grid: (t, h, w) in vision tokens; pixels, picture: as in `VisionStream`, of it alone where the method looks at
+    them.
     """
 
     grid: tuple[int, int, int]
