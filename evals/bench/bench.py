@@ -13,7 +13,7 @@ from vtprune.assets import TINY_LLAVA
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
 from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
-from vtprune.evals.bench.suite import BUNDLED_TASK, data_fingerprint, open_suite
+from vtprune.evals.bench.suite import BUNDLED_TASK, BUNDLED_TASKS, data_fingerprint, open_suite
 from vtprune.evals.bench.tables import main_scores, show_score
 from vtprune.evals.settings import Setting, build_settings
 from vtprune.evals.untrained import quiet_untrained
@@ -73,7 +73,7 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit: at least one question, got {config.limit}")
     with held(config.output):
-        prepare_environment(offline=set(config.tasks) == {BUNDLED_TASK} and is_local(config.pretrained))
+        prepare_environment(offline=set(config.tasks) <= set(BUNDLED_TASKS) and is_local(config.pretrained))
         _require_lmms_eval()
         from vtprune.evals.bench.suite import silence_loggers
 

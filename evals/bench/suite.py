@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from vtprune.assets import SHAPES_EVAL
+from vtprune.assets import SHAPES_EVAL, SHAPES_MORE
 from vtprune.errors import InputError, explain
 from vtprune.files import write_text, write_with
 
 BUNDLED_TASK = "vtprune_shapes"
+# The questions of every bundled task.
+BUNDLED_TASKS = {BUNDLED_TASK: SHAPES_EVAL, **{f"vtprune_{part}": path for part, path in SHAPES_MORE.items()}}
 TASK_FOLDER = Path(__file__).parents[1] / "lmms" / "tasks"
 
 
@@ -57,25 +59,26 @@ def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def write_sample(folder: Path, limit: int, seed: int) -> None:
-    """A stratified sample of the bundled set in `folder`, and a task file of the bundled name for it."""
+def write_sample(folder: Path, task: str, limit: int, seed: int) -> None:
+    """A stratified sample of a bundled set in `folder`, and a task file of the bundled name for it."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(SHAPES_EVAL)
+    table = pq.read_table(BUNDLED_TASKS[task])
     rows = stratified(table.column("category").to_pylist(), limit, seed)
-    write_with(folder / "sample.parquet", lambda part: pq.write_table(table.take(rows), part))
+    write_with(folder / f"{task}.parquet", lambda part: pq.write_table(table.take(rows), part))
     write_text(
-        folder / f"{BUNDLED_TASK}.yaml",
-        f"include: {TASK_FOLDER / BUNDLED_TASK}.yaml\ntask: {BUNDLED_TASK}\n"
-        f"dataset_path: parquet\ndataset_kwargs:\n  data_files:\n    test: {folder / 'sample.parquet'}\n",
+        folder / f"{task}.yaml",
+        f"include: {TASK_FOLDER / task}.yaml\ntask: {task}\n"
+        f"dataset_path: parquet\ndataset_kwargs:\n  data_files:\n    test: {folder / task}.parquet\n",
     )
 
 
 def data_fingerprint(tasks: Sequence[str]) -> str:
     """Identifies the bundled questions; other tasks are known by their names."""
-    if BUNDLED_TASK not in tasks or not SHAPES_EVAL.is_file():
+    found = [BUNDLED_TASKS[task] for task in tasks if task in BUNDLED_TASKS and BUNDLED_TASKS[task].is_file()]
+    if not found:
         return ""
-    return hashlib.sha256(SHAPES_EVAL.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:16]
 
 
 def _find(names: Sequence[str], folders: list[str]) -> tuple[Any, list[str]]:
@@ -121,18 +124,21 @@ def open_suite(
 
     Raises InputError for an unknown task, and for one whose data cannot be loaded.
 
-    The bundled task takes `limit` as a stratified sample drawn with `seed`, others as their first samples.
+    The bundled tasks take `limit` as a stratified sample drawn with `seed`, others as their first samples.
     """
     names = tuple(dict.fromkeys(tasks))
-    if BUNDLED_TASK in names and not SHAPES_EVAL.is_file():
-        raise InputError(f"tasks: the data of {BUNDLED_TASK} are missing: no file {SHAPES_EVAL}")
+    bundled = [name for name in names if name in BUNDLED_TASKS]
+    for name in bundled:
+        if not BUNDLED_TASKS[name].is_file():
+            raise InputError(f"tasks: the data of {name} are missing: no file {BUNDLED_TASKS[name]}")
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"include-path: {include_path} is not a folder")
     with tempfile.TemporaryDirectory(prefix="vtprune-bench-") as name:
         folder = Path(name)
         os.environ.setdefault("LMMS_EVAL_DATASETS_CACHE", str(folder / "cache"))
-        if BUNDLED_TASK in names and limit is not None:
-            write_sample(folder, limit, seed)
+        if bundled and limit is not None:
+            for task in bundled:
+                write_sample(folder, task, limit, seed)
             folders = [name]
         else:
             folders = [str(TASK_FOLDER)]

@@ -86,7 +86,7 @@ def draw_captions(scene: Scene, rng: np.random.Generator, count: int) -> list[QA
         words: list[str] = []
         for i in rng.permutation(len(scene.things)):
             thing = scene.things[i]
-            rest = [part for part in (thing.glyph, quadrant(thing)) if part is not None]
+            rest = [part for part in (thing.glyph, quadrant(scene, thing)) if part is not None]
             words += [*(thing.color, thing.shape)[::name_order], *rest[::rest_order]]
         captions.append(QA("what shapes are there?", " ".join(words), CAPTION, CAPTION))
     return captions

@@ -13,6 +13,7 @@ from vtprune.shapes.dataset import (
     overlap_with_training,
     write_eval_rows,
 )
+from vtprune.shapes.more import PARTS, build_more_rows, write_more_rows
 
 
 def main(
@@ -21,6 +22,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the evaluation scenes.")] = 0,
     train_scenes: Annotated[int, typer.Option(help="Training scenes to compare against.")] = 200_000,
     train_seed: Annotated[int, typer.Option(help="Seed of the training scenes.")] = 0,
+    more: Annotated[
+        Path | None, typer.Option(help="A folder for the second set, a file for each of its parts.")
+    ] = None,
 ) -> None:
     """Write the evaluation questions, after checking that no evaluation scene is a training scene."""
     shared = overlap_with_training(per_category, seed, train_seed, train_scenes)
@@ -31,6 +35,12 @@ def main(
     typer.echo(f"{len(rows)} questions on {len({row.image for row in rows})} images: {output}")
     for category, accuracy in blind_baseline(rows).items():
         typer.echo(f"  {category}: {accuracy:.1%} without looking")
+    if more is None:
+        return
+    for part in PARTS:
+        questions = build_more_rows(part, seed)
+        write_more_rows(questions, more / f"{part}.parquet")
+        typer.echo(f"{len(questions)} questions: {more / part}.parquet")
 
 
 if __name__ == "__main__":

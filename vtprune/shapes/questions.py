@@ -13,7 +13,6 @@ from vtprune.shapes.scene import (
     COLORS,
     GLYPHS,
     SHAPES,
-    SIZE,
     Scene,
     Thing,
 )
@@ -56,11 +55,12 @@ def normalise(text: str) -> str:
     return text.strip().lower()
 
 
-def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of these, each as likely."""
     return items[int(rng.integers(len(items)))]
 
 
-def _unique(scene: Scene) -> list[Thing]:
+def unique(scene: Scene) -> list[Thing]:
     """Things whose colour and shape together single them out."""
     names = Counter(thing.name for thing in scene.things)
     return [thing for thing in scene.things if names[thing.name] == 1]
@@ -73,9 +73,9 @@ def _exists(scene: Scene, rng: np.random.Generator) -> QA | None:
     # Hard negatives hold both words' properties, on two things: they need binding, not recognition.
     hard = [(c, s) for c, s in absent if c in colors and s in shapes]
     if rng.random() < 0.5:
-        pair, answer = _pick(rng, sorted(present)), "yes"
+        pair, answer = pick(rng, sorted(present)), "yes"
     else:
-        pair, answer = _pick(rng, hard if hard and rng.random() < 0.5 else absent), "no"
+        pair, answer = pick(rng, hard if hard and rng.random() < 0.5 else absent), "no"
     return QA(f"is there a {pair[0]} {pair[1]}?", answer, "existence", "exists")
 
 
@@ -89,8 +89,8 @@ def _count_some(scene: Scene, rng: np.random.Generator) -> QA | None:
     options = [(f"how many {c} shapes are there?", colors[c]) for c in COLORS]
     options += [(f"how many {PLURALS[s]} are there?", shapes[s]) for s in SHAPES]
     # The count is drawn before the question: drawn the other way round, most answers would be 0 or 1.
-    count = _pick(rng, sorted({n for _, n in options if n <= MAX_COUNT}))
-    question = _pick(rng, [q for q, n in options if n == count])
+    count = pick(rng, sorted({n for _, n in options if n <= MAX_COUNT}))
+    question = pick(rng, [q for q, n in options if n == count])
     return QA(question, str(count), "counting", "count_some")
 
 
@@ -99,7 +99,7 @@ def _color(scene: Scene, rng: np.random.Generator) -> QA | None:
     single = [thing for thing in scene.things if shapes[thing.shape] == 1]
     if not single:
         return None
-    thing = _pick(rng, single)
+    thing = pick(rng, single)
     return QA(f"what color is the {thing.shape}?", thing.color, "attribute", "color")
 
 
@@ -108,23 +108,23 @@ def _shape(scene: Scene, rng: np.random.Generator) -> QA | None:
     single = [thing for thing in scene.things if colors[thing.color] == 1]
     if not single:
         return None
-    thing = _pick(rng, single)
+    thing = pick(rng, single)
     return QA(f"which shape is {thing.color}?", thing.shape, "attribute", "shape")
 
 
-def quadrant(thing: Thing) -> str | None:
+def quadrant(scene: Scene, thing: Thing) -> str | None:
     """Such as "top left", or None where the thing is too near a middle line to say."""
-    middle = SIZE // 2
-    if min(abs(thing.x - middle), abs(thing.y - middle)) < QUADRANT_MARGIN:
+    x, y = thing.x - scene.width // 2, thing.y - scene.height // 2
+    if min(abs(x), abs(y)) < QUADRANT_MARGIN:
         return None
-    return f"{'top' if thing.y < middle else 'bottom'} {'left' if thing.x < middle else 'right'}"
+    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> QA | None:
-    clear = [(thing, place) for thing in _unique(scene) if (place := quadrant(thing)) is not None]
+    clear = [(thing, place) for thing in unique(scene) if (place := quadrant(scene, thing)) is not None]
     if not clear:
         return None
-    thing, place = _pick(rng, clear)
+    thing, place = pick(rng, clear)
     return QA(f"where is the {thing.name}?", place, "position", "where")
 
 
@@ -135,7 +135,7 @@ def _extreme(scene: Scene, rng: np.random.Generator) -> tuple[str, Thing] | None
         order = sorted(scene.things, key=reach)
         if len(order) > 1 and reach(order[-1]) - reach(order[-2]) >= EXTREME_MARGIN:
             found.append((word, order[-1]))
-    return _pick(rng, found) if found else None
+    return pick(rng, found) if found else None
 
 
 def _extreme_color(scene: Scene, rng: np.random.Generator) -> QA | None:
@@ -153,23 +153,23 @@ def _extreme_shape(scene: Scene, rng: np.random.Generator) -> QA | None:
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> QA | None:
-    things = _unique(scene)
-    word = _pick(rng, sorted(RELATIONS))
+    things = unique(scene)
+    word = pick(rng, sorted(RELATIONS))
     gap = RELATIONS[word]
     wanted = 1 if rng.random() < 0.5 else -1
     pairs = [(a, b) for a in things for b in things if gap(a, b) * wanted >= RELATION_MARGIN]
     if not pairs:
         return None
-    a, b = _pick(rng, pairs)
+    a, b = pick(rng, pairs)
     answer = "yes" if wanted > 0 else "no"
     return QA(f"is the {a.name} {word} the {b.name}?", answer, "position", "relation")
 
 
 def _read_thing(scene: Scene, rng: np.random.Generator) -> QA | None:
-    marked = [(thing, thing.glyph) for thing in _unique(scene) if thing.glyph is not None]
+    marked = [(thing, thing.glyph) for thing in unique(scene) if thing.glyph is not None]
     if not marked:
         return None
-    thing, glyph = _pick(rng, marked)
+    thing, glyph = pick(rng, marked)
     return QA(f"what is written on the {thing.name}?", glyph, "reading", "read_thing")
 
 
@@ -183,7 +183,7 @@ def _marked_color(scene: Scene, rng: np.random.Generator) -> QA | None:
     marked = [thing for thing in scene.things if thing.glyph is not None]
     if len(marked) < 2:  # with one glyph the question could be answered without reading it
         return None
-    thing = _pick(rng, marked)
+    thing = pick(rng, marked)
     return QA(f"what color is the shape marked {thing.glyph}?", thing.color, "reading", "marked_color")
 
 
@@ -191,7 +191,7 @@ def _marked_shape(scene: Scene, rng: np.random.Generator) -> QA | None:
     marked = [thing for thing in scene.things if thing.glyph is not None]
     if len(marked) < 2:
         return None
-    thing = _pick(rng, marked)
+    thing = pick(rng, marked)
     return QA(f"which shape is marked {thing.glyph}?", thing.shape, "reading", "marked_shape")
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from vtprune.shapes.scene import (
     GLYPHS,
-    SIZE,
     Scene,
     glyph_drop,
 )
@@ -90,9 +89,9 @@ def _printed(scene: Scene) -> list[tuple[str, int, int, tuple[int, int, int]]]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture, uint8 [96, 96, 3]."""
+    """The picture, uint8 [height, width, 3]."""
     rng = np.random.default_rng(scene.texture)
-    image = np.full((SIZE, SIZE, 3), scene.ground, dtype=np.int16)
+    image = np.full((scene.height, scene.width, 3), scene.ground, dtype=np.int16)
     jitter = rng.integers(-15, 16, size=(len(scene.things), 3))
     for thing, shift in zip(scene.things, jitter, strict=True):
         mask = shape_mask(thing.shape, thing.radius)
@@ -101,13 +100,13 @@ def render(scene: Scene) -> np.ndarray:
         bitmap = glyph_bitmap(char)
         image[_stamp(x, y, bitmap)][bitmap] = ink
     # Four grey levels of noise: enough texture to keep the ground from being free, and PNGs stay small.
-    noise = rng.integers(0, 4, size=(SIZE, SIZE, 1), dtype=np.int16) * 8 - 12
+    noise = rng.integers(0, 4, size=(scene.height, scene.width, 1), dtype=np.int16) * 8 - 12
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
 def owner_map(scene: Scene) -> np.ndarray:
-    """Int8 [96, 96]: the index of the thing that covers a pixel, -1 on the ground."""
-    owner = np.full((SIZE, SIZE), -1, dtype=np.int8)
+    """Int8 [height, width]: the index of the thing that covers a pixel, -1 on the ground."""
+    owner = np.full((scene.height, scene.width), -1, dtype=np.int8)
     for i, thing in enumerate(scene.things):
         mask = shape_mask(thing.shape, thing.radius)
         owner[_stamp(thing.x, thing.y, mask)][mask] = i
@@ -115,8 +114,8 @@ def owner_map(scene: Scene) -> np.ndarray:
 
 
 def glyph_map(scene: Scene) -> np.ndarray:
-    """Int8 [96, 96]: the class of the glyph whose box covers a pixel, -1 elsewhere."""
-    classes = np.full((SIZE, SIZE), -1, dtype=np.int8)
+    """Int8 [height, width]: the class of the glyph whose box covers a pixel, -1 elsewhere."""
+    classes = np.full((scene.height, scene.width), -1, dtype=np.int8)
     box = np.ones((GLYPH_HEIGHT, GLYPH_WIDTH), dtype=bool)
     for char, x, y, _ in _printed(scene):
         classes[_stamp(x, y, box)] = GLYPHS.index(char)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+# The side of a picture in pixels, where nothing else is said.
 SIZE = 96
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
@@ -15,7 +17,10 @@ GLYPHS = tuple("123456789acehktx")
 SPLITS = {"train": 11, "val": 23, "eval": 37}
 
 MAX_THINGS = 6
+# How often a picture holds one, two, … things; many are common.
+COUNT_WEIGHTS = (1, 2, 3, 4, 4, 4)
 MIN_RADIUS, MAX_RADIUS = 9, 13
+PIXELS_A_THING = 1300
 # A glyph (5x7 pixels) is printed inside one cell of this grid. Reading it then hangs on few vision
 # tokens, on a single one where patches are of this size: the detail that pruning can lose.
 CELL = 8
@@ -51,12 +56,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a grey ground, perhaps with one glyph printed on the ground itself."""
+    """Things on a grey ground, perhaps with one glyph printed on the ground itself; width and height in pixels."""
 
     things: tuple[Thing, ...]
     ground: int
     texture: int
     loose: Glyph | None = None
+    width: int = SIZE
+    height: int = SIZE
 
     def key(self) -> str:
         """The layout alone (no texture): two scenes with one key would be the same picture but for noise."""
@@ -64,8 +71,11 @@ class Scene:
         return json.dumps(layout)
 
     def to_json(self) -> str:
-        """The scene as JSON, for readers of the evaluation set."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        """The scene as JSON, for readers of the evaluation sets; a size is told where it is not the usual one."""
+        values = asdict(self)
+        if (self.width, self.height) == (SIZE, SIZE):
+            del values["width"], values["height"]
+        return json.dumps(values, separators=(",", ":"))
 
 
 def glyph_drop(shape: str, radius: int) -> int:
@@ -83,9 +93,15 @@ def make_scene(split: str, seed: int, index: int) -> Scene:
     return sample_scene(scene_rng(split, seed, index))
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene: one to six things that stand apart."""
-    count = int(rng.choice(MAX_THINGS, p=np.array([1, 2, 3, 4, 4, 4]) / 18)) + 1
+def most_things(width: int, height: int) -> int:
+    """How many things find room in a picture of this size."""
+    return min(MAX_THINGS, width * height // PIXELS_A_THING)
+
+
+def sample_scene(rng: np.random.Generator, width: int = SIZE, height: int = SIZE) -> Scene:
+    """Draw one scene: one to six things that stand apart, fewer where a small picture has no room for them."""
+    weights = np.array(COUNT_WEIGHTS[: most_things(width, height)])
+    count = int(rng.choice(len(weights), p=weights / weights.sum())) + 1
     colors, shapes = _palette(rng, COLORS), _palette(rng, SHAPES)
     glyphs = rng.permutation(len(GLYPHS))
     while True:
@@ -93,7 +109,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         for i in range(count):
             color, shape = colors[rng.integers(len(colors))], shapes[rng.integers(len(shapes))]
             glyph = GLYPHS[glyphs[i]] if rng.random() < GLYPH_CHANCE else None
-            thing = _place(rng, (color, shape), glyph, things)
+            thing = _place(rng, (color, shape), glyph, others=things, size=(width, height))
             if thing is None:
                 break  # no room is left: start again
             things.append(thing)
@@ -101,8 +117,9 @@ def sample_scene(rng: np.random.Generator) -> Scene:
             break
     loose = None
     if rng.random() < LOOSE_GLYPH_CHANCE:
-        loose = _place_loose(rng, things, GLYPHS[glyphs[-1]])
-    return Scene(tuple(things), int(rng.integers(25, 110)), int(rng.integers(2**31)), loose)
+        loose = _place_loose(rng, things, GLYPHS[glyphs[-1]], (width, height))
+    ground, texture = int(rng.integers(25, 110)), int(rng.integers(2**31))
+    return Scene(tuple(things), ground, texture, loose, width=width, height=height)
 
 
 def _palette(rng: np.random.Generator, names: tuple[str, ...]) -> list[str]:
@@ -118,26 +135,35 @@ def _into_cell(x: int, y: int) -> tuple[int, int]:
     return x - x % CELL + min(max(x % CELL, 2), 5), y - y % CELL + min(max(y % CELL, 3), 4)
 
 
-def _place(rng: np.random.Generator, look: tuple[str, str], glyph: str | None, others: list[Thing]) -> Thing | None:
+def _place(
+    rng: np.random.Generator, look: tuple[str, str], glyph: str | None, *, others: list[Thing], size: tuple[int, int]
+) -> Thing | None:
     """A thing inside the image and apart from the others, or None where there seems to be no room."""
     color, shape = look
     for _ in range(60):
         radius = int(rng.integers(MIN_RADIUS, MAX_RADIUS + 1))
-        x, y = (int(v) for v in rng.integers(radius + 1, SIZE - radius - 1, size=2))
+        x, y = (int(rng.integers(radius + 1, side - radius - 1)) for side in size)
         if glyph is not None:
             drop = glyph_drop(shape, radius)
             x, y = _into_cell(x, y + drop)
             y -= drop
-        inside = radius < min(x, y) and max(x, y) < SIZE - radius - 1
-        if inside and all((x - o.x) ** 2 + (y - o.y) ** 2 > (radius + o.radius + 2) ** 2 for o in others):
-            return Thing(color, shape, x, y, radius=radius, glyph=glyph)
+        thing = Thing(color, shape, x, y, radius=radius, glyph=glyph)
+        if stands_free(thing, others, size):
+            return thing
     return None
 
 
-def _place_loose(rng: np.random.Generator, things: list[Thing], char: str) -> Glyph | None:
+def stands_free(thing: Thing, others: Iterable[Thing], size: tuple[int, int]) -> bool:
+    """Whether a thing lies whole inside a picture of this (width, height) and apart from the others."""
+    x, y, radius = thing.x, thing.y, thing.radius
+    inside = all(radius < place < side - radius - 1 for place, side in zip((x, y), size, strict=True))
+    return inside and all((x - o.x) ** 2 + (y - o.y) ** 2 > (radius + o.radius + 2) ** 2 for o in others)
+
+
+def _place_loose(rng: np.random.Generator, things: list[Thing], char: str, size: tuple[int, int]) -> Glyph | None:
     """A glyph on bare ground, or None where no free place was found."""
     for _ in range(30):
-        x, y = _into_cell(*(int(v) for v in rng.integers(6, SIZE - 6, size=2)))
+        x, y = _into_cell(*(int(rng.integers(6, side - 6)) for side in size))
         if all((x - t.x) ** 2 + (y - t.y) ** 2 > (t.radius + 7) ** 2 for t in things):
             return Glyph(char, x, y)
     return None
