@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from vtprune.adapters.base import Adapter
+from vtprune.adapters.encoder_side import EncoderSide
 from vtprune.adapters.llava import LlavaAdapter
 from vtprune.adapters.llava_anyres import LlavaNextAdapter, LlavaNextVideoAdapter, LlavaOnevisionAdapter
+from vtprune.adapters.open_clip import OpenClipTower
 from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen3VLMoeAdapter, Qwen25VLAdapter
 from vtprune.adapters.qwen_vl_hybrid import Qwen35Adapter, Qwen35MoeAdapter
 from vtprune.cost.sizes import ModelCost
@@ -42,13 +44,26 @@ PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use
 
 def adapters() -> list[tuple[str, tuple[str, ...], str]]:
     """(name, model classes, notes) of every adapter."""
-    return [(adapter.name, adapter.models, adapter.notes) for adapter in ADAPTERS]
+    found: list[type[EncoderSide]] = [*ADAPTERS, OpenClipTower]
+    found.sort(key=lambda adapter: adapter.__module__)
+    return [(adapter.name, adapter.models, adapter.notes) for adapter in found]
 
 
 def core_model(model: Any) -> nn.Module:
     """The generation model itself, out of a compiled module or a PEFT wrapper."""
     seen = getattr(model, "_orig_mod", model)
     return seen.get_base_model() if hasattr(seen, "get_base_model") else seen
+
+
+def tower_for(model: Any) -> OpenClipTower | None:
+    """The adapter of a vision encoder that stands alone, None for any other model; raises UnsupportedModelError for a
+    tower that cannot be pruned rightly."""
+    core = core_model(model)
+    if not OpenClipTower.takes(core):
+        return None
+    found = OpenClipTower(core)
+    found.check()
+    return found
 
 
 def adapter_for(model: Any) -> Adapter:
@@ -62,7 +77,8 @@ def adapter_for(model: Any) -> Adapter:
             return found
     known = ", ".join(name for adapter in ADAPTERS for name in adapter.models)
     raise UnsupportedModelError(
-        f"no adapter for {type(core).__name__}; vtprune wraps {known} (see CONTRIBUTING.md, 'Add a model')"
+        f"no adapter for {type(core).__name__}; vtprune wraps {known}, and towers of open_clip (see CONTRIBUTING.md, "
+        "'Add a model')"
     )
 
 

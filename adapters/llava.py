@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter, Projections, Source, uses_flash
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.seams import Projections, Source, uses_flash
 from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
 from vtprune.cost.sizes import FixedVisionCost, ModelCost
 from vtprune.encoder.encoding import EncodedImage, Encoding

@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Source
 from vtprune.adapters.llava import LlavaAdapter
+from vtprune.adapters.seams import Source
 from vtprune.encoder.arrangement import Arrangement, Part
 from vtprune.encoder.encoding import EncodedImage, Encoding
 from vtprune.errors import UnsupportedModelError

@@ -16,7 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter, Projections, Source
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.seams import Projections, Source
 from vtprune.adapters.sizes import model_sizes, pair, tower_sizes
 from vtprune.cache.names import ROPE_DELTA
 from vtprune.cost.sizes import ModelCost, PackedVisionCost, TransformerCost

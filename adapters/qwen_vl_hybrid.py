@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtprune.adapters.base import PIXELS
 from vtprune.adapters.qwen_vl import Qwen3VLAdapter
+from vtprune.adapters.seams import PIXELS
 from vtprune.adapters.sizes import state_layers
 from vtprune.errors import VTPruneError
 

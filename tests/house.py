@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("wrap", "downscaling"),
     ("front door",),
     ("training", "evals", "evals.run_file", "evals.settings", "evals.samples", "evals.untrained", "evals.tiny_models"),
-    ("evals.lmms",),
+    ("evals.lmms", "evals.zero_shot"),
     ("evals.speed",),
     ("evals.ask", "evals.bench"),
     ("evals.arank", "evals.demo", "evals.tune"),

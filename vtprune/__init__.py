@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vtprune.errors import UnsupportedModelError as UnsupportedModelError
     from vtprune.errors import UntrainedWarning as UntrainedWarning
     from vtprune.errors import VTPruneError as VTPruneError
+    from vtprune.hooks.tower import encoder_tokens as encoder_tokens
     from vtprune.loading.pictures import open_picture as open_picture
     from vtprune.loading.videos import Video as Video
     from vtprune.loading.videos import open_video as open_video
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from vtprune.method.registry import available as available
     from vtprune.method.registry import register as register
     from vtprune.method.scorer import scorer as scorer
+    from vtprune.method.selecting import Chosen as Chosen
+    from vtprune.method.selecting import select as select
     from vtprune.method.stages import BeforeDecoder as BeforeDecoder
     from vtprune.method.stages import BetweenLayers as BetweenLayers
     from vtprune.method.stages import Guided as Guided

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vtprune.adapters import adapter_for, core_model
+from vtprune.adapters import adapter_for, core_model, tower_for
+from vtprune.adapters.open_clip import OpenClipTower
 from vtprune.cache.names import GENERATION
 from vtprune.errors import UntrainedWarning, VTPruneError
+from vtprune.hooks.installing import Installed
 from vtprune.hooks.newlines import POLICIES
+from vtprune.hooks.tower import TowerWrapping
 from vtprune.hooks.weights import (
     SUBMODULE,
     attach,
@@ -104,6 +107,15 @@ def _wrap(
     if newlines not in POLICIES:
         raise VTPruneError(f"newlines is one of {', '.join(map(repr, POLICIES))}, got {newlines!r}")
     given = resolve(pruner, **options)
+    tower = tower_for(model)
+    if tower is not None:
+        own = (
+            ("keep_prompt", sharing is None),
+            ("positions", positions == "original"),
+            ("newlines", newlines == "keep"),
+        )
+        core.__dict__[ATTRIBUTE] = _wrap_tower(tower, given, [name for name, usual in own if not usual])
+        return model
     adapter = adapter_for(model)
     if newlines != "keep" and not adapter.newlines:
         raise VTPruneError(f"newlines={newlines!r}: {adapter.name} has no tokens that end rows; leave it out")
@@ -157,6 +169,22 @@ def _wrap(
     return model
 
 
+def _wrap_tower(tower: OpenClipTower, given: list[Pruner], asked: list[str]) -> TowerWrapping:
+    """The hooks of a vision encoder that stands alone; asked: what was given to `wrap` that is a decoder's."""
+    if asked:
+        raise VTPruneError(f"{asked[0]} is about a decoder's prompt, and {tower.name} models have none; leave it out")
+    facts = tower.facts()
+    pruners = [one.bind(replace(facts, first=index == 0)) for index, one in enumerate(given)]
+    idle = next((one.name for one in pruners if acts(one) and not encoder_layers(one)), None)
+    if idle is not None:
+        raise VTPruneError(
+            f"{idle} acts before or inside a decoder, and {tower.name} models have none; flowcut, turbo, visionzip "
+            "and mustdrop act inside the encoder, and vtprune.select runs methods that choose by features alone"
+        )
+    check_order(pruners)
+    return TowerWrapping(tower, pruners, facts, given=given)
+
+
 def unwrap(model: M) -> M:
     """Takes every hook, attribute and override off again and returns the model as it was."""
     core = core_model(model)
@@ -208,10 +236,10 @@ def report(source: Any) -> Report:
         if not isinstance(generation, Generation):
             raise VTPruneError("no wrapped model has filled this cache with a prompt yet")
         return generation.build(source)
-    last = _wrapping(core_model(source), "report").last
-    if last is None:
+    found = _wrapping(core_model(source), "report").report()
+    if found is None:
         raise VTPruneError("nothing to report: run forward() or generate() on the wrapped model first")
-    return last.build()
+    return found
 
 
 def save_config(source: Any, folder: str | Path) -> Path:
@@ -221,7 +249,8 @@ def save_config(source: Any, folder: str | Path) -> Path:
     """
     if isinstance(source, torch.nn.Module):
         wrapping = _wrapping(core_model(source), "save the config")
-        _tell_unsaved(wrapping)
+        if isinstance(wrapping, Wrapping):
+            _tell_unsaved(wrapping)
         given = wrapping.given
     else:
         given = resolve(source)
@@ -283,18 +312,25 @@ def load_weights(model: Any, folder: str | Path) -> None:
 def auxiliary_loss(model: Any) -> Tensor | None:
     """What methods add to the loss of this thread's last forward, or None; a forward with labels has added it to its
     own loss."""
-    return _wrapping(core_model(model), "ask for a loss").loss
+    return _with_decoder(core_model(model), "ask for a loss").loss
 
 
 def mark_answers(model: Any, labels: Tensor) -> None:
     """Tells the methods of a wrapped model which tokens of this thread's next forward are answers: those whose label
     (B, L) is not -100. For training loops that compute the loss themselves; `labels` given to the forward do the same.
     """
-    _wrapping(core_model(model), "mark answers").mark_answers(labels)
+    _with_decoder(core_model(model), "mark answers").mark_answers(labels)
 
 
-def _wrapping(core: Any, verb: str) -> Wrapping:
+def _wrapping(core: Any, verb: str) -> Installed:
     wrapping = getattr(core, ATTRIBUTE, None)
-    if not isinstance(wrapping, Wrapping):
+    if not isinstance(wrapping, Installed):
         raise VTPruneError(f"cannot {verb}: this model is not wrapped (call vtprune.wrap(model, ...) first)")
+    return wrapping
+
+
+def _with_decoder(core: Any, verb: str) -> Wrapping:
+    wrapping = _wrapping(core, verb)
+    if not isinstance(wrapping, Wrapping):
+        raise VTPruneError(f"cannot {verb}: this model is a vision encoder alone")
     return wrapping

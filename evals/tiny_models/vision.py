@@ -18,11 +18,9 @@ from vtprune.shapes.scene import (
     GLYPHS,
     MAX_THINGS,
     SHAPES,
-    SIZE,
     Scene,
 )
 
-GRID = SIZE // PATCH
 # A patch is said to show a thing or a glyph that covers at least so many of its 64 pixels.
 MIN_THING_PIXELS = 6
 MIN_GLYPH_PIXELS = 5
@@ -39,7 +37,7 @@ PLACE_SIZE = 4.0
 
 @dataclass
 class VisionTargets:
-    """Patch classes [b, 144] three times, centres [b, 144], places [b, 144, 2], scene labels [b, labels]."""
+    """Patch classes [b, n] three times, centres [b, n], places [b, n, 2], scene labels [b, labels]."""
 
     shape: Tensor
     color: Tensor
@@ -54,14 +52,15 @@ class VisionTargets:
 
 
 def pixel_batch(scenes: Iterable[Scene]) -> Tensor:
-    """Rendered and normalised as the processor does it, float [b, 3, 96, 96]."""
+    """Rendered and normalised as the processor does it, float [b, 3, height, width]."""
     images = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
     return (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
 def _patch_classes(pixels: np.ndarray, classes: int, least: int) -> np.ndarray:
-    """Class per patch [144]: the one that covers most pixels plus one, or 0 where it covers too few."""
-    patches = pixels.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
+    """Class per patch [rows * columns]: the one that covers most pixels plus one, or 0 where it covers too few."""
+    rows, columns = (side // PATCH for side in pixels.shape)
+    patches = pixels.reshape(rows, PATCH, columns, PATCH).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
     counts = (patches[:, :, None] == np.arange(classes)).sum(1)
     return np.where(counts.max(1) >= least, counts.argmax(1) + 1, 0)
 
@@ -71,16 +70,18 @@ def _scene_targets(scene: Scene) -> tuple[np.ndarray, ...]:
     shapes = np.array([0] + [SHAPES.index(thing.shape) + 1 for thing in scene.things])
     colors = np.array([0] + [COLORS.index(thing.color) + 1 for thing in scene.things])
     glyph = _patch_classes(glyph_map(scene), len(GLYPHS), MIN_GLYPH_PIXELS)
-    centre, labels = np.zeros(GRID * GRID, dtype=np.float32), np.zeros(SCENE_LABELS, dtype=np.float32)
+    rows, columns = scene.height // PATCH, scene.width // PATCH
+    centre, labels = np.zeros(rows * columns, dtype=np.float32), np.zeros(SCENE_LABELS, dtype=np.float32)
     pairs = len(COLORS) * len(SHAPES)
     for thing in scene.things:
-        centre[thing.y // PATCH * GRID + thing.x // PATCH] = 1
+        centre[thing.y // PATCH * columns + thing.x // PATCH] = 1
         labels[COLORS.index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)] = 1
     labels[pairs + glyph[glyph > 0] - 1] = 1
     labels[pairs + len(GLYPHS) + len(scene.things) - 1] = 1
-    middles = np.mgrid[:GRID, :GRID].reshape(2, -1).T[:, ::-1] * PATCH + PATCH / 2
+    middles = np.mgrid[:rows, :columns].reshape(2, -1).T[:, ::-1] * PATCH + PATCH / 2
     centres = np.array([(0, 0)] + [(thing.x, thing.y) for thing in scene.things])
-    place = np.where(owner[:, None] > 0, centres[owner], middles) / (SIZE / 2) - 1
+    halves = np.array([scene.width, scene.height]) / 2
+    place = np.where(owner[:, None] > 0, centres[owner], middles) / halves - 1
     return shapes[owner], colors[owner], glyph, centre, place.astype(np.float32), labels
 
 
@@ -110,9 +111,9 @@ class VisionHeads(nn.Module):
         """The stage 1 loss from states [b, 145, w] at the feature layer and the pooled CLS [b, w]."""
         shape, color, glyph, centre = self.patch(states[:, 1:]).split(PATCH_CLASSES, dim=-1)
         dense = (
-            _weighted_loss(shape, targets.shape)
-            + _weighted_loss(color, targets.color)
-            + _weighted_loss(glyph, targets.glyph)
+            weighted_loss(shape, targets.shape)
+            + weighted_loss(color, targets.color)
+            + weighted_loss(glyph, targets.glyph)
             + 5 * F.mse_loss(states[:, 1:] @ self.place.T, targets.place)
             + F.binary_cross_entropy_with_logits(centre.squeeze(-1), targets.centre, pos_weight=centre.new_tensor(5.0))
         )
@@ -121,7 +122,8 @@ class VisionHeads(nn.Module):
         return dense + 4 * image
 
 
-def _weighted_loss(logits: Tensor, classes: Tensor) -> Tensor:
+def weighted_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross entropy over patches in which a bare one weighs less."""
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[0] = NOTHING_WEIGHT
     return F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight=weight)

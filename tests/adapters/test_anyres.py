@@ -366,7 +366,7 @@ def test_a_report_holds_no_pixels_and_no_table_of_patches() -> None:
     inputs = prompt("llava-next", CROPPED)
     with torch.no_grad(), vtprune.wrapped(make("llava-next"), "fopru", keep=0.5) as model:
         model(**inputs)
-        images = model.__dict__["_vtprune"].last.trail.images
+        images = model.__dict__["_vtprune"].generation.trail.images
     assert len(images) == 4
     assert all(image.encoded.pixels is None and image.encoded.arrangement is None for image in images)
 

@@ -18,8 +18,9 @@ from tests.models import END, HYBRIDS, IMAGE, LONG, MODELS, ROWS, SHORT, START, 
 from tests.oracle import TOLERANCE
 from vtprune import adapters
 from vtprune.adapters import sizes
-from vtprune.adapters.base import Adapter, Source
+from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import LlavaAdapter
+from vtprune.adapters.seams import Source
 from vtprune.encoder.arrangement import Arrangement, Part
 from vtprune.encoder.encoding import EncodedImage, Encoding
 

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from vtprune.adapters.base import PIXELS, Adapter
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.seams import PIXELS
 from vtprune.cache.adopting import (
     adopt_cache,
     cache_in,

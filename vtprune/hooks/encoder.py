@@ -1,10 +1,8 @@
-"""Hooks of the vision encoder: tokens drop out between its layers, features come back at the full length."""
+"""Hooks of a vision encoder's layers: tokens drop out and merge between them."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.adapters.base import Adapter, Source
-from vtprune.encoder.encoding import EncodedImage, Encoding, arranged, joined
+from vtprune.adapters.encoder_side import EncoderSide
+from vtprune.encoder.encoding import Encoding
 from vtprune.encoder.merging import check_selection
 from vtprune.errors import VTPruneError
 from vtprune.hooks.checkpoints import Checkpoints
-from vtprune.hooks.records import note_records
-from vtprune.hooks.state import FRAME, RUN, ThreadState
+from vtprune.hooks.state import RUN, ThreadState
 from vtprune.hooks.taps import Taps
 from vtprune.method.answers import EncoderSelection
 from vtprune.method.facts import ModelFacts
@@ -30,10 +27,12 @@ from vtprune.tensors.attention import full_precision
 
 
 class EncoderHooks:
-    """The encoder's side of a wrapped model."""
+    """What happens in the layers of a vision encoder, whatever comes before and behind them."""
 
-    def __init__(self, adapter: Adapter, plans: Plans, facts: ModelFacts, *, state: ThreadState, taps: Taps) -> None:
-        self.adapter, self._plans, self.facts, self.state, self.taps = adapter, plans, facts, state, taps
+    def __init__(
+        self, adapter: EncoderSide, plans: Plans, facts: ModelFacts, *, state: ThreadState, taps: Taps
+    ) -> None:
+        self.adapter, self.plans, self.facts, self.state, self.taps = adapter, plans, facts, state, taps
         pruners = plans.pruners
         self.token = object()
         depth, last = facts.encoder_depth, len(list(adapter.encoder_layers)) - 1
@@ -59,50 +58,8 @@ class EncoderHooks:
             adapter.encoder_layers, state, frozenset({depth - 1} if self.weighs else set[int]())
         )
 
-    def features(self, source: Source, original: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands for `original`, the method that encodes what `source` is: within it the tower's layers cut and
-        merge, and each image's record goes along with its features."""
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            kwargs.pop(FRAME, None)
-            if self.state.encoding is not None:
-                # Some models encode a video by the method for images: the records are those of the outer call.
-                return original(*args, **kwargs)
-            arguments = signature.bind(*args, **kwargs).arguments
-            arguments = {**arguments, **arguments.pop("kwargs", {})}
-            self.taps.refresh()
-            encoding = self.adapter.start_encoding(source, arguments)
-            encoding.proportional = self.sized
-            frame = self.state.frame
-            if frame is not None and frame.closed:
-                # Of a forward that failed and is remembered by its traceback alone.
-                frame = None
-            if frame is not None:
-                encoding.checks = frame.checks
-            asked = kwargs.get("return_dict")
-            as_tuple = not (self.adapter.returns_dicts if asked is None else asked)
-            with self._encoding(encoding):
-                output = original(*args, **{**kwargs, "return_dict": True} if as_tuple else kwargs)
-            if frame is None:
-                encoding.checks.settle()
-            units = encoding.images(self.adapter.pixels(source, arguments, encoding), self.token)
-            images = [joined(own, source.kind) for own in encoding.of_units(units)]
-            if encoding.arrangements:
-                images = [arranged(image, one) for image, one in zip(images, encoding.arrangements, strict=True)]
-            if encoding.origins is not None and encoding.planes:
-                self.adapter.change_planes(output, functools.partial(_combined, encoding, units))
-            # Features may be expanded for beams or handed in later; their records travel with the tensors.
-            note_records(output, images)
-            if frame is not None:
-                frame.encoded[source.kind] = images
-            return output.to_tuple() if as_tuple else output
-
-        return encode
-
     @contextmanager
-    def _encoding(self, encoding: Encoding) -> Iterator[None]:
+    def under_way(self, encoding: Encoding) -> Iterator[None]:
         outer, self.state.encoding = self.state.encoding, encoding
         try:
             yield
@@ -174,7 +131,7 @@ class EncoderHooks:
         with torch.no_grad():
             chosen = self._chosen(encoding, index, hidden, before_mlp=before_mlp)
         if chosen is not None:
-            cls = hidden[:, 0] if chosen.cls is not None and encoding.prefix else None
+            cls = encoding.hidden(hidden)[:, 0] if chosen.cls is not None and encoding.prefix else None
             encoding.apply(chosen, index, cls)
 
     def _chosen(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> EncoderSelection | None:
@@ -188,10 +145,17 @@ class EncoderHooks:
                 chosen = one if chosen is None else EncoderSelection.drop(chosen.keep & one.keep)
         return chosen
 
+    def asks(self, encoding: Encoding, index: int) -> bool:
+        """Whether a method is going to look at this layer: whether some image has more tokens than it may keep."""
+        plans = [self.plans.of(shown) for shown in encoding.shown]
+        orders = [order for layer, order, _ in self.scored if layer == index]
+        budgets = [encoding.shared([plan.in_encoder(order) for plan in plans]) for order in orders]
+        return any(not all(encoding.spared(own)) for own in budgets)
+
     def _ask(
         self, encoding: Encoding, index: int, order: int, pruner: InEncoder, hidden: Tensor
     ) -> EncoderSelection | None:
-        plans = [self._plans.of(shown) for shown in encoding.shown]
+        plans = [self.plans.of(shown) for shown in encoding.shown]
         # All of one pass are images, or all videos.
         acting = plans[0].pruners[order]
         assert isinstance(acting, InEncoder)
@@ -234,33 +198,3 @@ class EncoderHooks:
         if not selection.sound:
             check_selection(selection, encoding.valid, pruner.name)
         return selection
-
-    def before_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Gives the projector the tokens that the encoder left."""
-        if self.state.encoding is None or not args:
-            return None
-        return (self.state.encoding.projector_input(args[0]), *args[1:]), kwargs
-
-    def after_plane(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The same for what the decoder adds between its layers, made of what a layer of the tower put out."""
-        if self.state.encoding is None or output is None:
-            return None
-        self.state.encoding.note_plane()
-        return self.state.encoding.projector_output(output)
-
-    def after_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Brings what it put out to the full length."""
-        if self.state.encoding is None or output is None:
-            return None
-        return self.state.encoding.projector_output(output)
-
-
-def _combined(encoding: Encoding, units: Sequence[EncodedImage], plane: int, values: Sequence[Tensor]) -> list[Tensor]:
-    """The values (n, D) of one plane, for each image or video, with those of tokens added up that flowed together in
-    the tower."""
-    pieces = torch.cat(list(values)).split(encoding.totals)
-    found = [
-        encoding.planes[plane].combined(row, own, unit)
-        for row, (own, unit) in enumerate(zip(pieces, units, strict=True))
-    ]
-    return [torch.cat(list(own)) for own in encoding.of_units(found)]

@@ -147,8 +147,8 @@ class Report:
     aux_bytes: int = 0
 
     def __str__(self) -> str:
-        """Five lines: the method and where it acts, what was kept of each image, the tokens by layer, FLOPs, KV bytes;
-        and how many images were kept whole, if any was."""
+        """Five lines: the method and where it acts, what was kept of each image, the tokens by layer, FLOPs, KV bytes
+        (three of a vision encoder that stands alone); and how many images were kept whole, if any was."""
         images = [image for sample in self.samples for image in sample.images]
         whole = sum(image.tokens for image in images) / max(1, len(images))
         kinds = {image.kind for image in images}
@@ -162,10 +162,16 @@ class Report:
             f"kept {self.kept_tokens:.4g} of {whole:.4g} tokens {'a' if one == 'video' else 'an'} {one} "
             f"({self.achieved_keep:.1%}), {len(images)} {several} in {len(self.samples)} "
             f"row{'s' * (len(self.samples) != 1)}",
-            f"decoder layers x vision tokens a row: {shape}",
-            f"FLOPs {_share(self.flops, self.flops_full)} of {self.flops_full:.3g} in the prefill",
-            f"KV cache {_share(self.kv_bytes, self.kv_bytes_full)} of {self.kv_bytes_full / 2**20:.3g} MiB",
         ]
+        flops = f"FLOPs {_share(self.flops, self.flops_full)} of {self.flops_full:.3g}"
+        if layers:
+            lines += [
+                f"decoder layers x vision tokens a row: {shape}",
+                f"{flops} in the prefill",
+                f"KV cache {_share(self.kv_bytes, self.kv_bytes_full)} of {self.kv_bytes_full / 2**20:.3g} MiB",
+            ]
+        else:
+            lines.append(f"{flops} in the vision encoder")
         noted = sum(bool(image.kept_whole) for image in images)
         if noted:
             lines.append(f"kept whole: {noted} of {len(images)} {several}, see their notes")

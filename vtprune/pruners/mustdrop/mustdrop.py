@@ -104,7 +104,12 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         return space
 
     def resolve(self) -> dict[str, Any]:
-        """The filter layers; raises VTPruneError where the decoder has no place for them."""
+        """The filter layers; raises VTPruneError where the decoder has no place for them. Without a decoder there are
+        none, and windows merge."""
+        if not self.model.decoder_depth:
+            if not self.merge:
+                raise VTPruneError(f"{self.name}: merge=False leaves nothing to do in an encoder that stands alone")
+            return {}
         return {"layers": dual.layers_of(self.name, self.layers, self.model)}
 
     def encoder_budget(self, tokens: int) -> int:
@@ -144,6 +149,8 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
 
     def drop_layers(self) -> tuple[int, ...]:
         """`layers`, or the published ones as fractions of the depth."""
+        if not self.model.decoder_depth:
+            return ()
         return dual.default_layers(self.model) if self.layers is None else self.layers
 
     def _lengths(self) -> list[int]:
@@ -175,6 +182,8 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         """The windows' cosines, the last layer's CLS row or map, and the text's rows at the filter layers."""
         patches = work.encoder_patches[-1]
         cosines = 2 * work.tokens * work.encoder_width if self.merge else 0
+        if not self.model.decoder_depth:
+            return cosines
         key = 2 * patches * (1 if work.has_cls else patches // work.units) * work.encoder_width
         columns = work.prompt - work.tokens + work.kept
         return cosines + key + len(work.decoder_layers) * 2 * max(1, work.text_after) * columns * work.attention_width

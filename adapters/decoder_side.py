@@ -1,0 +1,204 @@
+"""What an adapter knows of a decoder: its layers, its positions and its cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vtprune.adapters.offloading import loaded
+from vtprune.adapters.seams import QK_NORMS, Projections, uses_flash
+from vtprune.cost.sizes import ModelCost
+from vtprune.decoder.prompt import PromptInfo
+from vtprune.tensors.attention import split_heads
+from vtprune.tensors.compaction import gather_tokens
+from vtprune.tensors.rotary import rotate
+from vtprune.tensors.taps import tapped
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from vtprune.cache.books import CacheLayer
+
+
+class DecoderSide(ABC):
+    """The decoder of a model; inner: the module that holds it beside the encoder."""
+
+    inner: Any
+
+    @property
+    @abstractmethod
+    def cost(self) -> ModelCost:
+        """The sizes of this model."""
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder without its head."""
+        return self.inner.language_model
+
+    @property
+    def decoder_layers(self) -> Iterable[nn.Module]:
+        """The decoder layers, in order."""
+        return self.inner.language_model.layers
+
+    @property
+    def state_layers(self) -> frozenset[int]:
+        """The decoder layers of linear attention, which fold their tokens into a state and have no rows of attention
+        to be seen; none unless a family has some."""
+        return frozenset()
+
+    @property
+    def attention_layers(self) -> tuple[int, ...] | None:
+        """The decoder layers with attention, None for all."""
+        states = self.state_layers
+        depth = len(list(self.decoder_layers))
+        return tuple(layer for layer in range(depth) if layer not in states) if states else None
+
+    def decoder_projections(self, layer: Any) -> Projections:
+        """The projections of one decoder layer with attention."""
+        return Projections(layer.self_attn, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
+
+    def decoder_norms(self, layer: Any) -> Projections:
+        """The norms of queries and keys between projection and rotary embedding, on (B, n, H, d), where there are
+        some."""
+        owner = self.decoder_projections(layer).owner
+        found = {tap: name for tap, name in QK_NORMS.items() if isinstance(getattr(owner, name, None), nn.Module)}
+        return Projections(owner, found)
+
+    def decoder_taps(self, layer: Any) -> Projections:
+        """What is tapped of one decoder layer: queries and keys as they go into the rotary embedding, and values."""
+        projections = self.decoder_projections(layer)
+        return Projections(projections.owner, {**projections.names, **self.decoder_norms(layer).names})
+
+    def decoder_attention(self, layer: Any) -> nn.Module:
+        """The attention of one decoder layer, which runs before its MLP and is given the layer's keyword arguments."""
+        attention: nn.Module = layer.self_attn
+        return attention
+
+    def decoder_norm(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        """The norm before the attention of one decoder layer, which may be called while the layer does not run."""
+
+        def norm(states: Tensor) -> Tensor:
+            with loaded(layer):
+                normed: Tensor = layer.input_layernorm(states)
+            return normed
+
+        return norm
+
+    def decoder_mlp(self, layer: Any) -> nn.Module:
+        """The MLP of one decoder layer, whose output is added to the residual."""
+        mlp: nn.Module = layer.mlp
+        return mlp
+
+    @property
+    def flash(self) -> bool:
+        """Whether the decoder's attention is a flash kernel, which takes no mask of its own for each query."""
+        return uses_flash(self.inner.language_model.config)
+
+    @property
+    def windows(self) -> bool:
+        """Whether some decoder layer attends within a sliding window."""
+        return any("sliding" in kind for kind in getattr(self.inner.language_model.config, "layer_types", None) or ())
+
+    @property
+    def caches(self) -> bool:
+        """Whether the decoder makes a cache where it is not told."""
+        return bool(self.inner.language_model.config.use_cache)
+
+    @property
+    def records_states(self) -> bool:
+        """Whether the decoder hands out hidden states where it is not told."""
+        return bool(self.inner.language_model.config.output_hidden_states)
+
+    @property
+    def decoder_scale(self) -> float:
+        """Softmax scale of the decoder."""
+        states = self.state_layers
+        layer: Any = next(layer for index, layer in enumerate(self.decoder_layers) if index not in states)
+        return float(layer.self_attn.scaling)
+
+    def decoder_states(
+        self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
+        (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns, and no values.
+        """
+        query, value, turn = tapped(taps, "q"), tapped(taps, "v"), embeddings
+        if last is not None:
+            query, value = gather_tokens(query, last), value[:, :0]
+            turn = _columns(embeddings, last)
+        query, key = self._turned(query, turn), self._turned(tapped(taps, "k"), embeddings)
+        return query, self._repeated(key), self._repeated(self._split(value).float())
+
+    def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """q (B, H, n, d) in fp32 with rotary embedding."""
+        return self._turned(tapped(taps, "q"), embeddings)
+
+    def query_and_keys(
+        self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a decoder layer would compute from the hidden states (B, n, D) before it: the queries (B, H, C, d) of
+        the tokens in columns `last` (B, C), and the keys (B, H, n, d) of all, as in `decoder_states`."""
+        attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
+        norms, normed = self.decoder_norms(layer).modules(), self.decoder_norm(layer)(hidden)
+        with loaded(layer), loaded(attention):
+            query, key = self.projected_query(modules["q"](gather_tokens(normed, last))), modules["k"](normed)
+            query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
+        return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
+
+    def projected_query(self, states: Tensor) -> Tensor:
+        """(B, n, heads * d) the queries among what their projection puts out: all of it, unless a family says else."""
+        return states
+
+    def _split(self, states: Tensor) -> Tensor:
+        """(B, n, heads * d) or (B, n, heads, d) states as (B, heads, n, d)."""
+        states = states.flatten(2)
+        return split_heads(states, states.shape[-1] // self.cost.decoder.head_size)
+
+    def _normed(self, states: Tensor, norm: nn.Module | None) -> Tensor:
+        """(B, n, heads * d) queries or keys through their norm, head by head, where there is one."""
+        if norm is None:
+            return states
+        normed: Tensor = norm(states.unflatten(-1, (-1, self.cost.decoder.head_size)))
+        return normed
+
+    def _turned(self, states: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, n, heads * d) or (B, n, heads, d) queries or keys as (B, heads, n, d) in fp32, with rotary embedding."""
+        cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
+        return rotate(self._split(states).float(), cos, sin)
+
+    def _repeated(self, states: Tensor) -> Tensor:
+        """(B, KV, n, d) states of key-value heads, repeated to all heads."""
+        return states.repeat_interleave(self.cost.decoder.heads // states.shape[1], dim=1)
+
+    def remember(self, layers: list[CacheLayer], prompt: PromptInfo) -> None:
+        """Stores with the cache what later forwards need (M-RoPE deltas); nothing by default."""
+        return
+
+    def rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embeddings of (B, n) 1-D positions."""
+        return self.inner.language_model.rotary_emb(states, positions)
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions="compact" is defined (1-D positions)."""
+        return True
+
+    @property
+    def newlines(self) -> bool:
+        """Whether some of an image's placeholders are no vision tokens but end its rows."""
+        return False
+
+    def new_cache(self) -> Cache:
+        """The cache that the model would make for itself."""
+        from transformers.cache_utils import DynamicCache
+
+        return DynamicCache(config=self.inner.language_model.config)
+
+
+def _columns(embeddings: tuple[Tensor, Tensor], last: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary embeddings (B, C, d) of the columns `last` (B, C)."""
+    cos, sin = embeddings
+    return gather_tokens(cos, last), gather_tokens(sin, last)
