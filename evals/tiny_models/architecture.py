@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,24 +50,29 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, so any text encodes; every word of the benchmark is one token; case is ignored."""
+    """The tokenizer of the benchmark's words."""
+    return byte_level_tokenizer(SPECIAL_TOKENS, vocabulary())
+
+
+def byte_level_tokenizer(special: Sequence[str], vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level, so any text encodes; every word of the vocabulary is one token; case is ignored."""
     # A prefix space makes a word the same token at the start of a turn and inside it.
     before = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    words = [before.pre_tokenize_str(word)[0][0] for word in vocabulary() if word != "?"]
-    pieces = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words]
+    words = [before.pre_tokenize_str(word)[0][0] for word in vocabulary if word != "?"]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     # With `ignore_merges` a word in the vocabulary is taken whole, and any other falls back to bytes.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = before
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        additional_special_tokens=[IMAGE, USER, ASSISTANT],
+        additional_special_tokens=[token for token in special if token not in (PAD, BOS, EOS)],
         padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,

@@ -24,7 +24,7 @@ from vtprune.method.views import VisionStream
         [vtprune.VisionZip(keep=11), vtprune.VFlowOpt(keep=6)],
         [vtprune.Turbo(keep=12), vtprune.DivPrune(keep=7)],
         [vtprune.FlowCut(keep=11, stages=1), vtprune.CDPruner(keep=8), vtprune.Random(keep=3)],
-        [vtprune.MustDrop(keep=10), vtprune.HoloV(keep=5)],
+        [vtprune.MustDrop(keep=9), vtprune.HoloV(keep=5)],
         [vtprune.Pool(keep=12), vtprune.VFlowOpt(keep=6, cell=3.0)],
         [vtprune.Pool(keep=16), vtprune.DivPrune(keep=5)],
     ],
