@@ -4,6 +4,9 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent
 TINY_LLAVA = ASSETS / "tiny-llava"
+TINY_QWEN = ASSETS / "tiny-qwen"
+# By the names that `--model` takes them by; the first one is what runs where none is named.
+BUNDLED = {folder.name: folder for folder in (TINY_LLAVA, TINY_QWEN)}
 SHAPES_EVAL = ASSETS / "shapes_eval.parquet"
 # What the first set cannot ask, a part a file (`vtprune.shapes.more`).
 PARTS = ("grounding", "descriptions", "forms", "pairs", "clips")
@@ -12,4 +15,31 @@ EXAMPLE_IMAGE = ASSETS / "example.png"
 # The same model trained on with a method that brings weights; `vtprune bench` runs them beside the others.
 TRAINED = (ASSETS / "tiny-llava-pmod",)
 
-__all__ = ["ASSETS", "EXAMPLE_IMAGE", "SHAPES_EVAL", "SHAPES_MORE", "TINY_LLAVA", "TRAINED"]
+
+def folder_of(model: str | None) -> str:
+    """The folder of a bundled model by its name, of the first one for None; anything else as it is, and so is a name
+    that a folder of the user's own has."""
+    if model is None:
+        return str(TINY_LLAVA)
+    return model if Path(model).exists() else str(BUNDLED.get(model, model))
+
+
+def title_of(model: str | None) -> str:
+    """What a model is called where results are shown."""
+    folder = folder_of(model)
+    return next((f"bundled {name}" for name, own in BUNDLED.items() if str(own) == folder), folder)
+
+
+__all__ = [
+    "ASSETS",
+    "BUNDLED",
+    "EXAMPLE_IMAGE",
+    "PARTS",
+    "SHAPES_EVAL",
+    "SHAPES_MORE",
+    "TINY_LLAVA",
+    "TINY_QWEN",
+    "TRAINED",
+    "folder_of",
+    "title_of",
+]

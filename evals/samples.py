@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from vtprune.assets import BUNDLED, folder_of
 from vtprune.errors import FileError, InputError
 from vtprune.json_files import parse, read_file
 from vtprune.loading.media import Media, read_media
@@ -85,7 +86,7 @@ def gather(
     model: str | None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
-    """The samples of a folder, or drawn ones for the bundled model; `tell` hears of a folder that holds fewer.
+    """The samples of a folder, or drawn ones for a bundled model; `tell` hears of a folder that holds fewer.
 
     Raises InputError where options do not go together, and as `read_folder` does.
     """
@@ -94,7 +95,7 @@ def gather(
     for option, value in (("question", question), ("frames", wanted.frames)):
         if value is not None:
             raise InputError(f"{option}: --{option} goes with pictures or videos of your own (--data FOLDER)")
-    if model is not None:
+    if folder_of(model) not in map(str, BUNDLED.values()):
         raise InputError(
             "data: give a folder of pictures or videos of the kind that the model will see (--data FOLDER)"
         )

@@ -15,7 +15,7 @@ from rich.table import Table
 from typing_extensions import TypedDict
 
 from vtprune.adapters import adapter_for
-from vtprune.assets import TINY_LLAVA
+from vtprune.assets import folder_of, title_of
 from vtprune.console.figures import COLOURS, figure_png
 from vtprune.console.progress import Steps
 from vtprune.errors import FileError, InputError, first_line
@@ -100,7 +100,7 @@ def _check_output(output: Path, plot: Path) -> None:
 def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Console) -> dict[str, Any]:
     """The run itself, once the folder is held."""
     samples = gathered.search
-    prepare_environment(offline=is_local(config.model or str(TINY_LLAVA)))
+    prepare_environment(offline=is_local(folder_of(config.model)))
     model, processor = load_model(config.model, device=config.device, dtype=config.dtype)
     for sample in samples:
         check_text(processor, sample.question, f"data: {sample.name}")
@@ -118,7 +118,7 @@ def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Conso
 
         ranks = rank_layers(model, _batches(model, processor, samples), ranked)
     layers = choose(ranks, count=count, share=config.share)
-    name = "bundled tiny-llava" if config.model is None else config.model
+    name = title_of(config.model)
     data = {
         "format": FORMAT,
         "model": name,

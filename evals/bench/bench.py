@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vtprune.assets import TINY_LLAVA
+from vtprune.assets import folder_of, title_of
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
 from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
@@ -60,7 +60,7 @@ class BenchConfig:
     @property
     def pretrained(self) -> str:
         """The id or folder that the model is loaded from."""
-        return str(TINY_LLAVA) if self.model is None else self.model
+        return folder_of(self.model)
 
 
 def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _require_lmms_eval() -> None:
 def _identity(config: BenchConfig) -> dict[str, Any]:
     """What a number depends on beside its setting; a resumed run must agree in all of it."""
     same = {
-        "model": "bundled tiny-llava" if config.model is None else config.model,
+        "model": title_of(config.model),
         "model_files": model_fingerprint(config.pretrained),
         "tasks": list(config.tasks),
         "data": data_fingerprint(config.tasks),
@@ -159,7 +159,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
 def _announcement(config: BenchConfig, missing: Sequence[Setting]) -> str:
     """What is going to be run."""
     count = "every question" if config.limit is None else f"{config.limit} questions"
-    model = "the bundled model" if config.model is None else config.model
+    model = "the bundled model" if config.model is None else title_of(config.model)
     return f"running {len(missing)} settings on {model}, each on {count} of {', '.join(config.tasks)}"
 
 

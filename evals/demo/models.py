@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.adapters import adapter_for
-from vtprune.assets import TINY_LLAVA, TRAINED
+from vtprune.assets import BUNDLED, TRAINED, folder_of
 from vtprune.errors import InputError
 from vtprune.evals.settings import Setting, folder_setting, holds_method
 from vtprune.loading.model import load_model
@@ -33,7 +33,7 @@ class Loaded:
     @property
     def bundled(self) -> bool:
         """Whether it came with vtprune, and knows the drawn benchmark."""
-        return self.source in {str(path) for path in (TINY_LLAVA, *TRAINED)}
+        return self.source in {str(path) for path in (*BUNDLED.values(), *TRAINED)}
 
 
 def replica(model: Any) -> Any:
@@ -85,7 +85,7 @@ class Models:
 
 def load_models(names: Sequence[str], *, device: str | None = None, dtype: str = "auto") -> Models:
     """Loads what `--model` names, or the bundled models; raises InputError for what cannot be loaded or pruned."""
-    sources = list(names) or [str(path) for path in (TINY_LLAVA, *TRAINED)]
+    sources = [folder_of(name) for name in names] or [str(path) for path in (*BUNDLED.values(), *TRAINED)]
     loaded: list[Loaded] = []
     for source in sources:
         model, processor = load_model(source, device=device, dtype=dtype)

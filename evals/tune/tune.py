@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vtprune.adapters import adapter_for
-from vtprune.assets import TINY_LLAVA
+from vtprune.assets import folder_of, title_of
 from vtprune.console.progress import Steps
 from vtprune.errors import InputError
 from vtprune.evals.samples import Calibration, Wanted, gather
@@ -65,7 +65,7 @@ class TuneConfig:
     @property
     def pretrained(self) -> str:
         """The id or folder that the model is loaded from."""
-        return str(TINY_LLAVA) if self.model is None else self.model
+        return folder_of(self.model)
 
 
 def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _method(config: TuneConfig) -> Fixed:
 def _identity(config: TuneConfig, calibration: Calibration) -> dict[str, Any]:
     """What a trial depends on; a resumed search must agree in all of it."""
     return {
-        "model": "bundled tiny-llava" if config.model is None else config.model,
+        "model": title_of(config.model),
         "model_files": model_fingerprint(config.pretrained),
         "method": config.method,
         "keep": config.keep,

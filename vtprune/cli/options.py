@@ -11,7 +11,10 @@ SAMPLES = "Samples"
 
 Model = Annotated[
     str | None,
-    typer.Option(help="A model id or a folder with a checkpoint.", show_default="the bundled tiny LLaVA"),
+    typer.Option(
+        help="A model id, a folder with a checkpoint, or tiny-qwen, the other bundled model.",
+        show_default="the bundled tiny LLaVA",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto.", show_default="a GPU if there is one")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-from vtprune.assets import TINY_LLAVA
+from vtprune.assets import folder_of
 from vtprune.errors import InputError, first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,8 +44,8 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
-    """The model in eval mode and its processor (left padding); `pretrained` None is the bundled one."""
-    name = os.fspath(TINY_LLAVA if pretrained is None else pretrained)
+    """The model in eval mode and its processor (left padding); `pretrained` None is the bundled LLaVA."""
+    name = folder_of(None if pretrained is None else os.fspath(pretrained))
     if dtype not in DTYPES:
         raise InputError(f"dtype: unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
     device = pick_device(device)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vtprune.assets import TINY_LLAVA
+from vtprune.assets import folder_of, title_of
 from vtprune.errors import InputError, UntrainedWarning
 from vtprune.files import held, refuse_foreign
 from vtprune.loading.environment import prepare_environment
@@ -145,7 +145,7 @@ def _train(
 def run_train(source: Source, config: TrainConfig, console: Console) -> Progress:
     """`vtprune train`: loads the model, wraps it with the method, and trains it."""
     given = _method(source)
-    pretrained = os.fspath(TINY_LLAVA) if source.model is None else source.model
+    pretrained = folder_of(source.model)
     prepare_environment(offline=is_local(pretrained))
     data, validation = _data(source, config, _teller(console))
     with _held(config.output):
@@ -156,7 +156,10 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
             # It is about to be trained.
             warnings.simplefilter("ignore", UntrainedWarning)
             wrap(model, given)
-        identity = {"model": source.model or "bundled", "model_files": model_fingerprint(pretrained)}
+        identity = {
+            "model": "bundled" if source.model is None else title_of(source.model),
+            "model_files": model_fingerprint(pretrained),
+        }
         return _train(model, processor, data, config, validation=validation, console=console, identity=identity)
 
 
@@ -211,7 +214,7 @@ def _data(
         return hold_out(found, held_out, config.seed) if held_out else (found, None)
     if source.images is not None or source.skip_missing or source.frames is not None:
         raise InputError("images: --images, --skip-missing and --frames go with --data")
-    if source.model is not None and not is_local(source.model):
-        raise InputError("data: drawn shapes are for the bundled model; give --data and --images")
+    if not is_local(folder_of(source.model)):
+        raise InputError("data: drawn shapes are for the bundled models; give --data and --images")
     questions = QUESTIONS if source.questions is None else source.questions
     return ShapesData(config.seed, questions=questions), ShapesData(config.seed, "val", questions)
