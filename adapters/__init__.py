@@ -35,6 +35,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 REFUSED = {
     "qwen4exp": "its attention picks what each query sees by an index over every place of the prompt, its embeddings "
     "are of runs of token ids, and it carries several hidden states a token: none of this holds once tokens are gone",
+    "videollava": "it has a tower for images and another for videos, and each frame's CLS token goes to the decoder, "
+    "where it has no place in a grid; LLaVA-NeXT-Video, LLaVA-OneVision and the Qwen-VL families take videos",
     "llavaonevision15": "no release of transformers that vtprune is tested on has a class for it, and the code that "
     "its checkpoints bring along is not run",
 }

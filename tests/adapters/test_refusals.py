@@ -36,13 +36,18 @@ def test_qwen4_exp_is_refused() -> None:
     _check(model, "qwen4_exp cannot be wrapped: its attention picks what each query sees")
 
 
+def test_video_llava_is_refused() -> None:
+    assert transformers.VideoLlavaConfig.model_type == "video_llava"
+    _check(Named("video_llava"), "video_llava cannot be wrapped: it has a tower for images and another for videos")
+
+
 @pytest.mark.parametrize("name", ["llavaonevision1_5", "llava_onevision1_5"])
 def test_llava_onevision_1_5_is_refused(name: str) -> None:
     _check(Named(name), f"{name} cannot be wrapped: no release of transformers that vtprune is tested on")
 
 
 def test_every_refusal_has_a_test() -> None:
-    assert set(REFUSED) == {"qwen4exp", "llavaonevision15"}
+    assert set(REFUSED) == {"qwen4exp", "llavaonevision15", "videollava"}
 
 
 def test_a_model_that_nobody_knows_is_told_which_are_known() -> None:
