@@ -41,7 +41,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from vtprune.evals.tiny_models.architecture import build_model, build_processor
+from vtprune.evals.tiny_models.llava.architecture import build_model, build_processor
 
 
 @cache

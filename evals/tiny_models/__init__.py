@@ -1,1 +1,1 @@
-"""Training of the bundled tiny LLaVA on the Shapes benchmark, from random weights."""
+"""How the bundled models were made: a LLaVA from random weights, and a Qwen3-VL from that LLaVA's decoder."""

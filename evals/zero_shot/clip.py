@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.evals.tiny_models.vision import pixel_batch
+from vtprune.evals.tiny_models.labels import pixel_batch
 from vtprune.evals.zero_shot.tower import from_transformers
 from vtprune.shapes.scene import COLORS, MAX_THINGS, SHAPES, SPLITS, Scene, sample_scene
 

@@ -1,4 +1,4 @@
-"""The training of the bundled Qwen: it is shown and asked what the processor and the model make of a prompt."""
+"""The training of the bundled models: the Qwen is shown and asked what its processor and it make of a prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 from vtprune.errors import VTPruneError
-from vtprune.evals.tiny_models.language import Encoder
+from vtprune.evals.tiny_models.evaluate import answer
+from vtprune.evals.tiny_models.labels import vision_targets
+from vtprune.evals.tiny_models.llava import architecture as llava_architecture
+from vtprune.evals.tiny_models.llava import loop as llava_loop
 from vtprune.evals.tiny_models.qwen.architecture import build_model, build_processor
 from vtprune.evals.tiny_models.qwen.lessons import (
     KINDS,
@@ -27,7 +30,7 @@ from vtprune.evals.tiny_models.qwen.lessons import (
 )
 from vtprune.evals.tiny_models.qwen.loop import Trainer, stages
 from vtprune.evals.tiny_models.qwen.seeing import TokenHeads, look, patches_of
-from vtprune.evals.tiny_models.vision import vision_targets
+from vtprune.evals.tiny_models.tokens import Encoder
 from vtprune.shapes.clips import FPS
 from vtprune.shapes.more import MoreRow, build_more_rows
 from vtprune.shapes.render import render
@@ -170,3 +173,15 @@ def test_read_outs_learn_nothing_of_their_own() -> None:
     assert tokens.grad is not None
     assert tokens.grad.any()
     assert set(heads.accuracy(tokens, targets)) == {"shape", "color", "glyph"}
+
+
+def test_the_llavas_four_stages_leave_a_model_that_answers(tmp_path: Path) -> None:
+    processor = llava_architecture.build_processor()
+    trainer = llava_loop.Trainer(
+        tmp_path / "llava", processor, llava_loop.stages((1, 1, 1, 1)), device="cpu", seed=0, compiled=False,
+        console=Console(quiet=True),
+    )  # fmt: skip
+    assert [stage.name for stage, _, _ in trainer.run(10, 10)] == ["vision", "focus", "language", "joint"]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+    assert model.config.model_type == "llava"
+    assert len(answer(model, processor, [picture(make_scene("val", 0, 1))], ["is there a red circle?"])) == 1

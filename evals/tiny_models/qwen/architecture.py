@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.evals.tiny_models.architecture import ASSISTANT, BOS, EOS, PAD, USER, byte_level_tokenizer
+from vtprune.evals.tiny_models.tokens import ASSISTANT, BOS, EOS, PAD, USER, byte_level_tokenizer
 from vtprune.shapes.more import more_vocabulary
 from vtprune.shapes.questions import vocabulary
 from vtprune.shapes.scene import SIZE

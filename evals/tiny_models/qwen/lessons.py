@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune.evals.tiny_models.language import Encoder
+from vtprune.evals.tiny_models.labels import pixel_batch
 from vtprune.evals.tiny_models.qwen.architecture import END, FRAMES_A_PATCH, IMAGE, START, TOKEN, VIDEO
-from vtprune.evals.tiny_models.vision import pixel_batch
+from vtprune.evals.tiny_models.tokens import Encoder
 from vtprune.shapes.clips import CLIP_FORMS, FPS, FRAMES, SIDE, sample_clip
 from vtprune.shapes.describing import ask_description
 from vtprune.shapes.forms import FACTS, FORMS_OF_ONE, ask_fact, draw_fact

@@ -17,8 +17,8 @@ from transformers import LlavaForConditionalGeneration
 
 from vtprune.assets import TINY_LLAVA
 from vtprune.errors import VTPruneError
-from vtprune.evals.tiny_models.language import Encoder
-from vtprune.evals.tiny_models.loop import CLIP_NORM, evaluating
+from vtprune.evals.tiny_models.labels import vision_targets
+from vtprune.evals.tiny_models.llava.vision import tower_states
 from vtprune.evals.tiny_models.qwen.architecture import WIDTH, build_model
 from vtprune.evals.tiny_models.qwen.lessons import (
     OTHER_SIZES,
@@ -34,8 +34,9 @@ from vtprune.evals.tiny_models.qwen.lessons import (
     write_rows,
 )
 from vtprune.evals.tiny_models.qwen.seeing import Features, TokenHeads, look, patches_of
+from vtprune.evals.tiny_models.schedule import CLIP_NORM, evaluating, rate_at
 from vtprune.evals.tiny_models.state import Progress, load_moments, load_weights, save_state
-from vtprune.evals.tiny_models.vision import tower_states, vision_targets
+from vtprune.evals.tiny_models.tokens import Encoder
 from vtprune.files import write_folder
 from vtprune.shapes.questions import pick
 
@@ -61,9 +62,8 @@ class Stage:
     language: float
 
     def rate_at(self, step: int) -> float:
-        """Linear warm-up, level for two thirds, then linear down to `final` of the rate."""
-        left = max(0.0, 3 * (self.steps - step) / max(1, self.steps))
-        return self.rate * min((step + 1) / self.warmup, self.final + (1 - self.final) * min(1.0, left))
+        """The rate of a step."""
+        return rate_at(self, step)
 
 
 def stages(steps: tuple[int, int]) -> tuple[Stage, ...]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from vtprune.evals.tiny_models.labels import PATCH_CLASSES, VisionTargets, weighted_loss
 from vtprune.evals.tiny_models.qwen.architecture import HEADS, MERGE, PATCH, TOWER_WIDTH, WIDTH
-from vtprune.evals.tiny_models.vision import PATCH_CLASSES, VisionTargets, weighted_loss
 
 TARGETS = ("shape", "color", "glyph")
 Grid = tuple[int, int]

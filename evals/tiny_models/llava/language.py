@@ -9,16 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration
 
-from vtprune.evals.tiny_models.architecture import (
-    ASSISTANT,
-    BOS,
-    EOS,
-    IMAGE_TOKENS,
-    USER,
-)
-from vtprune.evals.tiny_models.vision import VisionTargets
+from vtprune.evals.tiny_models.labels import VisionTargets
+from vtprune.evals.tiny_models.llava.architecture import IMAGE_TOKENS
+from vtprune.evals.tiny_models.tokens import Encoder
 from vtprune.shapes.questions import (
     CATEGORIES,
     QA,
@@ -55,22 +50,6 @@ class TextBatch:
         """The same on another device."""
         tensors: dict[str, Any] = {name: one.to(device) for name, one in vars(self).items() if name != "categories"}
         return replace(self, **tensors)
-
-
-class Encoder:
-    """Turns questions into token ids; each distinct text is tokenised once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.cache: dict[str, list[int]] = {}
-        vocab = tokenizer.get_vocab()
-        self.bos, self.user, self.assistant, self.eos = (vocab[t] for t in (BOS, USER, ASSISTANT, EOS))
-
-    def text(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        if text not in self.cache:
-            self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self.cache[text]
 
 
 def draw_captions(scene: Scene, rng: np.random.Generator, count: int) -> list[QA]:

@@ -1,4 +1,4 @@
-"""Train the bundled LLaVA: ``python -m vtprune.evals.tiny_models --output DIR``."""
+"""Train the bundled LLaVA: ``python -m vtprune.evals.tiny_models.llava --output DIR``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from vtprune.console.output import one_line_errors
-from vtprune.evals.tiny_models.architecture import build_processor
 from vtprune.evals.tiny_models.evaluate import as_markdown, evaluate
-from vtprune.evals.tiny_models.loop import Trainer, stages
+from vtprune.evals.tiny_models.llava.architecture import build_processor
+from vtprune.evals.tiny_models.llava.loop import Trainer, stages
 from vtprune.files import held
 from vtprune.shapes.dataset import read_eval_rows
 

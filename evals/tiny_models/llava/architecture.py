@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     CLIPImageProcessor,
@@ -19,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vtprune.evals.tiny_models.tokens import ASSISTANT, BOS, EOS, PAD, USER, byte_level_tokenizer
 from vtprune.shapes.questions import vocabulary
 from vtprune.shapes.scene import SIZE
 
@@ -31,7 +30,7 @@ TEXT_LAYERS = 6
 # The layer whose output LLaVA reads, counted from the end: -2 skips the tower's last layer.
 FEATURE_LAYER = -2
 
-PAD, BOS, EOS, IMAGE, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"
+IMAGE = "<image>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, IMAGE, USER, ASSISTANT)
 
 # Standard messages: content is a string or a list of {"type": "image"} and {"type": "text", "text": ...}.
@@ -52,31 +51,6 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the benchmark's words."""
     return byte_level_tokenizer(SPECIAL_TOKENS, vocabulary())
-
-
-def byte_level_tokenizer(special: Sequence[str], vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level, so any text encodes; every word of the vocabulary is one token; case is ignored."""
-    # A prefix space makes a word the same token at the start of a turn and inside it.
-    before = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    words = [before.pre_tokenize_str(word)[0][0] for word in vocabulary if word != "?"]
-    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    # With `ignore_merges` a word in the vocabulary is taken whole, and any other falls back to bytes.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = before
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        additional_special_tokens=[token for token in special if token not in (PAD, BOS, EOS)],
-        padding_side="left",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_processor() -> LlavaProcessor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlavaProcessor
 
 from vtprune.errors import VTPruneError
-from vtprune.evals.tiny_models.architecture import IMAGE_TOKENS, build_model
-from vtprune.evals.tiny_models.language import (
-    Encoder,
+from vtprune.evals.tiny_models.labels import pixel_batch, vision_targets
+from vtprune.evals.tiny_models.llava.architecture import IMAGE_TOKENS, build_model
+from vtprune.evals.tiny_models.llava.language import (
     TextBatch,
     answer_logits,
     answer_loss,
@@ -27,26 +26,25 @@ from vtprune.evals.tiny_models.language import (
     show_patches,
     text_batch,
 )
+from vtprune.evals.tiny_models.llava.vision import (
+    VisionHeads,
+    patch_accuracy,
+    pooled_state,
+    tower_states,
+)
+from vtprune.evals.tiny_models.schedule import CLIP_NORM, evaluating, rate_at
 from vtprune.evals.tiny_models.state import (
     Progress,
     load_moments,
     load_weights,
     save_state,
 )
-from vtprune.evals.tiny_models.vision import (
-    VisionHeads,
-    patch_accuracy,
-    pixel_batch,
-    pooled_state,
-    tower_states,
-    vision_targets,
-)
+from vtprune.evals.tiny_models.tokens import Encoder
 from vtprune.files import write_folder
 from vtprune.shapes.questions import CATEGORY_SHARES
 from vtprune.shapes.scene import Scene
 
 VAL_SCENES, VAL_BATCH = 256, 32
-CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,8 @@ class Stage:
     captions: int = 0
 
     def rate_at(self, step: int) -> float:
-        """Linear warm-up, level for two thirds, then linear down to `final` of the rate."""
-        left = max(0.0, 3 * (self.steps - step) / max(1, self.steps))
-        return self.rate * min((step + 1) / self.warmup, self.final + (1 - self.final) * min(1.0, left))
+        """The rate of a step."""
+        return rate_at(self, step)
 
 
 def stages(steps: tuple[int, int, int, int]) -> tuple[Stage, ...]:
@@ -239,13 +236,3 @@ class Trainer:
         if stage.language:
             hits = category_hits(*self._answers(stage, "val", scenes, states))
             yield from ((name, float(hit)) for name in CATEGORY_SHARES for hit in hits[name])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()

@@ -1,0 +1,1 @@
+"""Training of the bundled tiny LLaVA on the Shapes benchmark, from random weights."""
