@@ -20,9 +20,15 @@ $(STAMP): pyproject.toml
 
 bench: $(STAMP)
 	$(BIN)/vtprune bench --output bench
+	$(BIN)/vtprune bench --model tiny-qwen --limit 200 --output bench/tiny-qwen
 
+# Every method on both bundled models, and what the second set asks.
+MORE := vtprune_grounding,vtprune_descriptions,vtprune_forms,vtprune_pairs
 bench-all: $(STAMP)
 	$(BIN)/vtprune bench --all --output bench-all
+	$(BIN)/vtprune bench --all --model tiny-qwen --output bench-all/tiny-qwen
+	$(BIN)/vtprune bench --model tiny-qwen --limit 0 --tasks $(MORE),vtprune_clips --output bench-all/tiny-qwen-more
+	$(BIN)/vtprune bench --limit 0 --tasks vtprune_descriptions --output bench-all/descriptions
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -20,7 +20,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the model; checkpoints go to its '-state' sibling.")],
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the training scenes.")] = 0,
     stage1_steps: Annotated[int, typer.Option(help="Steps of the tower alone.")] = 1500,
-    stage2_steps: Annotated[int, typer.Option(help="Steps of everything together.")] = 3500,
+    stage2_steps: Annotated[int, typer.Option(help="Steps of everything together.")] = 3000,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
     check_every: Annotated[int, typer.Option(help="Steps between validations.")] = 250,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,

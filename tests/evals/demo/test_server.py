@@ -55,7 +55,7 @@ def alone(models: Models, picture: Path, text: str, how: str, share: float) -> l
 def test_the_health_address_names_the_models(address: str) -> None:
     with urllib.request.urlopen(f"{address}/health") as answer:
         found = json.load(answer)
-    assert found == {"status": "ok", "models": ["tiny-llava", "tiny-llava-pmod"], "answering": 0}
+    assert found == {"status": "ok", "models": ["tiny-llava", "tiny-qwen", "tiny-llava-pmod"], "answering": 0}
 
 
 def test_a_request_leaves_a_line_that_does_not_tell_the_question(client: Client, caplog: Any) -> None:
