@@ -31,6 +31,9 @@ def bundled() -> tuple[Any, Any]:
 
 
 def answers(model: Any, processor: Any, chats: Sequence[Any], tokens: int = 64) -> list[str]:
+    if not vtprune.is_wrapped(model):
+        with vtprune.wrapped(model, "none"):
+            return answers(model, processor, chats, tokens)
     found: list[str] = []
     for start in range(0, len(chats), 16):
         inputs = encode(processor, chats[start : start + 16])

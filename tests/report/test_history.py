@@ -179,7 +179,7 @@ def test_a_second_image_starts_a_history_of_its_own_turn(kind: str) -> None:
 def test_a_step_leaves_counts_behind_and_no_copy_of_the_places(kind: str) -> None:
     model = vtprune.wrap(make(kind), Drops(layers=(0, 2)))
     model.generate(**prompt(kind, ROWS[kind]), max_new_tokens=6)
-    generation = model.__dict__["_vtprune"].last
+    generation = model.__dict__["_vtprune"].generation
     assert isinstance(generation, Generation)
     assert len(generation._notes) == 6
     for note in generation._notes:
