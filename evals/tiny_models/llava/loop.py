@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlavaProcessor
 
-from vtprune.errors import VTPruneError
 from vtprune.evals.tiny_models.labels import pixel_batch, vision_targets
 from vtprune.evals.tiny_models.llava.architecture import IMAGE_TOKENS, build_model
 from vtprune.evals.tiny_models.llava.language import (
@@ -32,15 +30,8 @@ from vtprune.evals.tiny_models.llava.vision import (
     pooled_state,
     tower_states,
 )
-from vtprune.evals.tiny_models.schedule import CLIP_NORM, evaluating, rate_at
-from vtprune.evals.tiny_models.state import (
-    Progress,
-    load_moments,
-    load_weights,
-    save_state,
-)
 from vtprune.evals.tiny_models.tokens import Encoder
-from vtprune.files import write_folder
+from vtprune.evals.tiny_models.training import Stage, Training
 from vtprune.shapes.questions import CATEGORY_SHARES
 from vtprune.shapes.scene import Scene
 
@@ -48,39 +39,24 @@ VAL_SCENES, VAL_BATCH = 256, 32
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one stage trains and how fast; `vision` and `language` are the weights of the two losses.
+class LlavaStage(Stage):
+    """A stage in which the decoder is shown `patches` vision tokens and `captions` lists of all things before the
+    questions."""
 
-    The decoder is shown `patches` vision tokens and `captions` lists of all things before the questions.
-    """
-
-    name: str
-    steps: int
-    rate: float
-    final: float
-    trained: tuple[str, ...]
-    batch: int = 16
-    warmup: int = 100
-    vision: float = 0.0
-    language: float = 0.0
     patches: int = IMAGE_TOKENS
     captions: int = 0
 
-    def rate_at(self, step: int) -> float:
-        """The rate of a step."""
-        return rate_at(self, step)
 
-
-def stages(steps: tuple[int, int, int, int]) -> tuple[Stage, ...]:
+def stages(steps: tuple[int, int, int, int]) -> tuple[LlavaStage, ...]:
     """The four stages with these numbers of steps."""
     tower, rest = "model.model.vision_tower", ("model.model.multi_modal_projector", "model.model.language_model")
-    vision = Stage("vision", steps[0], batch=48, rate=1.5e-3, final=0.05, trained=(tower, "heads"), vision=1.0)
+    vision = LlavaStage("vision", steps[0], batch=48, rate=1.5e-3, final=0.05, trained=(tower, "heads"), vision=1.0)
     # Among a few telling patches the decoder finds out how to look things up; with all of them,
     # three quarters bare ground, its attention stays uniform for very long.
-    focus = Stage("focus", steps[1], rate=2e-3, final=0.5, trained=rest, language=1.0, patches=24, captions=3)
-    language = Stage("language", steps[2], rate=1.5e-3, final=0.3, trained=rest, language=1.0, captions=2)
+    focus = LlavaStage("focus", steps[1], rate=2e-3, final=0.5, trained=rest, language=1.0, patches=24, captions=3)
+    language = LlavaStage("language", steps[2], rate=1.5e-3, final=0.3, trained=rest, language=1.0, captions=2)
     # The vision loss stays on, so that CLS keeps its meaning while the tower moves.
-    joint = Stage(
+    joint = LlavaStage(
         "joint",
         steps[3],
         rate=1.2e-3,
@@ -94,97 +70,40 @@ def stages(steps: tuple[int, int, int, int]) -> tuple[Stage, ...]:
     return vision, focus, language, joint
 
 
-class Trainer:
-    """Holds the model, the training-only heads and the position in the stages."""
+class Trainer(Training[LlavaStage]):
+    """Trains the tiny LLaVA: per-patch scores in stage 1, per category afterwards."""
+
+    decay = 0.05
 
     def __init__(
         self,
         output: Path,
         processor: LlavaProcessor,
-        plan: tuple[Stage, ...],
+        plan: tuple[LlavaStage, ...],
         *,
         device: str,
         seed: int,
         compiled: bool,
         console: Console,
     ) -> None:
-        self.output, self.processor, self.plan, self.seed = output, processor, plan, seed
-        self.console, self.device = console, torch.device(device)
+        self.device = torch.device(device)
+        model, self.heads = build_model(processor.tokenizer, seed), VisionHeads()
+        modules = nn.ModuleDict({"model": model, "heads": self.heads}).to(self.device)
+        super().__init__(output, processor, plan, modules=modules, seed=seed, console=console)
         self.encoder = Encoder(processor.tokenizer)
-        self.model = build_model(processor.tokenizer, seed)
-        self.heads = VisionHeads()
-        self.modules = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(self.device)
         self.tower = self.model.model.vision_tower
-        self.state_folder = output.with_name(f"{output.name}-state")
-        self.settings = {"seed": seed, "steps": [stage.steps for stage in plan]}
-        found = load_weights(self.state_folder, self.modules, self.settings)
-        if found is None and (output / "config.json").exists():
-            raise VTPruneError(f"output: {output} holds a model of another run already; give another --output")
-        self.resumed, self.progress = found is not None, found or Progress()
-        self.started = time.monotonic() - self.progress.seconds
         self.read = torch.compile(tower_states) if compiled else tower_states
         language_model = self.model.model.language_model
         self.decode = torch.compile(language_model) if compiled else language_model
 
-    def run(self, save_every: int, check_every: int) -> Iterator[tuple[Stage, int, float]]:
-        """Train on from where the checkpoint stands; yields (stage, step, loss) after every step."""
-        while self.progress.stage < len(self.plan):
-            stage = self.plan[self.progress.stage]
-            optimizer = self._optimizer(stage)
-            if self.resumed:
-                load_moments(self.state_folder, self.modules, optimizer)
-                self.resumed = False
-            while self.progress.step < stage.steps:
-                loss = self._step(stage, optimizer)
-                self.progress.step += 1
-                yield stage, self.progress.step, loss
-                if self.progress.step % check_every == 0 or self.progress.step == stage.steps:
-                    self._report(stage, loss)
-                if self.progress.step % save_every == 0:
-                    self.save(stage, optimizer)
-            self.progress.stage, self.progress.step = self.progress.stage + 1, 0
-            self.save(stage, self._optimizer(stage))
-
-    def save(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
-        """Write the checkpoint, and the model itself once it can answer."""
-        self.progress.seconds = time.monotonic() - self.started
-        save_state(self.state_folder, self.modules, optimizer, self.progress, settings=self.settings)
-        if stage.language:
-            write_folder(self.output, self._write_model)
-
-    def _write_model(self, draft: Path) -> None:
-        self.model.save_pretrained(draft)
-        self.processor.save_pretrained(draft)
-
-    def _optimizer(self, stage: Stage) -> torch.optim.AdamW:
-        for name, parameter in self.modules.named_parameters():
-            parameter.requires_grad_(name.startswith(stage.trained))
-        trained = [p for p in self.modules.parameters() if p.requires_grad]
-        # Matrices decay; norms, biases and other vectors do not.
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.05},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
-
-    def _indices(self, stage: Stage) -> range:
+    def _indices(self, stage: LlavaStage) -> range:
         """Scenes of the next step: every step of every stage has scenes of its own."""
         done = sum(s.steps * s.batch for s in self.plan[: self.progress.stage])
         first = done + self.progress.step * stage.batch
         return range(first, first + stage.batch)
 
-    def _step(self, stage: Stage, optimizer: torch.optim.Optimizer) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate_at(self.progress.step)
-        loss = self._loss(stage, self._indices(stage))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM)
-        optimizer.step()
-        return loss.item()
-
-    def _loss(self, stage: Stage, indices: range) -> Tensor:
-        scenes = scenes_for("train", self.seed, indices)
+    def next_loss(self, stage: LlavaStage) -> Tensor:
+        scenes = scenes_for("train", self.seed, self._indices(stage))
         pixels = pixel_batch(scenes.values()).to(self.device)
         with torch.set_grad_enabled(stage.vision > 0):
             states = self.read(self.tower, pixels)
@@ -197,7 +116,9 @@ class Trainer:
             loss = loss + stage.language * answer_loss(logits, batch)
         return loss
 
-    def _answers(self, stage: Stage, split: str, scenes: dict[int, Scene], states: Tensor) -> tuple[Tensor, TextBatch]:
+    def _answers(
+        self, stage: LlavaStage, split: str, scenes: dict[int, Scene], states: Tensor
+    ) -> tuple[Tensor, TextBatch]:
         """Logits [answers, vocabulary] for the questions about a batch of scenes."""
         captions = stage.captions if split == "train" else 0
         batch = text_batch(self.encoder, split, self.seed, scenes, captions=captions).to(self.device)
@@ -214,21 +135,14 @@ class Trainer:
         )
         return answer_logits(self.model, output.last_hidden_state, batch), batch
 
-    @torch.no_grad()
-    def _report(self, stage: Stage, loss: float) -> None:
-        """Print validation scores: per patch in stage 1, per category afterwards."""
-        scores: dict[str, list[float]] = {}
-        with evaluating(self.modules):
-            for first in range(0, VAL_SCENES, VAL_BATCH):
-                for name, value in self._check(stage, range(first, first + VAL_BATCH)):
-                    scores.setdefault(name, []).append(value)
-        shown = "  ".join(f"{name} {100 * sum(v) / max(1, len(v)):.1f}" for name, v in scores.items())
-        minutes = (time.monotonic() - self.started) / 60
-        self.console.print(
-            f"{minutes:6.1f} min  {stage.name} {self.progress.step}  loss {loss:.3f}  {shown}", soft_wrap=True
-        )
+    def scores(self, stage: LlavaStage) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for first in range(0, VAL_SCENES, VAL_BATCH):
+            for name, value in self._check(stage, range(first, first + VAL_BATCH)):
+                found.setdefault(name, []).append(value)
+        return found
 
-    def _check(self, stage: Stage, indices: range) -> Iterator[tuple[str, float]]:
+    def _check(self, stage: LlavaStage, indices: range) -> Iterator[tuple[str, float]]:
         scenes = scenes_for("val", self.seed, indices)
         states = self.read(self.tower, pixel_batch(scenes.values()).to(self.device))
         if stage.vision:

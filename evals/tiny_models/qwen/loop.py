@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from vtprune.assets import TINY_LLAVA
-from vtprune.errors import VTPruneError
 from vtprune.evals.tiny_models.labels import vision_targets
 from vtprune.evals.tiny_models.llava.vision import tower_states
 from vtprune.evals.tiny_models.qwen.architecture import WIDTH, build_model
@@ -34,10 +30,8 @@ from vtprune.evals.tiny_models.qwen.lessons import (
     write_rows,
 )
 from vtprune.evals.tiny_models.qwen.seeing import Features, TokenHeads, look, patches_of
-from vtprune.evals.tiny_models.schedule import CLIP_NORM, evaluating, rate_at
-from vtprune.evals.tiny_models.state import Progress, load_moments, load_weights, save_state
 from vtprune.evals.tiny_models.tokens import Encoder
-from vtprune.files import write_folder
+from vtprune.evals.tiny_models.training import Stage, Training
 from vtprune.shapes.questions import pick
 
 TOWER, DECODER = "model.model.visual", "model.model.language_model"
@@ -45,25 +39,6 @@ TOWER, DECODER = "model.model.visual", "model.model.language_model"
 USUAL_SHARE = 0.7
 CHECKED = (Layout("usual", *USUAL), Layout("sized", 128, 96), Layout("pair", 96, 64), Layout("clip", 64, 64))
 CHECK_STEPS, CHECK_ROWS = 4, 32
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage trains, how fast, and the weights of what tokens show and of the answers."""
-
-    name: str
-    steps: int
-    batch: int
-    rate: float
-    final: float
-    trained: tuple[str, ...]
-    warmup: int
-    vision: float
-    language: float
-
-    def rate_at(self, step: int) -> float:
-        """The rate of a step."""
-        return rate_at(self, step)
 
 
 def stages(steps: tuple[int, int]) -> tuple[Stage, ...]:
@@ -86,66 +61,20 @@ def stages(steps: tuple[int, int]) -> tuple[Stage, ...]:
     return seeing, answering
 
 
-class Trainer:
-    """Holds the model, the training-only heads, the LLaVA whose features are aimed at, and the place in the stages."""
+class Trainer(Training[Stage]):
+    """Trains the tiny Qwen; llava: whose features the tower first aims at."""
+
+    decay = 0.02
 
     def __init__(self, output: Path, processor: Any, plan: tuple[Stage, ...], *, seed: int, console: Console) -> None:
-        self.output, self.processor, self.plan, self.seed, self.console = output, processor, plan, seed, console
+        model, self.heads = build_model(processor.tokenizer, seed), TokenHeads()
+        modules = nn.ModuleDict({"model": model, "heads": self.heads})
+        super().__init__(output, processor, plan, modules=modules, seed=seed, console=console)
         self.encoder = Encoder(processor.tokenizer)
-        self.model = build_model(processor.tokenizer, seed)
-        self.heads = TokenHeads()
-        self.modules = nn.ModuleDict({"model": self.model, "heads": self.heads})
         self.llava = LlavaForConditionalGeneration.from_pretrained(TINY_LLAVA).eval()
         self.prefixes: dict[Layout, Prefix] = {}
-        self.state_folder = output.with_name(f"{output.name}-state")
-        self.settings = {"seed": seed, "steps": [stage.steps for stage in plan]}
-        found = load_weights(self.state_folder, self.modules, self.settings)
-        if found is None and (output / "config.json").exists():
-            raise VTPruneError(f"output: {output} holds a model of another run already; give another --output")
-        self.resumed, self.progress = found is not None, found or Progress()
-        self.started = time.monotonic() - self.progress.seconds
 
-    def run(self, save_every: int, check_every: int) -> Iterator[tuple[Stage, int, float]]:
-        """Train on from where the checkpoint stands; yields (stage, step, loss) after every step."""
-        while self.progress.stage < len(self.plan):
-            stage = self.plan[self.progress.stage]
-            optimizer = self._optimizer(stage)
-            if self.resumed:
-                load_moments(self.state_folder, self.modules, optimizer)
-                self.resumed = False
-            while self.progress.step < stage.steps:
-                loss = self._step(stage, optimizer)
-                self.progress.step += 1
-                yield stage, self.progress.step, loss
-                if self.progress.step % check_every == 0 or self.progress.step == stage.steps:
-                    self._report(stage, loss)
-                if self.progress.step % save_every == 0:
-                    self._save(optimizer)
-            self.progress.stage += 1
-            self.progress.step = 0
-        write_folder(self.output, self._write_model)
-
-    def _write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-
-    def _save(self, optimizer: torch.optim.Optimizer) -> None:
-        self.progress.seconds = time.monotonic() - self.started
-        save_state(self.state_folder, self.modules, optimizer, progress=self.progress, settings=self.settings)
-
-    def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
-        decayed: list[nn.Parameter] = []
-        kept: list[nn.Parameter] = []
-        for name, parameter in self.modules.named_parameters():
-            parameter.requires_grad_(name.startswith(stage.trained))
-            if parameter.requires_grad:
-                (decayed if parameter.ndim > 1 else kept).append(parameter)
-        groups = [{"params": decayed, "weight_decay": 0.02}, {"params": kept, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
-
-    def _step(self, stage: Stage, optimizer: torch.optim.Optimizer) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate_at(self.progress.step)
+    def next_loss(self, stage: Stage) -> Tensor:
         step = sum(s.steps for s in self.plan[: self.progress.stage]) + self.progress.step
         rng = lesson_rng("train", self.seed, step)
         if stage.language:
@@ -154,12 +83,7 @@ class Trainer:
             layout = Layout("usual", *USUAL)
         else:
             layout = Layout("sized", *pick(rng, OTHER_SIZES))
-        loss = self._loss(stage, draw_lesson("train", self.seed, step, layout=layout, rows=stage.batch))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM)
-        optimizer.step()
-        return loss.item()
+        return self._loss(stage, draw_lesson("train", self.seed, step, layout=layout, rows=stage.batch))
 
     def _loss(self, stage: Stage, lesson: Lesson) -> Tensor:
         features = look(self.model.model.visual, *patches_of(lesson.frames))
@@ -209,18 +133,12 @@ class Trainer:
         logits: Tensor = self.model.lm_head(hidden)
         return logits, rows
 
-    @torch.no_grad()
-    def _report(self, stage: Stage, loss: float) -> None:
-        """Print validation scores: of tokens first, then by category."""
-        scores: dict[str, list[float]] = defaultdict(list)
-        with evaluating(self.modules):
-            for layout in CHECKED if stage.language else CHECKED[:2]:
-                for step in range(CHECK_STEPS):
-                    self._check(stage, draw_lesson("val", self.seed, step, layout=layout, rows=CHECK_ROWS), scores)
-        shown = "  ".join(f"{name} {100 * sum(v) / len(v):.1f}" for name, v in sorted(scores.items()))
-        minutes = (time.monotonic() - self.started) / 60
-        step = self.progress.step
-        self.console.print(f"{minutes:6.1f} min  {stage.name} {step}  loss {loss:.3f}  {shown}", soft_wrap=True)
+    def scores(self, stage: Stage) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = defaultdict(list)
+        for layout in CHECKED if stage.language else CHECKED[:2]:
+            for step in range(CHECK_STEPS):
+                self._check(stage, draw_lesson("val", self.seed, step, layout=layout, rows=CHECK_ROWS), found)
+        return dict(sorted(found.items()))
 
     def _check(self, stage: Stage, lesson: Lesson, scores: dict[str, list[float]]) -> None:
         features = look(self.model.model.visual, *patches_of(lesson.frames))
