@@ -6,12 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vtprune.adapters.seams import Source
-from vtprune.encoder.encoding import EncodedImage, Encoding
-from vtprune.method.beside import image_statistics
 from vtprune.method.facts import ModelFacts
 
 
@@ -56,45 +52,6 @@ class EncoderSide(ABC):
     @abstractmethod
     def encoder_mlp(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         """The norm before the MLP of one encoder layer, and the MLP."""
-
-    @abstractmethod
-    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
-        """The state of one encoder pass, from the bound arguments of `source.encode`."""
-
-    @abstractmethod
-    def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
-        """The pixels of each unit of the encoder's pass, that of `encoding`."""
-
-    @abstractmethod
-    def picture(self, image: EncodedImage) -> Tensor:
-        """(t, 3, H, W) the pixels of one image, or of each frame of a video, as the encoder got them, in [0, 1]."""
-
-    def laid_out(self, image: EncodedImage) -> Tensor:
-        """The pixels of an image or a video whose tokens form one grid, laid out by it: as the encoder got them,
-        unless a family makes tokens otherwise."""
-        assert image.pixels is not None
-        return image.pixels
-
-    def part_pixels(self, image: EncodedImage, part: int) -> Tensor:
-        """(3, H, W) the pixels of one of the rectangles that an image's tokens form, where a family has several."""
-        return self.laid_out(image)
-
-    @property
-    def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation (RGB) that the family's published processors normalise with: CLIP's."""
-        return (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-    def real_colours(self, pixels: Tensor) -> Tensor:
-        """(t, 3, H, W) normalised pixels put back into [0, 1], by the statistics of the model's own processor where
-        it is on this machine."""
-        known = image_statistics(self.source) or self.published_statistics
-        mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in known)
-        return (pixels.float() * std + mean).clamp(0, 1)
-
-    @property
-    def source(self) -> str:
-        """The folder or hub id that the model came from, "" if it is not known."""
-        return str(getattr(self.model.config, "_name_or_path", "") or "")
 
     @abstractmethod
     def check(self) -> None:

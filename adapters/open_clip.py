@@ -8,15 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.adapters.encoder_side import EncoderSide
-from vtprune.adapters.seams import Source
 from vtprune.cost.sizes import FixedVisionCost, TransformerCost
 from vtprune.encoder.blocks import BlockEncoding
-from vtprune.encoder.encoding import EncodedImage, Encoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.facts import ModelFacts
-
-# The argument of the tower's forward that holds its pixels.
-PIXELS = "x"
 
 
 class OpenClipTower(EncoderSide):
@@ -98,9 +93,6 @@ class OpenClipTower(EncoderSide):
     def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         return layer.ln_2, layer.mlp
 
-    def start_encoding(self, source: Source, arguments: dict[str, Any]) -> Encoding:
-        return self.start(arguments[PIXELS])
-
     def start(self, pixels: Tensor) -> BlockEncoding:
         """The state of one pass of images (B, 3, H, W)."""
         height, width = (
@@ -117,22 +109,6 @@ class OpenClipTower(EncoderSide):
             device=pixels.device,
             batch_first=self.batch_first,
         )
-
-    def pixels(self, source: Source, arguments: dict[str, Any], encoding: Encoding) -> list[Tensor]:
-        return list(arguments[PIXELS])
-
-    def picture(self, image: EncodedImage) -> Tensor:
-        assert image.pixels is not None
-        return self.real_colours(image.pixels[None])
-
-    @property
-    def source(self) -> str:
-        return ""
-
-    @property
-    def published_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        own = getattr(self.tower, "image_mean", None), getattr(self.tower, "image_std", None)
-        return super().published_statistics if None in own else (tuple(own[0]), tuple(own[1]))  # type: ignore[arg-type]
 
     @property
     def cost(self) -> FixedVisionCost:

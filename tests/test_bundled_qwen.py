@@ -15,7 +15,7 @@ from vtprune.evals.lmms.gen_kwargs import Generation
 from vtprune.evals.lmms.generation import answer_batch
 from vtprune.loading.pictures import open_picture
 from vtprune.loading.prompts import encode, question
-from vtprune.loading.videos import Video, video_of
+from vtprune.loading.videos import video_of
 from vtprune.shapes.clips import FPS
 from vtprune.shapes.dataset import read_eval_rows
 from vtprune.shapes.more import MoreRow, read_more_rows, score_more
@@ -102,7 +102,6 @@ def test_a_clip_is_read_with_its_times_and_pruned_as_one(bundled: tuple[Any, Any
     assert image.kind == "video"
     assert len(image.kept) == 96
     assert image.kept_per_part[0] == 64
-    assert isinstance(video_of([open_picture(row.media[0], "it")] * 4, 4, name="it", fps=FPS), Video)
 
 
 def test_pictures_of_any_size_are_taken_as_they_are(bundled: tuple[Any, Any]) -> None:

@@ -32,7 +32,7 @@ from vtprune.evals.tiny_models.qwen.loop import Trainer, stages
 from vtprune.evals.tiny_models.qwen.seeing import TokenHeads, look, patches_of
 from vtprune.evals.tiny_models.tokens import Encoder
 from vtprune.shapes.clips import FPS
-from vtprune.shapes.more import MoreRow, build_more_rows
+from vtprune.shapes.more import build_more_rows
 from vtprune.shapes.render import render
 from vtprune.shapes.scene import Scene, make_scene, sample_scene
 
@@ -140,7 +140,6 @@ def test_the_evaluation_is_not_among_the_lessons() -> None:
     lessons = [draw_lesson("train", 0, step, layout=LAYOUTS[0], rows=8) for step in range(40)]
     trained = {scene.to_json() for lesson in lessons for scene in lesson.scenes}
     assert not asked & trained
-    assert isinstance(build_more_rows("descriptions")[0], MoreRow)
 
 
 def test_a_training_goes_on_where_it_stopped_and_leaves_a_model(tmp_path: Path) -> None:

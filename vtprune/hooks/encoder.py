@@ -80,12 +80,17 @@ class EncoderHooks:
             self.state.enter(encoding)
         if encoding is None:
             return None
+        args, kwargs = self.cut(index, encoding, args, kwargs)
+        # A checkpoint hands the layer's arguments to its attention again, where nothing else knows of this encoding.
+        return args, {**kwargs, RUN: encoding} if index in self.opened else kwargs
+
+    def cut(self, index: int, encoding: Encoding, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The inputs of a layer, cut to the tokens alive."""
         if self.prunes:
             args, kwargs = encoding.layer_inputs(index, args, kwargs)
             encoding.note_layer(index, kwargs)
         encoding.arguments = kwargs
-        # A checkpoint hands the layer's arguments to its attention again, where nothing else knows of this encoding.
-        return args, {**kwargs, RUN: encoding} if index in self.opened else kwargs
+        return args, kwargs
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Takes the encoding from the arguments of a layer's attention, for the layer's MLP."""

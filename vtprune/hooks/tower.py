@@ -70,13 +70,9 @@ class TowerHooks(EncoderHooks):
             self.state.enter(encoding)
         if encoding is None:
             return None
-        if self.prunes:
-            args, kwargs = encoding.layer_inputs(index, args, kwargs)
-            encoding.note_layer(index, kwargs)
-        encoding.arguments = kwargs
         if index in self.opened:
             self.state.inside = encoding
-        return args, kwargs
+        return self.cut(index, encoding, args, kwargs)
 
     def attention(self, index: int, module: nn.MultiheadAttention, original: Callable[..., Any]) -> Callable[..., Any]:
         """What stands for the forward of a block's attention where a method looks at the block: the same, with
