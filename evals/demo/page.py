@@ -139,15 +139,21 @@ def _inputs(page: gr.Blocks, models: Models, examples: Sequence[tuple[str, str]]
         return gr.Dropdown(choices=known, value=own), _about(own, name, models), "", _shown(name, own)
 
     def opened(request: gr.Request) -> tuple[Any, ...]:
-        found = link.read(dict(request.query_params), models)
+        query = dict(request.query_params)
+        found = link.read(query, models)
+
+        def told_by(names: tuple[str, ...], value: Any) -> Any:
+            # The page begins with what no link says, and a visitor may have changed that before this is answered.
+            return value if any(name in query for name in names) else gr.skip()
+
         return (
-            found.model,
-            gr.Dropdown(choices=_methods(models, found.model), value=found.method),
-            found.keep,
-            found.options,
+            told_by(("model",), found.model),
+            told_by(("model", "method"), gr.Dropdown(choices=_methods(models, found.model), value=found.method)),
+            told_by(("keep",), found.keep),
+            told_by(("options",), found.options),
             _shown(found.model, found.method, found.options),
-            found.question,
-            _about(found.method, found.model, models),
+            told_by(("question",), found.question),
+            told_by(("model", "method"), _about(found.method, found.model, models)),
         )
 
     model.input(switched, [model, method], [method, told, options, shown], **LIGHT)

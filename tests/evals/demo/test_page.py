@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from vtprune.assets import EXAMPLE_IMAGE
+from vtprune.evals.demo import link
 from vtprune.evals.demo.options import Option, options_of
 from vtprune.method.facts import ModelFacts
 
@@ -213,6 +215,26 @@ def test_the_controls_are_those_of_the_link_however_slowly_others_are_drawn(
     page.wait_for_timeout(2500)
     assert drawn == ["visionzip"]
     assert page.get_by_label("contextual").first.is_visible()
+    page.close()
+
+
+def test_what_is_typed_at_once_stays_however_late_the_page_has_read_its_address(
+    browser: Any, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, late = link.read, threading.Event()
+
+    def slowly(*args: Any) -> link.Choice:
+        late.wait(20)
+        return read(*args)
+
+    monkeypatch.setattr(link, "read", slowly)
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector("#picture img")
+    page.fill("#question textarea", "how many shapes are there?")
+    late.set()
+    page.wait_for_timeout(2000)
+    assert page.input_value("#question textarea") == "how many shapes are there?"
     page.close()
 
 
