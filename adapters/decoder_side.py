@@ -77,12 +77,18 @@ class DecoderSide(ABC):
         attention: nn.Module = layer.self_attn
         return attention
 
-    def decoder_norm(self, layer: Any) -> Callable[[Tensor], Tensor]:
-        """The norm before the attention of one decoder layer, which may be called while the layer does not run."""
+    def decoder_norm(self, layer: Any) -> nn.Module:
+        """The norm before the attention of one decoder layer."""
+        norm: nn.Module = layer.input_layernorm
+        return norm
+
+    def decoder_normed(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        """The same, which may be called while the layer does not run."""
+        module = self.decoder_norm(layer)
 
         def norm(states: Tensor) -> Tensor:
             with loaded(layer):
-                normed: Tensor = layer.input_layernorm(states)
+                normed: Tensor = module(states)
             return normed
 
         return norm
@@ -142,7 +148,7 @@ class DecoderSide(ABC):
         """What a decoder layer would compute from the hidden states (B, n, D) before it: the queries (B, H, C, d) of
         the tokens in columns `last` (B, C), and the keys (B, H, n, d) of all, as in `decoder_states`."""
         attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
-        norms, normed = self.decoder_norms(layer).modules(), self.decoder_norm(layer)(hidden)
+        norms, normed = self.decoder_norms(layer).modules(), self.decoder_normed(layer)(hidden)
         with loaded(layer), loaded(attention):
             query, key = self.projected_query(modules["q"](gather_tokens(normed, last))), modules["k"](normed)
             query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
@@ -171,7 +177,8 @@ class DecoderSide(ABC):
 
     def _repeated(self, states: Tensor) -> Tensor:
         """(B, KV, n, d) states of key-value heads, repeated to all heads."""
-        return states.repeat_interleave(self.cost.decoder.heads // states.shape[1], dim=1)
+        times = self.cost.decoder.heads // states.shape[1]
+        return states if times == 1 else states.repeat_interleave(times, dim=1)
 
     def remember(self, layers: list[CacheLayer], prompt: PromptInfo) -> None:
         """Stores with the cache what later forwards need (M-RoPE deltas); nothing by default."""

@@ -53,7 +53,10 @@ FOLDERS = {name: str(Path(part.__path__[0])) for name, part in (("vtprune", vtpr
 # Operations whose answer, or the size of whose answer, Python has to know.
 ANSWERS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 # What computes nothing though its schema does not say so.
-VIEWS = ("_unsafe_view", "lift_fresh", "detach", "alias")
+VIEWS = (
+    "_unsafe_view", "lift_fresh", "detach", "alias", "promote_types", "empty", "empty_like", "new_empty",
+    "empty_strided", "new_empty_strided",
+)  # fmt: skip
 # Marks a tensor that was fetched, and what was computed of it: the device is no longer asked for it.
 FETCHED = "_vtprune_fetched"
 

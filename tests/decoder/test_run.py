@@ -16,6 +16,7 @@ from torch import Tensor
 import vtprune
 from tests.models import IMAGE, PAST, ROWS, Row, make, prompt
 from vtprune.cache import names
+from vtprune.cache.slots import Slots
 from vtprune.decoder.prompt import ImageSpan, PromptInfo, numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, LayerView, Observer, Shaper
 from vtprune.encoder.arrangement import Part
@@ -108,7 +109,7 @@ def test_a_shaper_says_which_tokens_a_layer_computes_and_where_the_inputs_own_ar
             entering = run.alive_at(index, states)
             return replace(entering, states=entering.states[:, -3:]) if index else entering
 
-        def mask(self, given: Any, places: Tensor | None, slots: Tensor | None) -> Tensor | None:
+        def mask(self, given: Any, places: Tensor | None, slots: Slots | None) -> Tensor | None:
             return torch.ones(1, 1, 3, 3)
 
         def leave(self, index: int, states: Tensor) -> Tensor:

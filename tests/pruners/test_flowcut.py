@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from vtprune.method.choosing import top_mask
 from vtprune.method.facts import ModelFacts
 from vtprune.method.views import DecoderLayer, EncoderLayer
 from vtprune.pruners import FlowCut
-from vtprune.pruners.flowcut import flow_score, prune_count
+from vtprune.pruners.flowcut import entropies, flow_score, prune_count, shares
 
 
 def test_flowcut_score_by_hand():
@@ -29,23 +30,25 @@ def test_flowcut_score_by_hand():
 def test_flowcut_prunes_more_where_attention_is_focused():
     even, focused = torch.full((16,), 1 / 16), torch.zeros(16)
     focused[3] = 0.7
-    alive, budget = torch.tensor([16, 16]), torch.tensor([4, 4])
-    assert prune_count(torch.stack([even, focused]), alive, budget, 4).tolist() == [0, 6]
-    assert prune_count(torch.stack([even, focused]), alive, alive + 1, 4).tolist() == [0, 0]
+    found = entropies(shares(torch.stack([even, focused])))
+    assert [prune_count(one, 16, 4, 4) for one in found] == [0, 6]
+    assert [prune_count(one, 16, 17, 4) for one in found] == [0, 0]
+    assert prune_count(float("nan"), 16, 4, 4) == 0
 
 
-def test_flowcut_prune_count_ignores_padding():
+def test_flowcut_entropy_ignores_padding():
     attention = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
-    alone = prune_count(attention, torch.tensor([4]), torch.tensor([1]), 1)
     padded = torch.nn.functional.pad(attention, (0, 9))
-    assert torch.equal(prune_count(padded, torch.tensor([4]), torch.tensor([1]), 1), alone)
+    assert entropies(shares(padded)) == entropies(shares(attention)) == [pytest.approx(1.75 * math.log(2))]
 
 
 def test_top_mask_skips_padding_and_prefers_low_indices():
     scores = torch.tensor([[1.0, 5, 5, 9], [float("nan"), 0, 0, 0]])
     valid = torch.tensor([[True, True, True, False], [False, True, True, True]])
-    mask = top_mask(scores, torch.tensor([2, 2]), valid)
+    mask = top_mask(scores, [2, 2], valid)
     assert mask.tolist() == [[False, True, True, False], [False, True, True, False]]
+    assert top_mask(scores, [1, 4], valid).tolist() == [[False, True, False, False], [False, True, True, True]]
+    assert top_mask(scores[:1], [2], None).tolist() == [[False, True, False, True]]
 
 
 def encode(
@@ -152,13 +155,20 @@ def test_flowcut_nan_raises_but_nan_padding_does_not():
     for prefix in (0, 1):
         query, key, value = states[..., 1 - prefix :, :].unbind(0)
         layer = EncoderLayer(
-            query, key, value, valid, torch.tensor([4]), torch.tensor([1]), 0, 2 + prefix, 0.5, prefix, 1, {},
+            query, key, value, valid, torch.tensor([4]), torch.tensor([1]), 0, 1 + prefix, 0.5, prefix, 1, {},
             valid.float(), ((1, 2, 2),),
         )  # fmt: skip
         selection = FlowCut().prune_encoder(layer)
-        assert selection is None or not selection.keep[0, 3]
+        assert selection is not None
+        assert not selection.keep[0, 3]
+        bad = replace(layer, valid=torch.ones_like(valid), alive=(), memory={})
         with pytest.raises(ScoreError, match="flowcut"):
-            FlowCut().prune_encoder(replace(layer, valid=torch.ones_like(valid), alive=(), memory={}))
+            FlowCut().prune_encoder(bad)
+        # A layer at which nothing drops keeps what it found for the next one that chooses.
+        assert FlowCut().prune_encoder(replace(bad, depth=2 + prefix)) is None
+        sane = {name: torch.ones(1, 2, 5 - 1 + prefix, 4) for name in ("query", "key", "value")}
+        with pytest.raises(ScoreError, match="flowcut"):
+            FlowCut().prune_encoder(replace(bad, index=1, depth=2 + prefix, **sane))
 
 
 def test_flowcut_stages_follow_the_model():

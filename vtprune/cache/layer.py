@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from vtprune.cache.slots import Slots
 from vtprune.cache.waiting import VisionLog, Waiting
 from vtprune.errors import VTPruneError
 from vtprune.tensors.compaction import gather_tokens
@@ -18,30 +19,31 @@ from vtprune.tensors.compaction import gather_tokens
 class PrunedLayer(DynamicLayer):
     """A dynamic cache layer whose entries may skip places of the sequence.
 
-    slots: (B, K) the logical place of each entry in the unpruned sequence, -1 where an entry is padding, or
-    None while entry i is place i. ragged: whether some entries may be padding. length: logical length; this is what
-    `get_seq_length` answers.
+    places: the logical place of each entry in the unpruned sequence, -1 where an entry is padding, or None while entry
+    i is place i. ragged: whether some entries may be padding. length: logical length; this is what `get_seq_length`
+    answers.
     aux: (B, n) tensors that belong to the rows, by name: a value for each of the first n places, the last one
     holding on (the M-RoPE delta, the shift of renumbered positions), or one for the row (n = 1).
     Where vision tokens may return: waiting: those that were left out before this layer; log: all of them (the first
     layer has it); since: (K,) how long the sequence was before the forward that computed an entry of an earlier place,
     0 for every other entry.
-    head_slots: (B, Hkv, K) the place of each head's own entries, once heads were cut to different ones, else None.
-    Heads of a row hold equally many, in columns that agree on what is padding; slots are then those of head 0.
+    heads: (B, Hkv, K) the place of each head's own entries, once heads were cut to different ones, else None. Heads of
+    a row hold equally many, in columns that agree on what is padding; `places` are then those of head 0, and what came
+    to these since came to every head.
     entries: (B, Hkv, k) values of the first k entries, by name; 0 for those after them. guard: crop may not end
     between these two places, as what the queries after the first one decided cannot be undone, or None.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots: Tensor | None = None
+        self.places: Slots | None = None
         self.ragged = False
         self.length = 0
         self.aux: dict[str, Tensor] = {}
         self.waiting: Waiting | None = None
         self.log: VisionLog | None = None
         self.since: Tensor | None = None
-        self.head_slots: Tensor | None = None
+        self.heads: Tensor | None = None
         self.entries: dict[str, Tensor] = {}
         self.guard: tuple[int, int] | None = None
         self._announced = False
@@ -62,17 +64,27 @@ class PrunedLayer(DynamicLayer):
         new.aux = dict(self.aux)
         return new
 
+    @property
+    def slots(self) -> Tensor | None:
+        """(B, K) `places` as a tensor; layers that share the one share the other."""
+        return None if self.places is None else self.places.tensor
+
+    @property
+    def head_slots(self) -> Tensor | None:
+        """(B, Hkv, K) the place of each entry of each head, None while all heads hold the same."""
+        return None if self.heads is None or self.places is None else self.places.after(self.heads)
+
     def announce(
-        self, slots: Tensor | None, new_length: int, *, ragged: bool = False, since: Tensor | None = None
+        self, places: Slots | None, new_length: int, *, ragged: bool = False, since: Tensor | None = None
     ) -> None:
-        """Says which places the next `update` brings: `slots` (B, K) for all entries after it, or None; `ragged`:
-        whether there may be padding among the new ones; since: (K,) as in the class, once entries may have one."""
-        heads = self.head_slots
+        """Says which places the next `update` brings: those of all entries after it, or None; `ragged`: whether there
+        may be padding among the new ones; since: (K,) as in the class, once entries may have one."""
+        heads = self.head_slots if places is None or not places.extends(self.places) else None
         if heads is not None:
-            assert slots is not None
-            new = slots[:, None, heads.shape[2] :].expand(-1, heads.shape[1], -1)
-            self.head_slots = torch.cat([heads, new.to(heads.device)], dim=2)
-        self.slots, self.since = slots, since
+            assert places is not None
+            new = places.tensor[:, None, heads.shape[2] :].expand(-1, heads.shape[1], -1)
+            self.heads = torch.cat([heads, new.to(heads.device)], dim=2)
+        self.places, self.since = places, since
         self.ragged = self.ragged or ragged
         self.length = new_length
         self._announced = True
@@ -80,7 +92,7 @@ class PrunedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends (B, H, q, d) keys and values; raises VTPruneError for a pruned layer outside a wrapped model."""
         if not self._announced:
-            if self.slots is not None:
+            if self.places is not None:
                 raise VTPruneError(
                     "this KV cache was filled by a model wrapped with vtprune and holds a pruned prompt; continue "
                     "with the wrapped model, or start a new cache after unwrap()"
@@ -114,12 +126,15 @@ class PrunedLayer(DynamicLayer):
         new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
         return new if known is None else torch.cat([known, new], dim=2)
 
-    def cut_heads(self, keys: Tensor, values: Tensor, head_slots: Tensor, entries: dict[str, Tensor]) -> None:
-        """Holds these (B, Hkv, K, d) keys and values of the places `head_slots` (B, Hkv, K) instead, with the values
-        `entries` of theirs."""
-        self.keys, self.values, self.head_slots, self.entries = keys, values, head_slots, entries
-        self.slots = head_slots[:, 0]
-        self.ragged = self.ragged or len(head_slots) > 1
+    def cut_heads(
+        self, keys: Tensor, values: Tensor, heads: Tensor, *, entries: dict[str, Tensor], real: Sequence[int]
+    ) -> None:
+        """Holds these (B, Hkv, K, d) keys and values of the places `heads` (B, Hkv, K) instead, with the values
+        `entries` of theirs; `real` (B,) of each row are no padding."""
+        self.keys, self.values, self.heads, self.entries = keys, values, heads, entries
+        self.places = Slots(heads[:, 0])
+        self.places.real = real[0] if len(real) == 1 else torch.tensor(real, device=heads.device)
+        self.ragged = self.ragged or len(heads) > 1
 
     def add(self, name: str, values: Tensor) -> None:
         """Adds values (B, length) of all places to an aux tensor, which is 0 where nothing is known."""
@@ -127,8 +142,8 @@ class PrunedLayer(DynamicLayer):
         places = torch.arange(values.shape[1], device=past.device).clamp(max=past.shape[1] - 1)
         self.aux[name] = past[:, places] + values.to(past)
 
-    def cut(self, slots: Tensor, columns: Tensor) -> None:
-        """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `slots`."""
+    def cut(self, places: Slots, columns: Tensor) -> None:
+        """Keeps only the entries at `columns` (B, K) (-1: padding), whose places are `places`."""
         assert self.keys is not None
         assert self.values is not None
 
@@ -138,12 +153,11 @@ class PrunedLayer(DynamicLayer):
         for name in self.entries:
             self.entries[name] = taken(self.values_of(name))
         self.keys, self.values = taken(self.keys), taken(self.values)
-        self.slots = slots
-        if self.head_slots is not None:
-            gone = (columns < 0).to(self.head_slots.device)[:, None]
-            self.head_slots = taken(self.head_slots).masked_fill(gone, -1)
+        heads, self.places = self.head_slots, places
+        if heads is not None:
+            self.heads = taken(heads).masked_fill((columns < 0).to(heads.device)[:, None], -1)
         # Rows of one length need no padding; asking the device whether these are would cost a wait.
-        self.ragged = self.ragged or len(slots) > 1
+        self.ragged = self.ragged or len(columns) > 1
 
     def get_seq_length(self) -> int:
         """The logical length: tokens of the sequence so far, dropped ones included."""
@@ -156,9 +170,9 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         """Empties the layer."""
         super().reset()
-        self.slots, self.ragged, self.length, self.aux, self._announced = None, False, 0, {}, False
+        self.places, self.ragged, self.length, self.aux, self._announced = None, False, 0, {}, False
         self.waiting = self.log = self.since = None
-        self.head_slots, self.entries, self.guard = None, {}, None
+        self.heads, self.entries, self.guard = None, {}, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` logical places; tokens that returned since are left out again."""
@@ -174,20 +188,20 @@ class PrunedLayer(DynamicLayer):
         if self.keys is None or self.values is None:
             # A routed layer may have computed nothing so far.
             return
-        if self.slots is None:
+        if self.places is None:
             self.keys, self.values = self.keys[..., : self.length, :], self.values[..., : self.length, :]
             return
-        slots = self.slots.masked_fill(self.slots >= self.length, -1)
+        heads, slots = self.head_slots, self.places.tensor
+        slots = slots.masked_fill(slots >= self.length, -1)
         if self.since is not None:
             slots = slots.masked_fill(self.since >= self.length, -1)
         used = (slots >= 0).any(dim=0)
         self.since = None if self.since is None else self.since[used]
-        self.slots = _shared(self.slots, self.length, lambda: slots[:, used])
+        self.places = self.places.changed(self.length, lambda: Slots(slots[:, used]))
         self.ragged = self.ragged or len(slots) > 1
         columns = used.nonzero().flatten().to(self.keys.device)
-        if self.head_slots is not None:
-            heads = self.head_slots.masked_fill(self.head_slots >= self.length, -1)
-            self.head_slots = heads.index_select(2, columns)
+        if heads is not None:
+            self.heads = heads.masked_fill(heads >= self.length, -1).index_select(2, columns)
         self.entries = {name: self.values_of(name).index_select(2, columns) for name in self.entries}
         self.keys, self.values = self.keys.index_select(-2, columns), self.values.index_select(-2, columns)
 
@@ -203,7 +217,7 @@ class PrunedLayer(DynamicLayer):
             )
         if length <= first:
             # All that was scored or cut is gone; the entries before it are the same in every head.
-            self.guard, self.head_slots, self.entries = None, None, {}
+            self.guard, self.heads, self.entries = None, None, {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the rows `beam_idx`, as beam search does."""
@@ -224,21 +238,12 @@ class PrunedLayer(DynamicLayer):
         self._map_rows(lambda rows: rows[indices], indices)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor], key: object) -> None:
-        slots = self.slots
-        if slots is not None:
-            self.slots = _shared(slots, key, lambda: change(slots))
-        if self.head_slots is not None:
-            self.head_slots = change(self.head_slots)
+        places = self.places
+        if places is not None:
+            self.places = places.changed(key, lambda: places.of_rows(change))
+        if self.heads is not None:
+            self.heads = change(self.heads)
         self.entries = {name: change(value) for name, value in self.entries.items()}
         self.aux = {name: change(value) for name, value in self.aux.items()}
         self.waiting = None if self.waiting is None else self.waiting.rows(change)
         self.log = None if self.log is None else self.log.rows(change)
-
-
-def _shared(slots: Tensor, key: object, change: Callable[[], Tensor]) -> Tensor:
-    """`change()`, made once for all layers that share `slots`, so that they go on sharing them (and masks)."""
-    known = getattr(slots, "_vtprune_changed", None)
-    if known is None or known[0] is not key:
-        known = (key, change())
-        slots._vtprune_changed = known  # type: ignore[attr-defined]
-    return known[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtprune.tensors.compaction import gather_tokens
+from vtprune.tensors.compaction import gather_tokens, pick
 
 Change = Callable[[Tensor], Tensor]
 # As the count of an image's tokens: all of them.
@@ -37,8 +37,9 @@ class Tokens:
 
     def take(self, columns: Tensor) -> Tokens:
         """The tokens in `columns` (B, m), -1 padding."""
-        places = self.places.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
-        return Tokens(places, *(gather_tokens(part, columns) for part in (self.states, self.cos, self.sin)))
+        return Tokens(
+            pick(self.places, columns), *(gather_tokens(part, columns) for part in (self.states, self.cos, self.sin))
+        )
 
     def join(self, other: Tokens) -> Tokens:
         """These and the others after them."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from vtprune.tensors.compaction import pick
 
-@dataclass(frozen=True)
+
+@dataclass
 class Conversations:
     """The conversations that the rows of one input hold: one a row, or several that are packed into it.
 
@@ -18,16 +20,18 @@ class Conversations:
 
     number: Tensor
     most: int = 1
+    # What was found for the places that were asked for last: layers in a row often ask for the same.
+    _found: tuple[Tensor | None, tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
 
     def ends(self, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """The columns, among the tokens at `places` (B, n) (None: all), of each conversation's first and last token:
         both (B, most), 0 where a row holds fewer."""
-        number = self.number
-        if places is not None:
-            number = number.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
-        own = number[:, None] == torch.arange(self.most, device=number.device)[:, None]
-        column = torch.arange(number.shape[1], device=number.device)
-        return own.int().argmax(dim=2), (own * column).max(dim=2).values
+        if self._found is None or self._found[0] is not places:
+            number = self.number if places is None else pick(self.number, places)
+            own = number[:, None] == torch.arange(self.most, device=number.device)[:, None]
+            column = torch.arange(number.shape[1], device=number.device)
+            self._found = places, (own.int().argmax(dim=2), (own * column).max(dim=2).values)
+        return self._found[1]
 
     def running_sum(self, values: Tensor) -> Tensor:
         """(B, L) the sum of `values` (B, L) up to each token, from the first one of its conversation on."""

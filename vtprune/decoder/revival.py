@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtprune.cache.slots import Slots
 from vtprune.cache.waiting import (
     WHOLE,
     Step,
@@ -27,6 +28,7 @@ from vtprune.method.choosing import best_of_each
 from vtprune.tensors.compaction import (
     gather_tokens,
     layer_mask,
+    pick,
     places_of,
     relative_places,
 )
@@ -113,7 +115,7 @@ class Revival(Shaper):
         """How many tokens returned to layer `index`, in front of the others."""
         return self._widths.get(index, 0)
 
-    def mask(self, given: Any, places: Tensor | None, slots: Tensor | None) -> Tensor | None:
+    def mask(self, given: Any, places: Tensor | None, slots: Slots | None) -> Tensor | None:
         """The mask (B, 1, r + q, K) of a layer with keys at `slots` (B, K) and own queries at `places` (B, q) of the
         input (None: all): these see text and the tokens that take part, a returning one all that the layer holds at
         its own place and before it. None where every token takes part and none returns."""
@@ -122,14 +124,17 @@ class Revival(Shaper):
         front = None if self.flying is None else self.flying.places
         key = (given, slots, self.part, front)
         if not self._mask or any(one is not two for one, two in zip(key, self._mask[0], strict=True)):
-            self._mask = (key, self._new_mask(given, places, slots))
+            self._mask = (key, self._new_mask(given, places, slots.tensor))
         made: Tensor = self._mask[1]
         return made
 
     def _new_mask(self, given: Any, places: Tensor | None, slots: Tensor) -> Tensor:
         offset = self.prompt.offset
         own = layer_mask(given, places, slots, offset, ragged=True, flash=False) if given is not None else None
-        if own is None:
+        if own is None and places is None and self.prompt.length == 1:
+            # Nothing stands after a step's one token.
+            own = (slots >= 0)[:, None, None, :]
+        elif own is None:
             if places is None:
                 places = torch.arange(self.prompt.length, device=slots.device).expand(slots.shape[0], -1)
             own = (slots[:, None, None, :] <= (places + offset)[:, None, :, None]) & (slots >= 0)[:, None, None, :]
@@ -143,8 +148,10 @@ class Revival(Shaper):
         front = self.flying.places
         held = (slots >= 0) & self.prompt.real_so_far().gather(1, slots.clamp(min=0))
         seen = held[:, None, :] & (slots[:, None, :] <= front[:, :, None])
-        # A padding query must see something, or its softmax is NaN; nobody reads what it computes.
-        seen = (seen | (front < 0)[:, :, None])[:, None].to(own.device)
+        if len(front) > 1:
+            # A padding query must see something, or its softmax is NaN; nobody reads what it computes.
+            seen = seen | (front < 0)[:, :, None]
+        seen = seen[:, None].to(own.device)
         if own.dtype != torch.bool:
             seen = torch.zeros_like(seen, dtype=own.dtype).masked_fill(~seen, closed)
         return torch.cat([seen.expand(-1, own.shape[1], -1, -1), own], dim=2)
@@ -180,22 +187,23 @@ class Revival(Shaper):
         # What waits, or takes part, has gradients; which tokens these are has none.
         weights = check_scores(_attention(query, keys, last + self._width, scale=scale, mask=view.mask), self.name)
         wanted = self._wanted(weights.to(self.part.device), self.layers[index].slots, waiting.limits(self.log.images))
-        pool, flew = waiting.tokens, torch.zeros_like(self.part)
+        pool = waiting.tokens
         entries = following.keys.shape[-2] if following.keys is not None else 0
         missing = wanted & ~self._among(following.slots, entries)
-        counts = missing.sum(dim=1)
+        counts, new = missing.sum(dim=1), missing
         if self.flying is not None:
             landed = replace(self.flying, states=view.hidden[:, : self._width])
             flew = self._among(landed.places, landed.count)
-            left = flew & ~wanted
+            left, new = flew & ~wanted, missing & ~flew
             # How many come and how many go depends on the scores: the device is asked for both at once.
             coming, going = torch.stack([counts, left.sum(dim=1)]).tolist()
             following.waiting = self._leave(waiting, landed, left, going)
             pool = pool.join(landed)
         else:
             coming = counts.tolist()
-        self._until = self._until.masked_fill(self.part & ~wanted, index + 1)
-        self._first = self._first.masked_fill(missing & ~flew, index + 1)
+        # What is wanted took part.
+        self._until = self._until.masked_fill(self.part ^ wanted, index + 1)
+        self._first = self._first.masked_fill(new, index + 1)
         self.part, self._narrowed, self._decided = wanted, True, True
         self.flying = self._take(pool, missing, coming)
 
@@ -216,7 +224,7 @@ class Revival(Shaper):
         column = torch.arange(pool.count, device=chosen.device).expand(batch, -1)
         at = torch.zeros(batch, count + 1, dtype=torch.long, device=chosen.device)
         at.scatter_(1, self._tokens(pool.places, pool.count), column)
-        return pool.take(at.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -1))
+        return pool.take(pick(at, tokens))
 
     def _leave(self, waiting: Waiting, landed: Tokens, left: Tensor, counts: list[int]) -> Waiting:
         tokens = self._take(landed, left, counts)

@@ -20,6 +20,7 @@ from vtprune.cache.adopting import all_slots
 from vtprune.cache.books import CacheLayer
 from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.names import PLANES, SHIFT
+from vtprune.cache.slots import Slots
 from vtprune.cache.waiting import Tokens
 from vtprune.decoder.outline import Bools, Ints, Key
 from vtprune.decoder.planes import Planes
@@ -34,6 +35,7 @@ from vtprune.tensors.compaction import (
     fill_index,
     gather_tokens,
     layer_mask,
+    pick,
     places_of,
     relative_places,
 )
@@ -97,7 +99,7 @@ class Shaper:
         """The tokens that layer `index` computes; states: (B, n, D) what the layer before it put out."""
         return run.alive_at(index, states)
 
-    def mask(self, given: Any, places: Tensor | None, slots: Tensor | None) -> Tensor | None:
+    def mask(self, given: Any, places: Tensor | None, slots: Slots | None) -> Tensor | None:
         """The attention mask of the layer that was entered last, cut from the one `given`, None for the run's own;
         places: of its queries, slots: of its keys."""
         return None
@@ -197,7 +199,7 @@ class DecoderRun:
         self._changed: dict[ImageSpan, tuple[Tensor, Tensor]] = {}
         self._layouts: dict[int, Layout] = {}
         self._masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
-        self._slots: dict[tuple[int, int, int], tuple[Any, Tensor | None]] = {}
+        self._slots: dict[tuple[int, int, int], tuple[Any, Slots]] = {}
         self._sinces: dict[tuple[int, int, int], tuple[Any, Tensor]] = {}
         self._announced: set[int] = set()
         # The last mask that a state layer was given, and of which places it is.
@@ -425,7 +427,9 @@ class DecoderRun:
     def _still(self, places: Tensor) -> Tensor:
         assert self.alive is not None
         before = torch.zeros(*self.alive.shape[:1], self.alive.shape[1] + 1, dtype=torch.bool, device=places.device)
-        before.scatter_(1, places.masked_fill(places < 0, self.prompt.length), True)
+        # A row alone has no padding.
+        at = places if len(places) == 1 else places.masked_fill(places < 0, self.prompt.length)
+        before.scatter_(1, at, True)
         return self.alive & before[:, :-1]
 
     def alive_at(self, index: int, states: Tensor) -> Entering:
@@ -450,8 +454,8 @@ class DecoderRun:
             mask = self._mask(given, layout, slots, ragged)
             if self.bias is not None:
                 mask = biased_mask(
-                    mask=mask, bias=self.bias, queries=layout.places, keys=slots, offset=self.prompt.offset,
-                    dtype=entering.states.dtype,
+                    mask=mask, bias=self.bias, queries=layout.places, keys=None if slots is None else slots.tensor,
+                    offset=self.prompt.offset, dtype=entering.states.dtype,
                 )  # fmt: skip
         embeddings = self._embeddings(index, layout, entering.states, kwargs["position_embeddings"])
         states, embeddings = entering.all_states(), self._joined_embeddings(entering, embeddings)
@@ -522,27 +526,27 @@ class DecoderRun:
         assert isinstance(layer, PrunedLayer)
         return layer
 
-    def _announce(self, index: int, entering: Entering) -> tuple[Tensor | None, bool]:
+    def _announce(self, index: int, entering: Entering) -> tuple[Slots | None, bool]:
         """The places of the layer's keys, once its cache knows those of this input, and whether they are ragged."""
         prompt, layout = self.prompt, entering.layout
         if self.layers is None:
-            return layout.places, layout.ragged
+            return self._extend(None, layout, None), layout.ragged
         if index in self.states:
-            # Its cache knows no places.
-            return layout.places, layout.ragged
+            # Its cache knows no places, and it has a mask of its own kind.
+            return None, layout.ragged
         layer = self.entries(index)
         if index not in self._announced:
             self._announced.add(index)
             front = None if entering.front is None else entering.front.places
-            slots = self._extend(layer.slots, layout, front)
+            slots = self._extend(layer.places, layout, front)
             ragged = layout.ragged or (front is not None and prompt.batch > 1)
             since = self._extended_since(layer, slots, front)
             layer.announce(slots, prompt.offset + prompt.length, ragged=ragged, since=since)
-        return layer.slots, layer.ragged
+        return layer.places, layer.ragged
 
-    def _extended_since(self, layer: PrunedLayer, slots: Tensor | None, front: Tensor | None) -> Tensor | None:
+    def _extended_since(self, layer: PrunedLayer, slots: Slots | None, front: Tensor | None) -> Tensor | None:
         """`PrunedLayer.since` for the `slots` of a layer after this input, with the places `front` before its own;
-        layers with equal slots share one tensor."""
+        layers with the same slots share one tensor."""
         past = layer.since
         if slots is None or (front is None and past is None):
             return past
@@ -550,45 +554,46 @@ class DecoderRun:
         if key not in self._sinces:
             held = 0 if layer.keys is None else layer.keys.shape[-2]
             returning = 0 if front is None else front.shape[1]
-            old = slots.new_zeros(held) if past is None else past
-            came = slots.new_full((returning,), self.prompt.offset)
-            new = slots.new_zeros(slots.shape[1] - held - returning)
+            whole = slots.tensor
+            old = whole.new_zeros(held) if past is None else past
+            came = whole.new_full((returning,), self.prompt.offset)
+            new = whole.new_zeros(whole.shape[1] - held - returning)
             self._sinces[key] = ((past, slots, front), torch.cat([old, came, new]))
         return self._sinces[key][1]
 
-    def _extend(self, past: Tensor | None, layout: Layout, front: Tensor | None) -> Tensor | None:
-        """The slots of a layer after this input, with the places `front` before its own; layers with equal slots share
-        one tensor."""
+    def _extend(self, past: Slots | None, layout: Layout, front: Tensor | None) -> Slots | None:
+        """The slots of a layer after this input, with the places `front` before its own; layers with the same slots go
+        on sharing them."""
         if past is None and layout.places is None and front is None:
             return None
         key = (id(past), id(layout.places), id(front))
         if key not in self._slots:
-            prompt = self.prompt
-            if not prompt.offset and layout.places is not None:
-                self._slots[key] = ((past, front), layout.places)
-                return layout.places
-            old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past
-            if layout.places is None:
-                new = self._own_places
-            else:
-                new = torch.where(layout.places < 0, layout.places, layout.places + prompt.offset)
-            parts = [old, new] if front is None else [old, front, new]
             # These are kept alive with the entry, so their ids cannot be reused within this forward.
-            self._slots[key] = ((past, front), torch.cat([part.to(old.device) for part in parts], dim=1))
+            self._slots[key] = ((past, front), self._extended(past, layout.places, front))
         return self._slots[key][1]
 
-    @cached_property
-    def _own_places(self) -> Tensor:
-        """(B, length) the places of this input's tokens in the sequence."""
+    def _extended(self, past: Slots | None, places: Tensor | None, front: Tensor | None) -> Slots:
         prompt = self.prompt
-        return all_slots(prompt.offset + prompt.length, prompt.batch, prompt.device)[:, prompt.offset :]
+        if past is not None and places is None and front is None:
+            return past.extended(prompt.offset, prompt.length)
+        if places is not None and not prompt.offset:
+            return Slots(places)
+        old = all_slots(prompt.offset, prompt.batch, prompt.device) if past is None else past.tensor
+        if places is None:
+            new = all_slots(prompt.offset + prompt.length, prompt.batch, prompt.device)[:, prompt.offset :]
+        else:
+            new = torch.where(places < 0, places, places + prompt.offset)
+        parts = [old, new] if front is None else [old, front, new]
+        return Slots(torch.cat([part.to(old.device) for part in parts], dim=1))
 
-    def _mask(self, mask: Tensor | None, layout: Layout, slots: Tensor | None, ragged: bool) -> Tensor | None:
+    def _mask(self, mask: Tensor | None, layout: Layout, slots: Slots | None, ragged: bool) -> Tensor | None:
+        if slots is None or (mask is None and not ragged):
+            return mask
         # Layers of another type (sliding windows) come with another mask.
         key = (id(mask), id(layout.places), id(slots))
         if key not in self._masks:
-            offset = self.prompt.offset
-            self._masks[key] = (mask, layer_mask(mask, layout.places, slots, offset, ragged=ragged, flash=self.flash))
+            own = layer_mask(mask, layout.places, slots.tensor, self.prompt.offset, ragged=ragged, flash=self.flash)
+            self._masks[key] = (mask, own)
         return self._masks[key][1]
 
     def _state_mask(self, mask: Tensor | None, layout: Layout) -> Tensor | None:
@@ -667,27 +672,24 @@ class DecoderRun:
         stay = self._real(self.prompt.real_so_far()) & ~gone
         left = self.row_counts([span.layers[-1].numel() for span in self.spans])
         # Layers that share slots go on sharing them, and their masks.
-        known: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        known: dict[int, tuple[Slots, Tensor, Tensor | None]] = {}
         for index in sorted(indices - self.states):
             layer = self.entries(index)
             slots = layer.slots
             if slots is None:
                 slots = all_slots(gone.shape[1], gone.shape[0], gone.device)
-            key = -1 if layer.slots is None else id(slots)
+            key = -1 if layer.places is None else id(layer.places)
             if key not in known:
-                at = slots.clamp(min=0)
+                at = slots.clamp(min=0) if layer.ragged else slots
                 stays = (stay.gather(1, at) & (slots >= 0)) if layer.ragged else stay.gather(1, at)
                 columns = places_of(stays, None if self.prompt.offset else left)
-                new = slots.gather(1, columns.clamp(min=0))
-                removed = None
-                if len(new) > 1:
-                    new = new.masked_fill(columns < 0, -1)
+                new, removed = pick(slots, columns), None
                 if self.rotary is not None:
                     removed = _marked(slots.masked_fill(~gone.gather(1, at), -1), gone.shape[1])
-                known[key] = (new, columns, removed)
-            new, columns, removed = known[key]
+                known[key] = (Slots(new), columns, removed)
+            stay_at, columns, removed = known[key]
             if any(span.layers[index].numel() > span.layers[-1].numel() for span in self.spans):
-                layer.cut(new, columns)
+                layer.cut(stay_at, columns)
                 if removed is not None:
                     layer.add(SHIFT, removed.cumsum(dim=1))
 

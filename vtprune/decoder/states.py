@@ -21,7 +21,7 @@ def check_padding(prompt: PromptInfo, layers: list[CacheLayer] | None, *, drops:
     convolution, in the unpruned model too, whose answer is then not that of the row alone. Where nothing is dropped
     nothing is refused: the model does what it does unwrapped.
     """
-    if not drops and all(layer.slots is None for layer in entry_layers(layers or ())):
+    if not drops and all(layer.places is None for layer in entry_layers(layers or ())):
         return
     states = [layer for layer in layers or () if isinstance(layer, StateLayer)]
     if any(layer.folded for layer in states):

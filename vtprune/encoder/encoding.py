@@ -321,6 +321,7 @@ class Encoding(ABC):
             alive=tuple(self.kept),
             budgets=tuple(budgets),
             unseen=tuple(total - seen for total, seen in zip(self.totals, self.seen, strict=True)),
+            bias=self.key_bias(index),
         )
 
     def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:
@@ -331,7 +332,7 @@ class Encoding(ABC):
         if not merges and counts == self.counts:
             return
         keep = selection.keep
-        order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(counts)]
+        order = torch.sort(keep.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, : max(counts)]
         self._seen = Seen(counts)
         if index == self.depth - 1:
             self._seen = Seen(self.counts, left=[one[:n] for one, n in zip(order, counts, strict=True)])
@@ -354,10 +355,12 @@ class Encoding(ABC):
         for name, value in self.memory.items():
             if value.ndim >= 2 and value.shape[:2] == (keep.shape[0], width):
                 self.memory[name] = gather_tokens(value, order)
-        if selection.flows:
+        if selection.flows and selection.lossless:
+            self.sizes = torch.zeros_like(self.sizes).scatter_add_(1, selection.targets, self.sizes)
+        elif selection.flows:
             # A last column takes what goes nowhere.
             sums = self.sizes.new_zeros(keep.shape[0], width + 1)
-            sums.scatter_add_(1, selection.into.masked_fill(selection.into < 0, width), self.sizes)
+            sums.scatter_add_(1, selection.targets.masked_fill(selection.targets < 0, width), self.sizes)
             self.sizes = sums
         self.sizes = self.sizes.gather(1, order)
         if selection.cls is not None:
@@ -388,7 +391,12 @@ class Encoding(ABC):
         """(B, N) what attention adds to the logits of each key for the tokens that it stands for, or None."""
         if not self.proportional or not self.merged:
             return None
-        return self.sizes.clamp(min=1).log()
+        # Padding stands for no token.
+        return (self.sizes if self.full else self.sizes.clamp(min=1)).log()
+
+    def key_bias(self, index: int) -> Tensor | None:
+        """(B, P + N * group) what the attention of layer `index` added for that, where this layout has it at hand."""
+        return None
 
     def names(self) -> Tensor:
         """(B, N) the token whose index and position each token alive takes: its heaviest member."""
@@ -484,7 +492,8 @@ class Encoding(ABC):
         signals, last = (None if s is None else s.cut(order) for s in (image.signals, image.last_signals))
         return replace(
             image, alive=image.alive[order], signals=signals, last_signals=last, owner=owner,
-            share=self.origins.share[row, : image.total], merged_at=self.origins.layer[row],
+            share=self.origins.share[row, : image.total],
+            merged_at=self.origins.layer if isinstance(self.origins.layer, int) else self.origins.layer[row],
         )  # fmt: skip
 
 

@@ -21,13 +21,14 @@ def flow_together(states: Tensor, into: Tensor, weights: Tensor) -> Tensor:
     return add_rows(states, rows_of(into), weights)
 
 
-def add_rows(states: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """The same, from the `rows` that each one is added to (`rows_of`)."""
+def add_rows(states: Tensor, rows: Tensor, weights: Tensor, *, count: int | None = None) -> Tensor:
+    """(count, ...) the same, from the `rows` (M,) that each one is added to (`rows_of`); None: as many as there are,
+    and what goes nowhere goes to an extra one."""
     shape = (-1, *(1,) * (states.ndim - 1))
     whole = at_least_single(states)
-    # What goes nowhere goes to an extra row.
-    summed = whole.new_zeros(len(states) + 1, *states.shape[1:])
-    return summed.index_add(0, rows, whole * weights.to(whole).view(shape))[:-1].to(states.dtype)
+    summed = whole.new_zeros(len(states) + 1 if count is None else count, *states.shape[1:])
+    summed = summed.index_add(0, rows, whole * weights.to(whole).view(shape))
+    return (summed[:-1] if count is None else summed).to(states.dtype)
 
 
 def rows_of(into: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def check_selection(selection: EncoderSelection, valid: Tensor, method: str) -> 
     """Raises VTPruneError unless every kept token of (B, N) flows into itself and every other one into a kept one
     or nowhere. The token in whose place CLS stands may flow into another one."""
     column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-    keep, into = selection.keep & valid, selection.into
+    keep, into = selection.keep & valid, selection.targets
     reached = keep.gather(1, into.clamp(min=0)) | (into < 0)
     elsewhere = keep & (into != column)
     if selection.cls is not None:
@@ -52,14 +53,15 @@ def check_selection(selection: EncoderSelection, valid: Tensor, method: str) -> 
 class Origins:
     """Where the tokens of a batch of whole images are now.
 
-    column: (B, T) the column of the alive tokens that holds each original token, -1 if it is gone; share: (B, T)
-    the weight that it has there; layer: (B,) the encoder layer of each image's last merge; nameless: (B, T) tokens in
-    whose place CLS stands, so that no other column may be called after them; whole: whether nothing is gone.
+    column: (B, T) the column of the alive tokens that holds each original token, -1 if it is gone; share: (B, T) the
+    weight that it has there; layer: (B,) the encoder layer of each image's last merge, or one int for all; nameless:
+    (B, T) tokens in whose place CLS stands, so that no other column may be called after them; whole: whether nothing
+    is gone.
     """
 
     column: Tensor
     share: Tensor
-    layer: Tensor
+    layer: Tensor | int
     nameless: Tensor
     whole: bool = False
 
@@ -71,35 +73,43 @@ class Origins:
         column.scatter_(1, places, torch.arange(alive.shape[1], device=alive.device).expand_as(places))
         column = column[:, :-1]
         share, none = torch.ones(column.shape, device=alive.device), torch.zeros_like(column)
-        return cls(column, share, none[:, 0], none.bool(), whole=column.shape == alive.shape)
+        return cls(column, share, 0, none.bool(), whole=column.shape == alive.shape)
 
     def follow(self, selection: EncoderSelection, order: Tensor, layer: int, *, merges: bool) -> None:
         """Takes note of a selection whose tokens go on in the columns `order` (B, N')."""
         if selection.lossless and self.whole:
-            self.share = self.share * selection.weights.gather(1, self.column)
-            moved = selection.into.gather(1, self.column)
+            if selection.cls is not None:
+                self.nameless = self.nameless | (self.column == selection.cls[:, None])
+            self.share = self.share * selection.shares.gather(1, self.column)
             assert selection.counts is not None
-            fewer = [count < selection.into.shape[1] for count in selection.counts]
+            fewer = [count < selection.targets.shape[1] for count in selection.counts]
             if any(fewer):
-                self.layer = self.layer.masked_fill(torch.tensor(fewer, device=self.layer.device), layer)
-            inverse = torch.empty_like(selection.into)
-            inverse.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-            self.column = inverse.gather(1, moved)
+                self._note_layer(None if all(fewer) else torch.tensor(fewer, device=self.column.device), layer)
+            self.column = selection.landed.gather(1, self.column)
             return
         self.whole = False
         held, at = self.column >= 0, self.column.clamp(min=0)
         if selection.cls is not None:
             self.nameless = self.nameless | (held & (self.column == selection.cls[:, None]))
-        moved = selection.into.gather(1, at)
-        self.share = torch.where(held, self.share * selection.weights.gather(1, at), self.share)
+        moved = selection.targets.gather(1, at)
+        self.share = torch.where(held, self.share * selection.shares.gather(1, at), self.share)
         # Columns that nothing goes on in map to -1.
-        inverse = torch.full_like(selection.into, -1)
+        inverse = torch.full_like(selection.targets, -1)
         inverse.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         gone = ~held | (moved < 0)
         merged = (~gone & (moved != self.column)).any(dim=1)
         self.column = inverse.gather(1, moved.clamp(min=0)).masked_fill(gone, -1)
         if merges:
-            self.layer = self.layer.masked_fill(merged, layer)
+            self._note_layer(merged, layer)
+
+    def _note_layer(self, merged: Tensor | None, layer: int) -> None:
+        """Notes that the images `merged` (B,), None for all, merged in a layer."""
+        if merged is None:
+            self.layer = layer
+            return
+        if isinstance(self.layer, int):
+            self.layer = torch.full(merged.shape, self.layer, device=merged.device)
+        self.layer = self.layer.masked_fill(merged, layer)
 
     def heaviest(self, alive: Tensor) -> Tensor:
         """(B, N) the original token with the largest share in each column of `alive` (B, N); ties: the lowest.
@@ -143,8 +153,12 @@ class Change:
     def apply(self, states: Tensor) -> Tensor:
         """(B, N, D) to (B, N', D)."""
         batch, tokens = states.shape[:2]
+        if self._compact:
+            assert self.selection is not None
+            count, shares = self.order.shape[1], self.selection.shares.flatten()
+            return add_rows(states.flatten(0, 1), self._rows, shares, count=batch * count).unflatten(0, (batch, count))
         if self.selection is not None:
-            flat = add_rows(states.flatten(0, 1), self._rows, self.selection.weights.flatten())
+            flat = add_rows(states.flatten(0, 1), self._rows, self.selection.shares.flatten())
             states = flat.unflatten(0, (batch, tokens))
             if self.cls is not None and self.selection.cls is not None:
                 rows, at = torch.arange(batch, device=states.device), self.selection.cls.clamp(min=0)
@@ -152,12 +166,18 @@ class Change:
                 states = states.index_put((rows, at), torch.where(stands, self.cls.to(states), states[rows, at]))
         return gather_tokens(states, self.order)
 
+    @property
+    def _compact(self) -> bool:
+        """Whether all flows into what goes on, and nothing else takes a place there."""
+        return self.selection is not None and self.selection.lossless and self.selection.cls is None
+
     @cached_property
     def _rows(self) -> Tensor:
         assert self.selection is not None
-        if self.selection.lossless and len(self.selection.into) == 1:
-            return self.selection.into[0]
-        return rows_of(flat_columns(self.selection.into))
+        if not self._compact:
+            return rows_of(flat_columns(self.selection.targets))
+        landed = self.selection.landed
+        return landed[0] if len(landed) == 1 else flat_columns(landed, self.order.shape[1])
 
     def spread(self, states: Tensor, tokens: int) -> Tensor:
         """(B, N', D) back to (B, N, D): every token gets the row of the token that it flowed into."""
@@ -166,18 +186,19 @@ class Change:
     def columns(self, tokens: int) -> Tensor:
         """(B, N) the column in which each token goes on."""
         order = self.order
+        if self.selection is not None and self.selection.lossless:
+            return self.selection.landed
         column = torch.arange(order.shape[1], device=order.device).expand_as(order)
         inverse = order.new_zeros(order.shape[0], tokens).scatter_(1, order, column)
         if self.selection is None:
             return inverse
-        into = self.selection.into
-        if self.selection.lossless:
-            return inverse.gather(1, into)
+        into = self.selection.targets
         own = torch.arange(tokens, device=order.device).expand_as(inverse)
         return inverse.gather(1, torch.where(into < 0, own, into))
 
 
-def flat_columns(into: Tensor) -> Tensor:
-    """(B * N,) rows of the flattened batch that the columns of (B, N) name; -1 stays."""
-    first = torch.arange(into.shape[0], device=into.device)[:, None] * into.shape[1]
+def flat_columns(into: Tensor, width: int | None = None) -> Tensor:
+    """(B * N,) rows of a flattened batch of so many columns a row (None: N) that the columns of (B, N) name; -1
+    stays."""
+    first = torch.arange(into.shape[0], device=into.device)[:, None] * (into.shape[1] if width is None else width)
     return torch.where(into < 0, into, into + first).flatten()

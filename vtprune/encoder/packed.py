@@ -144,13 +144,13 @@ class PackedEncoding(Encoding):
         goes = weights = None
         if selection.flows:
             # What is kept flows into itself: one transfer says both.
-            both = torch.stack([selection.keep.long(), selection.into]).cpu().numpy()
+            both = torch.stack([selection.keep.long(), selection.targets]).cpu().numpy()
             keep, into = both[0].astype(bool), both[1]
             goes = np.full(len(self._entry), -1, dtype=np.int64)
             for row, count in enumerate(self.counts):
                 stands, target = self._stands[row], into[row, :count]
                 goes[stands[:count]] = np.where(target < 0, -1, stands[np.maximum(target, 0)])
-            weights = self._in_sequence(selection.weights.float())
+            weights = self._in_sequence(selection.shares.float())
         else:
             keep = selection.keep.cpu().numpy()
         stays = np.zeros(len(self._entry), dtype=bool)

@@ -44,6 +44,9 @@ class PaddedEncoding(Encoding):
         query, key, value = (split_heads(tapped(self.taps, name), self.heads) for name in ("q", "k", "v"))
         return query, key, value
 
+    def key_bias(self, index: int) -> Tensor | None:
+        return self._cuts[index].bias
+
     def hidden(self, states: Tensor) -> Tensor:
         return states
 
@@ -83,15 +86,16 @@ class PaddedEncoding(Encoding):
                     "FlashAttention cannot weigh keys by the tokens that they stand for; load the model with "
                     "attn_implementation='sdpa'"
                 )
-            bias = torch.cat([bias.new_zeros(bias.shape[0], self.prefix), bias], dim=1)
+            bias = torch.nn.functional.pad(bias, (self.prefix, 0))
         return Cut(change, valid, bias)
 
     def _mask(self, states: Tensor, valid: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.flash and valid is not None:
             return valid.to(states.device)
-        mask = torch.zeros(states.shape[:2], dtype=states.dtype, device=states.device)
-        if bias is not None:
-            mask = bias.to(mask)
+        if bias is None:
+            mask = torch.zeros(states.shape[:2], dtype=states.dtype, device=states.device)
+        else:
+            mask = bias.to(states)
         if valid is not None:
             mask = mask.masked_fill(~valid.to(mask.device), torch.finfo(states.dtype).min)
         return mask[:, None, None, :].expand(-1, 1, states.shape[1], -1)

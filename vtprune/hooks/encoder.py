@@ -194,7 +194,7 @@ class EncoderHooks:
             selection = replace(
                 selection,
                 keep=selection.keep & encoding.visible,
-                into=selection.into.masked_fill(hidden, -1),
+                into=None if selection.into is None else selection.into.masked_fill(hidden, -1),
                 lossless=False,
             )
         if any(whole) or not encoding.full or encoding.visible is not None:

@@ -126,11 +126,17 @@ class Known:
 
 @dataclass(frozen=True)
 class Held:
-    """The columns (n,) of a layer that hold a row's tokens, and their places, there and on the host."""
+    """The columns (n,) of a layer that hold a row's tokens, and their places, there and on the host; whole: whether
+    these are all columns."""
 
     columns: Tensor
     places: Tensor
     known: Ints
+    whole: bool
+
+    def of(self, values: Tensor) -> Tensor:
+        """(H, n, ...) in these columns, of values (H, K, ...)."""
+        return values if self.whole else values[:, self.columns.to(values.device)]
 
 
 @dataclass(frozen=True)
@@ -168,13 +174,12 @@ class Watch(Observer):
         query = adapter.decoder_query(view.taps, view.embeddings)
         slots, asked = layer.slots, view.places
         scores = layer.values_of(SCORES)
-        density = layer.aux.get(DENSITY, torch.zeros(run.prompt.batch, 1, device=query.device)).clone()
+        densities: dict[int, Tensor] = {}
         for row in self.rows:
             held, own = self._places(row, slots, 0), self._places(row, asked, offset)
-            columns = held.columns.to(query.device)
             sums = attention_sums(
-                query=query[row][:, own.columns.to(query.device)],
-                key=layer.keys[row][:, columns],
+                query=own.of(query[row]),
+                key=held.of(layer.keys[row]),
                 asked=own.places.to(query.device),
                 places=held.places.to(query.device),
                 scale=adapter.decoder_scale,
@@ -184,9 +189,17 @@ class Watch(Observer):
             if row in self.prompts and index in self.of.dense:
                 later = (held.known >= offset).nonzero()[0]
                 new = sums[..., torch.from_numpy(later).to(query.device)] if offset else sums
-                density[row] = self.pruner.density(check_scores(new, self.pruner.name))
-            scores[row].index_add_(1, columns, sums.sum(dim=1))
-        layer.aux[DENSITY] = density
+                densities[row] = self.pruner.density(check_scores(new, self.pruner.name))
+            if held.whole:
+                scores[row].add_(sums.sum(dim=1))
+            else:
+                scores[row].index_add_(1, held.columns.to(query.device), sums.sum(dim=1))
+        if densities:
+            known = layer.aux.get(DENSITY)
+            density = torch.zeros(run.prompt.batch, 1, device=query.device) if known is None else known.clone()
+            for row, value in densities.items():
+                density[row] = value
+            layer.aux[DENSITY] = density
         if index in self.of.cut:
             layer.entries[SCORES] = scores
 
@@ -211,6 +224,7 @@ class Watch(Observer):
                 torch.from_numpy(columns).to(device),
                 torch.from_numpy(places[columns]).to(device),
                 places[columns],
+                whole=len(columns) == len(places),
             )
         return self._held[key]
 
@@ -225,21 +239,21 @@ class Watch(Observer):
             answers = {row: self.pruner.evict(self._row(run, row)) for row in rows}
         # Before anything is cut by them.
         run.checks.settle()
-        for order, index in enumerate(cut):
-            self._apply(run.entries(index), {row: answer[order] for row, answer in answers.items()})
-        aux = books(run.layers).aux
-        aux[CUTS][rows] += 1
-        if self.pruner.evicts_again:
-            return
         left = self.known.images.copy()
         left[rows] = 0
-        if left.any():
-            aux[IMAGES] = torch.from_numpy(left).to(run.prompt.device)
-        else:
-            # Nothing is left to cut: later steps are those of any other cache.
+        ends = not self.pruner.evicts_again and not left.any()
+        for order, index in enumerate(cut):
+            layer = run.entries(index)
+            if ends:
+                # Nothing is left to cut: later steps are those of any other cache.
+                layer.entries.pop(SCORES, None)
+            self._apply(layer, {row: answer[order] for row, answer in answers.items()})
+        aux = books(run.layers).aux
+        aux[CUTS][rows] += 1
+        if ends:
             del aux[IMAGES]
-            for index in cut:
-                run.entries(index).entries.pop(SCORES, None)
+        elif not self.pruner.evicts_again:
+            aux[IMAGES] = torch.from_numpy(left).to(run.prompt.device)
 
     def _guard(self, run: DecoderRun, layers: list[PrunedLayer]) -> None:
         first = 0 if self.pruner.evicts_again else int(np.flatnonzero(self.known.images.any(axis=0))[0])
@@ -263,16 +277,16 @@ class Watch(Observer):
         held = self._places(row, layer.slots, 0)
         if id(held) not in self._images:
             self._images[id(held)] = held, self.known.images[row][held.known]
-        images, columns = self._images[id(held)][1], held.columns.to(layer.keys.device)
+        images = self._images[id(held)][1]
         state = {
             name.removeprefix(STATE): float(values[row])
             for (own, name), values in self.known.states.items()
             if own == index
         }
         return CacheEntries(
-            key=layer.keys[row][:, columns],
-            value=layer.values[row][:, columns],
-            scores=layer.values_of(SCORES)[row][:, columns],
+            key=held.of(layer.keys[row]),
+            value=held.of(layer.values[row]),
+            scores=held.of(layer.values_of(SCORES)[row]),
             images=images,
             index=index,
             state={name: value for name, value in state.items() if not math.isnan(value)},
@@ -286,17 +300,19 @@ class Watch(Observer):
         assert layer.keys is not None
         assert layer.values is not None
         heads, device = layer.keys.shape[1], layer.keys.device
-        slots = _head_slots(layer)
         kept = []
-        for row in range(len(slots)):
-            columns, answer = self._places(row, layer.slots, 0).columns.to(device), answers.get(row)
-            if answer is not None:
-                answer.check(columns.numel())
-            kept.append(columns.expand(heads, -1) if answer is None else columns[answer.kept])
+        for row in range(len(layer.keys)):
+            held, answer = self._places(row, layer.slots, 0), answers.get(row)
+            columns = held.columns.to(device)
+            if answer is None:
+                kept.append(columns.expand(heads, -1))
+                continue
+            answer.check(columns.numel())
+            kept.append(answer.kept if held.whole else columns[answer.kept])
         if len(kept) == 1:
-            self._apply_alone(layer, answers[0], kept[0], slots)
+            self._apply_alone(layer, answers[0], kept[0])
             return
-        columns = _pad_left(kept)
+        columns, slots = _pad_left(kept), _head_slots(layer)
         index = columns.clamp(min=0)
         wide = index[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
         keys, values = layer.keys.gather(2, wide), layer.values.gather(2, wide)
@@ -307,18 +323,22 @@ class Watch(Observer):
                 keys[row, :, -width:], values[row, :, -width:] = answer.key.to(keys), answer.value.to(values)
                 entries[MERGED][row, :, -width:] += answer.merged
                 _remember(layer, row, answer.state)
-        layer.cut_heads(keys, values, slots.gather(2, index).masked_fill(columns < 0, -1), entries)
+        left = slots.gather(2, index).masked_fill(columns < 0, -1)
+        layer.cut_heads(keys, values, left, entries=entries, real=[one.shape[1] for one in kept])
 
-    def _apply_alone(self, layer: PrunedLayer, answer: Eviction | None, columns: Tensor, slots: Tensor) -> None:
+    def _apply_alone(self, layer: PrunedLayer, answer: Eviction | None, columns: Tensor) -> None:
         """The same for the one row of a cache, which needs no padding; columns: (H, m) of what stays."""
         assert answer is not None
         assert layer.keys is not None
         assert layer.values is not None
-        entries = {name: layer.values_of(name).gather(2, columns[None]) for name in {*layer.entries, MERGED}}
-        entries[MERGED] = entries[MERGED] + answer.merged
+        entries = {name: layer.values_of(name).gather(2, columns[None]) for name in layer.entries}
+        merged = answer.merged[None]
+        entries[MERGED] = entries[MERGED] + merged if MERGED in entries else merged
         _remember(layer, 0, answer.state)
         keys, values = answer.key.to(layer.keys)[None], answer.value.to(layer.values)[None]
-        layer.cut_heads(keys, values, slots.gather(2, columns[None]), entries)
+        # Where nothing was dropped so far, columns are places.
+        heads = columns[None] if layer.places is None else _head_slots(layer).gather(2, columns[None])
+        layer.cut_heads(keys, values, heads, entries=entries, real=[columns.shape[1]])
 
 
 def _numbered(known: Ints, new: list[ImageSpan]) -> Ints:

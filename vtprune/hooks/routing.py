@@ -25,6 +25,7 @@ from vtprune.method.stages import InLayers
 from vtprune.method.views import RoutedTokens
 from vtprune.report.trail import Routed, RoutedText
 from vtprune.tensors.attention import full_precision
+from vtprune.tensors.compaction import gather_tokens, pick
 
 
 class RoutedLayers:
@@ -72,19 +73,30 @@ class RoutedLayers:
 
     def norm(self, index: int) -> Callable[[Tensor], Tensor]:
         """The norm before the attention of a layer."""
-        return self.adapter.decoder_norm(self._modules[index])
+        return self.adapter.decoder_normed(self._modules[index])
 
     def routed_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of a layer for the tokens that it computes; the others come back as they were."""
-        run = self._state.running
-        shaper = run.shaper if isinstance(run, DecoderRun) else None
-        packed = shaper.packed if isinstance(shaper, Routing) else None
+        routing = self._under_way()
+        packed = None if routing is None else routing.packed
         if packed is None:
             return forward(*args, **kwargs)
         output = packed.states if packed.empty else forward(*args, **{**kwargs, GATE: packed.gate})
         if isinstance(output, tuple):
             return (packed.unpack(output[0]), *output[1:])
         return packed.unpack(output)
+
+    def norm_forward(self, forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+        """The forward of the norm before a routed layer's attention, which a method that reads normed tokens may have
+        run already."""
+        routing = self._under_way()
+        known = None if routing is None else routing.normed
+        return known[1] if known is not None and known[0] is states else forward(states)
+
+    def _under_way(self) -> Routing | None:
+        run = self._state.running
+        shaper = run.shaper if isinstance(run, DecoderRun) else None
+        return shaper if isinstance(shaper, Routing) else None
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Takes the gate from the arguments, which gradient checkpointing hands to the layer again, for its MLP."""
@@ -101,12 +113,14 @@ class Routing(Shaper):
     """The routed layers of one forward: they are given the tokens that they compute, which their forward puts back
     among the others (`RoutedLayers.routed_forward`).
 
-    packed: what the layer under way computes, None where it is not routed.
+    packed: what the layer under way computes, None where it is not routed; normed: what goes into its norm and what
+    comes out, where the method asked for that.
     """
 
     def __init__(self, of: RoutedLayers, pruner: InLayers, recording: Recording, lessons: Lessons) -> None:
         self._of, self._pruner, self._recording, self._lessons = of, pruner, recording, lessons
         self.packed: Packed | None = None
+        self.normed: tuple[Tensor, Tensor] | None = None
         # Kept while the run lives: slots and masks are known by the identity of these places.
         self._layouts: dict[int, Layout] = {}
         self._marked: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
@@ -115,7 +129,7 @@ class Routing(Shaper):
     def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
         """Of the tokens alive those that a routed layer computes."""
         entering = run.alive_at(index, states)
-        self.packed = None
+        self.packed = self.normed = None
         if index not in self._of.layers:
             return entering
         places = entering.layout.places
@@ -125,9 +139,25 @@ class Routing(Shaper):
             return entering
         own = columns
         if places is not None:
-            own = places.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+            own = pick(places, columns)
         self._layouts[index] = Layout(own, ragged=len(own) > 1)
-        return replace(entering, layout=self._layouts[index], states=self.packed.inside)
+        inside = self.packed.inside
+        if self.normed is not None:
+            self.normed = inside, gather_tokens(self.normed[1], columns)
+        return replace(entering, layout=self._layouts[index], states=inside)
+
+    def _norm(self, index: int) -> Callable[[Tensor], Tensor]:
+        """The norm of a layer. The layer takes what it made; where gradients are recorded a checkpoint may run the
+        layer again, and then has to find it as it was."""
+        norm = self._of.norm(index)
+
+        def normed(states: Tensor) -> Tensor:
+            found = norm(states)
+            if not torch.is_grad_enabled():
+                self.normed = states, found
+            return found
+
+        return normed
 
     def _routes(self, run: DecoderRun, index: int, entering: Entering) -> Routes:
         """Which of the tokens alive a layer computes."""
@@ -155,7 +185,7 @@ class Routing(Shaper):
             spared[span.row] += max(0, span.kept.numel() - budget)
         return RoutedTokens(
             hidden=entering.states,
-            norm=self._of.norm(index),
+            norm=self._norm(index),
             real=real,
             image=image,
             text=text,
@@ -186,7 +216,7 @@ class Routing(Shaper):
             real, images = run.prompt.real().to(device), torch.from_numpy(image).to(device)
             if places is not None:
                 real = real.gather(1, places.clamp(min=0)) & (places >= 0)
-                images = images.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
+                images = pick(images, places)
             self._marked = places, real, images, images < 0
         return self._marked[1:]
 

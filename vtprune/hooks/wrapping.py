@@ -128,6 +128,8 @@ class Wrapping(Installed):
                 self.after(layer, functools.partial(hooks.after_layer, index))
             if index in routing.layers:
                 self.override(layer, "forward", functools.partial(routing.routed_forward, layer.forward))
+                norm = adapter.decoder_norm(layer)
+                self.override(norm, "forward", functools.partial(routing.norm_forward, norm.forward))
                 self.before(adapter.decoder_attention(layer), routing.before_attention)
                 self.after(adapter.decoder_mlp(layer), routing.after_mlp)
             if index in hooks.adding:

@@ -141,16 +141,16 @@ class EncoderSelection:
 
     keep: (B, N) bool. into: (B, N) int64, the column that each token's vector flows into: its own for a kept
     token, that of a kept token for one that is merged, -1 for one that is dropped. weights: (B, N) the share of
-    each token in that vector. cls: (B,) int64, the kept column whose vector the CLS token's own vector replaces,
-    -1 for none. counts: how many of each image are kept, where the method knows; flows: whether anything flows into
-    another token, is rescaled, or takes a token's place, where it knows; sound: that `into` names itself for a kept
-    token and a kept one or nothing for any other by the way it was made; lossless: that nothing is dropped, and no
-    image padded. What is not known the device is asked for.
+    each token in that vector. Both are None where nothing flows. cls: (B,) int64, the kept column whose vector the CLS
+    token's own vector replaces, -1 for none. counts: how many of each image are kept, where the method knows; flows:
+    whether anything flows into another token, is rescaled, or takes a token's place, where it knows; sound: that
+    `into` names itself for a kept token and a kept one or nothing for any other by the way it was made; lossless: that
+    nothing is dropped, and no image padded. What is not known the device is asked for.
     """
 
     keep: Tensor
-    into: Tensor
-    weights: Tensor
+    into: Tensor | None = None
+    weights: Tensor | None = None
     cls: Tensor | None = None
     counts: tuple[int, ...] | None = None
     flows: bool | None = None
@@ -160,9 +160,25 @@ class EncoderSelection:
     @classmethod
     def drop(cls, keep: Tensor, counts: tuple[int, ...] | None = None) -> EncoderSelection:
         """Nothing flows: what (B, N) `keep` leaves out is dropped; counts: how many of each image it keeps."""
-        column = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-        shares = torch.ones(keep.shape, device=keep.device)
-        return cls(keep, column.masked_fill(~keep, -1), shares, counts=counts, flows=False, sound=True)
+        return cls(keep, counts=counts, flows=False, sound=True)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """(B, N) `into`, made where it is None."""
+        if self.into is not None:
+            return self.into
+        column = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
+        return column.masked_fill(~self.keep, -1)
+
+    @cached_property
+    def landed(self) -> Tensor:
+        """(B, N) the column, among those that are kept, that each token flows into, where nothing is dropped."""
+        return (self.keep.cumsum(dim=1) - 1).gather(1, self.targets)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """(B, N) `weights`, made where they are None."""
+        return torch.ones(self.keep.shape, device=self.keep.device) if self.weights is None else self.weights
 
     def settled(self) -> EncoderSelection:
         """The same with `counts` and `flows`, for which the device is asked once."""
@@ -175,8 +191,8 @@ class EncoderSelection:
         return replace(self, counts=tuple(found[:-1]), flows=bool(found[-1]))
 
     def _flows(self) -> Tensor:
-        moved = (self.into >= 0) & ~self.keep
-        rescaled = self.keep & (self.weights != 1)
+        moved = (self.targets >= 0) & ~self.keep
+        rescaled = self.keep & (self.shares != 1)
         found = (moved | rescaled).any()
         return found if self.cls is None else found | (self.cls >= 0).any()
 
@@ -186,10 +202,11 @@ class EncoderSelection:
         whole = torch.tensor(spared, device=valid.device)
         rows = whole[:, None]
         column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+        flows = self.into is not None
         return EncoderSelection(
             torch.where(rows, valid, self.keep & valid),
-            torch.where(rows, column, self.into).masked_fill(~valid, -1),
-            torch.where(rows, 1.0, self.weights.float()),
+            torch.where(rows, column, self.targets).masked_fill(~valid, -1) if flows else None,
+            torch.where(rows, 1.0, self.shares.float()) if flows else None,
             None if self.cls is None else self.cls.masked_fill(whole, -1),
             counts=self.counts
             and tuple(n if spare else own for spare, n, own in zip(spared, alive, self.counts, strict=True)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,15 @@ def top(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def top_mask(scores: Tensor, count: Tensor, valid: Tensor) -> Tensor:
-    """The `count` (B,) best valid tokens of each row of (B, N) scores: (B, N) bool; ties: the lowest."""
-    order = scores.masked_fill(~valid, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(dim=-1)
-    return (rank < count[:, None]) & valid
+def top_mask(scores: Tensor, counts: Sequence[int], valid: Tensor | None) -> Tensor:
+    """The `counts` (B,) best valid tokens of each row of (B, N) scores, `valid` (B, N) or None for all: (B, N) bool;
+    ties: the lowest."""
+    scores = scores if valid is None else scores.masked_fill(~valid, float("-inf"))
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    best = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if min(counts) == max(counts):
+        best.scatter_(1, order[:, : counts[0]], True)
+    else:
+        column = torch.arange(order.shape[1], device=order.device)
+        best.scatter_(1, order, column < torch.tensor(counts, device=order.device)[:, None])
+    return best if valid is None else best & valid

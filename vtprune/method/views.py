@@ -110,6 +110,8 @@ class EncoderLayer:
         are not `valid`; () for none.
     hidden: (B, P + N * group, D) hidden states after the layer (before its MLP for a method that merges there),
         laid out as query, key and value; None if no method asks (`Read.HIDDEN`).
+    bias: (B, P + N * group) what its attention added to the logits of each key for the tokens that this stands for;
+        None where it added nothing, or that is not at hand (it is the logarithm of `sizes`).
     """
 
     query: Tensor
@@ -130,6 +132,7 @@ class EncoderLayer:
     alive: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
     unseen: tuple[int, ...] = ()
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.alive:
@@ -241,11 +244,16 @@ class RoutedTokens:
         """(B,) how many tokens a layer computes that computes all text and the budgets, where that is known."""
         return tuple(self.text.shape[1] - spared for spared in self.spared) or None
 
+    @property
+    def complete(self) -> bool:
+        """Whether the budgets leave nothing out, so that scores choose nothing."""
+        return bool(self.spared) and max(self.spared) == 0
+
     def best(self, scores: Tensor) -> Routes:
         """All text, and of each image its budget of the tokens with the highest scores (B, n), ties to the lowest
         index."""
         counts = self.counts
-        if counts is not None and min(counts) == self.text.shape[1]:
+        if self.complete:
             return Routes(counts=counts)
         if counts is not None and self.budgets.shape[1] == 1 and min(counts) == max(counts):
             return Routes(columns=best_columns(scores, self.text, counts[0]), counts=counts)

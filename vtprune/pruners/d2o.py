@@ -113,17 +113,20 @@ def merge_evicted(
     tau = average if threshold is None else (threshold + average) / 2
     decisive = alike.mean(dim=0, keepdim=True).expand_as(alike) if by_order else alike
     passed = decisive >= tau
-    # (H, m, e): a product rather than an indexed sum, whose order of additions would not be fixed on a GPU.
+    # (H, m, e): a product rather than an indexed sum, whose order of additions would not be fixed on a GPU. Counts are
+    # whole numbers, which any order sums up alike.
     weights = torch.zeros_like(cosines.mT).scatter(1, nearest[:, None], (alike * passed)[:, None])
-    arrived = torch.zeros_like(weights).scatter(1, nearest[:, None], passed[:, None].to(weights)).sum(dim=2)
+    arrived = torch.zeros_like(weights[..., 0]).scatter_add(1, nearest, passed.to(weights))
     merged = arrived.new_zeros(key.shape[:2]).scatter(1, kept, arrived)
-    states = []
-    for state in (at_least_single(key), at_least_single(value)):
-        own = state.gather(1, kept[..., None].expand(wide))
-        flow = weights.to(state) @ state.gather(1, evicted[..., None].expand(wide))
-        mean = torch.where(arrived[..., None] > 0, (own + flow) / (1 + arrived[..., None]), own)
-        states.append(state.scatter(1, kept[..., None].expand(wide), mean))
-    return states[0], states[1], merged, tau
+    states = at_least_single(torch.cat([key, value], dim=2))
+    wide = (-1, -1, states.shape[-1])
+    places = kept[..., None].expand(wide)
+    # Where nothing arrives, nothing is added and the sum is divided by one.
+    sums = torch.baddbmm(
+        states.gather(1, places), weights.to(states), states.gather(1, evicted[..., None].expand(wide))
+    )
+    states = states.scatter(1, places, sums / (1 + arrived[..., None]))
+    return states[..., : key.shape[-1]], states[..., key.shape[-1] :], merged, tau
 
 
 # Entries at the start of the row that text=True never evicts (attention sinks).
@@ -333,13 +336,14 @@ class _Cut:
         """What is left, None if that is all of it."""
         if self._left == self._stays.shape[1] and not always:
             return None
-        kept = torch.sort((~self._stays).to(torch.uint8), dim=1, stable=True).indices[:, : self._left]
+        stays = self._stays.to(torch.uint8)
+        kept = torch.sort(stays, dim=1, descending=True, stable=True).indices[:, : self._left]
         rows = torch.arange(len(kept), device=kept.device)[:, None]
         return Eviction(
             kept=kept,
             key=self._key[rows, kept],
             value=self._value[rows, kept],
-            merged=self._merged[rows, kept],
+            merged=self._merged.gather(1, kept),
             state=state,
             sound=True,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import reduce, repeat
 from torch import Tensor
@@ -29,30 +30,40 @@ def flow_score(attention: Tensor, semantic: Tensor | None, density: Tensor) -> T
     """
     if semantic is None:
         return attention * density
-    attention, semantic = (part / part.sum(dim=-1, keepdim=True) for part in (attention, semantic))
-    return (attention + semantic) * density
+    return (shares(attention) + shares(semantic)) * density
 
 
-def prune_count(attention: Tensor, alive: Tensor, budget: Tensor, remaining: int) -> Tensor:
-    """How many tokens each image loses now: (B,) int64, from the entropy of (B, N) attention (0 on padding).
+def shares(attention: Tensor) -> Tensor:
+    """(B, N) attention rescaled to sum to 1."""
+    return attention / attention.sum(dim=-1, keepdim=True)
 
-    (alive - budget) / sqrt(remaining) * (1 - e**2), e the entropy over ln(alive); budget: tokens left in the
-    end; remaining: layers that may still prune, at least 1.
+
+def entropies(shares: Tensor) -> list[float]:
+    """(B,) the entropy, in nats, of shares (B, N) that sum to 1 (0 on padding), on the host."""
+    found: list[float] = torch.xlogy(shares, shares).sum(dim=-1).neg().tolist()
+    return found
+
+
+def prune_count(entropy: float, alive: int, budget: int, remaining: int) -> int:
+    """How many tokens an image loses now, by the entropy of the attention to those that are `alive`.
+
+    (alive - budget) / sqrt(remaining) * (1 - e**2), e the entropy over ln(alive), in fp32 as released; budget: tokens
+    left in the end; remaining: layers that may still prune, at least 1. Nothing where the entropy is no number.
     """
-    share = attention / attention.sum(dim=-1, keepdim=True)
-    entropy = -torch.xlogy(share, share).sum(dim=-1) / alive.clamp(min=2).float().log()
-    excess = (alive - budget).clamp(min=0)
-    return (excess / remaining**0.5 * (1 - entropy**2)).round().long().clamp(min=0)
+    focused = np.float32(1) - (np.float32(entropy) / np.log(np.float32(max(2, alive)))) ** 2
+    count = np.float32(max(0, alive - budget)) / np.float32(remaining**0.5) * focused
+    return max(0, int(count.round())) if np.isfinite(count) else 0
 
 
 def encoder_signals(layer: EncoderLayer) -> tuple[Tensor, Tensor]:
-    """Attention strength and score of each token at one encoder layer, both (B, N) fp32, 0 on padding."""
+    """Attention strength and score of each token at one encoder layer, both (B, N) fp32, 0 on padding; with a CLS
+    token the former sums to 1."""
     alive, value = None, layer.value.float()
     if not layer.full:
         patches = repeat(layer.valid, "b n -> b (n g)", g=layer.group)
         alive = torch.nn.functional.pad(patches, (layer.prefix, 0), value=True)
         value = value.where(alive[:, None, :, None], 0)
-    density = value.mean(dim=1).abs().sum(dim=-1)[:, layer.prefix :]
+    density = torch.linalg.vector_norm(value.mean(dim=1), ord=1, dim=-1)[:, layer.prefix :]
     semantic = None
     if layer.prefix:
         query = layer.query[:, :, :1]
@@ -67,14 +78,17 @@ def encoder_signals(layer: EncoderLayer) -> tuple[Tensor, Tensor]:
         query = states.sum(dim=2, keepdim=True) / count
     rows = attention_rows(query, layer.key, layer.scale, alive)
     attention = rows[:, :, 0, layer.prefix :].mean(dim=1)
-    score = flow_score(attention, semantic, density)
+    if semantic is None:
+        score = attention * density
+    else:
+        attention = shares(attention)
+        score = (attention + shares(semantic)) * density
 
     def pool(scores: Tensor) -> Tensor:
         tokens = scores if layer.group == 1 else reduce(scores, "b (n g) -> b n", "mean", g=layer.group)
         return tokens if layer.full else tokens.where(layer.valid, 0)
 
-    # What is no number in the attention is none in the score that is made of it.
-    return pool(attention), check_scores(pool(score), "flowcut")
+    return pool(attention), pool(score)
 
 
 def decoder_score(layer: DecoderLayer) -> Tensor:
@@ -168,20 +182,25 @@ class FlowCut(InEncoder, BetweenLayers):
         remaining = layer.depth - 1 - layer.index - (layer.prefix > 0)
         if remaining < 0 or all(n <= budget for n, budget in zip(layer.alive, layer.budgets, strict=True)):
             return None
-        alive = torch.tensor(layer.alive, device=layer.valid.device)
         attention, score = encoder_signals(layer)
         past = layer.memory.get(MEMORY)
-        score = score if past is None else (past + score) * 0.5
+        # Each layer's mean of the past and its own score, times a power of two, which orders tokens the same.
+        score = score if past is None else torch.add(past, score, alpha=2.0 ** (layer.index - 1))
+        score = score if layer.full else score.where(layer.valid, 0)
         layer.memory[MEMORY] = score
         if remaining % 2:
             return None
-        if remaining == 0:
-            left = tuple(map(min, layer.alive, layer.budgets))
-            return EncoderSelection.drop(top_mask(score, layer.budget, layer.valid), left)
-        count = prune_count(attention, alive, layer.budget, remaining)
-        if self.variant == "released":
-            count = count.max()
-        return EncoderSelection.drop(top_mask(score, (alive - count).maximum(layer.budget), layer.valid))
+        # What is no number in the attention, or in an earlier layer's score, is none here.
+        score = check_scores(score, self.name)
+        left = tuple(map(min, layer.alive, layer.budgets))
+        if remaining:
+            share = attention if layer.prefix else shares(attention)
+            ends = zip(entropies(share), layer.alive, layer.budgets, strict=True)
+            counts = [prune_count(*own, remaining) for own in ends]
+            if self.variant == "released":
+                counts = [max(counts)] * len(counts)
+            left = tuple(max(n - lost, end) for n, lost, end in zip(layer.alive, counts, left, strict=True))
+        return EncoderSelection.drop(top_mask(score, left, None if layer.full else layer.valid), left)
 
     def drop_layers(self) -> tuple[int, ...]:
         """Decoder layer 1, or the first one after it with attention, where there is a second stage."""

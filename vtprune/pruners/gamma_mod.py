@@ -182,6 +182,8 @@ class GammaMoD(InLayers, Trained):
         """The tokens with the highest p, or those above a threshold, each with its gate; raises ScoreError for NaN."""
         logits = self.logits(tokens)
         gate = logits.softmax(dim=-1)[..., 1]
+        if tokens.complete and not self.released:
+            return Routes(gate=gate, loss=self._loss(logits, tokens.real, tokens) if tokens.training else None)
         scores = gate.detach() if tokens.whole else gate.detach().masked_fill(~tokens.real, 0.0)
         scores = check_scores(scores, self.name)
         decided = self._decided(scores, tokens)

@@ -42,45 +42,43 @@ def after(alive: int, most: int, layers: int) -> int:
 
 def bipartite(
     metric: Tensor, value: Tensor, valid: Tensor | None, count: Sequence[int], *, first: int, coefficient: float
-) -> tuple[Tensor, Tensor]:
-    """Sources (B, N) bool, `count` (B,) of them in each image, and into (B, N) int64: where they flow to.
+) -> Tensor:
+    """(B, N) int64 where each token flows to: `count` (B,) of each image into another one, all others into themselves.
 
     metric: (B, N, d) unit vectors; value: (B, N) semantic value; valid: (B, N) bool, padding on the right, None for
-    none. Every
-    second token from the column `first` on may flow into the one of the others whose cosine is highest; those
-    do where that cosine minus `coefficient` times their own value is highest. Ties go to the lowest index.
+    none. Every second token from the column `first` on may flow into the one of the others whose cosine is highest;
+    those do where that cosine minus `coefficient` times their own value is highest. Ties go to the lowest index.
+    Raises ScoreError for NaN.
     """
     batch, tokens = value.shape
     a, b = slice(first, None, 2), slice(1 - first, None, 2)
     cosines = torch.matmul(metric[:, a], metric[:, b].transpose(1, 2))
     if valid is not None:
+        value, cosines = check_scores(value, "turbo"), check_scores(cosines, "turbo")
         cosines = cosines.masked_fill(~valid[:, None, b], float("-inf"))
     best, partner = cosines.max(dim=-1)
-    score = best - coefficient * value[:, a]
-    if valid is not None:
-        score = score.masked_fill(~valid[:, a], float("-inf"))
+    score = torch.sub(best, value[:, a], alpha=coefficient)
+    # What is no number in the values, or in the vectors, is none in the score that is made of them.
+    score = check_scores(score, "turbo") if valid is None else score.masked_fill(~valid[:, a], float("-inf"))
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, : max(count)]
-    into = torch.arange(tokens, device=value.device).repeat(batch, 1)
-    sources = torch.zeros(batch, tokens, dtype=torch.bool, device=value.device)
-    if min(count) == max(count):
-        sources[:, a].scatter_(1, order, True)
-        into[:, a].scatter_(1, order, 2 * partner.gather(1, order) + (1 - first))
-        return sources, into
-    merges = torch.arange(max(count), device=value.device) < torch.tensor(count, device=value.device)[:, None]
-    sources[:, a].scatter_(1, order, merges)
-    into[:, a].scatter_(1, order, torch.where(merges, 2 * partner.gather(1, order) + (1 - first), 2 * order + first))
-    return sources, into
+    into = torch.arange(tokens, device=value.device)[None]
+    into = into if batch == 1 else into.repeat(batch, 1)
+    partner = 2 * partner.gather(1, order) + (1 - first)
+    if min(count) != max(count):
+        merges = torch.arange(max(count), device=value.device) < torch.tensor(count, device=value.device)[:, None]
+        partner = torch.where(merges, partner, 2 * order + first)
+    into[:, a].scatter_(1, order, partner)
+    return into
 
 
-def weighted_mean(sources: Tensor, into: Tensor, sizes: Tensor, valid: Tensor | None) -> EncoderSelection:
-    """Sources flow into their partners in proportion to the tokens that each one stands for; all (B, N), `valid` None
-    where there is no padding."""
+def weighted_mean(keep: Tensor, into: Tensor, sizes: Tensor, valid: Tensor | None) -> EncoderSelection:
+    """What is not kept flows `into` its partner in proportion to the tokens that each one stands for; all (B, N),
+    `valid` None where there is no padding."""
     own = sizes if valid is None else sizes.where(valid, 0)
-    sums = torch.zeros_like(sizes).scatter_add_(1, into, own)
-    weights = sizes / sums.gather(1, into).clamp(min=1)
+    sums = torch.zeros_like(sizes).scatter_add_(1, into, own).gather(1, into)
     if valid is None:
-        return EncoderSelection(~sources, into, weights, lossless=True)
-    return EncoderSelection(valid & ~sources, into.masked_fill(~valid, -1), weights)
+        return EncoderSelection(keep, into, sizes / sums, lossless=True)
+    return EncoderSelection(valid & keep, into.masked_fill(~valid, -1), sizes / sums.clamp(min=1))
 
 
 SCALE = 30
@@ -202,16 +200,16 @@ class Turbo(InEncoder):
         remaining = (self.layers or layer.depth) - layer.index
         counts = [self._count(*sizes, remaining) for sizes in zip(layer.alive, layer.budgets, strict=True)]
         left = tuple(alive - merging for alive, merging in zip(layer.alive, counts, strict=True))
-        value = check_scores(saliency(layer, sized=self.merge), self.name)
-        metric = check_scores(mean_keys(layer), self.name)
+        value, metric = saliency(layer, sized=self.merge), mean_keys(layer)
         coefficient = self._coefficient(layer.index)
         valid = None if layer.full else layer.valid
         # With CLS in the first place every second token is at an odd one.
         first = int(layer.prefix > 0)
-        sources, into = bipartite(metric, value, valid, counts, first=first, coefficient=coefficient)
+        into = bipartite(metric, value, valid, counts, first=first, coefficient=coefficient)
+        keep = into == torch.arange(into.shape[1], device=into.device)
         if not self.merge:
-            return EncoderSelection.drop(layer.valid & ~sources, left)
-        found = weighted_mean(sources, into, layer.sizes, valid)
+            return EncoderSelection.drop(layer.valid & keep, left)
+        found = weighted_mean(keep, into, layer.sizes, valid)
         return replace(found, counts=left, flows=any(counts), sound=True)
 
     def _coefficient(self, index: int) -> float:

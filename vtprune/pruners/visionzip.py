@@ -26,7 +26,7 @@ from vtprune.pruners.parts.patches import mean_keys, saliency
 class Zipped:
     """dominant, targets: (B, N) bool, the tokens that go on; into: (B, N) int64, for every other one the column of
     its target (kept tokens: their own), -1 on padding and where an image has no targets; counts, ends, lost: (B,)
-    how many go on, how many of these are targets, and how many do not go on."""
+    how many go on, how many of these are targets, and how many do not go on; whole: that `into` is nowhere -1."""
 
     dominant: Tensor
     targets: Tensor
@@ -34,6 +34,7 @@ class Zipped:
     counts: tuple[int, ...]
     ends: tuple[int, ...]
     lost: tuple[int, ...]
+    whole: bool = False
 
     def selection(self, *, merge: bool, cls: Sequence[bool] | None, among: Tensor | None = None) -> EncoderSelection:
         """What goes on: each target plus the mean of what flows into it, or the target as it is without `merge`.
@@ -42,27 +43,43 @@ class Zipped:
         token still flows into its target); among: (B, N) bool, which tokens may be that one, None for all.
         """
         keep = self.dominant | self.targets
-        column = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-        into = self.into if merge else column.masked_fill(~keep, -1)
-        flows = (into >= 0) & ~keep
-        counts = torch.zeros(keep.shape, device=keep.device).scatter_add_(1, into.clamp(min=0), flows.float())
-        weights = torch.where(flows, 1 / counts.gather(1, into.clamp(min=0)).clamp(min=1), 1.0)
+        gone = ~keep
+        into, weights = self._flow(gone) if merge else (None, None)
         merges = merge and any(end and left for end, left in zip(self.ends, self.lost, strict=True))
+        lossless = merge and self.whole
         if cls is None or not any(cls):
-            return EncoderSelection(keep, into, weights, counts=self.counts, flows=merges, sound=True)
-        free = ~keep if among is None else ~keep & among
-        place, stands = free.int().argmax(dim=1), torch.tensor(cls, device=keep.device)
-        keep = keep | ((column == place[:, None]) & stands[:, None])
+            return EncoderSelection(
+                keep, into, weights, counts=self.counts, flows=merges, sound=True, lossless=lossless
+            )
+        place = (gone if among is None else gone & among).int().argmax(dim=1)
+        stands = torch.tensor(cls, device=keep.device)
+        keep = keep | torch.zeros_like(keep).scatter_(1, place[:, None], stands[:, None])
         kept = tuple(n + (own and left > 0) for n, own, left in zip(self.counts, cls, self.lost, strict=True))
+        if into is None:
+            into = EncoderSelection.drop(~gone).targets
         return EncoderSelection(
-            keep, into, weights, place.masked_fill(~stands, -1), counts=kept, flows=True, sound=True
+            keep,
+            into,
+            weights,
+            place if all(cls) else place.masked_fill(~stands, -1),
+            counts=kept,
+            flows=True,
+            sound=True,
+            lossless=lossless,
         )
+
+    def _flow(self, gone: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N) where each token flows to, and its share there: what is `gone` (B, N) is averaged, then added."""
+        at = self.into if self.whole else self.into.clamp(min=0)
+        flows = gone if self.whole else gone & (self.into >= 0)
+        counts = torch.zeros(gone.shape, device=gone.device).scatter_add_(1, at, flows.float())
+        return self.into, torch.where(flows, counts.gather(1, at).clamp(min=1).reciprocal(), 1.0)
 
 
 def zip_tokens(
     scores: Tensor,
     metric: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     *,
     alive: Sequence[int],
     dominant: Sequence[int],
@@ -70,8 +87,8 @@ def zip_tokens(
 ) -> Zipped:
     """Which tokens go on, and where the others would flow to, in a batch of images.
 
-    scores: (B, N); metric: (B, N, d) unit vectors; valid: (B, N) bool, the `alive` (B,) first ones; dominant,
-    contextual: (B,) how many of each. The targets stand in the rest, in raster order, at 0, step, 2 step ...
+    scores: (B, N); metric: (B, N, d) unit vectors; valid: (B, N) bool, the `alive` (B,) first ones, None for all;
+    dominant, contextual: (B,) how many of each. The targets stand in the rest, in raster order, at 0, step, 2 step ...
     with step = max(1, rest // contextual); every other token of the rest flows into the target with the highest
     cosine. Ties go to the lowest index.
     """
@@ -79,25 +96,38 @@ def zip_tokens(
     others = [n - count for n, count in zip(alive, first, strict=True)]
     steps = [max(1, left // max(1, count)) for left, count in zip(others, contextual, strict=True)]
     ends_at = [min(count, -(-left // step)) for count, left, step in zip(contextual, others, steps, strict=True)]
-    chosen = top_mask(scores, _column(first, valid)[:, 0], valid)
+    chosen = top_mask(scores, first, valid)
+    most, counts = max(ends_at), tuple(map(operator.add, first, ends_at))
+    column = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    if most == 0:
+        none, nowhere = (0,) * len(others), column.masked_fill(~chosen, -1)
+        return Zipped(chosen, torch.zeros_like(chosen), nowhere, counts, ends=none, lost=tuple(others))
+    lost = tuple(left - end for left, end in zip(others, ends_at, strict=True))
+    if valid is None and min(first) == max(first) and min(ends_at) == most:
+        # All images alike: their targets stand in a row of as many columns each.
+        order = torch.sort(chosen.to(torch.uint8), dim=1, stable=True).indices
+        columns = order[:, : most * steps[0] : steps[0]]
+        targets = torch.zeros_like(chosen).scatter_(1, columns, True)
+        into = torch.where(chosen | targets, column, columns.gather(1, _cosines(metric, columns).argmax(dim=-1)))
+        return Zipped(chosen, targets, into, counts, ends=tuple(ends_at), lost=lost, whole=True)
+    valid = torch.ones_like(chosen) if valid is None else valid
     rest = valid & ~chosen
     rank, step = rest.cumsum(dim=1) - 1, _column(steps, valid)
     targets = rest & (rank % step == 0) & (rank // step < _column(contextual, valid))
-    column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-    most, counts = max(ends_at), tuple(map(operator.add, first, ends_at))
-    if most == 0:
-        none = (0,) * len(others)
-        return Zipped(chosen, targets, column.masked_fill(~chosen, -1), counts, ends=none, lost=tuple(others))
     columns = torch.sort((~targets).to(torch.uint8), dim=1, stable=True).indices[:, :most]
     there = targets.gather(1, columns)
-    ends = metric.gather(1, columns[..., None].expand(-1, -1, metric.shape[-1]))
-    cosines = torch.matmul(metric, ends.transpose(1, 2)).masked_fill(~there[:, None], float("-inf"))
+    cosines = _cosines(metric, columns).masked_fill(~there[:, None], float("-inf"))
     nearest = columns.gather(1, cosines.argmax(dim=-1))
     into = torch.where(rest & ~targets, nearest, column)
-    lost = tuple(left - end for left, end in zip(others, ends_at, strict=True))
     return Zipped(
         chosen, targets, into.masked_fill(~valid | (rest & ~there[:, :1]), -1), counts, ends=tuple(ends_at), lost=lost
     )
+
+
+def _cosines(metric: Tensor, columns: Tensor) -> Tensor:
+    """(B, N, m) of all tokens with those in the `columns` (B, m)."""
+    ends = metric.gather(1, columns[..., None].expand(-1, -1, metric.shape[-1]))
+    return torch.matmul(metric, ends.transpose(1, 2))
 
 
 def _column(numbers: Sequence[int], like: Tensor) -> Tensor:
@@ -197,9 +227,11 @@ class VisionZip(InEncoder):
         stands = [self.cls and bool(layer.prefix) and count >= 2 for count in dominant]
         patches = [count - cls for count, cls in zip(dominant, stands, strict=True)]
         metric = check_scores(mean_keys(layer), self.name)
-        alive, valid = layer.alive, layer.valid
-        found = zip_tokens(scores, metric, valid, alive=alive, dominant=patches, contextual=contextual)
-        among = valid if any(layer.unseen) else None
+        valid, unseen = None if layer.full else layer.valid, any(layer.unseen)
+        if unseen:
+            valid = layer.valid
+        found = zip_tokens(scores, metric, valid, alive=layer.alive, dominant=patches, contextual=contextual)
+        among = valid if unseen else None
         return found.selection(merge=self.merge, cls=stands if self.cls and layer.prefix else None, among=among)
 
     def flops(self, work: Work) -> int:

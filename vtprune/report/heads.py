@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtprune.cache.books import CacheLayer
 from vtprune.cache.names import MERGED
+from vtprune.cache.slots import Slots
 from vtprune.cache.states import StateLayer
 from vtprune.report.trail import ImageTrail
 
@@ -17,35 +18,43 @@ from vtprune.report.trail import ImageTrail
 class Heads(NamedTuple):
     """The heads of one cache layer of `length` places.
 
-    slots: (B, Hkv, K) the place of each head's entries, None while all hold the same; merged: (B, Hkv, k) how many
-    entries flowed into each of the first ones, or None.
+    heads, places: as in `PrunedLayer`; merged: (B, Hkv, k) how many entries flowed into each of the first ones, or
+    None.
     """
 
     length: int
-    slots: Tensor | None
+    heads: Tensor | None
+    places: Slots | None
     merged: Tensor | None
 
     @classmethod
     def of(cls, layer: CacheLayer) -> Heads:
         """What a layer's heads hold now."""
         if isinstance(layer, StateLayer):
-            return cls(0, None, None)
-        return cls(layer.length, layer.head_slots, layer.entries.get(MERGED))
+            return cls(0, None, None, None)
+        return cls(layer.length, layer.heads, layer.places, layer.entries.get(MERGED))
+
+    @property
+    def slots(self) -> Tensor | None:
+        """(B, Hkv, K) the place of each head's entries, None while all hold the same."""
+        return None if self.heads is None or self.places is None else self.places.after(self.heads)
 
     def tokens(self, image: ImageTrail) -> list[list[int]]:
         """The tokens of an image that each head holds, [] where all hold the same."""
-        if self.slots is None:
+        slots = self.slots
+        if slots is None:
             return []
         token = self._table(image)
-        found = (token[head[head >= 0]] for head in self.slots[image.row].cpu())
+        found = (token[head[head >= 0]] for head in slots[image.row].cpu())
         return [tokens[tokens >= 0].tolist() for tokens in found]
 
     def merged_into(self, image: ImageTrail) -> int:
         """How many entries flowed into those of an image, in all heads."""
-        if self.slots is None or self.merged is None:
+        slots = self.slots
+        if slots is None or self.merged is None:
             return 0
         counts = self.merged[image.row].cpu()
-        own = self._table(image)[self.slots[image.row, :, : counts.shape[1]].cpu()] >= 0
+        own = self._table(image)[slots[image.row, :, : counts.shape[1]].cpu()] >= 0
         return int(counts[own].sum())
 
     def _table(self, image: ImageTrail) -> Tensor:

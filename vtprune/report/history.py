@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -55,14 +56,14 @@ class Held:
 class CacheNote:
     """The cache after one forward.
 
-    rows: their `origins`; entries: of each layer, for every row (B,) or one int for all, padding left out; layers that
-    hold the same places share one tensor; whole: the same, had nothing been dropped. allocated: bytes of the cache's
-    tensors, padding included; waiting: of those beside it. step: which tokens returned, where any may. states: the
-    layers that hold a state in place of entries.
+    rows: their `origins`; entries: of each layer, padding left out, two numbers to be added, each (B,) or one int for
+    all rows; layers that hold the same places share them; whole: one number, had nothing been dropped. allocated:
+    bytes of the cache's tensors, padding included; waiting: of those beside it. step: which tokens returned, where any
+    may. states: the layers that hold a state in place of entries.
     """
 
     rows: Tensor | None
-    entries: tuple[Tensor | int, ...]
+    entries: tuple[tuple[Tensor | int, Tensor | int], ...]
     whole: Tensor | int
     allocated: int
     waiting: int
@@ -73,20 +74,9 @@ class CacheNote:
     def of(cls, layers: Sequence[CacheLayer], mask: Tensor | None) -> CacheNote:
         """Notes what the layers hold; `mask`: (B, length) with 0 where a token is padding, or None. Waits for no
         device."""
-        known: dict[tuple[int, int], Tensor | int] = {}
-        real, holding, book = None, entry_layers(layers), books(layers)
-        if mask is not None and any(layer.slots is not None for layer in holding):
-            slots = next(layer.slots for layer in holding if layer.slots is not None)
-            rows = torch.arange(len(slots), device=slots.device)[:, None]
-            real = rows, torch.nn.functional.pad(mask.to(slots.device).bool(), (0, 1))
-        for layer in holding:
-            key = id(layer.slots), layer.length
-            if key not in known:
-                known[key] = _entries(layer, mask, real)
-        entries = tuple(
-            0 if isinstance(layer, StateLayer) else known[id(layer.slots), layer.length] for layer in layers
-        )
-        whole = book.length if mask is None else mask[:, : book.length].sum(dim=1)
+        counted, holding, book = _Counted(mask), entry_layers(layers), books(layers)
+        entries = tuple((0, 0) if isinstance(layer, StateLayer) else counted.entries(layer) for layer in layers)
+        whole = counted.between(0, book.length)
         steps = book.log.steps if book.log is not None else ()
         waiting = sum(layer.waiting.bytes for layer in holding if layer.waiting is not None)
         waiting += sum(layer.aux[PLANES].nbytes for layer in holding if PLANES in layer.aux)
@@ -103,12 +93,15 @@ class CacheNote:
     def held(self, rows: Sequence[int]) -> Held:
         """What these rows of the cache hold."""
         known: dict[int, list[int]] = {}
-        for entries in (*self.entries, self.whole):
+        for entries in (*itertools.chain(*self.entries), self.whole):
             if id(entries) not in known:
                 known[id(entries)] = _counts(entries, rows)
         returned = [] if self.step is None else _returned(self.step, rows, len(self.entries))
         return Held(
-            entries=[list(known[id(entries)]) for entries in self.entries],
+            entries=[
+                [one + two for one, two in zip(known[id(start)], known[id(more)], strict=True)]
+                for start, more in self.entries
+            ],
             whole=known[id(self.whole)],
             returned=returned,
             allocated=self.allocated,
@@ -160,15 +153,40 @@ def _returned(step: Step, rows: Sequence[int], depth: int) -> list[list[int]]:
     return ((first <= layers) & (layers < until)).sum(dim=2).tolist()
 
 
-def _entries(layer: PrunedLayer, mask: Tensor | None, real: tuple[Tensor, Tensor] | None) -> Tensor | int:
-    slots = layer.slots
-    if slots is None:
-        return layer.length if mask is None else mask[:, : layer.length].sum(dim=1)
-    if real is None:
-        return (slots >= 0).sum(dim=1) if layer.ragged else slots.shape[1]
-    # Padding, at -1, takes the extra place.
-    rows, held = real
-    return held[rows, slots.clamp(max=held.shape[1] - 2) if layer.length >= held.shape[1] else slots].sum(dim=1)
+class _Counted:
+    """Counts entries that are no padding, by the `mask` (B, length) of all places, None where there is none."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self._mask = mask
+        self._between: dict[tuple[int, int], Tensor | int] = {}
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def between(self, first: int, end: int) -> Tensor | int:
+        """How many of the places from `first` to before `end` hold a token."""
+        if self._mask is None:
+            return end - first
+        if (first, end) not in self._between:
+            self._between[first, end] = self._mask[:, first:end].sum(dim=1)
+        return self._between[first, end]
+
+    def entries(self, layer: PrunedLayer) -> tuple[Tensor | int, Tensor | int]:
+        """Of a layer: those that its slots start with, which are counted once, and those that came to them."""
+        slots = layer.places
+        if slots is None:
+            return self.between(0, layer.length), 0
+        if slots.real is None:
+            slots.real = self._real(slots.start, ragged=layer.ragged)
+        return slots.real, self.between(slots.first, slots.first + slots.more)
+
+    def _real(self, places: Tensor, *, ragged: bool) -> Tensor | int:
+        if self._mask is None:
+            return (places >= 0).sum(dim=1) if ragged else places.shape[1]
+        if self._held is None:
+            # Padding, at -1, takes the extra place.
+            held = torch.nn.functional.pad(self._mask.to(places.device).bool(), (0, 1))
+            self._held = torch.arange(len(held), device=held.device)[:, None], held
+        rows, held = self._held
+        return held[rows, places.clamp(max=held.shape[1] - 2)].sum(dim=1)
 
 
 def _bytes(layer: CacheLayer) -> int:

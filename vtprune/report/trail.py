@@ -16,7 +16,7 @@ from vtprune.decoder.prompt import ImageSpan
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.answers import Computed, Merge
 from vtprune.method.kinds import Shown
-from vtprune.tensors.compaction import fill_index
+from vtprune.tensors.compaction import fill_index, pick
 
 # Merges, or what makes them once somebody asks.
 Merged = tuple[Merge, ...] | Callable[[], tuple[Merge, ...]]
@@ -64,7 +64,7 @@ class RoutedText:
         computed = self.computed.mask
         number = self.number.to(computed.device)
         if self.layout is not None:
-            number = number.gather(1, self.layout.clamp(min=0)).masked_fill(self.layout < 0, -1)
+            number = pick(number, self.layout)
         most = int(self.number.max()) + 1
         return {talk: ((number == talk) & computed).sum(dim=1).tolist() for talk in range(most)}
 

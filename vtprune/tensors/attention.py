@@ -86,7 +86,7 @@ def attention_sums(
     """
     group = query.shape[0] // key.shape[0]
     turned = key.float().transpose(-1, -2)
-    sums = torch.zeros(query.shape[0], key.shape[1], device=key.device)
+    sums: Tensor | None = None
     rows = rows_at_once(key.device, query.shape[0] * key.shape[1])
     for start in range(0, query.shape[1], rows):
         some, when = query[:, start : start + rows], asked[start : start + rows]
@@ -94,8 +94,14 @@ def attention_sums(
         some = rearrange(some.float() * scale, "(k g) q d -> k (g q) d", g=group)
         logits = rearrange(torch.matmul(some, turned[..., :end]), "k (g q) n -> (k g) q n", g=group)
         weights = logits.masked_fill_(places[:end] > when[:, None], float("-inf")).softmax(dim=-1)
-        sums[:, :end].add_(weights.sum(dim=1))
-    return sums
+        found = weights.sum(dim=1)
+        if sums is None and found.shape[1] == key.shape[1]:
+            sums = found
+            continue
+        if sums is None:
+            sums = torch.zeros(query.shape[0], key.shape[1], device=key.device)
+        sums[:, :end].add_(found)
+    return torch.zeros(query.shape[0], key.shape[1], device=key.device) if sums is None else sums
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

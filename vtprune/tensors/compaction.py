@@ -39,6 +39,14 @@ def gather_tokens(states: Tensor, places: Tensor) -> Tensor:
     return states[rows, index]
 
 
+def pick(values: Tensor, columns: Tensor) -> Tensor:
+    """The `values` (B, n) in the `columns` (B, m), -1 where a column is padding (-1): (B, m)."""
+    if columns.shape[0] == 1:
+        # A row alone has no padding.
+        return values.gather(1, columns)
+    return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+
+
 def relative_places(places: Tensor, previous: Tensor | None, length: int) -> Tensor:
     """Where the tokens at `places` (B, n) stand among the tokens at `previous` (B, m): (B, n), -1 kept."""
     if previous is None:

@@ -14,4 +14,4 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat([rotate(states[..., :turning], cos, sin), states[..., turning:]], dim=-1)
     half = turning // 2
     turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
-    return states * cos + turned * sin
+    return torch.addcmul(states * cos, turned, sin)

@@ -42,11 +42,13 @@ def _saliency(layer: EncoderLayer, rows: slice | list[int], tokens: int, *, size
     asks = layer.query[rows, :, : 1 if layer.prefix else patches].float()
     key = layer.key[rows, :, :patches].float()
     bias = None
-    if sized:
+    if sized and layer.bias is not None:
+        bias = layer.bias[rows, :patches]
+    elif sized:
         log = repeat(layer.sizes[rows, :tokens].clamp(min=1).log(), "b n -> b (n g)", g=layer.group)
         bias = torch.nn.functional.pad(log, (layer.prefix, 0))
-    received = mean_attention(asks, key, layer.scale, bias)
-    return reduce(received[:, layer.prefix :], "b (n g) -> b n", "sum", g=layer.group)
+    received = mean_attention(asks, key, layer.scale, bias)[:, layer.prefix :]
+    return received if layer.group == 1 else reduce(received, "b (n g) -> b n", "sum", g=layer.group)
 
 
 def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -55,9 +57,10 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None
     query: (B, H, q, d), key: (B, H, n, d), bias: (B, n) added to the logits of each key.
     """
     batch, heads, count, _ = key.shape
+    chunks = query.split(rows_at_once(query.device, batch * heads * count), dim=2)
     parts = []
-    for chunk in query.split(rows_at_once(query.device, batch * heads * count), dim=2):
+    for chunk in chunks:
         logits = torch.matmul(chunk * scale, key.transpose(-1, -2))
         logits = logits if bias is None else logits + bias[:, None, None]
-        parts.append(reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum"))
-    return functools.reduce(Tensor.add, parts) / (heads * query.shape[2])
+        parts.append(reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum" if len(chunks) > 1 else "mean"))
+    return parts[0] if len(parts) == 1 else functools.reduce(Tensor.add, parts) / (heads * query.shape[2])

@@ -18,14 +18,17 @@ def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tens
     place = torch.arange(key.shape[1], device=key.device)
     vision = layer.vision.to(key.device)
     for some in rows.to(key.device).split(rows_at_once(key.device, key.shape[0] * key.shape[1])):
-        hidden = (place > some[:, None]) | (place < layer.first)
+        hidden = place > some[:, None]
+        if layer.first:
+            hidden = hidden | (place < layer.first)
         logits = torch.matmul(query[:, some].float() * layer.scale, key.transpose(-1, -2))
         yield some, logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)[..., vision]
 
 
 def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
     """(T, N) fp32 attention of the tokens at the places `rows` (T,) to the image's, averaged over heads."""
-    return torch.cat([weights.mean(dim=0) for _, weights in attention_of_heads(layer, rows)])
+    found = [weights.mean(dim=0) for _, weights in attention_of_heads(layer, rows)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def last_attention(layer: DecoderLayer) -> Tensor:
