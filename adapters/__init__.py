@@ -15,6 +15,8 @@ from vtprune.adapters.llava_anyres import LlavaNextAdapter, LlavaNextVideoAdapte
 from vtprune.adapters.open_clip import OpenClipTower
 from vtprune.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen3VLMoeAdapter, Qwen25VLAdapter
 from vtprune.adapters.qwen_vl_hybrid import Qwen35Adapter, Qwen35MoeAdapter
+from vtprune.adapters.timm import TimmTower
+from vtprune.adapters.tower import Tower
 from vtprune.cost.sizes import ModelCost
 from vtprune.errors import UnsupportedModelError
 
@@ -30,6 +32,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Qwen35Adapter,
     Qwen35MoeAdapter,
 )
+# Vision encoders that stand alone; of an open_clip model the one that knows its `visual`.
+TOWERS: tuple[type[Tower], ...] = (TimmTower, OpenClipTower)
 # Models that are asked for and that no adapter would be right for, by what their configs call themselves without
 # punctuation: why not.
 REFUSED = {
@@ -46,7 +50,7 @@ PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use
 
 def adapters() -> list[tuple[str, tuple[str, ...], str]]:
     """(name, model classes, notes) of every adapter."""
-    found: list[type[EncoderSide]] = [*ADAPTERS, OpenClipTower]
+    found: list[type[EncoderSide]] = [*ADAPTERS, *TOWERS]
     found.sort(key=lambda adapter: adapter.__module__)
     return [(adapter.name, adapter.models, adapter.notes) for adapter in found]
 
@@ -57,15 +61,16 @@ def core_model(model: Any) -> nn.Module:
     return seen.get_base_model() if hasattr(seen, "get_base_model") else seen
 
 
-def tower_for(model: Any) -> OpenClipTower | None:
+def tower_for(model: Any) -> Tower | None:
     """The adapter of a vision encoder that stands alone, None for any other model; raises UnsupportedModelError for a
     tower that cannot be pruned rightly."""
     core = core_model(model)
-    if not OpenClipTower.takes(core):
-        return None
-    found = OpenClipTower(core)
-    found.check()
-    return found
+    for tower in TOWERS:
+        if tower.takes(core):
+            found = tower(core)
+            found.check()
+            return found
+    return None
 
 
 def adapter_for(model: Any) -> Adapter:

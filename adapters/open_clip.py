@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from vtprune.adapters.encoder_side import EncoderSide
+from vtprune.adapters.tower import Tower
 from vtprune.cost.sizes import FixedVisionCost, TransformerCost
 from vtprune.encoder.blocks import BlockEncoding
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.facts import ModelFacts
 
 
-class OpenClipTower(EncoderSide):
+class OpenClipTower(Tower):
     """An open_clip model, or its `visual` alone: a ViT with a CLS token, which pools it or the mean of its patches."""
 
     name = "open_clip"
@@ -58,13 +59,7 @@ class OpenClipTower(EncoderSide):
         return getattr(self.model, "visual", self.model)
 
     @property
-    def vision_tower(self) -> nn.Module:
-        tower: nn.Module = self.tower
-        return tower
-
-    @property
     def blocks(self) -> nn.Module:
-        """The module that runs all blocks."""
         blocks: nn.Module = self.tower.transformer
         return blocks
 
@@ -75,6 +70,10 @@ class OpenClipTower(EncoderSide):
     @property
     def _attention(self) -> Any:
         return self.tower.transformer.resblocks[0].attn
+
+    @property
+    def checkpoints(self) -> bool:
+        return bool(self.tower.transformer.grad_checkpointing)
 
     @property
     def batch_first(self) -> bool:
@@ -93,8 +92,15 @@ class OpenClipTower(EncoderSide):
     def encoder_mlp(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         return layer.ln_2, layer.mlp
 
+    def attention_norm(self, layer: Any) -> nn.Module:
+        norm: nn.Module = layer.ln_1
+        return norm
+
+    def attention_states(self, layer: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = linear(normed, layer.attn.in_proj_weight, layer.attn.in_proj_bias).chunk(3, dim=-1)
+        return query, key, value
+
     def start(self, pixels: Tensor) -> BlockEncoding:
-        """The state of one pass of images (B, 3, H, W)."""
         height, width = (
             side // patch for side, patch in zip(pixels.shape[-2:], self.tower.patch_size, strict=True)
         )  # fmt: skip
@@ -112,7 +118,6 @@ class OpenClipTower(EncoderSide):
 
     @property
     def cost(self) -> FixedVisionCost:
-        """The sizes of the tower."""
         tower, block = self.tower, self.tower.transformer.resblocks[0]
         width, (rows, columns) = self._attention.embed_dim, tower.patch_size
         blocks = TransformerCost(
@@ -129,5 +134,4 @@ class OpenClipTower(EncoderSide):
 
     @property
     def pooled_macs(self) -> int:
-        """Multiply-accumulates of projecting the pooled vector."""
         return 0 if self.tower.proj is None else self.tower.proj.numel()

@@ -1,11 +1,12 @@
-"""Random open_clip models to test with."""
+"""Random models of open_clip and timm to test with."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 
@@ -25,3 +26,18 @@ def random_clip(pool_type: str = "tok", *, batch_first: bool = True, **tower: An
         for block in blocks.resblocks:
             block.attn.batch_first = False
     return model
+
+
+def random_timm(pool: str = "avg", *, cls: bool = False, **tower: Any) -> Any:
+    """timm's ViT in an open_clip model, of the same size."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"img_size": 24, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 4}
+    trunk = VisionTransformer(**shape, class_token=cls, global_pool=pool, num_classes=0, **tower)
+    vision = CLIPVisionCfg(timm_model_name="test_vit", image_size=160, timm_pool="avg")
+    text = CLIPTextCfg(context_length=16, vocab_size=100, width=32, heads=4, layers=2)
+    model: Any = CustomTextCLIP(32, vision, text)
+    model.visual.trunk, model.visual.head.proj = trunk, nn.Linear(48, 32, bias=False)
+    for parameter in model.visual.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1 if parameter.ndim > 2 else parameter.shape[-1] ** -0.5)
+    return model.eval()

@@ -16,11 +16,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtprune.adapters import adapter_for, core_model, tower_for
-from vtprune.adapters.open_clip import OpenClipTower
+from vtprune.adapters.timm import TimmTower
+from vtprune.adapters.tower import Tower
 from vtprune.cache.names import GENERATION
 from vtprune.errors import UntrainedWarning, VTPruneError
 from vtprune.hooks.installing import Installed
 from vtprune.hooks.newlines import POLICIES
+from vtprune.hooks.open_clip_tower import OpenClipHooks
+from vtprune.hooks.timm_tower import TimmHooks
 from vtprune.hooks.tower import TowerWrapping
 from vtprune.hooks.weights import (
     SUBMODULE,
@@ -169,7 +172,7 @@ def _wrap(
     return model
 
 
-def _wrap_tower(tower: OpenClipTower, given: list[Pruner], asked: list[str]) -> TowerWrapping:
+def _wrap_tower(tower: Tower, given: list[Pruner], asked: list[str]) -> TowerWrapping:
     """The hooks of a vision encoder that stands alone; asked: what was given to `wrap` that is a decoder's."""
     if asked:
         raise VTPruneError(f"{asked[0]} is about a decoder's prompt, and {tower.name} models have none; leave it out")
@@ -182,7 +185,8 @@ def _wrap_tower(tower: OpenClipTower, given: list[Pruner], asked: list[str]) -> 
             "and mustdrop act inside the encoder, and vtprune.select runs methods that choose by features alone"
         )
     check_order(pruners)
-    return TowerWrapping(tower, pruners, facts, given=given)
+    kind = TimmHooks if isinstance(tower, TimmTower) else OpenClipHooks
+    return TowerWrapping(tower, pruners, facts, given=given, kind=kind)
 
 
 def unwrap(model: M) -> M:

@@ -1,4 +1,4 @@
-"""Images of one size in front of blocks of `nn.MultiheadAttention`, as open_clip's towers run them."""
+"""Images of one size in front of blocks that take a mask each, as the towers of open_clip and timm run them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from vtprune.encoder.padded import PaddedEncoding
 
 
 class BlockEncoding(PaddedEncoding):
-    """A padded batch whose blocks take an `attn_mask` (B * heads, L, L), and, where `batch_first` is False, hidden
-    states (L, B, D)."""
+    """A padded batch whose blocks take an `attn_mask` and, where `batch_first` is False, hidden states (L, B, D).
 
-    def __init__(self, *args: Any, batch_first: bool, **kwargs: Any) -> None:
+    head_masks: whether each head has a mask, (B * heads, L, L), as `nn.MultiheadAttention` takes it, or all have one,
+    (B, 1, L, L).
+    """
+
+    def __init__(self, *args: Any, batch_first: bool, head_masks: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, flash=False, **kwargs)
-        self.batch_first = batch_first
+        self.batch_first, self.head_masks = batch_first, head_masks
 
     def turned(self, states: Tensor) -> Tensor:
         """States of the blocks as (B, L, D), and back."""
@@ -27,8 +30,8 @@ class BlockEncoding(PaddedEncoding):
         (states,), masked = super().layer_inputs(index, (self.turned(args[0]),), {})
         mask = masked.get("attention_mask")
         if mask is not None:
-            batch, _, queries, keys = mask.shape
-            mask = mask.expand(-1, self.heads, -1, -1).reshape(batch * self.heads, queries, keys)
+            if self.head_masks:
+                mask = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
             kwargs = {**kwargs, "attn_mask": mask}
         return (self.turned(states), *args[1:]), kwargs
 

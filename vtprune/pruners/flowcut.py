@@ -154,7 +154,7 @@ class FlowCut(InEncoder, BetweenLayers):
 
     def resolve(self) -> dict[str, Any]:
         """`stages` resolved; raises VTPruneError where the encoder or the decoder is too shallow."""
-        stages = self.stages or (1 if self.model.has_cls else 2)
+        stages = self.stages or (1 if self.model.has_cls or not self.model.decoder_depth else 2)
         if self.model.has_cls and self.model.encoder_depth < 2:
             raise VTPruneError(f"flowcut needs at least 2 encoder layers with CLS, got {self.model.encoder_depth}")
         if stages == 2 and not self._second_stage:

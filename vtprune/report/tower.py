@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vtprune.cost.formulas import FlopsBreakdown
-from vtprune.cost.sizes import VisionCost
+from vtprune.cost.sizes import FixedVisionCost
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.method.answers import KEPT_WHOLE
 from vtprune.method.facts import Work
@@ -19,7 +19,7 @@ from vtprune.report.report import ImageReport, MergeReport, Report, SampleReport
 class TowerPass:
     """What a pass leaves behind; pooled_macs: multiply-accumulates of projecting a pooled vector."""
 
-    cost: VisionCost
+    cost: FixedVisionCost
     pooled_macs: int
     plans: Plans
     images: list[EncodedImage]
@@ -91,7 +91,8 @@ class TowerPass:
     def _scoring(self, image: EncodedImage) -> int:
         """What methods add for one image."""
         blocks = self.cost.blocks
-        alive = [sum(layer) for layer in image.segments] or [image.total + 1] * blocks.layers
+        whole = [sum(self.cost.segments(image.grid, layer)) for layer in range(blocks.layers)]
+        alive = [sum(layer) for layer in image.segments] or whole
         total = 0
         plan, kept = self.plans.of(image.shown), image.alive.numel()
         for order in range(len(plan.pruners)):
@@ -99,6 +100,7 @@ class TowerPass:
                 continue
             work = Work(
                 patches=image.total,
+                has_cls=self.cost.extra > 0,
                 tokens=image.total,
                 shown=kept,
                 kept=kept,
