@@ -50,8 +50,8 @@ class TimmTower(Tower):
             raise UnsupportedModelError("this tower has register tokens, which have no place in a grid of patches")
         if tower.patch_embed.dynamic_img_pad or not isinstance(tower.patch_drop, nn.Identity):
             raise UnsupportedModelError(
-                "this tower pads pictures, or drops patches by itself (patch_drop_rate): which patch a token is cannot "
-                "be told"
+                "this tower pads pictures, or drops patches by itself (patch_drop_rate), so no token is known to be a "
+                "certain patch"
             )
         if tower.attn_pool is not None and tower.attn_pool.pos_embed is not None:
             raise UnsupportedModelError("this tower's attention pool knows the places of its tokens")
