@@ -19,12 +19,12 @@ import numpy as np
 
 from vtprune.assets import SHAPES_EVAL, SHAPES_MORE
 from vtprune.errors import InputError, explain
+from vtprune.evals.lmms.plugin import TASK_FOLDER
 from vtprune.files import write_text, write_with
 
 BUNDLED_TASK = "vtprune_shapes"
 # The questions of every bundled task.
 BUNDLED_TASKS = {BUNDLED_TASK: SHAPES_EVAL, **{f"vtprune_{part}": path for part, path in SHAPES_MORE.items()}}
-TASK_FOLDER = Path(__file__).parents[1] / "lmms" / "tasks"
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
+
+# The bundled tasks.
+TASK_FOLDER = Path(__file__).parent / "tasks"
 
 
 def manifests() -> list[ModelManifest]:

@@ -11,7 +11,6 @@ from vtprune.console.output import one_line_errors, open_console
 def list_methods(traceback: Traceback = False) -> None:
     """List the methods and the model families."""
     with one_line_errors(traceback):
-        from vtprune.evals.bench.suite import TASK_FOLDER
         from vtprune.method.catalogue import families, methods
 
         shown = Table(title="Methods", title_justify="left", title_style="bold", show_lines=True)
@@ -29,8 +28,7 @@ def list_methods(traceback: Traceback = False) -> None:
         console.print(shown)
         console.print(models)
         console.print(
-            f"With lmms-eval: python -m lmms_eval eval --model vtprune --include_path {TASK_FOLDER} "
-            "--tasks vtprune_shapes --model_args method=flowcut,keep=0.25",
+            "With lmms-eval: vtprune lmms-eval --tasks vtprune_shapes --model_args method=flowcut,keep=0.25",
             soft_wrap=True,
             highlight=False,
         )

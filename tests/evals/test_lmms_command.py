@@ -1,0 +1,50 @@
+"""`vtprune lmms-eval` is lmms-eval's command: it finds what is bundled, and says by its status whether it worked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.checkpoint import png, write_task
+from vtprune.cli.app import app
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vtprune.cli", "lmms-eval", *arguments],
+        env={**os.environ, "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_bundled_tasks_are_found_beside_those_of_a_folder(tmp_path: Path) -> None:
+    write_task(tmp_path, "vtprune_pictures", [png(40, 30)])
+    tasks = "vtprune_shapes,vtprune_pictures"
+    done = run(
+        tmp_path, "eval", "--tasks", tasks, "--include_path", str(tmp_path), "--limit", "2", "--model_args",
+        "method=grid,keep=0.25", "--output_path", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    assert set(json.loads(results.read_text())["results"]) == {"vtprune_shapes", "vtprune_pictures"}
+
+
+def test_a_run_that_failed_ends_with_its_reason_and_a_status(tmp_path: Path) -> None:
+    done = run(tmp_path, "--tasks", "vtprune_shapes", "--limit", "1", "--model_args=method=gird")
+    assert done.returncode == 1
+    assert "vtprune: the evaluation failed: unknown pruner 'gird'; did you mean 'grid'?" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--limit", "3"]])
+def test_a_run_without_a_task_is_refused(arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, ["lmms-eval", *arguments])
+    assert done.exit_code == 2
+    assert "--tasks" in done.stderr
