@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
+from tqdm import tqdm
 
 import vtprune
 from vtprune.errors import InputError, SampleError, first_line
@@ -22,7 +24,7 @@ from vtprune.evals.lmms.gen_kwargs import read_generation
 from vtprune.evals.lmms.generation import Answer, answer_batch
 from vtprune.evals.lmms.instructions import Instructions, with_instruction
 from vtprune.evals.lmms.journal import Journal, request_key
-from vtprune.evals.lmms.model_args import parse_model_args
+from vtprune.evals.lmms.model_args import ARGUMENTS, REFUSED, parse_model_args
 from vtprune.evals.lmms.videos import video_in
 from vtprune.evals.settings import UNPRUNED, holds_method
 from vtprune.evals.untrained import told_untrained
@@ -42,15 +44,11 @@ from vtprune.loading.prompts import (
 )
 from vtprune.loading.videos import FRAMES
 from vtprune.method.pruner import Pruner
+from vtprune.method.registry import option_names
 from vtprune.method.resolving import folder_of, resolve
 from vtprune.method.texts import folder_text, parse_keep, parse_value
 
 MAX_NEW_TOKENS = 128
-# What `--model_args` may set; everything else is an option of the method.
-ARGUMENTS = (
-    "pretrained", "method", "config", "positions", "device", "dtype", "attn_implementation", "batch_size",
-    "max_batch_size", "max_new_tokens", "frames",
-)  # fmt: skip
 LMMS_EVAL_DEFAULTS = {"batch_size": "1"}
 
 
@@ -104,7 +102,8 @@ class VTPrune(lmms):
         self.max_new_tokens = _whole("max_new_tokens", max_new_tokens, "tokens of an answer")
         self.frames = _whole("frames", frames, "frames of a video")
         self.journal: Journal | None = None
-        self.on_answers: Callable[[int], None] = lambda count: None
+        # Called with how many answers came; None: a bar of its own shows them.
+        self.on_answers: Callable[[int], None] | None = None
         self.requests: list[Instance] = []
         if model is not None:
             given = {
@@ -140,7 +139,7 @@ class VTPrune(lmms):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:
         """From `--model_args`, which may set what lmms-eval has a flag for (batch_size, device) too; raises InputError
         where both say it, and differ."""
-        given: dict[str, Any] = parse_model_args(arg_string, ARGUMENTS)
+        given: dict[str, Any] = parse_model_args(arg_string, (*ARGUMENTS, *REFUSED), option_names())
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
         for name in sorted(flags.keys() & given.keys()):
             # lmms-eval's own default for this flag cannot be told from one that was given.
@@ -194,20 +193,34 @@ class VTPrune(lmms):
                 found[i] = known
             else:
                 groups[json.dumps(request.args[2], sort_keys=True, default=str)].append(i)
-        self.on_answers(len(found))
-        for indices in groups.values():
-            # Rows of similar length share a batch, so that little of it is padding.
-            indices.sort(key=lambda i: -len(requests[i].args[0]))
-            for start in range(0, len(indices), self.batch_size):
-                batch = indices[start : start + self.batch_size]
-                entries = [answer.to_dict() for answer in self._answer([requests[i] for i in batch])]
-                found.update(zip(batch, entries, strict=True))
-                if self.journal is not None:
-                    self.journal.add(dict(zip([keys[i] for i in batch], entries, strict=True)))
-                self.on_answers(len(batch))
+        with self._progress(len(requests)) as progress:
+            progress(len(found))
+            for indices in groups.values():
+                # Rows of similar length share a batch, so that little of it is padding.
+                indices.sort(key=lambda i: -len(requests[i].args[0]))
+                for start in range(0, len(indices), self.batch_size):
+                    batch = indices[start : start + self.batch_size]
+                    entries = [answer.to_dict() for answer in self._answer([requests[i] for i in batch])]
+                    found.update(zip(batch, entries, strict=True))
+                    if self.journal is not None:
+                        self.journal.add(dict(zip([keys[i] for i in batch], entries, strict=True)))
+                    progress(len(batch))
         answers = [Answer.from_dict(found[i]) for i in range(len(requests))]
         _log_throughput(answers)
         return [_result(answer) for answer in answers]
+
+    @contextmanager
+    def _progress(self, count: int) -> Iterator[Callable[[int], None]]:
+        """What is told of answers as they come."""
+        if self.on_answers is not None:
+            yield self.on_answers
+            return
+        with tqdm(total=count, desc="answers", disable=self.rank != 0) as bar:
+
+            def told(answers: int) -> None:
+                bar.update(answers)
+
+            yield told
 
     def _check(self, requests: Sequence[Instance]) -> None:
         """Raises InputError or SampleError for options that would not be carried out, a system instruction without a

@@ -112,6 +112,17 @@ def test_list_names_every_method_and_model() -> None:
         assert name in words
 
 
+def test_list_names_every_option_with_its_default() -> None:
+    lines = run("list", "--options").output.splitlines()
+    start = next(number for number, line in enumerate(lines) if "visionzip" in line)
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[start : start + 6]]
+    assert shown[0] == ["visionzip", "keep", "int | float | None", "None"]
+    assert ["", "cls", "bool", "True"] in shown
+    for name in vtprune.available():
+        assert any(name in line for line in lines)
+    assert any("attn_implementation" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [

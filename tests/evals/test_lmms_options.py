@@ -230,3 +230,19 @@ def test_a_question_that_holds_the_mark_of_a_picture_is_named_before_anything_is
     with pytest.raises(SampleError, match=r"vtprune_options, sample 0 \(picture-0\): its text holds '<image>'"):
         run(spied(calls, monkeypatch), manager)
     assert not calls
+
+
+@pytest.mark.parametrize("arguments", ["pretrianed=x,method=grid", "method=grid,bach_size=2", "metod=grid,keep=3"])
+def test_a_misspelt_argument_is_not_taken_for_an_option(arguments: str) -> None:
+    with pytest.raises(InputError, match=r"did you mean (pretrained|batch_size|method)\?.*vtprune list --options"):
+        made(arguments)
+
+
+def test_a_misspelt_option_is_the_methods_own_matter() -> None:
+    with pytest.raises(vtprune.VTPruneError, match=r"fastv has no option schedul; .*did you mean schedule"):
+        made("method=fastv,schedul=linear")
+
+
+def test_answers_are_counted_as_they_come(manager: TaskManager, capsys: pytest.CaptureFixture[str]) -> None:
+    run(VTPrune(random_checkpoint()), manager)
+    assert "answers: 100%" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from vtprune.errors import UnknownPrunerError, VTPruneError
 from vtprune.method.catalogue import ENTRY_POINT_GROUP, METHODS, PrunerInfo, stages_of
-from vtprune.method.options import check_type, converted, hints_of, lone_item
+from vtprune.method.options import check_type, converted, hints_of, lone_item, readable
 from vtprune.method.pruner import Pruner
 
 _pruners: dict[str, type[Pruner]] = {}
@@ -116,6 +116,22 @@ def read_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     found = {option: lone_item(value, hints.get(option, Any)) for option, value in options.items()}
     _check_types(cls, found)
     return found
+
+
+def option_names() -> frozenset[str]:
+    """The names of all options of all known methods."""
+    return frozenset(name for method in available() for name in options_of(method))
+
+
+def options_of(method: str) -> dict[str, tuple[str, object]]:
+    """By name the type, in words, and the default of each option of a method; raises UnknownPrunerError."""
+    cls = pruner_class(method)
+    hints, made = hints_of(cls), cls()
+    return {
+        field.name: (readable(hints.get(field.name, Any)), getattr(made, field.name))
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
 
 
 def _check_types(cls: type[Pruner], options: dict[str, Any]) -> None:
