@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
+from tests.clip_towers import TOWERS
 from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, TOWER_ONLY
 from tests.sampling import Case, sample
 
@@ -56,7 +57,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     # Of several processes the one that hears of all tests writes.
     if path is not None and not hasattr(session.config, "workerinput"):
         own = {cell: texts for cell, texts in FOUND.items() if not cell[0].startswith("test_")}
-        support.write(path, own, [*MODELS, *ANYRES, *HYBRIDS], list(SHOWN))
+        kinds = {kind: list(SHOWN) for kind in (*MODELS, *ANYRES, *HYBRIDS)}
+        support.write(path, own, {**kinds, support.ALONE: list(TOWERS)})
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # What a cell says, by what its tests found; and what a reason is called in the table.
 YES, WHOLE = "yes", "whole"
+# The table of encoders without a decoder.
+ALONE = "a ViT alone"
 INTRODUCTION = """# What runs on what
 
 Written by `make test-all` from what its tests found; every cell was run with all the settings of the method that
@@ -18,17 +20,21 @@ that no mask describes (`d2o`, `gamma_mod`), a batch equals its rows alone, and 
 elsewhere. **whole**: the method compares frames of a video; an image stays whole, and the model is the unpruned one. A
 number is a reason, below. Where single settings of a method are refused by name (MustDrop's merges in the tower on
 videos of pooled frames, layers without attention on Qwen3.5), the cell is of its other settings.
+
+The last table is of ViTs alone, by whose they are and how they pool: what is dropped equals the tower whose blocks and
+pool mask it, to 2e-6, and where tokens merge a batch equals its rows alone.
 """
 
 Cell = tuple[str, str, str]
 
 
-def table(found: Mapping[Cell, str], kinds: Sequence[str], shown: Sequence[str]) -> str:
-    """The page; found: by method, family and kind of prompt what its tests said, YES, WHOLE or a reason."""
+def table(found: Mapping[Cell, str], kinds: Mapping[str, Sequence[str]]) -> str:
+    """The page; found: by method, family and kind of prompt what its tests said, YES, WHOLE or a reason; kinds: the
+    columns of each family's table."""
     methods = sorted({method for method, _, _ in found})
     reasons = list(dict.fromkeys(text for text in found.values() if text not in (YES, WHOLE)))
     lines = [INTRODUCTION]
-    for kind in kinds:
+    for kind, shown in kinds.items():
         lines += [f"## {kind}", "", "| method | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
         for method in methods:
             cells = [found[method, kind, one] for one in shown]
@@ -39,15 +45,15 @@ def table(found: Mapping[Cell, str], kinds: Sequence[str], shown: Sequence[str])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(path: Path, found: Mapping[Cell, Sequence[str]], kinds: Sequence[str], shown: Sequence[str]) -> None:
+def write(path: Path, found: Mapping[Cell, Sequence[str]], kinds: Mapping[str, Sequence[str]]) -> None:
     """Writes the page; raises ValueError, naming the first of them, where a cell was not run or its runs differ."""
     methods = sorted({method for method, _, _ in found})
     cells = {}
     for method in methods:
-        for kind in kinds:
+        for kind, shown in kinds.items():
             for one in shown:
                 said = set(found.get((method, kind, one), ()))
                 if len(said) != 1:
                     raise ValueError(f"{method} on {kind}, {one}: {', '.join(sorted(said)) or 'not run'}")
                 cells[method, kind, one] = said.pop()
-    path.write_text(table(cells, kinds, shown), encoding="utf-8")
+    path.write_text(table(cells, kinds), encoding="utf-8")

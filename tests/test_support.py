@@ -14,12 +14,14 @@ import torch
 
 import vtprune
 from tests import support
+from tests.clip_towers import TOWERS, masked, watched
 from tests.deleted import run_deleted
 from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, TEMPORAL, label
 from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, make, prompt, shown_rows, takes
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
 from vtprune.adapters import adapter_for
 from vtprune.method.pruner import Pruner
+from vtprune.method.registry import available
 from vtprune.method.stages import encoder_layers, revives
 
 # What heads hold, or gates weigh, is no mask of whole tokens: these have references of their own.
@@ -34,6 +36,7 @@ NO_PLACE = {
 # Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.
 POOLED = "refused by name: a token of a video is the mean of several patches, which cannot be dropped by themselves"
 IN_ENCODER = ("flowcut", "turbo", "visionzip", "mustdrop", "test_drops")
+NO_DECODER = "refused by name: it acts before or inside a decoder, and there is none"
 KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 
 
@@ -176,12 +179,52 @@ def test_keeping_everything_generates_what_the_unpruned_model_does(
 def test_the_table_names_a_cell_that_was_not_run_and_one_whose_settings_differ(tmp_path: Path) -> None:
     page, shown = tmp_path / "support.md", ["an image", "a video"]
     found = {("evs", "qwen", "an image"): ["whole", "whole"], ("evs", "qwen", "a video"): ["yes"]}
-    support.write(page, found, ["qwen"], shown)
+    support.write(page, found, {"qwen": shown})
     assert "| `evs` | whole | yes |" in page.read_text()
-    support.write(page, {**found, ("evs", "qwen", "a video"): ["no frames here"]}, ["qwen"], shown)
+    support.write(page, {**found, ("evs", "qwen", "a video"): ["no frames here"]}, {"qwen": shown})
     assert "| `evs` | whole | [1] |" in page.read_text()
     assert "1. no frames here" in page.read_text()
     with pytest.raises(ValueError, match="evs on qwen, a video: no frames here, yes"):
-        support.write(page, {**found, ("evs", "qwen", "a video"): ["yes", "no frames here"]}, ["qwen"], shown)
+        support.write(page, {**found, ("evs", "qwen", "a video"): ["yes", "no frames here"]}, {"qwen": shown})
     with pytest.raises(ValueError, match="evs on llava, an image: not run"):
-        support.write(page, found, ["qwen", "llava"], shown)
+        support.write(page, found, {"qwen": shown, "llava": shown})
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("method", [name for name in available() if not name.startswith("test_")])
+def test_a_tower_alone_runs_what_acts_in_it_and_refuses_the_rest(
+    method: str, tower: str, record_property: Callable[[str, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def says(text: str) -> None:
+        record_property("support", [method, support.ALONE, tower, text])
+
+    model = TOWERS[tower]()
+    pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        if method == "none":
+            plain = model.encode_image(pixels)
+            with vtprune.wrapped(model, method):
+                assert torch.equal(model.encode_image(pixels), plain)
+        elif method not in IN_ENCODER:
+            with pytest.raises(vtprune.VTPruneError, match=r"decoder|image tokens|videos"):
+                vtprune.wrap(model, method)
+            says(NO_DECODER)
+            return
+        elif method == "mustdrop":
+            assert_rows_alone(model, pixels, "mustdrop:merge_threshold=0.1")
+        else:
+            drops = {"flowcut": "keep=7", "turbo": "keep=9,merge=False", "visionzip": "keep=9,merge=False,cls=False"}
+            alive = watched(monkeypatch, 3, layers=6, tokens=36)
+            with vtprune.wrapped(model, f"{method}:{drops[method]}"):
+                found = model.encode_image(pixels)
+            torch.testing.assert_close(found, masked(model, pixels, alive), atol=2e-6, rtol=0)
+            monkeypatch.undo()
+            assert_rows_alone(model, pixels, f"{method}:keep=9")
+    says(support.YES)
+
+
+def assert_rows_alone(model: Any, pixels: torch.Tensor, method: str) -> None:
+    """A batch is embedded as its pictures alone."""
+    with vtprune.wrapped(model, method):
+        alone = torch.cat([model.encode_image(image[None]) for image in pixels])
+        torch.testing.assert_close(model.encode_image(pixels), alone, atol=5e-6, rtol=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
-from tests.clip_towers import random_clip
+from tests.clip_towers import masked, random_clip, watched
 from vtprune.assets import EXAMPLE_IMAGE, TINY_LLAVA
-from vtprune.encoder.encoding import Encoding
 from vtprune.evals.zero_shot.tower import from_transformers
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture
@@ -44,44 +42,12 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def masked(model: Any, pixels: Tensor, alive: list[Tensor]) -> Tensor:
-    """The embeddings of a tower whose blocks mask, as keys, what is not alive (B, N) there, the rest of the batch row
-    by row; alive: before each block, and behind the last."""
-    found = []
-    visual = model.visual
-    for row, image in enumerate(pixels):
-        states = visual._embeds(image[None])
-        for block, mask in zip(visual.transformer.resblocks, alive, strict=False):
-            seen = torch.cat([torch.ones(1, dtype=torch.bool), mask[row]])
-            bias = torch.zeros(1, len(seen)).masked_fill(~seen, -math.inf).expand(len(seen), -1)
-            if not visual.transformer.batch_first:
-                states = states.transpose(0, 1)
-            states = block(states, attn_mask=bias)
-            if not visual.transformer.batch_first:
-                states = states.transpose(0, 1)
-        states = visual.ln_post(states)
-        pooled = states[:, 0] if visual.pool_type == "tok" else states[:, 1:][:, alive[-1][row]].mean(dim=1)
-        found.append(pooled @ visual.proj)
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize(("pool", "batch_first"), LAYOUTS)
 def test_dropping_equals_masking(
     pool: str, batch_first: bool, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = random_clip(pool, batch_first=batch_first)
-    depth, tokens = len(model.visual.transformer.resblocks), 36
-    alive = [torch.ones(3, tokens, dtype=torch.bool) for _ in range(depth + 1)]
-    apply = Encoding.apply
-
-    def noted(self: Encoding, selection: Any, index: int, cls: Any) -> None:
-        apply(self, selection, index, cls)
-        left = torch.zeros(3, tokens + 1, dtype=torch.bool)
-        left.scatter_(1, self.alive.masked_fill(~self.valid, tokens), True)
-        for after in range(index + 1, depth + 1):
-            alive[after] = left[:, :tokens]
-
-    monkeypatch.setattr(Encoding, "apply", noted)
+    alive = watched(monkeypatch, len(pixels), layers=6, tokens=36)
     with vtprune.wrapped(model, "flowcut", keep=7):
         found = model.encode_image(pixels)
         report = vtprune.report(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
 from tests.adapters.test_open_clip import METHODS, traces
-from tests.clip_towers import random_timm
-from vtprune.encoder.encoding import Encoding
+from tests.clip_towers import masked, random_timm, watched
 
 # How a tower pools, and whether it has a CLS token.
 POOLS = [("avg", False), ("avg", True), ("token", True), ("map", False), ("map", True)]
@@ -32,21 +30,6 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def masked(model: Any, pixels: Tensor, alive: list[Tensor]) -> Tensor:
-    """The embeddings of a tower whose blocks, and whose pool, mask what is not alive (B, N) there, row by row."""
-    trunk, found = model.visual.trunk, []
-    prefix = torch.ones(trunk.num_prefix_tokens, dtype=torch.bool)
-    for row, image in enumerate(pixels):
-        states = trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(image[None])))
-        seen = [torch.cat([prefix, mask[row]]) for mask in alive]
-        for block, own in zip(trunk.blocks, seen, strict=False):
-            states = block(states, attn_mask=torch.zeros(1, 1, 1, len(own)).masked_fill(~own, -math.inf))
-        states = trunk.norm(states)[:, seen[-1]]
-        pooled = trunk.head(trunk.fc_norm(trunk.pool(states)))
-        found.append(model.visual.head(pooled))
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("pool", "cls"), POOLS)
 def test_dropping_equals_masking(
@@ -56,17 +39,7 @@ def test_dropping_equals_masking(
     for module in model.visual.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
-    alive = [torch.ones(3, 36, dtype=torch.bool) for _ in range(7)]
-    apply = Encoding.apply
-
-    def noted(self: Encoding, selection: Any, index: int, cls: Any) -> None:
-        apply(self, selection, index, cls)
-        left = torch.zeros(3, 37, dtype=torch.bool)
-        left.scatter_(1, self.alive.masked_fill(~self.valid, 36), True)
-        for after in range(index + 1, 7):
-            alive[after] = left[:, :36]
-
-    monkeypatch.setattr(Encoding, "apply", noted)
+    alive = watched(monkeypatch, len(pixels), layers=6, tokens=36)
     with vtprune.wrapped(model, "flowcut", keep=7):
         found = model.encode_image(pixels)
         report = vtprune.report(model)
