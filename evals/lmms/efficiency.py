@@ -13,8 +13,9 @@ class RowCost:
 
     visual_tokens: before pruning; kept_tokens: what the method counts as achieved; flops: of the prefill,
     the vision tower included; kv_bytes: what the prompt leaves in the cache; kv_bytes_end: what is there when the
-    answer is complete, with what waits beside it; `_full`: the same without pruning. All but the tokens are means of
-    the rows that were answered together. prefill_ms: the batch's time to its first token, divided by its rows.
+    answers of its batch are complete, with its share of what waits beside them; `_full`: the same without pruning.
+    prefill_ms: the batch's time to its first token, divided by its rows; decode_ms: of one later token, so divided,
+    None where there was none. peak_bytes: the most that the batch held on an accelerator, None on a CPU.
     published_tokens: what was kept as the method's paper counts it. kept_whole: why none of the sample's images could
     be cut to its budget, "" where any could.
     """
@@ -31,29 +32,35 @@ class RowCost:
     prefill_ms: float
     published_tokens: float | None = None
     kept_whole: str = ""
+    decode_ms: float | None = None
+    peak_bytes: int | None = None
 
     def to_dict(self) -> dict[str, float | str | None]:
         """Plain numbers by name."""
         return asdict(self)
 
 
-def row_costs(report: Report, prefill_seconds: float) -> list[RowCost]:
-    """The costs of the rows of the generation that `report` describes."""
+def row_costs(
+    report: Report, prefill_seconds: float, *, step_seconds: float | None = None, peak_bytes: int | None = None
+) -> list[RowCost]:
+    """The costs of the rows of the generation that `report` describes; step_seconds: of one step of decoding."""
     rows = len(report.samples)
     return [
         RowCost(
             visual_tokens=sum(image.tokens for image in sample.images),
             kept_tokens=sum(image.achieved_tokens for image in sample.images),
-            flops=report.flops / rows,
-            flops_full=report.flops_full / rows,
-            scoring_flops=report.flops_breakdown.scoring / rows,
-            kv_bytes=report.kv_bytes_prefill / rows,
-            kv_bytes_full=report.kv_bytes_prefill_full / rows,
-            kv_bytes_end=(report.kv_bytes + report.aux_bytes) / rows,
-            kv_bytes_end_full=report.kv_bytes_full / rows,
+            flops=sample.flops,
+            flops_full=sample.flops_full,
+            scoring_flops=sample.scoring_flops,
+            kv_bytes=sample.kv_bytes_prefill,
+            kv_bytes_full=sample.kv_bytes_prefill_full,
+            kv_bytes_end=sample.kv_bytes + report.aux_bytes / rows,
+            kv_bytes_end_full=sample.kv_bytes_full,
             prefill_ms=1000 * prefill_seconds / rows,
             published_tokens=_published(sample),
             kept_whole=_kept_whole(sample),
+            decode_ms=None if step_seconds is None else 1000 * step_seconds / rows,
+            peak_bytes=peak_bytes,
         )
         for sample in report.samples
     ]

@@ -126,6 +126,8 @@ def answer_batch(
         criteria.append(StopWhen(stopped))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     synchronise(model.device)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     start = time.perf_counter()
     ids = model.generate(
         **inputs,
@@ -137,8 +139,15 @@ def answer_batch(
     synchronise(model.device)
     seconds = time.perf_counter() - start
     rows = ids[:, prompt:].tolist()
-    # Each row's beams stand together in the report, and have its prompt's cost.
-    costs = row_costs(vtprune.report(model), (clock.time or start) - start)[:: generation.arguments["num_beams"]]
+    first, later = (clock.time or start) - start, ids.shape[1] - prompt - 1
+    costs = row_costs(
+        vtprune.report(model),
+        first,
+        step_seconds=(seconds - first) / later if later > 0 else None,
+        peak_bytes=torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None,
+    )
+    # Each row's beams stand together in the report, and the first has its prompt's cost.
+    costs = costs[:: generation.arguments["num_beams"]]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     ends = _end_tokens(model)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()

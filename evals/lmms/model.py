@@ -6,11 +6,11 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import vtprune
 from vtprune.errors import InputError, SampleError, first_line
+from vtprune.evals.lmms import table
 from vtprune.evals.lmms.efficiency import RowCost
 from vtprune.evals.lmms.gen_kwargs import read_generation
 from vtprune.evals.lmms.generation import Answer, answer_batch
@@ -50,17 +51,6 @@ from vtprune.method.texts import folder_text, parse_keep, parse_value
 
 MAX_NEW_TOKENS = 128
 LMMS_EVAL_DEFAULTS = {"batch_size": "1"}
-
-
-@dataclass
-class VisionTokenCounts(TokenCounts):
-    """lmms-eval's token counts with the cost of the vision tokens beside them."""
-
-    cost: RowCost | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What lands in `token_counts` of the logged samples."""
-        return {**super().to_dict(), **(self.cost.to_dict() if self.cost is not None else {})}
 
 
 class VTPrune(lmms):
@@ -134,6 +124,10 @@ class VTPrune(lmms):
             with told_untrained(logger.warning):
                 vtprune.wrap(self.model, asked, positions=positions)
         self._instructions = Instructions(self._write)
+        # A model that is handed in belongs to somebody who has tables of their own.
+        self._owner, self._warm = model is None, model is not None
+        if self._owner:
+            table.install()
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VTPrune:
@@ -200,6 +194,7 @@ class VTPrune(lmms):
                 indices.sort(key=lambda i: -len(requests[i].args[0]))
                 for start in range(0, len(indices), self.batch_size):
                     batch = indices[start : start + self.batch_size]
+                    self._warm_up([requests[i] for i in batch])
                     entries = [answer.to_dict() for answer in self._answer([requests[i] for i in batch])]
                     found.update(zip(batch, entries, strict=True))
                     if self.journal is not None:
@@ -207,7 +202,13 @@ class VTPrune(lmms):
                     progress(len(batch))
         answers = [Answer.from_dict(found[i]) for i in range(len(requests))]
         _log_throughput(answers)
-        return [_result(answer) for answer in answers]
+        return [self._result(answer) for answer in answers]
+
+    def _result(self, answer: Answer) -> GenerationResult:
+        counts = table.VisionTokenCounts(
+            answer.input_tokens, answer.output_tokens, cost=answer.cost, shown=self._owner
+        )
+        return GenerationResult(answer.text, counts)
 
     @contextmanager
     def _progress(self, count: int) -> Iterator[Callable[[int], None]]:
@@ -255,6 +256,17 @@ class VTPrune(lmms):
             return SampleError(f"{self._name(requests[place])}: the processor refuses it ({sizes}): {reason}")
 
         return encode_named(self.processor, chats, refused)
+
+    def _warm_up(self, requests: list[Instance]) -> None:
+        """Reads the first prompts once, untimed: the first forward is slower than any later one."""
+        if self._warm:
+            return
+        self._warm = True
+        # Samples are drawn as if nothing had been read.
+        with torch.random.fork_rng():
+            answer_batch(
+                self.model, self.processor.tokenizer, self.inputs_of(requests), generation=read_generation({}, 2)
+            )
 
     def _answer(self, requests: list[Instance]) -> list[Answer]:
         generation = read_generation(requests[0].args[2], self.max_new_tokens)
@@ -359,11 +371,6 @@ def _keys(requests: Sequence[Instance]) -> list[str]:
         again = {"repeat": times[id(request)]} if times[id(request)] > 1 else {}
         keys.append(request_key(task, doc_id, context, {**options, **again}))
     return keys
-
-
-def _result(answer: Answer) -> GenerationResult:
-    counts = VisionTokenCounts(answer.input_tokens, answer.output_tokens, cost=answer.cost)
-    return GenerationResult(answer.text, counts)
 
 
 def _log_throughput(answers: Iterable[Answer]) -> None:

@@ -217,3 +217,23 @@ def test_a_report_names_no_share_where_thresholds_decide() -> None:
         report = vtprune.report(model)
         assert report.asked_keep is None
         assert json.loads(json.dumps(report.to_dict()))["stages"][0]["asked_keep"] is None
+
+
+@every_model
+@pytest.mark.parametrize("pruner", DROPS + PRUNERS + CACHE, ids=label)
+def test_what_rows_cost_is_what_they_cost_alone_and_adds_up(kind: str, pruner: Pruner) -> None:
+    model = vtprune.wrap(make(kind), pruner)
+    names = ("flops", "flops_full", "kv_bytes_prefill", "kv_bytes_prefill_full", "kv_bytes", "kv_bytes_full")
+
+    def of(rows: list[Any]) -> Any:
+        run_wrapped(kind, model, prompt(kind, rows))
+        return vtprune.report(model)
+
+    together = of(ROWS[kind])
+    for name in names:
+        assert sum(getattr(sample, name) for sample in together.samples) == getattr(together, name), name
+    assert sum(sample.scoring_flops for sample in together.samples) == together.flops_breakdown.scoring
+    for row, sample in zip(ROWS[kind], together.samples, strict=True):
+        (alone,) = of([row]).samples
+        for name in (*names, "scoring_flops"):
+            assert getattr(alone, name) == getattr(sample, name), name

@@ -151,7 +151,8 @@ class Generation:
 
     def _build(self) -> Report:
         tokens = self._tokens(self.images)
-        breakdown, full = self._flops()
+        flops = self._flops()
+        breakdown, full = (_sum([row[which] for row in flops]) for which in (0, 1))
         kv = self._now.entries
         kept = [self._achieved_tokens(image) for image in self.images]
         achieved = [tokens / image.total for tokens, image in zip(kept, self.images, strict=True)]
@@ -160,7 +161,7 @@ class Generation:
         before = self._history[0] if self._history else Held()
         return Report(
             method="+".join(pruner.name for pruner in self.pruners),
-            samples=[self._sample(row) for row in range(self.rows)],
+            samples=[self._sample(row, flops[row], before) for row in range(self.rows)],
             tokens_per_layer=tokens,
             kv_tokens_per_layer=kv,
             steps=self.steps,
@@ -213,13 +214,12 @@ class Generation:
         )
 
     def _bytes_of(self, kv: list[list[int]]) -> int:
-        if not kv:
-            return 0
-        return sum(
-            cache_bytes(self.cost.decoder, [layer[row] for layer in kv], self.dtype) for row in range(self.rows)
-        )
+        return sum(self._bytes_of_row(kv, row) for row in range(self.rows))
 
-    def _sample(self, row: int) -> SampleReport:
+    def _bytes_of_row(self, kv: list[list[int]], row: int) -> int:
+        return cache_bytes(self.cost.decoder, [layer[row] for layer in kv], self.dtype) if kv else 0
+
+    def _sample(self, row: int, flops: tuple[FlopsBreakdown, FlopsBreakdown], before: Held) -> SampleReport:
         images = [
             ImageReport(
                 grid=image.encoded.grid,
@@ -244,7 +244,17 @@ class Generation:
             for image in self.images
             if image.row == row
         ]
-        return SampleReport(images, self.text[row])
+        return SampleReport(
+            images,
+            self.text[row],
+            flops=flops[0].total,
+            flops_full=flops[1].total,
+            scoring_flops=flops[0].scoring,
+            kv_bytes_prefill=self._bytes_of_row(before.entries, row),
+            kv_bytes_prefill_full=self._bytes_of_row(before.unpruned, row),
+            kv_bytes=self._bytes_of_row(self._now.entries, row),
+            kv_bytes_full=self._bytes_of_row(self._now.unpruned, row),
+        )
 
     def _cached(self, image: ImageTrail, layer: int) -> list[int]:
         return [] if layer in self.cost.decoder.states else image.cached_at(layer).tolist()
@@ -270,9 +280,11 @@ class Generation:
             f"{int(left[-1])}, the last one kept"
         ]
 
-    def _flops(self) -> tuple[FlopsBreakdown, FlopsBreakdown]:
-        """FLOPs of this turn's prefill, pruned and unpruned: the sum over conversations, each for itself."""
-        pruned, full = [], []
+    def _flops(self) -> list[tuple[FlopsBreakdown, FlopsBreakdown]]:
+        """FLOPs of each row's prefill in this turn, pruned and unpruned: the sum over its conversations, each for
+        itself."""
+        pruned: list[list[FlopsBreakdown]] = [[] for _ in range(self.rows)]
+        full: list[list[FlopsBreakdown]] = [[] for _ in range(self.rows)]
         held = self._history[0] if self._history else Held()
         encoded: set[int] = set()
         for key in self._keys():
@@ -307,9 +319,9 @@ class Generation:
                 before = held.whole[key[0]] - whole - text
                 alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
                 unpruned = self._attend(unpruned, [whole + text] * self.depth, self._in_entries([before] * self.depth))
-            pruned.append(alone)
-            full.append(unpruned)
-        return _sum(pruned), _sum(full)
+            pruned[key[0]].append(alone)
+            full[key[0]].append(unpruned)
+        return [(_sum(own), _sum(whole)) for own, whole in zip(pruned, full, strict=True)]
 
     def _keys(self) -> list[tuple[int, int]]:
         """Row and number of every conversation of this turn."""

@@ -92,10 +92,20 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """One row of the (expanded) batch."""
+    """One row of the (expanded) batch, and what it costs alone: FLOPs and bytes as in `Report`, which sums them up.
+
+    Beams of one row share its images: the encoder's FLOPs are the first one's.
+    """
 
     images: list[ImageReport]
     text_tokens: int
+    flops: int = 0
+    flops_full: int = 0
+    scoring_flops: int = 0
+    kv_bytes_prefill: int = 0
+    kv_bytes_prefill_full: int = 0
+    kv_bytes: int = 0
+    kv_bytes_full: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,7 +34,7 @@ class TowerPass:
         mean = sum(kept) / max(1, len(kept))
         return Report(
             method="+".join(pruner.name for pruner in pruners),
-            samples=[SampleReport([self._image(image)], 0) for image in self.images],
+            samples=[self._sample(image) for image in self.images],
             tokens_per_layer=[],
             kv_tokens_per_layer=[],
             steps=0,
@@ -50,6 +50,13 @@ class TowerPass:
             kv_bytes_full=0,
             kv_bytes_allocated=0,
             stages=[StageReport(pruner.name, "encoder", pruner.keep, mean) for pruner in pruners],
+        )
+
+    def _sample(self, image: EncodedImage) -> SampleReport:
+        alone = replace(self, images=[image])
+        flops = alone._flops()
+        return SampleReport(
+            [self._image(image)], 0, flops=flops.total, flops_full=alone._unpruned(), scoring_flops=flops.scoring
         )
 
     def _image(self, image: EncodedImage) -> ImageReport:
