@@ -132,6 +132,5 @@ class OpenClipTower(Tower):
         patch = tower.conv1.in_channels * rows * columns * width
         return FixedVisionCost(blocks, patch, side=tower.grid_size, extra=1, dropped=1, pooling=False)
 
-    @property
-    def pooled_macs(self) -> int:
+    def pooled_macs(self, patches: int) -> int:
         return 0 if self.tower.proj is None else self.tower.proj.numel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -158,8 +157,7 @@ class TimmTower(Tower):
             blocks, patch, side=tower.patch_embed.grid_size, extra=extra, dropped=extra, pooling=False
         )
 
-    @property
-    def pooled_macs(self) -> int:
+    def pooled_macs(self, patches: int) -> int:
         visual: Any = getattr(self.model, "visual", self.model)
         last = [*self.tower.head.modules(), *(visual.head.modules() if visual is not self.tower else ())]
         macs = sum(one.weight.numel() for one in last if isinstance(one, nn.Linear))
@@ -167,8 +165,7 @@ class TimmTower(Tower):
         if pool is None:
             return macs
         linears = [one for one in pool.modules() if isinstance(one, nn.Linear) and one is not pool.kv]
-        tokens = math.prod(self.tower.patch_embed.grid_size)
-        tokens += self.tower.num_prefix_tokens if self.tower.pool_include_prefix else 0
+        tokens = patches + (self.tower.num_prefix_tokens if self.tower.pool_include_prefix else 0)
         products = 2 * pool.latent_len * pool.num_heads * pool.head_dim
         return (
             macs

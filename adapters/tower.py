@@ -52,7 +52,6 @@ class Tower(EncoderSide):
     def cost(self) -> FixedVisionCost:
         """The sizes of the tower."""
 
-    @property
     @abstractmethod
-    def pooled_macs(self) -> int:
-        """Multiply-accumulates of what comes after the blocks."""
+    def pooled_macs(self, patches: int) -> int:
+        """Multiply-accumulates of what comes after the blocks, for a picture of so many patches."""

@@ -37,8 +37,8 @@ def random_clip(pool_type: str = "tok", *, batch_first: bool = True, **tower: An
 def random_timm(pool: str = "avg", *, cls: bool = False, **tower: Any) -> Any:
     """timm's ViT in an open_clip model, of the same size."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"img_size": 24, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 4}
-    trunk = VisionTransformer(**shape, class_token=cls, global_pool=pool, num_classes=0, **tower)
+    shape: dict[str, Any] = {"img_size": 24, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 4, **tower}
+    trunk = VisionTransformer(**shape, class_token=cls, global_pool=pool, num_classes=0)
     vision = CLIPVisionCfg(timm_model_name="test_vit", image_size=160, timm_pool="avg")
     text = CLIPTextCfg(context_length=16, vocab_size=100, width=32, heads=4, layers=2)
     model: Any = CustomTextCLIP(32, vision, text)

@@ -152,3 +152,25 @@ def test_gradient_checkpointing_is_refused_where_it_would_run_blocks_again(pixel
     grad, wrapped = torch.enable_grad(), vtprune.wrapped(model, "flowcut", keep=9)
     with grad, wrapped, pytest.raises(vtprune.VTPruneError, match="checkpointing"):
         model.encode_image(pixels)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (32, 20), (48, 48)])
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_pictures_of_another_size_cost_what_torch_counts(pool: str, size: tuple[int, int]) -> None:
+    trunk = random_timm(pool, dynamic_img_size=True).visual.trunk.requires_grad_(False)
+    counter = FlopCounterMode(display=False)
+    with vtprune.wrapped(trunk, "flowcut", keep=0.3), sdpa_kernel(SDPBackend.MATH), counter:
+        trunk(torch.randn(1, 3, *size))
+        report = vtprune.report(trunk)
+    own = report.flops - report.flops_breakdown.scoring
+    assert own <= counter.get_total_flops() <= 1.01 * own + report.flops_breakdown.scoring
+    assert report.samples[0].images[0].grid == (1, size[0] // 4, size[1] // 4)
+
+
+def test_a_mean_of_many_patches_does_not_overflow_in_half_precision() -> None:
+    trunk = random_timm("avg", img_size=96, fc_norm=True).visual.trunk
+    trunk.blocks[-1].mlp.fc2.bias[0] = 400.0
+    trunk, pixels = trunk.half(), torch.randn(1, 3, 96, 96).half()
+    assert trunk(pixels).isfinite().all()
+    with vtprune.wrapped(trunk, "turbo", keep=400):
+        assert trunk(pixels).isfinite().all()

@@ -237,3 +237,18 @@ def test_what_rows_cost_is_what_they_cost_alone_and_adds_up(kind: str, pruner: P
         (alone,) = of([row]).samples
         for name in (*names, "scoring_flops"):
             assert getattr(alone, name) == getattr(sample, name), name
+
+
+@pytest.mark.parametrize("method", ["grid", "fastv"])
+def test_entries_are_counted_by_the_mask_that_comes_later(method: str) -> None:
+    rows = ROWS["llava-clip"]
+    model = vtprune.wrap(make("llava-clip"), method, keep=0.25)
+    inputs = prompt("llava-clip", rows)
+    mask = inputs.pop("attention_mask")
+    cache = model(**inputs, use_cache=True).past_key_values
+    mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    model(input_ids=torch.full((len(rows), 1), 7), past_key_values=cache, attention_mask=mask)
+    entries = vtprune.report(model).kv_tokens_per_layer
+    held = [int((cache.layers[-1].slots[row] >= 0).sum()) for row in range(len(rows))]
+    hidden = (mask == 0).sum(dim=1).tolist()
+    assert entries[-1] == [n - gone for n, gone in zip(held, hidden, strict=True)]

@@ -16,13 +16,14 @@ class Slots:
     before the next cut, mask or report. Layers that hold the same places share one object.
 
     start: (B, K) the places of the first entries, -1 where an entry is padding; first, more: after them come `more`
-    entries of the places from `first` on. real: (B,) how many entries of `start` are no padding, or one int for all
-    rows, once somebody counted them.
+    entries of the places from `first` on. real: how many entries of `start` are no padding, (B,) or one int for all
+    rows, once somebody counted them; masked: whether by a mask, None where they are known without one.
     """
 
     def __init__(self, start: Tensor, *, first: int = 0, more: int = 0) -> None:
         self.start, self.first, self.more = start, first, more
         self.real: Tensor | int | None = None
+        self.masked: bool | None = None
         self._changed: tuple[object, Slots] | None = None
 
     @cached_property
@@ -42,7 +43,7 @@ class Slots:
         if self.more and self.first + self.more != place:
             return Slots(self.tensor, first=place, more=count)
         found = Slots(self.start, first=self.first if self.more else place, more=self.more + count)
-        found.real = self.real
+        found.real, found.masked = self.real, self.masked
         return found
 
     def extends(self, past: Slots | None) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtprune.encoder.blocks import BlockEncoding
 from vtprune.hooks.installing import Installed
-from vtprune.hooks.tower import TowerHooks
+from vtprune.hooks.tower import TowerHooks, weighted_mean
 from vtprune.tensors.attention import split_heads
 
 
@@ -60,10 +60,9 @@ class OpenClipHooks(TowerHooks):
             encoding = self.state.encoding
             if not isinstance(encoding, BlockEncoding) or not encoding.dropped:
                 return pooled, tokens
-            left, sizes = (part[..., None] for part in encoding.full_sizes())
+            left, sizes = encoding.full_sizes()
             if self.tower.tower.pool_type == "avg":
-                sizes = sizes.to(tokens.dtype)
-                pooled = (tokens * sizes).sum(dim=1) / sizes.sum(dim=1)
-            return pooled, tokens.masked_fill(~left, 0)
+                pooled = weighted_mean(tokens, sizes)
+            return pooled, tokens.masked_fill(~left[..., None], 0)
 
         return pool

@@ -90,8 +90,8 @@ class RoutedLayers:
         """The forward of the norm before a routed layer's attention, which a method that reads normed tokens may have
         run already."""
         routing = self._under_way()
-        known = None if routing is None else routing.normed
-        return known[1] if known is not None and known[0] is states else forward(states)
+        known = None if routing is None else routing.known(states)
+        return forward(states) if known is None else known
 
     def _under_way(self) -> Routing | None:
         run = self._state.running
@@ -121,6 +121,7 @@ class Routing(Shaper):
         self._of, self._pruner, self._recording, self._lessons = of, pruner, recording, lessons
         self.packed: Packed | None = None
         self.normed: tuple[Tensor, Tensor] | None = None
+        self._version = 0
         # Kept while the run lives: slots and masks are known by the identity of these places.
         self._layouts: dict[int, Layout] = {}
         self._marked: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
@@ -141,20 +142,29 @@ class Routing(Shaper):
         if places is not None:
             own = pick(places, columns)
         self._layouts[index] = Layout(own, ragged=len(own) > 1)
-        inside = self.packed.inside
-        if self.normed is not None:
-            self.normed = inside, gather_tokens(self.normed[1], columns)
+        inside, normed = self.packed.inside, self.known(entering.states)
+        self._remember(None if normed is None else (inside, gather_tokens(normed, columns)))
         return replace(entering, layout=self._layouts[index], states=inside)
 
-    def _norm(self, index: int) -> Callable[[Tensor], Tensor]:
-        """The norm of a layer. The layer takes what it made; where gradients are recorded a checkpoint may run the
-        layer again, and then has to find it as it was."""
-        norm = self._of.norm(index)
+    def known(self, states: Tensor) -> Tensor | None:
+        """What the norm of the layer under way made of these very states, None where it did not run on them, or its
+        output was changed since."""
+        if self.normed is None or self.normed[0] is not states or self._version != _version(self.normed[1]):
+            return None
+        return self.normed[1]
+
+    def _remember(self, normed: tuple[Tensor, Tensor] | None) -> None:
+        self.normed, self._version = normed, 0 if normed is None else _version(normed[1])
+
+    def _norm(self, index: int, entering: Tensor) -> Callable[[Tensor], Tensor]:
+        """The norm of a layer, which takes what it made of the states that enter it. Not where gradients are recorded:
+        a checkpoint may run the layer again, and then has to find it as it was."""
+        norm, records = self._of.norm(index), torch.is_grad_enabled()
 
         def normed(states: Tensor) -> Tensor:
             found = norm(states)
-            if not torch.is_grad_enabled():
-                self.normed = states, found
+            if states is entering and not records:
+                self._remember((states, found))
             return found
 
         return normed
@@ -185,7 +195,7 @@ class Routing(Shaper):
             spared[span.row] += max(0, span.kept.numel() - budget)
         return RoutedTokens(
             hidden=entering.states,
-            norm=self._norm(index),
+            norm=self._norm(index, entering.states),
             real=real,
             image=image,
             text=text,
@@ -242,3 +252,8 @@ class Routing(Shaper):
                 number[span.row, span.stands] = -1
             self._text = torch.from_numpy(number)
         return self._text
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count that."""
+    return -1 if tensor.is_inference() else tensor._version

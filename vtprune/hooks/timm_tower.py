@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtprune.adapters.timm import TimmTower
 from vtprune.encoder.blocks import BlockEncoding
 from vtprune.hooks.installing import Installed
-from vtprune.hooks.tower import TowerHooks
+from vtprune.hooks.tower import TowerHooks, weighted_mean
 
 
 class TimmHooks(TowerHooks):
@@ -53,8 +53,7 @@ class TimmHooks(TowerHooks):
             if left is None or trunk.attn_pool is not None or kind != "avg":
                 return original(x, pool_type)
             first = 0 if trunk.pool_include_prefix else trunk.num_prefix_tokens
-            weights = left[:, first:, None].to(x.dtype)
-            return (x[:, first:] * weights).sum(dim=1) / weights.sum(dim=1)
+            return weighted_mean(x[:, first:], left[:, first:])
 
         return pool
 

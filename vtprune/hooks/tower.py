@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vtprune.method.pruner import Pruner
 from vtprune.method.views import LayerSignals
 from vtprune.report.report import Report
 from vtprune.report.tower import TowerPass
-from vtprune.tensors.attention import split_heads
+from vtprune.tensors.attention import at_least_single, split_heads
 
 
 class TowerHooks(EncoderHooks, ABC):
@@ -57,7 +57,10 @@ class TowerHooks(EncoderHooks, ABC):
                 output = original(x)
             encoding.checks.settle()
             images = encoding.images(list(x), self.token)
-            self.last = TowerPass(self.tower.cost, self.tower.pooled_macs, self.plans, images)
+            # A tower may take pictures of other sizes than its own.
+            rows, columns = encoding.grids[0][1:]
+            cost = replace(self.tower.cost, side=(rows, columns))
+            self.last = TowerPass(cost, self.tower.pooled_macs(rows * columns), self.plans, images)
             return output
 
         return forward
@@ -82,6 +85,12 @@ class TowerHooks(EncoderHooks, ABC):
     @abstractmethod
     def install(self, installed: Installed, layers: dict[int, Any]) -> None:
         """Makes what pools leave out what is gone, and queries, keys and values of these layers seen."""
+
+
+def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
+    """(B, D) the mean of tokens (B, N, D) by weights (B, N), summed in fp32 or fp64."""
+    whole, weights = at_least_single(tokens), weights[..., None]
+    return ((whole * weights).sum(dim=1) / weights.sum(dim=1)).to(tokens.dtype)
 
 
 class TowerWrapping(Installed):

@@ -179,11 +179,13 @@ class GammaMoD(InLayers, Trained):
         return found.to(tokens.hidden.device)
 
     def route(self, tokens: RoutedTokens) -> Routes:
-        """The tokens with the highest p, or those above a threshold, each with its gate; raises ScoreError for NaN."""
+        """The tokens with the highest p, or those above a threshold, each with its gate; raises ScoreError for NaN
+        where there is something to choose."""
         logits = self.logits(tokens)
         gate = logits.softmax(dim=-1)[..., 1]
         if tokens.complete and not self.released:
-            return Routes(gate=gate, loss=self._loss(logits, tokens.real, tokens) if tokens.training else None)
+            every = torch.ones_like(tokens.real)
+            return Routes(gate=gate, loss=self._loss(logits, every, tokens) if tokens.training else None)
         scores = gate.detach() if tokens.whole else gate.detach().masked_fill(~tokens.real, 0.0)
         scores = check_scores(scores, self.name)
         decided = self._decided(scores, tokens)

@@ -174,8 +174,8 @@ class _Counted:
         slots = layer.places
         if slots is None:
             return self.between(0, layer.length), 0
-        if slots.real is None:
-            slots.real = self._real(slots.start, ragged=layer.ragged)
+        if slots.real is None or slots.masked not in (None, self._mask is not None):
+            slots.real, slots.masked = self._real(slots.start, ragged=layer.ragged), self._mask is not None
         return slots.real, self.between(slots.first, slots.first + slots.more)
 
     def _real(self, places: Tensor, *, ragged: bool) -> Tensor | int:
