@@ -225,16 +225,16 @@ def test_what_rows_cost_is_what_they_cost_alone_and_adds_up(kind: str, pruner: P
     model = vtprune.wrap(make(kind), pruner)
     names = ("flops", "flops_full", "kv_bytes_prefill", "kv_bytes_prefill_full", "kv_bytes", "kv_bytes_full")
 
-    def of(rows: list[Any]) -> Any:
-        run_wrapped(kind, model, prompt(kind, rows))
+    def of(rows: list[Any], first: int = 0) -> Any:
+        run_wrapped(kind, model, prompt(kind, rows), row=first)
         return vtprune.report(model)
 
     together = of(ROWS[kind])
     for name in names:
         assert sum(getattr(sample, name) for sample in together.samples) == getattr(together, name), name
     assert sum(sample.scoring_flops for sample in together.samples) == together.flops_breakdown.scoring
-    for row, sample in zip(ROWS[kind], together.samples, strict=True):
-        (alone,) = of([row]).samples
+    for number, (row, sample) in enumerate(zip(ROWS[kind], together.samples, strict=True)):
+        (alone,) = of([row], number).samples
         for name in (*names, "scoring_flops"):
             assert getattr(alone, name) == getattr(sample, name), name
 
