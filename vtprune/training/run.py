@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
 from vtprune.loading.prompts import check_text, check_videos
 from vtprune.loading.videos import FRAMES
-from vtprune.method.config import CONFIG_NAME, WEIGHTS_NAME
+from vtprune.method.config import CONFIG_NAME, WEIGHTS_NAME, load_config, save_config
 from vtprune.method.registry import read_options
 from vtprune.method.resolving import resolve
 from vtprune.method.texts import parse_entry, parse_options
@@ -144,7 +146,7 @@ def _train(
 
 def run_train(source: Source, config: TrainConfig, console: Console) -> Progress:
     """`vtprune train`: loads the model, wraps it with the method, and trains it."""
-    given = _method(source)
+    given, options = _method(source)
     pretrained = folder_of(source.model)
     prepare_environment(offline=is_local(pretrained))
     data, validation = _data(source, config, _teller(console))
@@ -152,14 +154,16 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
         # Whether it can be read is known before a model is loaded.
         read_log(config.output)
         model, processor = load_model(pretrained, device="cpu")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _with_options(given, options) as method:
             # It is about to be trained.
             warnings.simplefilter("ignore", UntrainedWarning)
-            wrap(model, given)
+            wrap(model, method)
         identity = {
             "model": "bundled" if source.model is None else title_of(source.model),
             "model_files": model_fingerprint(pretrained),
         }
+        if options:
+            identity["starts_from"] = model_fingerprint(str(given))
         return _train(model, processor, data, config, validation=validation, console=console, identity=identity)
 
 
@@ -169,8 +173,25 @@ def _teller(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, soft_wrap=True) if shown else None
 
 
-def _method(source: Source) -> Any:
-    """The pruners, or the folder that holds them; raises InputError for an option that is given twice."""
+@contextmanager
+def _with_options(given: Any, options: dict[str, Any]) -> Iterator[Any]:
+    """The same, a folder with some of its method's options set anew: its weights are what training starts from."""
+    if not options:
+        yield given
+        return
+    found = load_config(given)
+    if isinstance(found, list):
+        raise InputError(f"{given} holds a list of methods; --keep and --set go with one")
+    with tempfile.TemporaryDirectory(prefix="vtprune-") as draft:
+        save_config(replace(found, **read_options(found.name, options)), draft)
+        if (given / WEIGHTS_NAME).is_file():
+            shutil.copy(given / WEIGHTS_NAME, draft)
+        yield Path(draft)
+
+
+def _method(source: Source) -> tuple[Any, dict[str, Any]]:
+    """The pruners, or the folder that holds them and the options that are to be other ones; raises InputError for an
+    option that is given twice."""
     options: dict[str, Any] = {}
     for text in source.options:
         try:
@@ -183,17 +204,15 @@ def _method(source: Source) -> Any:
         options.update(given)
     stages = parse_entry(source.method)
     folder = stages[0].name if stages[0].folder else ""
-    if len(stages) == 1 and folder:
-        if options or source.keep is not None:
-            raise InputError(f"{folder} is a folder, which has its own options; leave out --keep and --set")
-        return Path(folder)
     if source.keep is not None:
         if "keep" in options:
             raise InputError("keep: given twice, as --keep and as --set")
         options["keep"] = source.keep
+    if len(stages) == 1 and folder:
+        return Path(folder), options
     if len(stages) == 1:
         options = read_options(stages[0].name, options)
-    return resolve(source.method, **options)
+    return resolve(source.method, **options), {}
 
 
 def _data(
