@@ -16,6 +16,8 @@ from vtprune.files import append_text, write_bytes
 from vtprune.json_files import parse, read_file
 
 WHAT = "an answer that was written down"
+# Costs that an answer may be without.
+OPTIONAL = ("published_tokens", "decode_ms", "peak_bytes")
 
 
 class Entry(TypedDict):
@@ -49,7 +51,7 @@ def _entry(line: bytes, place: str) -> dict[str, Any]:
         raise FileError(f"{place} is not {WHAT}: cost: {error}") from error
     for name, value in entry["cost"].items():
         text, number = isinstance(value, str), isinstance(value, int | float)
-        if not (text if name == "kept_whole" else number or (value is None and name == "published_tokens")):
+        if not (text if name == "kept_whole" else number or (value is None and name in OPTIONAL)):
             wanted = "text" if name == "kept_whole" else "number"
             raise FileError(f"{place} is not {WHAT}: cost.{name}: should be a {wanted}")
     return entry

@@ -53,6 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def spied(calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> VTPrune:
     lm = VTPrune(random_checkpoint())
+    lm._warm = True
     generate = lm.model.generate
 
     def noted(**inputs: Any) -> Any:

@@ -86,8 +86,8 @@ def test_one_text_means_the_same_in_every_place(tmp_path: Path) -> None:
     wanted = [vtprune.PyramidDrop(keep=0.5, layers=(1, 2))]
     assert resolve(text) == wanted
     assert build_settings([text], [0.25])[1].pruners() == wanted
-    assert _method(Source(text)) == wanted
-    assert _method(Source("pyramid_drop", keep=0.5, options=("layers=(1,2)",))) == wanted
+    assert _method(Source(text)) == (wanted, {})
+    assert _method(Source("pyramid_drop", keep=0.5, options=("layers=(1,2)",))) == (wanted, {})
     for arguments in (
         f"method={text}",
         "method=pyramid_drop,keep=0.5,layers=(1,2)",

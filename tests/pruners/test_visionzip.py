@@ -113,9 +113,9 @@ def test_without_merging_the_same_tokens_go_on_as_they_are() -> None:
     layer = batch_layer(images, [12, 12], prefix=1, group=1)
     merged, plain = (VisionZip(keep=12, merge=merge).prune_encoder(layer) for merge in (True, False))
     assert torch.equal(merged.keep, plain.keep)
-    flows = plain.into >= 0
+    flows = plain.targets >= 0
     assert not bool((flows & ~plain.keep).any())
-    assert bool((plain.weights == 1).all())
+    assert bool((plain.shares == 1).all())
 
 
 def test_cls_takes_the_place_of_the_first_token_that_does_not_go_on() -> None:

@@ -12,7 +12,7 @@ import torch
 import vtprune
 from tests.flop_helper import measured_flops
 from tests.matrix import CACHE, DROPS, PRUNERS, label
-from tests.models import MODELS, ROWS, make, prompt
+from tests.models import MODELS, PAST, ROWS, make, prompt
 from tests.oracle import run_wrapped
 from vtprune.decoder.prompt import real_tokens
 from vtprune.encoder.encoding import EncodedImage
@@ -247,7 +247,7 @@ def test_entries_are_counted_by_the_mask_that_comes_later(method: str) -> None:
     mask = inputs.pop("attention_mask")
     cache = model(**inputs, use_cache=True).past_key_values
     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    model(input_ids=torch.full((len(rows), 1), 7), past_key_values=cache, attention_mask=mask)
+    model(input_ids=torch.full((len(rows), 1), 7), **{PAST: cache}, attention_mask=mask)
     entries = vtprune.report(model).kv_tokens_per_layer
     held = [int((cache.layers[-1].slots[row] >= 0).sum()) for row in range(len(rows))]
     hidden = (mask == 0).sum(dim=1).tolist()

@@ -193,7 +193,7 @@ class Watch(Observer):
             if held.whole:
                 scores[row].add_(sums.sum(dim=1))
             else:
-                scores[row].index_add_(1, held.columns.to(query.device), sums.sum(dim=1))
+                scores[row].index_add_(1, held.columns.to(query.device), sums.sum(dim=1).to(scores))
         if densities:
             known = layer.aux.get(DENSITY)
             density = torch.zeros(run.prompt.batch, 1, device=query.device) if known is None else known.clone()

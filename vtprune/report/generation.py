@@ -109,7 +109,7 @@ class Generation:
             return
         self._mask = mask
         self._cache = weakref.ref(cache)
-        self._notes.append(CacheNote.of(layers, mask if padded else None))
+        self._notes.append(CacheNote.of(layers, mask if padded else None, full=mask is not None and not padded))
         self._log, self._heads = books(layers).log, [Heads.of(layer) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -71,10 +71,10 @@ class CacheNote:
     states: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, layers: Sequence[CacheLayer], mask: Tensor | None) -> CacheNote:
-        """Notes what the layers hold; `mask`: (B, length) with 0 where a token is padding, or None. Waits for no
-        device."""
-        counted, holding, book = _Counted(mask), entry_layers(layers), books(layers)
+    def of(cls, layers: Sequence[CacheLayer], mask: Tensor | None, *, full: bool = False) -> CacheNote:
+        """Notes what the layers hold; `mask`: (B, length) with 0 where a token is padding, or None; full: whether it
+        is None because nothing is. Waits for no device."""
+        counted, holding, book = _Counted(mask, full=full), entry_layers(layers), books(layers)
         entries = tuple((0, 0) if isinstance(layer, StateLayer) else counted.entries(layer) for layer in layers)
         whole = counted.between(0, book.length)
         steps = book.log.steps if book.log is not None else ()
@@ -154,10 +154,11 @@ def _returned(step: Step, rows: Sequence[int], depth: int) -> list[list[int]]:
 
 
 class _Counted:
-    """Counts entries that are no padding, by the `mask` (B, length) of all places, None where there is none."""
+    """Counts entries that are no padding, by the `mask` (B, length) of all places, None where there is none; full:
+    whether nothing is padding, as the host knows."""
 
-    def __init__(self, mask: Tensor | None) -> None:
-        self._mask = mask
+    def __init__(self, mask: Tensor | None, *, full: bool) -> None:
+        self._mask, self._full = mask, full
         self._between: dict[tuple[int, int], Tensor | int] = {}
         self._held: tuple[Tensor, Tensor] | None = None
 
@@ -174,8 +175,9 @@ class _Counted:
         slots = layer.places
         if slots is None:
             return self.between(0, layer.length), 0
-        if slots.real is None or slots.masked not in (None, self._mask is not None):
-            slots.real, slots.masked = self._real(slots.start, ragged=layer.ragged), self._mask is not None
+        masked = None if self._full else self._mask is not None
+        if slots.real is None or (masked != slots.masked and None not in (masked, slots.masked)):
+            slots.real, slots.masked = self._real(slots.start, ragged=layer.ragged), masked
         return slots.real, self.between(slots.first, slots.first + slots.more)
 
     def _real(self, places: Tensor, *, ragged: bool) -> Tensor | int:
