@@ -184,8 +184,8 @@ class GammaMoD(InLayers, Trained):
         logits = self.logits(tokens)
         gate = logits.softmax(dim=-1)[..., 1]
         if tokens.complete and not self.released:
-            every = torch.ones_like(tokens.real)
-            return Routes(gate=gate, loss=self._loss(logits, every, tokens) if tokens.training else None)
+            loss = self._loss(logits, torch.ones_like(tokens.real), tokens) if tokens.training else None
+            return Routes(gate=gate, loss=loss)
         scores = gate.detach() if tokens.whole else gate.detach().masked_fill(~tokens.real, 0.0)
         scores = check_scores(scores, self.name)
         decided = self._decided(scores, tokens)
