@@ -21,7 +21,7 @@ def run_lmms_eval(arguments: Sequence[str]) -> None:
     Raises InputError where no task is named, and RunError where an evaluation failed (lmms-eval itself prints the
     error, and ends as if nothing had happened).
     """
-    words = [word for word in arguments if word != "eval"] if arguments[:1] == ["eval"] else list(arguments)
+    words = list(arguments[1:] if arguments[:1] == ["eval"] else arguments)
     if not _given(words, "--tasks", *WITHOUT_TASKS):
         raise InputError("lmms-eval: --tasks names what to ask, as --tasks vtprune_shapes; --tasks list shows all")
     if not _given(words, "--model", "--config"):

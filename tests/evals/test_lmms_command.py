@@ -19,6 +19,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vtprune.cli", "lmms-eval", *arguments],
         env={**os.environ, "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
@@ -30,10 +31,10 @@ def test_bundled_tasks_are_found_beside_those_of_a_folder(tmp_path: Path) -> Non
     tasks = "vtprune_shapes,vtprune_pictures"
     done = run(
         tmp_path, "eval", "--tasks", tasks, "--include_path", str(tmp_path), "--limit", "2", "--model_args",
-        "method=grid,keep=0.25", "--output_path", str(tmp_path / "out"),
+        "method=grid,keep=0.25", "--output_path", "eval",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (results,) = (tmp_path / "out").rglob("*_results.json")
+    (results,) = (tmp_path / "eval").rglob("*_results.json")
     assert set(json.loads(results.read_text())["results"]) == {"vtprune_shapes", "vtprune_pictures"}
 
 

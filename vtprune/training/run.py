@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,14 +12,16 @@ from typing import Any
 
 from rich.console import Console
 
+from vtprune.adapters import core_model
 from vtprune.assets import folder_of, title_of
 from vtprune.errors import InputError, UntrainedWarning
 from vtprune.files import held, refuse_foreign
+from vtprune.hooks.weights import read_weights
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
 from vtprune.loading.prompts import check_text, check_videos
 from vtprune.loading.videos import FRAMES
-from vtprune.method.config import CONFIG_NAME, WEIGHTS_NAME, load_config, save_config
+from vtprune.method.config import CONFIG_NAME, WEIGHTS_NAME, load_config
 from vtprune.method.registry import read_options
 from vtprune.method.resolving import resolve
 from vtprune.method.texts import parse_entry, parse_options
@@ -44,7 +44,7 @@ from vtprune.training.output import (
 from vtprune.training.progress import Display
 from vtprune.training.shapes import ShapesData
 from vtprune.training.state import Progress
-from vtprune.wrap import wrap
+from vtprune.wrap import ATTRIBUTE, wrap
 
 # Files that a run would overwrite, were they not its own.
 FOREIGN = ("config.json", "model.safetensors", CONFIG_NAME, WEIGHTS_NAME, ADAPTER, LOSS_PLOT, ROUTED_PLOT)
@@ -154,10 +154,10 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
         # Whether it can be read is known before a model is loaded.
         read_log(config.output)
         model, processor = load_model(pretrained, device="cpu")
-        with warnings.catch_warnings(), _with_options(given, options) as method:
+        with warnings.catch_warnings():
             # It is about to be trained.
             warnings.simplefilter("ignore", UntrainedWarning)
-            wrap(model, method)
+            _wrapped(model, given, options)
         identity = {
             "model": "bundled" if source.model is None else title_of(source.model),
             "model_files": model_fingerprint(pretrained),
@@ -173,20 +173,19 @@ def _teller(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, soft_wrap=True) if shown else None
 
 
-@contextmanager
-def _with_options(given: Any, options: dict[str, Any]) -> Iterator[Any]:
-    """The same, a folder with some of its method's options set anew: its weights are what training starts from."""
+def _wrapped(model: Any, given: Any, options: dict[str, Any]) -> None:
+    """Wraps the model; a folder's method may have some options set anew, and then starts from the folder's weights."""
     if not options:
-        yield given
+        wrap(model, given)
         return
     found = load_config(given)
     if isinstance(found, list):
         raise InputError(f"{given} holds a list of methods; --keep and --set go with one")
-    with tempfile.TemporaryDirectory(prefix="vtprune-") as draft:
-        save_config(replace(found, **read_options(found.name, options)), draft)
-        if (given / WEIGHTS_NAME).is_file():
-            shutil.copy(given / WEIGHTS_NAME, draft)
-        yield Path(draft)
+    wrap(model, replace(found, **read_options(found.name, options)))
+    core: Any = core_model(model)
+    modules = getattr(core, ATTRIBUTE).modules
+    if modules:
+        read_weights(modules, given, core)
 
 
 def _method(source: Source) -> tuple[Any, dict[str, Any]]:
