@@ -11,6 +11,10 @@ class InputError(VTPruneError):
     """The request cannot be carried out as it stands; the message says what would be right."""
 
 
+class BusyError(VTPruneError):
+    """Another run holds the folder."""
+
+
 class CannotCut(VTPruneError):
     """A method cannot cut an image to its budget; such an image is kept whole, and its report says why."""
 

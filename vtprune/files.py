@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from vtprune.errors import FileError, VTPruneError, WriteError
+from vtprune.errors import BusyError, FileError, VTPruneError, WriteError
 
 PART, DRAFT, LOCK = ".vtprune-*.part", ".vtprune-*.draft", ".vtprune.lock"
 # Seconds that a run waits for another one to let go of a folder: enough for one that is just ending.
@@ -248,23 +249,24 @@ def refuse_changed(
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Holds an output folder, which is made if it is absent, for one run: no other run writes into it meanwhile.
 
-    The system lets go of it when a process ends, however that happens. Raises VTPruneError at once where another run
-    holds the folder, and where it cannot be written.
+    patience: seconds to wait for another one to let go of it. The system lets go of it when a process ends, however
+    that happens. Raises BusyError where another run holds the folder, and VTPruneError where it cannot be written.
     """
     check_writable(folder)
     path = folder / LOCK
     real = os.path.realpath(path)
     busy = f"output: another run is writing into {folder}; wait until it has ended, or give another --output"
+    end = time.monotonic() + patience
     # lmms-eval makes the locks of a process reentrant: what this process holds is known here, too.
-    with _own:
-        if real in _held:
-            raise VTPruneError(busy)
-        _held.add(real)
+    while not _taken(real):
+        if time.monotonic() > end:
+            raise BusyError(busy)
+        time.sleep(POLL)
     try:
-        with _locked(path, busy):
+        with _locked(path, busy, patience):
             _clear_up(folder)
             yield
     finally:
@@ -272,13 +274,21 @@ def held(folder: Path) -> Iterator[None]:
             _held.discard(real)
 
 
+def _taken(path: str) -> bool:
+    """Takes a lock inside this process; False where another of its threads has it."""
+    with _own:
+        free = path not in _held
+        _held.add(path)
+    return free
+
+
 @contextmanager
-def _locked(path: Path, busy: str) -> Iterator[None]:
-    lock = FileLock(path, timeout=PATIENCE)
+def _locked(path: Path, busy: str, patience: float) -> Iterator[None]:
+    lock = FileLock(path, timeout=patience)
     try:
         lock.acquire(poll_interval=POLL)
     except Timeout as error:
-        raise VTPruneError(busy) from error
+        raise BusyError(busy) from error
     except (OSError, NotImplementedError) as error:
         raise VTPruneError(f"output: cannot lock {path}: {_reason(error)}") from error
     try:

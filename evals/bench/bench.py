@@ -12,12 +12,13 @@ from rich.console import Console
 from vtprune.assets import folder_of, title_of
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
+from vtprune.evals.bench.grid import Listener, rank, work_through
 from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
 from vtprune.evals.bench.suite import BUNDLED_TASK, BUNDLED_TASKS, data_fingerprint, open_suite
 from vtprune.evals.bench.tables import main_scores, show_score
 from vtprune.evals.settings import Setting, build_settings
 from vtprune.evals.untrained import quiet_untrained
-from vtprune.files import held, write_bytes, write_text
+from vtprune.files import check_writable, write_bytes, write_text
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local
 from vtprune.loading.videos import FRAMES
@@ -37,7 +38,9 @@ class BenchConfig:
     """What to run. limit None: every question; batch_size None: 16 in float32 on a CPU, else 1; frames: of each video
     (None: 16).
 
-    lenient: a method that this model cannot take is left out and named, instead of ending the run.
+    lenient: a method that this model cannot take is left out and named, instead of ending the run; metrics: of tasks
+    (task, metric), the ones that tables show; a task's first one where it is not named; data: a folder with
+    TASK.parquet for tasks whose data sets cannot be reached.
     """
 
     methods: tuple[str, ...]
@@ -56,6 +59,8 @@ class BenchConfig:
     seed: int = 0
     resume: bool = True
     lenient: bool = False
+    metrics: tuple[tuple[str, str], ...] = ()
+    data: Path | None = None
 
     @property
     def pretrained(self) -> str:
@@ -72,20 +77,23 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     settings = build_settings(config.methods, config.keeps)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit: at least one question, got {config.limit}")
-    with held(config.output):
-        prepare_environment(offline=set(config.tasks) <= set(BUNDLED_TASKS) and is_local(config.pretrained))
-        _require_lmms_eval()
-        from vtprune.evals.bench.suite import silence_loggers
+    check_writable(config.output)
+    prepare_environment(offline=set(config.tasks) <= set(BUNDLED_TASKS) and is_local(config.pretrained))
+    _require_lmms_eval()
+    from vtprune.evals.bench.suite import silence_loggers
 
-        silence_loggers()
-        results = Results(config.output, _identity(config), resume=config.resume)
-        if results.moved is not None:
-            why = "results of other code" if config.resume else "the earlier results"
-            console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
-        with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite, quiet_untrained():
-            _run(config, suite, results, settings=settings, console=console)
+    silence_loggers()
+    # Of a launcher's processes the first one alone may begin afresh.
+    results = Results(config.output, _identity(config), resume=config.resume or rank() > 0)
+    if results.moved is not None:
+        why = "results of other code" if config.resume else "the earlier results"
+        console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
+    opened = open_suite(config.tasks, config.limit, config.seed, config.include_path, data=config.data)
+    with opened as suite, quiet_untrained():
+        _run(config, suite, results, settings=settings, console=console)
+    if rank() == 0:
         _write_outputs(config, results, console)
-        return results.data
+    return results.data
 
 
 def _require_lmms_eval() -> None:
@@ -101,7 +109,7 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
         "model": title_of(config.model),
         "model_files": model_fingerprint(config.pretrained),
         "tasks": list(config.tasks),
-        "data": data_fingerprint(config.tasks),
+        "data": data_fingerprint(config.tasks, config.data),
         "limit": config.limit,
         "seed": config.seed,
         "dtype": config.dtype,
@@ -111,7 +119,9 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "code": code_fingerprint(),
     }
-    return same if config.frames is None else {**same, "frames": config.frames}
+    # What was not there in earlier versions is left out where it says nothing.
+    later = {"frames": config.frames, "metrics": dict(config.metrics) or None}
+    return {**same, **{name: value for name, value in later.items() if value is not None}}
 
 
 def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequence[Setting], console: Console) -> None:
@@ -135,6 +145,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
         max_new_tokens=config.max_new_tokens,
         frames=FRAMES if config.frames is None else config.frames,
     )
+    results.order = [setting.key() for setting in settings]
     missing = [setting for setting in settings if setting.key() not in results.settings]
     done = len(settings) - len(missing)
     if done:
@@ -142,16 +153,19 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     with Steps(console, "settings", len(settings), done, parts="answers") as steps:
         steps.say(_announcement(config, missing))
         estimate = Estimate(len(missing), steps.say)
-        sweep = Sweep(lm, suite, results, seed=config.seed, tell=steps.say)
+        sweep = Sweep(lm, suite, results, seed=config.seed, tell=steps.say, metrics=dict(config.metrics))
 
         def answered(count: int) -> None:
             steps.part(count, len(lm.requests))
             estimate.answered(count, len(lm.requests))
 
         lm.on_answers = answered
-        for setting in missing:
-            steps.begin(_name(setting))
-            steps.end(f"{_name(setting)}: {_summary(sweep.run(setting))}")
+
+        def ended(setting: Setting, record: dict[str, Any] | None) -> None:
+            steps.end(f"{_name(setting)}: {'made by another run' if record is None else _summary(record)}")
+
+        listener = Listener(lambda setting: steps.begin(_name(setting)), ended, steps.say)
+        work_through(missing, results, sweep.run, listener)
     # Written even if nothing was missing, so that the file tells of this run's versions and machine.
     results.save()
 

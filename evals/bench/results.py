@@ -1,59 +1,71 @@
-"""results.json: everything that a run found, written whole after every setting."""
+"""results.json: everything that the cells of a grid found, written whole after each of them."""
 
 from __future__ import annotations
 
 import json
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vtprune.errors import FileError
+from vtprune.errors import BusyError, FileError, RunError
+from vtprune.evals.bench.cells import FOLDER, Cell, busy
 from vtprune.evals.bench.records import RESULTS
 from vtprune.evals.run_file import RunFile
-from vtprune.files import refuse_foreign, set_aside, write_text
+from vtprune.evals.settings import Setting
+from vtprune.files import held, refuse_foreign, set_aside, write_text
 
 FORMAT = 2
 FILE, TABLE, PLOT = "results.json", "table.md", "pareto.png"
-UNFINISHED = ".answers-"
 WHAT = "a results file"
 AGAIN = "; give another --output, or --no-resume to start afresh and keep the old one beside it"
+# Seconds that a run waits for others that write into the folder: at its start, and with a record in its hands.
+JOINING, MERGING = 1.0, 60.0
 
 
 class Results:
-    """The content of results.json, kept on disk as it grows.
+    """The content of results.json, kept on disk as it grows; several runs of one configuration may fill it together.
 
-    config: what every number in the file depends on; settings: {key of a Setting: its record}; moved: where
-    earlier results were put, if there were some of other code, or a fresh start was asked for. Raises InputError for
-    results of another configuration, for a file that holds none, and for tables that are not of a bench.
+    config: what every number in the file depends on; settings: {key of a Setting: its record}; order: the keys of this
+    run's settings as its tables show them; moved: where earlier results were put, if there were some of other code, or
+    a fresh start was asked for. Raises InputError for results of another configuration, for a file that holds none,
+    and for tables that are not of a bench.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-        self.path, self.config = folder / FILE, config
-        file = RunFile(self.path, RESULTS, format=FORMAT, what=WHAT, again=AGAIN, check=_check_tasks)
-        self.data = file.begun(config, questions=[], settings={})
+        self.folder, self.path, self.config = folder, folder / FILE, config
+        self.order: list[str] = []
+        self._file = RunFile(self.path, RESULTS, format=FORMAT, what=WHAT, again=AGAIN, check=_check_tasks)
+        self.data = self._file.begun(config, questions=[], settings={})
         self.moved: Path | None = None
-        refuse_foreign(folder, FILE, (TABLE, PLOT))
-        if self.path.exists():
-            old, stamp = file.read(config, afresh=not resume)
-            if old is None:
-                self.moved = self._move_away(stamp)
-            else:
-                self.data = old
-        if not resume:
-            for path in folder.glob(f"{UNFINISHED}*"):
-                set_aside(path, "old")
+        with held(folder, JOINING):
+            refuse_foreign(folder, FILE, (TABLE, PLOT))
+            if self.path.exists():
+                old, stamp = self._file.read(config, afresh=not resume)
+                if old is None:
+                    self.moved = self._move_away(stamp)
+                else:
+                    self.data = old
+            elif not resume and (folder / FOLDER).exists():
+                self._move_cells("old")
 
     def _move_away(self, stamp: str) -> Path:
         """Keeps earlier results under another name: they are not to be compared with new ones."""
+        self._move_cells(stamp)
         for name in (TABLE, PLOT):
             if self.path.with_name(name).exists():
                 set_aside(self.path.with_name(name), stamp)
         return set_aside(self.path, stamp)
 
-    def unfinished(self, key: str) -> Path:
-        """Where the answers of a setting are noted until its record is written."""
-        run = sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:8]
-        return self.path.with_name(f"{UNFINISHED}{run}-{key}.jsonl")
+    def _move_cells(self, stamp: str) -> None:
+        if busy(self.folder):
+            raise BusyError(
+                f"output: another run is writing into {self.folder}; wait until it has ended, or give another --output"
+            )
+        if (self.folder / FOLDER).exists():
+            set_aside(self.folder / FOLDER, stamp)
+
+    def cell(self, setting: Setting) -> Cell:
+        """The folder of a setting."""
+        return Cell.of(self.folder, self.config, setting)
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -61,13 +73,42 @@ class Results:
         settings: dict[str, dict[str, Any]] = self.data["settings"]
         return settings
 
-    def set(self, key: str, record: dict[str, Any]) -> None:
-        """Adds a record and writes the file."""
-        self.settings[key] = record
-        self.save()
+    def set(self, key: str, record: dict[str, Any], questions: list[dict[str, Any]]) -> None:
+        """Adds a record to what is in the file; raises RunError for one that was asked other questions than those."""
+        with held(self.folder, MERGING):
+            self._join()
+            known = self.data["questions"]
+            if known and [q["doc_id"] for q in known] != [q["doc_id"] for q in questions]:
+                raise RunError("this setting was asked other questions than the ones before it")
+            self.data["questions"] = known or questions
+            self.settings[key] = record
+            self._save()
+
+    def join(self) -> None:
+        """Takes in what other runs have added meanwhile."""
+        with held(self.folder, MERGING):
+            self._join()
+
+    def _join(self) -> None:
+        if not self.path.exists():
+            return
+        found, _ = self._file.read(self.config, afresh=False)
+        if found is not None:
+            self.data["questions"] = self.data["questions"] or found["questions"]
+            self.data["settings"] = {**found["settings"], **self.settings}
+            for name in ("left_out", "untrained"):
+                self.data[name] = {**found.get(name, {}), **self.data.get(name, {})}
 
     def save(self) -> None:
-        """Writes the file; raises WriteError where that fails, and leaves the old one in place."""
+        """Writes the file with what others have added; raises WriteError where that fails, and leaves the old one."""
+        with held(self.folder, MERGING):
+            self._join()
+            self._save()
+
+    def _save(self) -> None:
+        place = {key: at for at, key in enumerate(self.order)}
+        ordered = sorted(self.settings.items(), key=lambda item: place.get(item[0], len(place)))
+        self.data["settings"] = dict(ordered)
         write_text(self.path, json.dumps(self.data, indent=1, ensure_ascii=False, default=str))
 
 

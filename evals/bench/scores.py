@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtprune.errors import RunError
@@ -44,29 +44,47 @@ def all_metrics(results: dict[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in results.items() if "," in key and _number(value) is not None}
 
 
-def main_metric(task: str, results: dict[str, Any]) -> tuple[str, float, float | None]:
-    """The first metric of a task that has a number: (name, value, standard error)."""
-    for key, value in results.items():
-        metric, found, variant = key.partition(",")
-        number = _number(value)
-        if found and number is not None and "_stderr" not in metric:
-            stderr = _number(results.get(f"{metric}_stderr_clt,{variant}"))
-            return metric, number, stderr
-    raise RunError(f"{task}: lmms-eval returned no number for it")
+def metric_names(results: dict[str, Any]) -> list[str]:
+    """The metrics of a task that have a number, in its order."""
+    found = [key.partition(",")[0] for key, value in results.items() if "," in key and _number(value) is not None]
+    return [name for name in dict.fromkeys(found) if "_stderr" not in name]
+
+
+def main_metric(task: str, results: dict[str, Any], wanted: str | None = None) -> tuple[str, float, float | None]:
+    """The wanted metric of a task, or its first one: (name, value, standard error).
+
+    Raises RunError where the task has no number, or none of that name.
+    """
+    names = metric_names(results)
+    if not names:
+        raise RunError(f"{task}: lmms-eval returned no number for it")
+    name = names[0] if wanted is None else wanted
+    if name not in names:
+        raise RunError(f"{task}: it has no metric {name!r}, it has {', '.join(names)}; give one of them as --metric")
+    key = next(key for key in results if key.partition(",")[0] == name and _number(results[key]) is not None)
+    variant = key.partition(",")[2]
+    return name, float(results[key]), _number(results.get(f"{name}_stderr_clt,{variant}"))
 
 
 def sample_scores(samples: list[dict[str, Any]], metric: str) -> list[float | None]:
-    """The metric of each sample, None where it is not a number."""
-    return [_number(sample.get(metric)) for sample in samples]
+    """The metric of each sample, None where it is not a number: many tasks write a sample's score beside its
+    category, to make more of it than a mean."""
+    found = [sample.get(metric) for sample in samples]
+    return [_number(value.get("score") if isinstance(value, dict) else value) for value in found]
 
 
-def task_scores(task: str, results: dict[str, Any], samples: list[dict[str, Any]]) -> list[Score]:
-    """The task's main metric, and the same by category where its samples have one."""
-    metric, value, stderr = main_metric(task, results)
+def task_scores(
+    task: str, results: dict[str, Any], samples: list[dict[str, Any]], wanted: str | None = None
+) -> list[Score]:
+    """The task's main metric (the wanted one, or its first), and the same by category where its samples have one."""
+    metric, value, stderr = main_metric(task, results, wanted)
     numbers = sample_scores(samples, metric)
-    if None not in numbers:
-        stderr = standard_error([number for number in numbers if number is not None])
     scores = [Score(task, task, metric, value, stderr=stderr, count=len(samples))]
+    known = [number for number in numbers if number is not None]
+    # A number that is no mean of its samples' scores has no error of theirs, and no parts.
+    if not known or not math.isclose(sum(known) / len(known), value, rel_tol=1e-6, abs_tol=1e-9):
+        return scores
+    scores[0] = replace(scores[0], stderr=standard_error(known))
     groups: dict[str, list[float]] = defaultdict(list)
     for sample, number in zip(samples, numbers, strict=True):
         category = sample["doc"].get("category")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from vtprune.assets import SHAPES_EVAL, SHAPES_MORE
 from vtprune.errors import InputError, explain
@@ -59,6 +60,23 @@ def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
+def write_local(folder: Path, task: str, data: Path, manager: Any) -> None:
+    """A task file of a known task's name in `folder` whose questions come from a parquet file of the same columns."""
+    from lmms_eval.utils import load_yaml_config
+
+    path = manager.task_index[task]["yaml_path"]
+    split = load_yaml_config(path, mode="simple").get("test_split") or "test"
+    source = {"data_files": {str(split): str(data.resolve())}}
+    own = {
+        "include": str(path),
+        "task": task,
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": source,
+    }
+    write_text(folder / f"{task}.yaml", yaml.safe_dump(own, sort_keys=False))
+
+
 def write_sample(folder: Path, task: str, limit: int, seed: int) -> None:
     """A stratified sample of a bundled set in `folder`, and a task file of the bundled name for it."""
     import pyarrow.parquet as pq
@@ -73,9 +91,10 @@ def write_sample(folder: Path, task: str, limit: int, seed: int) -> None:
     )
 
 
-def data_fingerprint(tasks: Sequence[str]) -> str:
-    """Identifies the bundled questions; other tasks are known by their names."""
+def data_fingerprint(tasks: Sequence[str], data: Path | None = None) -> str:
+    """Identifies the bundled questions and those of parquet files; other tasks are known by their names."""
     found = [BUNDLED_TASKS[task] for task in tasks if task in BUNDLED_TASKS and BUNDLED_TASKS[task].is_file()]
+    found += [data / f"{task}.parquet" for task in tasks if data is not None and (data / f"{task}.parquet").is_file()]
     if not found:
         return ""
     return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:16]
@@ -85,9 +104,12 @@ def _find(names: Sequence[str], folders: list[str]) -> tuple[Any, list[str]]:
     """An index that holds all the names, lmms-eval's own tasks only where the folders do not have them."""
     from lmms_eval.tasks import TaskManager
 
-    manager = TaskManager("ERROR", include_path=folders, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager("ERROR", include_path=folders, model_name="vtprune")
+    own = TaskManager("ERROR", include_path=folders, include_defaults=False)
+    if all(name in own.all_tasks for name in names):
+        return own, []
+    manager = TaskManager("ERROR", include_path=folders, model_name="vtprune")
+    # Of two tasks of one name lmms-eval takes its own.
+    manager._task_index.update(own.task_index)
     return manager, [name for name in names if name not in manager.all_tasks]
 
 
@@ -118,11 +140,12 @@ def _data_set(name: str, manager: Any) -> str:
 
 @contextmanager
 def open_suite(
-    tasks: Sequence[str], limit: int | None, seed: int, include_path: Path | None = None
+    tasks: Sequence[str], limit: int | None, seed: int, include_path: Path | None = None, *, data: Path | None = None
 ) -> Iterator[Suite]:
     """The tasks, ready to run, and files that are gone afterwards.
 
-    Raises InputError for an unknown task, and for one whose data cannot be loaded.
+    data: a folder with TASK.parquet for tasks whose data sets cannot be reached. Raises InputError for an unknown
+    task, and for one whose data cannot be loaded.
 
     The bundled tasks take `limit` as a stratified sample drawn with `seed`, others as their first samples.
     """
@@ -133,6 +156,8 @@ def open_suite(
             raise InputError(f"tasks: the data of {name} are missing: no file {BUNDLED_TASKS[name]}")
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"include-path: {include_path} is not a folder")
+    if data is not None and not any((data / f"{name}.parquet").is_file() for name in names):
+        raise InputError(f"data: there is none of {', '.join(f'{name}.parquet' for name in names)} in {data}")
     with tempfile.TemporaryDirectory(prefix="vtprune-bench-") as name:
         folder = Path(name)
         os.environ.setdefault("LMMS_EVAL_DATASETS_CACHE", str(folder / "cache"))
@@ -142,7 +167,15 @@ def open_suite(
             folders = [name]
         else:
             folders = [str(TASK_FOLDER)]
-        manager, unknown = _find(names, [*folders, *([str(include_path)] if include_path else [])])
+        folders += [str(include_path)] if include_path else []
+        manager, unknown = _find(names, folders)
+        local = [task for task in names if data is not None and (data / f"{task}.parquet").is_file()]
+        if local and not unknown:
+            assert data is not None
+            (folder / "local").mkdir()
+            for task in local:
+                write_local(folder / "local", task, data / f"{task}.parquet", manager)
+            manager, unknown = _find(names, [*folders, str(folder / "local")])
         if unknown:
             near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import vtprune
 from vtprune.errors import InputError, RunError, explain, first_line
 from vtprune.evals.bench.results import Results
-from vtprune.evals.bench.scores import all_metrics, sample_scores, task_scores
+from vtprune.evals.bench.scores import all_metrics, metric_names, sample_scores, task_scores
 from vtprune.evals.bench.suite import Suite
 from vtprune.evals.lmms.journal import Journal
 from vtprune.evals.lmms.model import VTPrune
@@ -37,25 +39,37 @@ class Sweep:
     results: Results
     seed: int
     tell: Callable[[str], None]
+    # By task the metric that its tables show; the task's first one where it is not here.
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.whole = self.lm.processor
 
     def run(self, setting: Setting) -> dict[str, Any]:
-        """Evaluates and times one setting, and writes its record; raises RunError."""
-        journal = Journal(self.results.unfinished(setting.key()))
+        """Evaluates and times one setting, whose cell is held, and writes cell and record; raises RunError."""
+        cell = self.results.cell(setting)
+        journal = Journal(cell.answers)
         for line in journal.bad:
             self.tell(line)
         started = time.perf_counter()
         with _told(setting), self._model_of(setting):
             with vtprune.wrapped(self.lm.model, setting.method_source):
-                raw = self._evaluate(setting, journal)
-            record = self._record(setting, raw)
+                raw = self._evaluate(setting, journal, cell.folder)
+            samples = _samples(raw)
+            record = self._record(setting, raw, samples)
             record["prefill"] = self._time(setting)
         record["seconds"] = round(time.perf_counter() - started, 3)
-        self.results.set(setting.key(), record)
+        cell.write(self._about(setting, record), samples, record)
+        self.results.set(setting.key(), record, [sample["question"] for sample in samples])
         journal.discard()
         return record
+
+    def _about(self, setting: Setting, record: dict[str, Any]) -> dict[str, Any]:
+        """What a cell was made with."""
+        asked = {"method": setting.method, "label": setting.label, "keep": setting.keep, "pruner": record["pruner"]}
+        data = self.results.data
+        same = {name: data[name] for name in ("config", "versions", "machine", "command") if name in data}
+        return {"key": setting.key(), "setting": asked, **same}
 
     @contextmanager
     def _model_of(self, setting: Setting) -> Iterator[None]:
@@ -82,7 +96,7 @@ class Sweep:
         finally:
             self.lm.model = shared
 
-    def _evaluate(self, setting: Setting, journal: Journal) -> dict[str, Any]:
+    def _evaluate(self, setting: Setting, journal: Journal, folder: Path) -> dict[str, Any]:
         from lmms_eval.evaluator import simple_evaluate
 
         self.lm.journal = journal
@@ -100,25 +114,24 @@ class Sweep:
                 numpy_random_seed=self.seed,
                 torch_random_seed=self.seed,
                 fewshot_random_seed=self.seed,
+                # Some tasks write what a server would score beside the results.
+                cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
             )
         if not raw or not raw.get("samples"):
             raise RunError("lmms-eval returned no samples")
         result: dict[str, Any] = raw
         return result
 
-    def _record(self, setting: Setting, raw: dict[str, Any]) -> dict[str, Any]:
-        scores, questions, answers, numbers, costs = [], [], [], [], []
-        for task, samples in raw["samples"].items():
-            samples = sorted(samples, key=lambda sample: sample["doc_id"])
-            found = task_scores(task, raw["results"][task], samples)
-            scores += found
-            numbers += sample_scores(samples, found[0].metric)
-            questions += [_question(task, sample) for sample in samples]
-            answers += [sample["filtered_resps"][0] for sample in samples]
-            costs += [sample["token_counts"][0] for sample in samples]
+    def _record(self, setting: Setting, raw: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        costs = [sample["cost"] for sample in samples]
         if all(cost.get("kept_whole") for cost in costs):
             raise RunError(f"no image could be cut to its budget: {costs[0]['kept_whole']}")
-        self._check_questions(questions)
+        scores, numbers = [], []
+        for task, own in raw["samples"].items():
+            own = sorted(own, key=lambda sample: sample["doc_id"])
+            found = task_scores(task, raw["results"][task], own, self.metrics.get(task))
+            scores += found
+            numbers += sample_scores(own, found[0].metric)
         return {
             "method": setting.method,
             "label": setting.label,
@@ -128,7 +141,8 @@ class Sweep:
             "scores": [score.to_dict() for score in scores],
             "metrics": {task: all_metrics(raw["results"][task]) for task in raw["samples"]},
             **self._costs(setting, costs),
-            "answers": answers,
+            **_costs_by_task(samples),
+            "answers": [sample["answer"] for sample in samples],
             "correct": numbers,
             "kept_tokens": [round(cost["kept_tokens"], 3) for cost in costs],
         }
@@ -146,14 +160,6 @@ class Sweep:
         flops["share"], kv["share"] = flops["mean"] / flops["unpruned"], kv["mean_bytes"] / kv["unpruned_bytes"]
         kv["end_share"] = kv["end_bytes"] / whole["kv"]["end_bytes"]
         return found
-
-    def _check_questions(self, questions: list[dict[str, Any]]) -> None:
-        """Every setting answers the same questions; the first one writes them down."""
-        known = self.results.data["questions"]
-        if not known:
-            self.results.data["questions"] = questions
-        elif [q["doc_id"] for q in known] != [q["doc_id"] for q in questions]:
-            raise RunError("this setting was asked other questions than the ones before it")
 
     def _time(self, setting: Setting) -> dict[str, float | None]:
         """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""
@@ -191,10 +197,31 @@ def downscaled(processor: Any, setting: Setting) -> Any:
     return vtprune.downscale(processor, setting.keep, **dict(setting.options))
 
 
-def _question(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    doc = sample["doc"]
-    extra = {name: doc[name] for name in ("id", "question", "category") if name in doc}
-    return {"task": task, "doc_id": sample["doc_id"], "target": sample["target"], **extra}
+def _samples(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every question of every task, in their order, what it was, the answer, its scores and its cost."""
+    found = []
+    for task, samples in raw["samples"].items():
+        metrics = metric_names(raw["results"][task])
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+            doc = sample["doc"]
+            extra = {name: doc[name] for name in ("id", "question", "category") if name in doc}
+            found.append(
+                {
+                    "question": {"task": task, "doc_id": sample["doc_id"], "target": sample["target"], **extra},
+                    "answer": sample["filtered_resps"][0],
+                    "scores": {name: sample[name] for name in metrics if name in sample},
+                    "cost": sample["token_counts"][0],
+                }
+            )
+    return found
+
+
+def _costs_by_task(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The costs of each task apart, where there are several."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        groups.setdefault(sample["question"]["task"], []).append(sample["cost"])
+    return {"by_task": {task: summarise(costs) for task, costs in groups.items()}} if len(groups) > 1 else {}
 
 
 def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -95,7 +95,29 @@ def test_results_hold_achieved_costs_and_every_answer(finished: Path) -> None:
         assert {score["name"] for score in record["scores"]} == {
             "vtprune_shapes", "attribute", "counting", "existence", "position", "reading"
         }  # fmt: skip
-    assert not list(finished.glob(".*"))
+    assert not list(finished.rglob(".*"))
+
+
+def test_each_cell_has_a_folder_with_what_it_was_made_with_and_every_sample(finished: Path) -> None:
+    data = read(finished)
+    cells = {json.loads((folder / "config.json").read_text())["key"]: folder for folder in finished.glob("cells/*")}
+    assert cells.keys() == data["settings"].keys()
+    for key, record in data["settings"].items():
+        names = sorted(path.name for path in cells[key].iterdir())
+        assert names == ["config.json", "metrics.json", "samples.jsonl"]
+        about = json.loads((cells[key] / "config.json").read_text())
+        assert about["setting"]["pruner"] == record["pruner"]
+        assert about["config"] == data["config"]
+        assert about["versions"] == data["versions"]
+        metrics = json.loads((cells[key] / "metrics.json").read_text())
+        assert metrics == {name: value for name, value in record.items() if name in metrics}
+        assert {"scores", "metrics", "tokens", "flops", "kv", "prefill"} <= metrics.keys()
+        samples = [json.loads(line) for line in (cells[key] / "samples.jsonl").read_text().splitlines()]
+        assert [sample["question"] for sample in samples] == data["questions"]
+        assert [sample["answer"] for sample in samples] == record["answers"]
+        assert [sample["scores"]["accuracy"] for sample in samples] == record["correct"]
+        flops = sum(sample["cost"]["flops"] for sample in samples)
+        assert flops == pytest.approx(record["flops"]["mean"] * len(samples))
 
 
 def test_table_and_picture_are_written(finished: Path) -> None:
@@ -196,14 +218,15 @@ def test_results_of_other_code_are_set_aside(finished: Path, tmp_path: Path) -> 
 
 def test_no_resume_starts_afresh(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{")
-    (tmp_path / ".answers-old.jsonl").write_text("{}")
+    (tmp_path / "cells" / "grid-9-0").mkdir(parents=True)
     result = bench(tmp_path, "--methods", "grid", "--keep", "9")
     assert result.exit_code == 2
     assert "is not a results file" in result.stderr
     result = bench(tmp_path, "--methods", "grid", "--keep", "9", "--no-resume", "--seed", "1")
     assert result.exit_code == 0, result.output
     assert read(tmp_path)["settings"][Setting("grid", 9).key()]["tokens"]["kept"] == 9
-    assert not list(tmp_path.glob(".answers-*"))
+    assert len(list(tmp_path.glob("cells/*"))) == 2
+    assert list(tmp_path.glob("cells-old/*")) == [tmp_path / "cells-old" / "grid-9-0"]
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,9 +374,9 @@ def test_methods_that_have_to_be_trained_are_not_among_the_defaults() -> None:
     assert {"fastv", "d2o", "lazyllm"} <= set(all_methods())
 
 
-def test_a_second_run_into_a_folder_ends_at_once_and_loses_nothing(finished: Path) -> None:
+def test_what_another_run_makes_is_not_put_aside(finished: Path) -> None:
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
-    with held(finished):
+    with held(next(finished.glob("cells/*"))):
         result = bench(finished, *METHODS, "--no-resume")
     assert result.exit_code == 2
     assert f"another run is writing into {finished}; wait until it has ended" in " ".join(result.stderr.split())
@@ -399,14 +422,14 @@ def test_the_short_list_has_the_baselines_and_every_stage_and_is_no_everything()
     assert {"random", "grid"} < set(SHORT_METHODS)
     per_stage = Counter(vtprune.available()[name].stage for name in SHORT_METHODS[2:])
     assert max(per_stage.values()) <= 2
-    assert what_to_run("vtprune_shapes", None, None, everything=False, limit=None, model=None) == {
+    assert what_to_run(["vtprune_shapes"], None, None, everything=False, limit=None, model=None) == {
         "tasks": ("vtprune_shapes",),
         "methods": (*SHORT_METHODS, *settings.trained_folders()),
         "keeps": (0.25,),
         "limit": 500,
         "lenient": True,
     }
-    everything = what_to_run("vtprune_shapes", None, None, everything=True, limit=None, model=None)
+    everything = what_to_run(["vtprune_shapes"], None, None, everything=True, limit=None, model=None)
     assert set(settings.all_methods()) <= set(everything["methods"])
     assert everything["limit"] is None
 

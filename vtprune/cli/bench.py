@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vtprune.cli.options import Attention, BatchSize, Device, Dtype, Model, Traceback
+from vtprune.cli.options import Attention, BatchSize, Device, Dtype, Traceback
 from vtprune.console.output import one_line_errors, open_console
 from vtprune.errors import VTPruneError
 
 PANEL = "What to run"
-Tasks = Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas.", rich_help_panel=PANEL)]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help="A model id, a folder with a checkpoint, or tiny-qwen, the other bundled model. Of several each has a "
+        "folder of its own inside --output.",
+        show_default="the bundled tiny LLaVA",
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="lmms-eval tasks, separated by commas.", show_default="vtprune_shapes, or --suite", rich_help_panel=PANEL
+    ),
+]
+Suite = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Tasks that are reported together: llava, ocr, video or bundled; may be given several times, and beside "
+        "--tasks.",
+        rich_help_panel=PANEL,
+    ),
+]
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The metric that tables show, of every task, or of one as pope=pope_accuracy; may be given several "
+        "times. results.json has all of them.",
+        show_default="that of the suite, or a task's first one",
+        rich_help_panel=PANEL,
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder with TASK.parquet for tasks whose data sets cannot be reached, of the same columns.",
+        rich_help_panel=PANEL,
+    ),
+]
 Methods = Annotated[
     str | None,
     typer.Option(
@@ -58,13 +97,16 @@ Resume = Annotated[bool, typer.Option(help="Go on with the results in the output
 
 
 def bench(
-    model: Model = None,
-    tasks: Tasks = "vtprune_shapes",
+    model: Models = None,
+    tasks: Tasks = None,
+    suite: Suite = None,
+    metric: Metric = None,
     methods: Methods = None,
     keep: Keeps = None,
     everything: Everything = False,
     limit: Limit = None,
     include_path: IncludePath = None,
+    data: Data = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -80,36 +122,72 @@ def bench(
             rich_help_panel=PANEL,
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for results.json, table.md and pareto.png.")] = Path("bench"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for results.json, table.md, pareto.png, and a folder a setting in cells/.")
+    ] = Path("bench"),
     resume: Resume = True,
     traceback: Traceback = False,
 ) -> None:
     """Compare methods: accuracy with standard errors, tokens, FLOPs, KV cache and prefill time.
 
-    A run that was interrupted goes on where it stopped when the same command is given again.
+    A run that was interrupted goes on where it stopped when the same command is given again. Several processes and
+    machines may work on one --output, each on other settings: give them the same command, or for the devices of one
+    machine: torchrun --nproc-per-node 8 -m vtprune.cli bench ...
     """
     with one_line_errors(traceback):
         from vtprune.evals.bench.bench import BenchConfig, run_bench
 
-        config = BenchConfig(
-            **what_to_run(tasks, methods, keep, everything=everything, limit=limit, model=model),
-            output=output,
-            model=model,
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            frames=frames,
-            include_path=include_path,
-            seed=seed,
-            resume=resume,
-        )
-        run_bench(config, open_console())
+        models: list[str | None] = [*dict.fromkeys(model or ())] or [None]
+        asked = which_questions(tasks, suite or [], metric or [])
+        configs = [
+            BenchConfig(
+                **what_to_run(asked["tasks"], methods, keep, everything=everything, limit=limit, model=one),
+                metrics=asked["metrics"],
+                output=output / folder_name(one) if len(models) > 1 else output,
+                model=one,
+                device=device,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                frames=frames,
+                include_path=include_path,
+                data=data,
+                seed=seed,
+                resume=resume,
+            )
+            for one in models
+        ]
+        for config in configs:
+            run_bench(config, open_console())
+
+
+def folder_name(model: str | None) -> str:
+    """What the folder of one of several models is called."""
+    from vtprune.assets import folder_of
+
+    return (Path(folder_of(model)).name if Path(folder_of(model)).is_dir() else folder_of(model)).replace("/", "__")
+
+
+def which_questions(tasks: str | None, suites: list[str], metrics: list[str]) -> dict[str, Any]:
+    """Tasks, and the metrics of those that say one, from the options."""
+    from vtprune.evals.bench.suite import BUNDLED_TASK
+    from vtprune.evals.bench.suites import read_metrics, tasks_of
+
+    names = [] if tasks is None and suites else _split(BUNDLED_TASK if tasks is None else tasks, "tasks")
+    found = {**dict.fromkeys(names, ""), **tasks_of(suites)}
+    chosen = {**found, **read_metrics(metrics, list(found))}
+    return {"tasks": tuple(found), "metrics": tuple((task, metric) for task, metric in chosen.items() if metric)}
 
 
 def what_to_run(
-    tasks: str, methods: str | None, keep: str | None, *, everything: bool, limit: int | None, model: str | None
+    names: Sequence[str],
+    methods: str | None,
+    keep: str | None,
+    *,
+    everything: bool,
+    limit: int | None,
+    model: str | None,
 ) -> dict[str, Any]:
     """The settings and questions that the options stand for, as fields of a BenchConfig."""
     from vtprune.evals import settings
@@ -117,7 +195,6 @@ def what_to_run(
     from vtprune.evals.bench.suite import BUNDLED_TASK
     from vtprune.method.texts import folder_text, parse_keep, split_entries
 
-    names = _split(tasks, "tasks")
     if methods is not None and everything:
         raise VTPruneError("methods: --all runs every method; give it or --methods, not both")
     if methods is not None:
@@ -138,7 +215,7 @@ def what_to_run(
             )
     else:
         keeps = settings.ALL_KEEPS if everything else SHORT_KEEPS
-    if limit is None and not everything and names == [BUNDLED_TASK]:
+    if limit is None and not everything and tuple(names) == (BUNDLED_TASK,):
         limit = DEFAULT_LIMIT
     return {
         "tasks": tuple(names),

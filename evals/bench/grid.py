@@ -1,0 +1,78 @@
+"""Working through a grid's cells, beside whoever else does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtprune.evals.bench.results import Results
+from vtprune.evals.settings import DOWNSCALE, UNPRUNED, Setting
+
+# Seconds between two looks at cells that others hold.
+POLL = 1.0
+
+
+def rank() -> int:
+    """Which of a launcher's processes this is (torchrun, accelerate launch); 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears of a grid: that a cell is begun, what came of one (None: another run made it), and what it waits
+    for."""
+
+    begun: Callable[[Setting], None]
+    ended: Callable[[Setting, dict[str, Any] | None], None]
+    say: Callable[[str], None]
+
+
+def work_through(
+    settings: Sequence[Setting], results: Results, run: Callable[[Setting], dict[str, Any]], told: Listener
+) -> None:
+    """Runs every setting that is not in `results` and that no other process has taken.
+
+    A launcher's first process, and a run that is alone, ends when all of them are there: it waits for what others
+    hold, and takes over what they leave unfinished. The launcher's other processes end when nothing is left to take.
+    """
+    left = [setting for setting in settings if setting.key() not in results.settings]
+    waiting = False
+    while left:
+        taken = _pass(left, results, run, told)
+        for setting in left:
+            if setting.key() in results.settings and setting not in taken:
+                told.ended(setting, None)
+        left = [setting for setting in left if setting.key() not in results.settings]
+        if taken or not left:
+            continue
+        if rank():
+            return
+        if not waiting:
+            waiting = True
+            told.say(f"waiting for {len(left)} settings that other runs into {results.folder} are making")
+        time.sleep(POLL)
+        results.join()
+
+
+def _pass(
+    left: Sequence[Setting], results: Results, run: Callable[[Setting], dict[str, Any]], told: Listener
+) -> list[Setting]:
+    """Runs those that can be taken now."""
+    taken = []
+    for setting in left:
+        # What smaller pictures save is told beside the pictures as they were.
+        if setting.method == DOWNSCALE and Setting(UNPRUNED).key() not in results.settings:
+            continue
+        with results.cell(setting).claimed() as mine:
+            if not mine:
+                continue
+            results.join()
+            if setting.key() in results.settings:
+                continue
+            told.begun(setting)
+            told.ended(setting, run(setting))
+            taken.append(setting)
+    return taken
