@@ -33,7 +33,10 @@ def _height(record: Record, unpruned: Record | None) -> tuple[float, float | Non
         scale = 100 if is_share(scores[0]) else 1
         error = scores[0]["stderr"]
         return scale * scores[0]["value"], None if error is None else scale * error
-    return 100 * (kept_score(record, unpruned) or 0.0), None
+    share = kept_score(record, unpruned)
+    if share is None:
+        return 0.0, None
+    return 100 * share.value, None if share.stderr is None else 100 * share.stderr
 
 
 def _label(records: Sequence[Record]) -> str:

@@ -104,13 +104,18 @@ def _find(names: Sequence[str], folders: list[str]) -> tuple[Any, list[str]]:
     """An index that holds all the names, lmms-eval's own tasks only where the folders do not have them."""
     from lmms_eval.tasks import TaskManager
 
-    own = TaskManager("ERROR", include_path=folders, include_defaults=False)
-    if all(name in own.all_tasks for name in names):
-        return own, []
-    manager = TaskManager("ERROR", include_path=folders, model_name="vtprune")
-    # Of two tasks of one name lmms-eval takes its own.
-    manager._task_index.update(own.task_index)
+    manager = TaskManager("ERROR", include_path=folders, include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = TaskManager("ERROR", include_path=folders, model_name="vtprune")
+        _add(manager, folders)
     return manager, [name for name in names if name not in manager.all_tasks]
+
+
+def _add(manager: Any, folders: list[str]) -> None:
+    """Puts the tasks of some folders in the place of those with the same names: lmms-eval itself takes its own."""
+    from lmms_eval.tasks import TaskManager
+
+    manager.task_index.update(TaskManager("ERROR", include_path=folders, include_defaults=False).task_index)
 
 
 def _check_data(names: Sequence[str], manager: Any) -> None:
@@ -175,7 +180,7 @@ def open_suite(
             (folder / "local").mkdir()
             for task in local:
                 write_local(folder / "local", task, data / f"{task}.parquet", manager)
-            manager, unknown = _find(names, [*folders, str(folder / "local")])
+            _add(manager, [str(folder / "local")])
         if unknown:
             near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""

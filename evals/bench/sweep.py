@@ -55,6 +55,7 @@ class Sweep:
         with _told(setting), self._model_of(setting):
             with vtprune.wrapped(self.lm.model, setting.method_source):
                 raw = self._evaluate(setting, journal, cell.folder)
+            raw["samples"] = self._in_order(raw["samples"])
             samples = _samples(raw)
             record = self._record(setting, raw, samples)
             record["prefill"] = self._time(setting)
@@ -63,6 +64,11 @@ class Sweep:
         self.results.set(setting.key(), record, [sample["question"] for sample in samples])
         journal.discard()
         return record
+
+    def _in_order(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Tasks as they were named, those of a group by their names: lmms-eval's order is another one in every run."""
+        place = {task: at for at, task in enumerate(self.suite.tasks)}
+        return dict(sorted(samples.items(), key=lambda item: (place.get(item[0], len(place)), item[0])))
 
     def _about(self, setting: Setting, record: dict[str, Any]) -> dict[str, Any]:
         """What a cell was made with."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
+from vtprune.evals.paired import Share, mean_share, share_kept
 from vtprune.evals.settings import UNPRUNED
 from vtprune.method.texts import show_keep
 
@@ -46,13 +48,40 @@ def main_scores(record: Record) -> list[dict[str, Any]]:
     return [score for score in record["scores"] if score["name"] == score["task"]]
 
 
-def kept_score(record: Record, unpruned: Record | None) -> float | None:
-    """The score as a share of the unpruned model's, averaged over tasks."""
+def kept_score(record: Record, unpruned: Record | None) -> Share | None:
+    """The score as a share of the unpruned model's, averaged over tasks, with the error of paired answers where every
+    task's number is the mean of its answers' scores."""
     if unpruned is None:
         return None
-    full = {score["task"]: score["value"] for score in main_scores(unpruned)}
-    ratios = [score["value"] / full[score["task"]] for score in main_scores(record) if full[score["task"]]]
-    return sum(ratios) / len(ratios) if ratios else None
+    full = {score["task"]: (score, numbers) for score, numbers in _answered(unpruned)}
+    shares = []
+    for score, numbers in _answered(record):
+        whole, others = full[score["task"]]
+        if not whole["value"]:
+            continue
+        paired = share_kept(numbers, others) if numbers and len(numbers) == len(others) else None
+        shares.append(paired or Share(score["value"] / whole["value"], None))
+    return mean_share(shares) if shares else None
+
+
+def _answered(record: Record) -> list[tuple[dict[str, Any], list[float]]]:
+    """The score of each task with the score of each answer, none where that is no mean of these."""
+    found, start, numbers = [], 0, record.get("correct", [])
+    for score in main_scores(record):
+        own = numbers[start : start + score.get("count", 0)]
+        start += len(own)
+        mean = bool(own) and None not in own and math.isclose(sum(own) / len(own), score["value"], abs_tol=1e-9)
+        found.append((score, own if mean else []))
+    return found
+
+
+def _kept_cell(unpruned: Record | None) -> Cell:
+    def cell(record: Record) -> str:
+        share = kept_score(record, unpruned)
+        error = "" if share is None or not share.stderr else f" ± {100 * share.stderr:.1f}"
+        return _percent(None if share is None else share.value) + error
+
+    return cell
 
 
 def _percent(value: float | None) -> str:
@@ -88,7 +117,7 @@ def quality_columns(records: Sequence[Record]) -> list[Column]:
     return [
         *_setting_columns(),
         *[Column(metric if len(tasks) == 1 else name, _score_cell(name)) for name in tasks],
-        Column("of unpruned %", lambda record: _percent(kept_score(record, unpruned))),
+        Column("of unpruned %", _kept_cell(unpruned)),
         *[Column(name, _category_cell(name)) for name in categories],
     ]
 
@@ -124,6 +153,46 @@ def cost_columns() -> list[Column]:
     ]
 
 
+def metric_columns(records: Sequence[Record]) -> list[Column]:
+    """Every metric of every task, where any has more than one."""
+    known = [(task, name) for task, own in records[0].get("metrics", {}).items() for name in own]
+    # lmms-eval's own errors, and costs that it was told of, are no metrics.
+    names = [(task, name) for task, name in known if "_stderr" not in name and not name.startswith("vtprune_")]
+    if len(names) == len({task for task, _ in names}):
+        return []
+    return [
+        *_setting_columns(),
+        *[Column(f"{task}: {name.partition(',')[0]}", _metric(task, name)) for task, name in names],
+    ]
+
+
+def _metric(task: str, name: str) -> Cell:
+    def cell(record: Record) -> str:
+        value = record.get("metrics", {}).get(task, {}).get(name)
+        return "-" if value is None else show_score({"value": value, "stderr": None})
+
+    return cell
+
+
+def task_cost_columns() -> list[Column]:
+    """What each task cost."""
+    return [
+        *_setting_columns(),
+        Column("task", lambda record: record["task"], text=True),
+        *cost_columns()[2:6],
+        Column("scoring % of FLOPs", lambda record: f"{100 * record['flops']['scoring_share']:.2f}"),
+    ]
+
+
+def by_task(records: Sequence[Record]) -> list[Record]:
+    """A row a setting and task, of settings that asked several."""
+    return [
+        {"label": record["label"], "keep": record["keep"], "task": task, **costs}
+        for record in records
+        for task, costs in record.get("by_task", {}).items()
+    ]
+
+
 def rich_table(title: str, columns: Sequence[Column], records: Sequence[Record]) -> Table:
     """For the terminal; a rule between methods."""
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -151,7 +220,8 @@ def notes(data: dict[str, Any]) -> list[str]:
     lines = [
         f"{len(data['questions'])} questions ({', '.join(config['tasks'])}), model {config['model']}, "
         f"{machine['dtype']} on {machine['device']}.",
-        "± is the standard error. Tokens, FLOPs of the prefill (vision tower included) and KV bytes of the "
+        "± is the standard error; that of a share of the unpruned score is of the same questions' answers in pairs. "
+        "Tokens, FLOPs of the prefill (vision tower included) and KV bytes of the "
         "prompt and at the end of the answer (what waits beside the cache included) are what the report of each "
         "generation says was achieved, not what was asked for.",
         "Prefill is the median at batch 1 and its ratio to the unwrapped model, measured in turns on the "
@@ -165,14 +235,12 @@ def notes(data: dict[str, Any]) -> list[str]:
 
 
 def markdown(data: dict[str, Any], records: Sequence[Record]) -> str:
-    """table.md: both tables and the notes."""
-    return "\n\n".join(
-        [
-            "# Accuracy",
-            markdown_table(quality_columns(records), records),
-            "# Cost",
-            markdown_table(cost_columns(), records),
-            "\n".join(f"- {line}" for line in notes(data)),
-            "",
-        ]
-    )
+    """table.md: both tables, those by task and of every metric where there are several, and the notes."""
+    parts = [
+        ("Accuracy", quality_columns(records), records),
+        ("Every metric", metric_columns(records), records),
+        ("Cost", cost_columns(), records),
+        ("Cost by task", task_cost_columns(), by_task(records)),
+    ]
+    shown = [f"# {title}\n\n{markdown_table(columns, rows)}" for title, columns, rows in parts if columns and rows]
+    return "\n\n".join([*shown, "\n".join(f"- {line}" for line in notes(data)), ""])
