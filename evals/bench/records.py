@@ -20,6 +20,7 @@ class Score(TypedDict):
     metric: str
     value: FiniteFloat
     stderr: FiniteFloat | None
+    count: NotRequired[int]
 
 
 class Tokens(TypedDict):
@@ -52,6 +53,14 @@ class Prefill(TypedDict):
     over_scoreless_ms: FiniteFloat | None
 
 
+class TaskCosts(TypedDict):
+    """What one of several tasks cost."""
+
+    tokens: Tokens
+    flops: Flops
+    kv: Cached
+
+
 class Record(TypedDict):
     """A setting of results.json."""
 
@@ -63,6 +72,9 @@ class Record(TypedDict):
     flops: Flops
     kv: Cached
     prefill: Prefill
+    correct: NotRequired[list[FiniteFloat | None]]
+    metrics: NotRequired[dict[str, dict[str, FiniteFloat]]]
+    by_task: NotRequired[dict[str, TaskCosts]]
 
 
 class Question(TypedDict):

@@ -17,7 +17,7 @@ import vtprune
 from tests.evals.test_bench import record
 from vtprune.errors import FileError, VTPruneError
 from vtprune.evals.bench.results import FORMAT, Results
-from vtprune.evals.bench.tables import markdown_table, quality_columns
+from vtprune.evals.bench.tables import markdown_table, metric_columns, quality_columns
 from vtprune.evals.lmms.efficiency import RowCost
 from vtprune.evals.lmms.generation import Answer
 from vtprune.evals.lmms.journal import Journal
@@ -103,6 +103,8 @@ def whole_results() -> dict[str, Any]:
         one["tokens"] = {"before": 4.0, "kept": 1.0, "published": None}
         one["flops"] = {"share": 0.5, "scoring_share": 0.0}
         one["prefill"] = {"ms": 1.0, "ratio": 1.0, "over_scoreless_ms": None}
+        one["correct"], one["metrics"] = [1.0] * 9, {"t": {"accuracy,none": 0.5, "f1,none": 0.5}}
+        one["by_task"] = {"t": {name: one[name] for name in ("tokens", "flops", "kv")}}
     return {"format": FORMAT, "config": CONFIG, "questions": [{"doc_id": 0}], "settings": records}
 
 
@@ -120,7 +122,9 @@ def whole_log() -> dict[str, Any]:
 
 def read_results(folder: Path) -> object:
     records = list(Results(folder, CONFIG, resume=True).settings.values())
-    return records and markdown_table(quality_columns(records), records)
+    return records and [
+        markdown_table(columns, records) for columns in (quality_columns(records), metric_columns(records))
+    ]
 
 
 READERS: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[Path], object]]] = {
