@@ -12,7 +12,7 @@ from rich.console import Console
 from vtprune.assets import folder_of, title_of
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
-from vtprune.evals.bench.grid import Listener, rank, work_through
+from vtprune.evals.bench.grid import Listener, beside, rank, work_through
 from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
 from vtprune.evals.bench.suite import BUNDLED_TASK, BUNDLED_TASKS, data_fingerprint, open_suite
 from vtprune.evals.bench.tables import main_scores, show_score
@@ -71,9 +71,11 @@ class BenchConfig:
 def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     """Runs the sweep, prints its tables, and returns the content of results.json.
 
-    Raises VTPruneError for a request that cannot be carried out, before anything is computed, and RunError
-    for what goes wrong later.
+    Of a launcher's processes the first one alone prints and writes tables. Raises VTPruneError for a request that
+    cannot be carried out, before anything is computed, and RunError for what goes wrong later.
     """
+    if rank():
+        console = Console(quiet=True)
     settings = build_settings(config.methods, config.keeps)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit: at least one question, got {config.limit}")
@@ -134,7 +136,8 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     )
     settings, left_out = check_settings(model, processor, settings, lenient=config.lenient)
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
-    results.data.update(versions=versions(), machine=machine(model), left_out=left_out, untrained=untold)
+    here = {**machine(model), **beside()}
+    results.data.update(versions=versions(), machine=here, left_out=left_out, untrained=untold)
     for text in untold.values():
         console.print(text, highlight=False, soft_wrap=True)
     batch = config.batch_size or default_batch(model)
@@ -165,7 +168,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
             steps.end(f"{_name(setting)}: {'made by another run' if record is None else _summary(record)}")
 
         listener = Listener(lambda setting: steps.begin(_name(setting)), ended, steps.say)
-        work_through(missing, results, sweep.run, listener)
+        work_through(settings, results, sweep.run, listener)
     # Written even if nothing was missing, so that the file tells of this run's versions and machine.
     results.save()
 

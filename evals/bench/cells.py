@@ -63,6 +63,13 @@ class Cell:
                 mine = True
             yield mine
 
+    def tidy(self) -> None:
+        """Removes the notes of a run that was killed when its record had just been written."""
+        if self.answers.exists():
+            with self.claimed() as mine:
+                if mine:
+                    self.answers.unlink(missing_ok=True)
+
     def write(self, about: dict[str, Any], samples: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
         """Writes its three files; raises WriteError."""
         write_json(self.folder / CONFIG, about)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,31 @@ from vtprune.evals.settings import DOWNSCALE, UNPRUNED, Setting
 
 # Seconds between two looks at cells that others hold.
 POLL = 1.0
+# What torchrun and accelerate launch tell their processes.
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def rank() -> int:
     """Which of a launcher's processes this is (torchrun, accelerate launch); 0 without one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def beside() -> dict[str, int]:
+    """How many processes of the launcher share this machine, where there are several: they disturb each other's
+    times."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return {"processes": processes} if processes > 1 else {}
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hides a launcher from lmms-eval, which would share the questions of a task among its processes: here these
+    share the cells."""
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,9 @@ def work_through(
     A launcher's first process, and a run that is alone, ends when all of them are there: it waits for what others
     hold, and takes over what they leave unfinished. The launcher's other processes end when nothing is left to take.
     """
+    for setting in settings:
+        if setting.key() in results.settings:
+            results.cell(setting).tidy()
     left = [setting for setting in settings if setting.key() not in results.settings]
     waiting = False
     while left:
@@ -52,7 +76,7 @@ def work_through(
             return
         if not waiting:
             waiting = True
-            told.say(f"waiting for {len(left)} settings that other runs into {results.folder} are making")
+            told.say(f"waiting for what other runs into {results.folder} are making: {len(left)} of the settings")
         time.sleep(POLL)
         results.join()
 

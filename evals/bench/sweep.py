@@ -14,6 +14,7 @@ from typing import Any
 
 import vtprune
 from vtprune.errors import InputError, RunError, explain, first_line
+from vtprune.evals.bench.grid import alone
 from vtprune.evals.bench.results import Results
 from vtprune.evals.bench.scores import all_metrics, metric_names, sample_scores, task_scores
 from vtprune.evals.bench.suite import Suite
@@ -107,7 +108,7 @@ class Sweep:
 
         self.lm.journal = journal
         # Its progress bars go to stderr and cannot be turned off once tqdm has been imported.
-        with redirect_stderr(io.StringIO()):
+        with alone(), redirect_stderr(io.StringIO()):
             raw = simple_evaluate(
                 model=self.lm,
                 model_args=f"method={setting.label},keep={setting.keep}",

@@ -229,6 +229,8 @@ def notes(data: dict[str, Any]) -> list[str]:
         "above the grid baseline, which scores nothing, at the same keep.",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
     ]
+    if machine.get("processes", 1) > 1:
+        lines.append(f"{machine['processes']} processes shared the machine, and disturbed each other's times.")
     lines += [f"{label}: {text}." for label, text in data.get("untrained", {}).items()]
     lines += [f"Left out: {name}: {reason}." for name, reason in data.get("left_out", {}).items()]
     return lines

@@ -119,12 +119,23 @@ def test_what_a_killed_run_held_is_taken_over(tmp_path: Path) -> None:
     while len(run.made) < len(SETTINGS) - 1 or not run.said:
         time.sleep(0.01)
     assert SETTINGS[2] not in run.made
-    assert run.said == [f"waiting for 1 settings that other runs into {tmp_path} are making"]
+    assert run.said == [f"waiting for what other runs into {tmp_path} are making: 1 of the settings"]
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     working.join(timeout=60)
     assert run.made[-1] == SETTINGS[2]
     assert sorted(in_file(tmp_path)) == sorted(setting.key() for setting in SETTINGS)
+
+
+def test_what_a_run_that_was_killed_behind_its_record_left_is_removed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.make(SETTINGS[0])
+    cell = run.results.cell(SETTINGS[0])
+    cell.folder.mkdir(parents=True)
+    cell.answers.write_text("{}")
+    run.work()
+    assert run.made == SETTINGS
+    assert not cell.answers.exists()
 
 
 def test_a_launchers_other_processes_end_when_nothing_is_left_to_take(
@@ -153,7 +164,7 @@ def test_a_setting_that_was_asked_other_questions_is_refused(tmp_path: Path) -> 
         run.results.set(SETTINGS[1].key(), record(SETTINGS[1]), [{"doc_id": 5}])
 
 
-WORDS = ["--methods", "grid,random,fastv,flowcut", "--keep", "50%,25%,11%", "--limit", "8", "--batch-size", "4"]
+WORDS = ["--methods", "grid,random,fopru,flowcut", "--keep", "50%,25%,11%", "--limit", "8", "--batch-size", "4"]
 
 
 def command(output: Path, *launcher: str) -> list[str]:
@@ -186,3 +197,5 @@ def test_a_grid_that_is_killed_twice_and_then_run_by_two_processes_is_the_grid_o
     assert numbers(read(shared)) == numbers(read(alone))
     assert read(shared)["questions"] == read(alone)["questions"]
     assert not list(shared.rglob("answers.jsonl"))
+    assert found.stdout.count("running ") == 1
+    assert "2 processes shared the machine" in (shared / "table.md").read_text()
