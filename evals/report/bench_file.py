@@ -61,7 +61,7 @@ def read_bench(path: Path) -> Run:
     if not data["settings"]:
         raise FileError(f"{path} holds no finished setting; let its vtprune bench go on")
     machine = data.get("machine", {})
-    config = {**data["config"], "dtype": machine.get("dtype", data["config"].get("dtype"))}
+    config = {**data["config"], "run by": "vtprune bench", "dtype": machine.get("dtype", data["config"].get("dtype"))}
     untrained = data.get("untrained", {})
     asked = [(one["task"], f"{one['task']}/{one['doc_id']}") for one in data["questions"]]
     counts: dict[str, int] = {}

@@ -70,17 +70,17 @@ def _same(one: int | float | None, other: int | float | None) -> bool:
 def front(
     rows: Sequence[Row], cost: Callable[[Row], float | None], height: Callable[[Row], float | None]
 ) -> list[Row]:
-    """The rows that no other one beats in cost and height at once, cheapest first."""
+    """The rows for whose cost nothing is higher, and for whose height nothing is cheaper; cheapest first."""
     known = [
         (spent, reached, row)
         for row in rows
         if (spent := cost(row)) is not None and (reached := height(row)) is not None
     ]
     known.sort(key=lambda one: (one[0], -one[1]))
-    best, kept = float("-inf"), []
-    for _, reached, row in known:
-        if reached > best:
-            best = reached
+    best, kept = (0.0, float("-inf")), []
+    for spent, reached, row in known:
+        if reached > best[1] or (spent, reached) == best:
+            best = (spent, reached)
             kept.append(row)
     return kept
 

@@ -26,7 +26,7 @@ DASH = "-"
 UNTRAINED_MARK = " †"
 # A change of so many points, or more, has the full colour.
 FULL_HEAT = 40.0
-FRONT = "No setting is cheaper than one on the front and as good."
+FRONT = "For what a setting on the front costs, nothing here scores higher."
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG and what stands below it."""
+    """An SVG and what stands below it; key: the colours of the methods on the front."""
 
-    title: str
     svg: str
-    note: str = ""
+    note: str
+    key: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,12 @@ def _change(change: float | None, scale: float) -> Cell:
     if change is None:
         return Cell(DASH)
     points = scale * change
-    return Cell(f"{points:+.1f}", heat=max(-1.0, min(1.0, points / FULL_HEAT)))
+    return Cell(_signed(points), heat=max(-1.0, min(1.0, points / FULL_HEAT)))
+
+
+def _signed(points: float) -> str:
+    """With its sign, unless that is lost in rounding."""
+    return f"{points:+.1f}" if round(points, 1) else "0.0"
 
 
 def _duels(group: Group, task: str) -> list[Table]:
@@ -234,7 +239,7 @@ def _duels(group: Group, task: str) -> list[Table]:
     note = (
         "Difference to the baseline that was given the same keep, on the same questions, ± its standard error, and a "
         "two-sided p-value: the exact McNemar test's for right or wrong, else that of flipping signs. A win (▲) or a "
-        f"loss (▼) has p < {ALPHA} after Holm's correction over this table's {len(found)} comparisons; everything "
+        f"loss (▼) has p < {ALPHA} after Holm's correction over the table's {len(found)} differences; everything "
         "else is a tie (=), which says that these questions cannot tell the two apart."
     )
     title = "Against dull baselines" + (f": {task}" if len(group.tasks) > 1 else "")
@@ -248,39 +253,57 @@ def _duel(one: Duel | None, scale: float) -> Cell:
     if one is None:
         return Cell(DASH)
     error = "" if one.found.stderr is None else f" ± {scale * one.found.stderr:.1f}"
-    gap = f"{scale * one.found.mean:+.1f}"
     p = "p < 0.001" if one.p < 0.001 else f"p = {one.p:.3f}"
-    return Cell(f"{SIGNS[one.verdict]} {gap}{error}, {p}", tone=one.verdict)
+    return Cell(f"{SIGNS[one.verdict]} {_signed(scale * one.found.mean)}{error}, {p}", tone=one.verdict)
 
 
 def _published(group: Group) -> list[Table]:
     found = matches(group, known())
-    if not found:
-        return []
-    rows = [_published_row(match) for match in sorted(found, key=lambda match: match.ours is None)]
-    run = sum(match.ours is not None for match in found)
+    run = [match for match in found if match.ours is not None]
+    rest = [match for match in found if match.ours is None]
     note = (
         "Reproduced: within half a unit of the printed number's last digit and two standard errors of ours, at the "
         "same number of tokens (within 1%). In brackets: the unpruned model's score; where ours differs from theirs, "
-        "so does the setting. Not run: no result here has this method, this many tokens and this benchmark."
+        "so does the setting."
     )
-    columns = ["method", "setting", "benchmark", "published", "ours", "verdict", "source"]
-    return [Table("Published numbers", columns, rows, note, texts=3, folded=not run)]
+    columns = ["method", "tokens", "benchmark", "published"]
+    return [
+        Table(
+            "Published numbers beside ours",
+            [*columns, "ours", "verdict", "source"],
+            [[*_printed(match), *_compared(match), _source(match)] for match in run],
+            note,
+            texts=3,
+        ),
+        Table(
+            "Published numbers that were not run",
+            [*columns, "source"],
+            [[*_printed(match), _source(match)] for match in rest],
+            "Not run: no result here has this method, this many tokens and this benchmark; or its answers are judged "
+            "elsewhere.",
+            texts=3,
+            folded=True,
+        ),
+    ]
 
 
-def _published_row(match: Match) -> list[Cell]:
+def _printed(match: Match) -> list[Cell]:
     one = match.published
     theirs = one.value + (f" ({one.unpruned_value})" if one.unpruned_value else "")
-    ours = DASH
-    if match.ours is not None:
-        ours = _with_error(match.ours, match.stderr) + ("" if match.unpruned is None else f" ({match.unpruned:.1f})")
+    benchmark = f"mean of {one.task.replace('+', ', ')}" if "+" in one.task else one.task
     method = one.method if match.row is None else match.row.label
-    tone = "" if match.ours is None else "win" if match.verdict.startswith("reproduced") else "loss"
-    source = f"arXiv {one.paper}, {one.source}" + (f"; {one.note}" if one.note else "")
-    return [
-        Cell(method), Cell(one.setting), Cell(f"{one.task}: {one.metric}"), Cell(theirs), Cell(ours),
-        Cell(match.verdict, tone=tone), Cell(source),
-    ]  # fmt: skip
+    return [Cell(method), Cell(one.tokens_kept), Cell(f"{benchmark}: {one.metric}"), Cell(theirs)]
+
+
+def _compared(match: Match) -> list[Cell]:
+    assert match.ours is not None
+    ours = _with_error(match.ours, match.stderr) + ("" if match.unpruned is None else f" ({match.unpruned:.1f})")
+    return [Cell(ours), Cell(match.verdict, tone="win" if match.reproduced else "loss")]
+
+
+def _source(match: Match) -> Cell:
+    one = match.published
+    return Cell(f"arXiv {one.paper}: {one.source}; {one.setting}" + (f"; {one.note}" if one.note else ""), tone="text")
 
 
 def _lead(group: Group) -> list[str]:
@@ -348,11 +371,9 @@ def _picture(
             spots.append(Spot(row.label, row.name, 100 * spent, *reached, dull=is_dull(row), front=row.key in best))
     if not spots:
         return None
-    svg, unlabelled = pareto_svg(spots, None if group.unpruned is None else height(group.unpruned), words)
-    note = f"In colour: methods with a setting on the front. {FRONT} Bars: one standard error."
-    if unlabelled:
-        note += f" On the front, too, without room for a label: {', '.join(unlabelled)}."
-    return Picture(words.x.partition(",")[0], svg, note)
+    svg, colours = pareto_svg(spots, None if group.unpruned is None else height(group.unpruned), words)
+    note = f"In colour: methods with a setting on the front, which is in bold. {FRONT} Bars: one standard error."
+    return Picture(svg, note, [(colour, line) for line, colour in colours.items()])
 
 
 def _notes(group: Group) -> list[str]:

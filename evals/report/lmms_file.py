@@ -28,6 +28,8 @@ WHAT = "a results file of lmms-eval"
 OWN = "vtprune"
 # Options of the command line that a number depends on, by the names that lmms-eval's file has for them.
 DECIDING = ("limit", "offset", "gen_kwargs", "random_seed")
+# Where a task has several numbers of which the first is not the one that it is known for.
+PREFERRED = ("mme_perception_score",)
 COMMAND = ("limit", "offset", "gen_kwargs", "batch_size", "device")
 
 
@@ -145,9 +147,10 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _main(found: Mapping[str, Any]) -> str | None:
-    """The name of a task's first number that is no cost and no error, with its filter."""
-    own = (key for key in _numbers(found) if not key.startswith(f"{OWN}_") and "_stderr" not in key)
-    return next(own, None)
+    """The name of a task's main number with its filter: a preferred one, or the first that is no cost and no error."""
+    own = [key for key in _numbers(found) if not key.startswith(f"{OWN}_") and "_stderr" not in key]
+    told = [key for key in own if key.partition(",")[0] in PREFERRED]
+    return next(iter(told or own), None)
 
 
 def _score(found: Mapping[str, Any], answers: Mapping[str, Mapping[str, float]]) -> TaskScore:

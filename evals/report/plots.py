@@ -4,10 +4,12 @@ is room, everything else in the page's own text colour."""
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -25,6 +27,12 @@ INK = "#010203"
 SIZE, SMALL, LARGE = (5.0, 4.3), 9.5, 10.5
 # To the inch, as SVG counts: what is measured here is where it will stand.
 POINTS = 72
+# Between the points of a stroke that labels keep away from.
+STEP = 4
+# With more lines than these the grey ones step back.
+CROWD = 10
+# Of the x axis, in percent.
+LEAST_WIDTH = 20
 MARKERS = "osD^vP*Xhp"
 BASELINE_DASHES = ("--", ":", "-.", (0, (1, 3)))
 # Where a label may stand beside its point, in points, best first.
@@ -57,8 +65,8 @@ class Words:
 
 def pareto_svg(
     spots: Sequence[Spot], unpruned: tuple[float, float | None] | None, words: Words
-) -> tuple[str, list[str]]:
-    """The picture, and the names on the front that had no room for a label in it."""
+) -> tuple[str, dict[str, str]]:
+    """The picture, and the colour of every line in it that is not grey."""
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": words.salt,
@@ -79,21 +87,30 @@ def pareto_svg(
         figure.patch.set_alpha(0)
         axes = figure.subplots()
         axes.patch.set_alpha(0)
-        lines = _draw(axes, spots, unpruned)
+        colours = _draw(axes, spots, unpruned)
         axes.set_xlabel(words.x)
         axes.set_ylabel(words.y)
         axes.margins(x=0.12, y=0.12)
+        _widen(axes)
         plain(axes)
         # Once with its places settled: labels are laid by what is really where.
         figure.draw_without_rendering()
-        left_out = _label(canvas.get_renderer(), axes, spots, lines)
+        _label(canvas.get_renderer(), axes, spots)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _inlined(buffer.getvalue(), words.title), left_out
+    return _inlined(buffer.getvalue(), words.title), colours
 
 
-def _draw(axes: Axes, spots: Sequence[Spot], unpruned: tuple[float, float | None] | None) -> dict[str, Any]:
-    """Every line, its colour by name."""
+def _widen(axes: Axes) -> None:
+    """Leaves settings that cost nearly the same side by side, in the place of magnifying what divides them."""
+    low, high = axes.get_xlim()
+    missing = LEAST_WIDTH - (high - low)
+    if missing > 0:
+        axes.set_xlim(low - missing / 2, high + missing / 2)
+
+
+def _draw(axes: Axes, spots: Sequence[Spot], unpruned: tuple[float, float | None] | None) -> dict[str, str]:
+    """Every line; returns the colours of those that have one."""
     if unpruned is not None:
         height, error = unpruned
         axes.axhline(height, color=INK, linewidth=1)
@@ -104,29 +121,33 @@ def _draw(axes: Axes, spots: Sequence[Spot], unpruned: tuple[float, float | None
     lines: dict[str, list[Spot]] = {}
     for spot in spots:
         lines.setdefault(spot.line, []).append(spot)
-    colours: dict[str, Any] = {}
-    vivid = dull = 0
+    crowded = len(lines) > CROWD
+    colours: dict[str, str] = {}
+    faint = dull = 0
     for name, own in lines.items():
         own.sort(key=lambda spot: spot.x)
         on_front = any(spot.front for spot in own)
-        colour = COLOURS[vivid % len(COLOURS)] if on_front else GREY
-        marker = MARKERS[(vivid if on_front else len(colours)) % len(MARKERS)]
+        if on_front:
+            colours[name] = COLOURS[len(colours) % len(COLOURS)]
+        place = len(colours) if on_front else faint
         dashes: Any = "-"
         if own[0].dull:
             dashes = BASELINE_DASHES[dull % len(BASELINE_DASHES)]
             dull += 1
-        vivid += on_front
-        colours[name] = colour
-        _line(axes, own, colour=colour, dashes=dashes, marker=marker)
+        faint += not on_front
+        _line(
+            axes, own, colour=colours.get(name, GREY), style=(dashes, MARKERS[place % len(MARKERS)]), crowded=crowded
+        )
     return colours
 
 
-def _line(axes: Axes, own: list[Spot], *, colour: Any, dashes: Any, marker: str) -> None:
-    bold = colour != GREY
+def _line(axes: Axes, own: list[Spot], *, colour: str, style: tuple[Any, str], crowded: bool) -> None:
+    bold, (dashes, marker) = colour != GREY, style
+    barred = any(spot.error for spot in own) and (bold or not crowded)
     axes.errorbar(
         [spot.x for spot in own],
         [spot.y for spot in own],
-        yerr=[spot.error or 0.0 for spot in own] if any(spot.error for spot in own) else None,
+        yerr=[spot.error or 0.0 for spot in own] if barred else None,
         color=colour,
         linestyle=dashes,
         marker=marker,
@@ -134,44 +155,61 @@ def _line(axes: Axes, own: list[Spot], *, colour: Any, dashes: Any, marker: str)
         linewidth=1.8 if bold else 1.0,
         elinewidth=0.8,
         capsize=2,
-        alpha=1.0 if bold else 0.65,
+        alpha=1.0 if bold else 0.35 if crowded else 0.65,
         zorder=3 if bold else 2,
     )
 
 
-def _label(renderer: Any, axes: Axes, spots: Sequence[Spot], colours: dict[str, Any]) -> list[str]:
-    """Labels of the front's points, then one for each line that is not on it, where they hide nothing; returns the
-    names on the front that found no room."""
+def _label(renderer: Any, axes: Axes, spots: Sequence[Spot]) -> None:
+    """Labels of the front's points, then one for each line that is not on it, where there is room for them."""
     inside = axes.get_window_extent(renderer)
     points = [axes.transData.transform((spot.x, spot.y)) for spot in spots]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points]
     taken += [text.get_window_extent(renderer) for text in axes.texts]
+    strokes = _strokes(axes, spots)
     wanted = [(spot, spot.name) for spot in spots if spot.front]
     named = {spot.line for spot, _ in wanted}
     for line in dict.fromkeys(spot.line for spot in spots):
         if line not in named:
             wanted.append((max((spot for spot in spots if spot.line == line), key=lambda spot: spot.y), line))
-    left_out = []
     for spot, name in wanted:
-        if not _placed(axes, spot, name, colour=colours[spot.line], renderer=renderer, inside=inside, taken=taken):
-            left_out += [name] if spot.front else []
-    return left_out
+        # Beside every stroke if it can be; one of the front across one if it has to be.
+        for hidden in (strokes, []) if spot.front else (strokes,):
+            box = _placed(axes, spot, name, renderer=renderer, inside=inside, taken=[*taken, *hidden])
+            if box is not None:
+                taken.append(box)
+                break
 
 
-def _placed(axes: Axes, spot: Spot, name: str, *, colour: Any, renderer: Any, inside: Bbox, taken: list[Bbox]) -> bool:
-    """Whether a label found room beside its point."""
+def _strokes(axes: Axes, spots: Sequence[Spot]) -> list[Bbox]:
+    """Small boxes along every line and every bar."""
+    ends = [((spot.x, spot.y - spot.error), (spot.x, spot.y + spot.error)) for spot in spots if spot.error]
+    for line in dict.fromkeys(spot.line for spot in spots):
+        own = sorted((spot.x, spot.y) for spot in spots if spot.line == line)
+        ends += list(pairwise(own))
+    boxes = []
+    for start, end in ends:
+        one, other = axes.transData.transform([start, end])
+        steps = max(1, int(math.dist(one, other) / STEP))
+        for step in range(steps + 1):
+            x, y = one + (other - one) * step / steps
+            boxes.append(Bbox.from_bounds(x - 1, y - 1, 2, 2))
+    return boxes
+
+
+def _placed(axes: Axes, spot: Spot, name: str, *, renderer: Any, inside: Bbox, taken: list[Bbox]) -> Bbox | None:
+    """Where a label found room beside its point."""
     for dx, dy in PLACES:
         text: Text = axes.annotate(
-            name, (spot.x, spot.y), (dx, dy), textcoords="offset points", fontsize=SMALL, color=colour,
-            ha="left" if dx > 0 else "right" if dx < 0 else "center", fontweight="bold" if colour != GREY else None,
+            name, (spot.x, spot.y), (dx, dy), textcoords="offset points", fontsize=SMALL, color=INK,
+            ha="left" if dx > 0 else "right" if dx < 0 else "center", fontweight="bold" if spot.front else None,
         )  # fmt: skip
         box = text.get_window_extent(renderer)
         whole = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
         if whole and not any(box.overlaps(other) for other in taken):
-            taken.append(box)
-            return True
+            return box
         text.remove()
-    return False
+    return None
 
 
 def _inlined(text: str, title: str) -> str:

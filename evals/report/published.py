@@ -164,15 +164,19 @@ class Match:
         return self.published.precision + STANDARD_ERRORS * (self.stderr or 0.0)
 
     @property
+    def reproduced(self) -> bool:
+        """Whether ours is as near as that."""
+        return self.ours is not None and abs(self.ours - float(self.published.value)) <= self.tolerance + 1e-9
+
+    @property
     def verdict(self) -> str:
         """What the report says of it."""
         if self.ours is None:
             return "not run"
-        gap = self.ours - float(self.published.value)
-        off = "" if self.stderr is not None else ", with no error of ours known"
-        if abs(gap) <= self.tolerance + 1e-9:
-            return f"reproduced within {self.tolerance:.2g}{off}"
-        return f"not reproduced: off by {gap:+.1f}, more than {self.tolerance:.2g}{off}"
+        within = f"{self.tolerance:.2g}" + ("" if self.stderr is not None else " (no error of ours is known)")
+        if self.reproduced:
+            return f"reproduced within {within}"
+        return f"not reproduced: {self.ours - float(self.published.value):+.1f}, more than {within}"
 
 
 def read_published(path: Path = PUBLISHED) -> list[Published]:

@@ -14,7 +14,7 @@ from vtprune.evals.report.lmms_file import is_lmms, read_lmms
 from vtprune.evals.report.runs import Row, Run
 
 # Of an identity: what a heading says first, and what it leaves out where nothing else tells two groups apart.
-FIRST = ("seed", "random_seed", "limit", "dtype", "run by")
+FIRST = ("run by", "limit", "seed", "random_seed", "dtype")
 
 
 @dataclass
@@ -134,17 +134,22 @@ def _grouped(runs: list[Run]) -> list[Group]:
 
 def told_apart(groups: Sequence[Group]) -> list[str]:
     """What a heading says of each group beside its model and tasks, so that no two are headed alike."""
+    usual = [_text(group, [name for name in FIRST if name in group.identity]) for group in groups]
     texts = []
-    for group in groups:
-        others = [other for other in groups if other is not group and other.model == group.model]
-        names = [name for name in FIRST if name in group.identity]
-        names += sorted(
-            name
-            for name in {*group.identity, *(name for other in others for name in other.identity)} - {*FIRST, "model"}
-            if any(other.identity.get(name) != group.identity.get(name) for other in others)
-        )
-        texts.append(", ".join(_said(name, group.identity.get(name)) for name in names))
+    for group, text in zip(groups, usual, strict=True):
+        alike = [
+            other
+            for other, its in zip(groups, usual, strict=True)
+            if other is not group and (other.model, its, other.questions) == (group.model, text, group.questions)
+        ]
+        names = {*group.identity, *(name for other in alike for name in other.identity)} - {*FIRST, "model"}
+        odd = [name for name in names if any(other.identity.get(name) != group.identity.get(name) for other in alike)]
+        texts.append(", ".join(part for part in (text, _text(group, sorted(odd))) if part))
     return texts
+
+
+def _text(group: Group, names: Sequence[str]) -> str:
+    return ", ".join(_said(name, group.identity.get(name)) for name in names)
 
 
 def _said(name: str, value: Any) -> str:
@@ -152,6 +157,8 @@ def _said(name: str, value: Any) -> str:
         value = int(value)
     if name == "limit":
         return "every question" if value in (None, 0) else f"limit {value}"
-    if name in ("dtype", "run by"):
-        return f"{value}" if name == "dtype" else f"by {value}"
+    if name == "run by":
+        return f"by {value}"
+    if name == "dtype" and value:
+        return str(value)
     return f"{name.replace('_', ' ')} {'not given' if value in (None, '') else value}"
