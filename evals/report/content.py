@@ -31,7 +31,8 @@ FRONT = "For what a setting on the front costs, nothing here scores higher."
 
 @dataclass(frozen=True)
 class Cell:
-    """Text; heat: from -1 (a loss) to 1 (a gain), None without colour; tone: win, tie, loss, or none."""
+    """Text; heat: from -1 (a loss) to 1 (a gain), None without colour; tone: win, tie, loss, long for sentences, or
+    none."""
 
     text: str
     heat: float | None = None
@@ -264,7 +265,7 @@ def _published(group: Group) -> list[Table]:
     note = (
         "Reproduced: within half a unit of the printed number's last digit and two standard errors of ours, at the "
         "same number of tokens (within 1%). In brackets: the unpruned model's score; where ours differs from theirs, "
-        "so does the setting."
+        "so does the setting. *: no standard error of ours is known, so that the printed digits alone count."
     )
     columns = ["method", "tokens", "benchmark", "published"]
     return [
@@ -303,7 +304,8 @@ def _compared(match: Match) -> list[Cell]:
 
 def _source(match: Match) -> Cell:
     one = match.published
-    return Cell(f"arXiv {one.paper}: {one.source}; {one.setting}" + (f"; {one.note}" if one.note else ""), tone="text")
+    parts = [one.source, one.setting, *([one.note] if one.note else []), f"method: arXiv {one.paper}"]
+    return Cell("; ".join(parts), tone="long")
 
 
 def _lead(group: Group) -> list[str]:
@@ -377,7 +379,7 @@ def _picture(
 
 
 def _notes(group: Group) -> list[str]:
-    notes = [f"† {row.label}: {row.untrained}." for row in group.rows if row.untrained]
+    notes = [f"{UNTRAINED_MARK.strip()} {row.untrained}." for row in group.rows if row.untrained]
     notes += [note for run in group.runs for note in run.notes]
     notes += [f"{text}." for text in group.twice]
     if len({_machine(run.machine) for run in group.runs if run.machine}) > 1:

@@ -170,13 +170,13 @@ class Match:
 
     @property
     def verdict(self) -> str:
-        """What the report says of it."""
+        """What the report says of it; an asterisk where no standard error of ours is known."""
         if self.ours is None:
             return "not run"
-        within = f"{self.tolerance:.2g}" + ("" if self.stderr is not None else " (no error of ours is known)")
+        within = f"{self.tolerance:.{1 if self.tolerance >= 0.1 else 2}f}" + ("" if self.stderr is not None else "*")
         if self.reproduced:
             return f"reproduced within {within}"
-        return f"not reproduced: {self.ours - float(self.published.value):+.1f}, more than {within}"
+        return f"not reproduced: {self.ours - float(self.published.value):+.1f}, tolerance {within}"
 
 
 def read_published(path: Path = PUBLISHED) -> list[Published]:
