@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vtprune.errors import InputError
 from vtprune.evals.report.content import Report, make_report
 from vtprune.evals.report.reading import read_all
 from vtprune.evals.report.writing import render_html, render_markdown
@@ -18,8 +19,9 @@ PAGE, MARKDOWN = "report.html", "report.md"
 def run_report(places: Sequence[Path], output: Path, console: Console) -> Report:
     """Writes both files, names on the console what could not be read, and returns the content.
 
-    Raises RunError where nothing could be read, before anything is written, and WriteError.
+    Raises RunError where nothing could be read, before anything is written, InputError without scipy, and WriteError.
     """
+    _require_scipy()
     found = read_all(places)
     report = make_report(found)
     with held(output):
@@ -36,3 +38,10 @@ def run_report(places: Sequence[Path], output: Path, console: Console) -> Report
         soft_wrap=True,
     )
     return report
+
+
+def _require_scipy() -> None:
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"scipy cannot be imported ({error}); pip install 'vtprune[eval]'") from error

@@ -13,7 +13,6 @@ from vtprune.errors import FileError
 from vtprune.evals.report.published import (
     BENCHMARKS,
     COLUMNS,
-    PUBLISHED,
     UNREPORTED,
     Match,
     Published,
@@ -154,8 +153,3 @@ def test_a_mean_share_is_taken_where_every_benchmark_was_run(tmp_path: Path) -> 
     results = {"gqa": {"exact_match,none": 0.55}, "pope": {"pope_accuracy,none": 0.7, "pope_f1_score,none": 0.77}}
     assert matched(tmp_path, one, **results).ours == pytest.approx(100 / 1.1)
     assert matched(tmp_path / "again", one).verdict == "not run"
-
-
-def test_the_file_lies_where_it_is_installed() -> None:
-    assert PUBLISHED.is_file()
-    assert PUBLISHED.parent == Path(vtprune.__file__).parent.parent / "evals" or PUBLISHED.parent.name == "evals"
