@@ -122,16 +122,18 @@ def _row(key: str, one: dict[str, Any], asked: list[tuple[str, str]], *, path: P
         label=one["label"],
         keep=one["keep"],
         scores=scores,
-        costs=Costs(
-            before=tokens["before"],
-            kept=tokens["kept"],
-            published=tokens.get("published"),
-            flops=one["flops"]["share"],
-            kv=one["kv"]["share"],
-            kv_end=one["kv"]["end_share"],
-            prefill_ms=prefill["ms"],
-            prefill_ratio=prefill["ratio"],
-        ),
+        spent={
+            "+".join(scores): Costs(
+                before=tokens["before"],
+                kept=tokens["kept"],
+                published=tokens.get("published"),
+                flops=one["flops"]["share"],
+                kv=one["kv"]["share"],
+                kv_end=one["kv"]["end_share"],
+                prefill_ms=prefill["ms"],
+                prefill_ratio=prefill["ratio"],
+            )
+        },
         source=path,
         categories=tuple(
             Category(score["task"], score["name"], score["value"])

@@ -172,9 +172,10 @@ def _accuracy(group: Group) -> Table:
 def _cost(group: Group) -> Table:
     columns = ["method", "keep", "tokens kept", "FLOPs %", "KV %, prompt", "KV %, end", "prefill ms"]
     note = (
-        "Tokens are those of an image or video, the mean over questions. FLOPs of the prefill (vision tower included) "
-        "and bytes of the cache, after the prompt and after the answer, are shares of the unpruned model's. In "
-        "brackets: tokens as the method's paper counts them; the prefill as a multiple of the unpruned one's."
+        "Tokens are those of a question's images or videos, the mean over questions; of tasks that lmms-eval "
+        "measured, every number is the mean over tasks. FLOPs of the prefill (vision tower included) and bytes of the "
+        "cache, after the prompt and after the answer, are shares of the unpruned model's. In brackets: tokens as the "
+        "method's paper counts them; the prefill as a multiple of the unpruned one's."
     )
     rows = [[_name(row), _keep(row), *_cost_cells(row.costs)] for row in group.rows if row.costs != Costs()]
     return Table("Cost", columns, rows, note, texts=2)

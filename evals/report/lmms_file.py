@@ -26,6 +26,8 @@ from vtprune.method.texts import parse_entry
 ENDING, SAMPLES = "_results.json", "_samples_"
 WHAT = "a results file of lmms-eval"
 OWN = "vtprune"
+# Arguments of vtprune's model that a number depends on, beside its method.
+OWN_DECIDING = ("dtype", "positions", "frames", "max_new_tokens")
 # Options of the command line that a number depends on, by the names that lmms-eval's file has for them.
 DECIDING = ("limit", "offset", "gen_kwargs", "random_seed")
 # Where a task has several numbers of which the first is not the one that it is known for.
@@ -82,7 +84,7 @@ def read_lmms(path: Path) -> Run:
         label=setting.label,
         keep=setting.keep,
         scores={task: _score(found, logged[task].scores) for task, found in results.items()},
-        costs=_costs(results, logged),
+        spent={task: _costs(found, logged[task].costs) for task, found in results.items()},
         source=path,
         metrics={task: _numbers(found) for task, found in results.items()},
         untrained=_untrained(setting),
@@ -110,7 +112,7 @@ def _setting(name: str, text: str) -> tuple[Setting, dict[str, Any], str]:
     found = parse_model_args(text, list(ARGUMENTS))
     model = title_of(found.get("pretrained"))
     identity = {"model": model, "run by": f"lmms-eval --model {name}"}
-    identity.update({key: value for key, value in found.items() if key in ("dtype", "positions", "frames")})
+    identity.update({key: value for key, value in found.items() if key in OWN_DECIDING})
     if "config" in found:
         folder = Path(str(found["config"]))
         return Setting(folder.name, title=folder.name, folder=str(folder)), identity, model
@@ -193,25 +195,23 @@ def _count(data: Mapping[str, Any], task: str, answers: _Answers) -> int:
     return told if isinstance(told, int) else max((len(one) for one in answers.scores.values()), default=0)
 
 
-def _costs(results: Mapping[str, Mapping[str, Any]], logged: Mapping[str, _Answers]) -> Costs:
-    """Ratios of the sums over all questions, where every task logged them; else the means of the tasks' own rows."""
-    costs = [cost for one in logged.values() for cost in one.costs]
-    if costs and all(one.costs for one in logged.values()):
-        return _summed(costs)
+def _costs(found: Mapping[str, Any], logged: list[dict[str, Any]]) -> Costs:
+    """Ratios of the sums over a task's questions where they were logged; else the task's own rows."""
+    if logged:
+        return _summed(logged)
 
-    def mean(name: str, scale: float = 1.0) -> float | None:
-        values = [_number(found.get(f"{OWN}_{name},none")) for found in results.values()]
-        told = [value for value in values if value is not None]
-        return math.fsum(told) / len(told) / scale if told and len(told) == len(values) else None
+    def row(name: str, scale: float = 1.0) -> float | None:
+        value = _number(found.get(f"{OWN}_{name},none"))
+        return None if value is None else value / scale
 
-    kept, share = mean("tokens_kept"), mean("tokens_percent", 100)
+    kept, share = row("tokens_kept"), row("tokens_percent", 100)
     return Costs(
         before=kept / share if kept is not None and share else None,
         kept=kept,
-        flops=mean("flops_percent", 100),
-        kv=mean("kv_percent", 100),
-        kv_end=mean("kv_end_percent", 100),
-        prefill_ms=mean("prefill_ms"),
+        flops=row("flops_percent", 100),
+        kv=row("kv_percent", 100),
+        kv_end=row("kv_end_percent", 100),
+        prefill_ms=row("prefill_ms"),
     )
 
 

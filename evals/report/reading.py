@@ -65,15 +65,13 @@ class Group:
     def _joined(self, old: Row, new: Row) -> Row:
         if any(new.scores[task] != old.scores[task] for task in old.scores.keys() & new.scores.keys()):
             self.twice.append(f"{new.name} was measured twice, with other answers; shown is {new.source}")
-        own = new.scores.keys() >= old.scores.keys()
         return Row(
             key=new.key,
             method=new.method,
             label=new.label,
             keep=new.keep,
             scores={**old.scores, **new.scores},
-            # Of tasks that were run apart nobody knows the cost of all together.
-            costs=new.costs if own else old.costs,
+            spent={**old.spent, **new.spent},
             source=new.source,
             categories=new.categories or old.categories,
             metrics={**old.metrics, **new.metrics},

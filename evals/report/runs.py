@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vtprune.evals.paired import Share
+from vtprune.evals.paired import Share, share_kept
 from vtprune.evals.settings import UNPRUNED
 from vtprune.method.texts import show_keep
 
@@ -58,8 +59,9 @@ class Costs:
 class Row:
     """One setting: a method, how much it keeps, its options.
 
-    metrics: by task everything that lmms-eval has a number for, under its own names; untrained: what a reader has to
-    know of a method that nobody has trained; source: the file that it was read from.
+    spent: what was measured of each task, or of several that were measured together; metrics: by task everything that
+    lmms-eval has a number for, under its own names; untrained: what a reader has to know of a method that nobody has
+    trained; source: the file that it was read from.
     """
 
     key: str
@@ -67,7 +69,7 @@ class Row:
     label: str
     keep: int | float | None
     scores: Mapping[str, TaskScore]
-    costs: Costs
+    spent: Mapping[str, Costs]
     source: Path
     categories: tuple[Category, ...] = ()
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -77,6 +79,16 @@ class Row:
     def unpruned(self) -> bool:
         """Whether it is the model as it is."""
         return self.method == UNPRUNED
+
+    @property
+    def costs(self) -> Costs:
+        """The mean over tasks, as that of scores; None where one of them has no number."""
+        means = {}
+        for one in fields(Costs):
+            told = [value for costs in self.spent.values() if (value := getattr(costs, one.name)) is not None]
+            whole = told and len(told) == len(self.spent)
+            means[one.name] = math.fsum(told) / len(told) if whole else None
+        return Costs(**means)
 
     @property
     def name(self) -> str:
@@ -105,8 +117,6 @@ class Run:
 def kept_of(ours: TaskScore | None, unpruned: TaskScore | None) -> Share | None:
     """What is left of the unpruned score: with its paired error where both answered the same questions, without one
     elsewhere; None where there is nothing to compare."""
-    from vtprune.evals.paired import share_kept
-
     if ours is None or unpruned is None or unpruned.value <= 0:
         return None
     pairs = paired(ours, unpruned)

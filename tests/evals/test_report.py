@@ -125,13 +125,15 @@ def test_tasks_that_were_run_apart_are_columns_of_one_setting(tmp_path: Path) ->
     for place, task in enumerate(("one", "two")):
         for number, arguments in enumerate(("", ",method=grid,keep=64")):
             date = f"2026010{place + 1}_00000{number}"
-            found = {task: {"acc,none": 0.8 - 0.4 * number}}
+            found = {task: {"acc,none": 0.8 - 0.4 * number, **costs(64 + 64 * place, 30 + 20 * place)}}
             lmms(tmp_path, found, model_args=f"pretrained=a/model{arguments}", date=date)
     group = group_of(tmp_path)
     assert group.tasks == ["one", "two"]
-    share = overall_share(group, row_of(group, "grid"))
+    row = row_of(group, "grid")
+    share = overall_share(group, row)
     assert share is not None
     assert (share.value, share.stderr) == (pytest.approx(0.5), None)
+    assert (row.costs.kept, row.costs.flops) == (96, pytest.approx(0.4))
 
 
 def test_another_model_of_lmms_eval_is_a_part_without_costs(tmp_path: Path) -> None:

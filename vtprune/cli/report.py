@@ -17,6 +17,7 @@ def report(
         typer.Argument(
             help="Folders that `vtprune bench` or lmms-eval wrote, whatever its --model; folders inside them are "
             "searched, too. With --log_samples, lmms-eval's results have paired errors.",
+            metavar="RESULTS...",
             show_default=False,
         ),
     ],
