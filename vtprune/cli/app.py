@@ -12,6 +12,7 @@ from vtprune.cli.bench import bench
 from vtprune.cli.demo import demo
 from vtprune.cli.list import list_methods
 from vtprune.cli.lmms_eval import SETTINGS, lmms_eval
+from vtprune.cli.report import report
 from vtprune.cli.train import train
 from vtprune.cli.tune import tune
 
@@ -45,6 +46,7 @@ app.command()(ask)
 app.command()(tune)
 app.command(name="list")(list_methods)
 app.command(name="lmms-eval", context_settings=SETTINGS)(lmms_eval)
+app.command()(report)
 app.command()(arank)
 app.command()(train)
 app.command()(demo)

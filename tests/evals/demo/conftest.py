@@ -1,9 +1,8 @@
-"""One page that is served for a module of tests, a browser where one is found, and clients for programs."""
+"""One page that is served for a module of tests, and clients for programs."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,6 @@ import pytest
 from vtprune.assets import TINY_LLAVA
 from vtprune.evals.demo.models import Models, load_models
 from vtprune.evals.demo.server import Options, served
-
-# As root there is no sandbox; what a browser asks for of its own accord has nobody to ask here.
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def free_port() -> int:
@@ -43,18 +38,6 @@ def client(address: str) -> Any:
     from gradio_client import Client
 
     return Client(address, verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no Chromium is found, so the page is not tested in a browser: `make test-browser` installs it")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
