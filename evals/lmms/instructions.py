@@ -35,7 +35,7 @@ class Instructions:
         pictures.
         """
         context, to_messages = request.args[:2]
-        task = getattr(to_messages, "__self__", None)
+        task = getattr(to_messages, "task", None) or getattr(to_messages, "__self__", None)
         if task is None or not isinstance(context, str):
             return ""
         if task.config.num_fewshot and (
