@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 import vtprune
 from vtprune.evals.lmms.efficiency import RowCost, row_costs
 from vtprune.evals.lmms.gen_kwargs import Generation
+from vtprune.loading.devices import accelerators_of
 from vtprune.loading.prompts import place
 
 
@@ -120,14 +121,16 @@ def generate_measured(
     prompt = inputs["input_ids"].shape[1]
     clock = FirstTokenClock()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    synchronise(model.device)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
+    devices = [device for device in accelerators_of(model) if device.type == "cuda"]
+    for device in devices:
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     ids = model.generate(
         **inputs, **arguments, pad_token_id=pad, stopping_criteria=StoppingCriteriaList([clock, *criteria])
     )
-    synchronise(model.device)
+    for device in devices:
+        synchronise(device)
     seconds = time.perf_counter() - start
     rows = ids[:, prompt:].tolist()
     first, later = (clock.time or start) - start, ids.shape[1] - prompt - 1
@@ -135,7 +138,7 @@ def generate_measured(
         vtprune.report(model),
         first,
         step_seconds=(seconds - first) / later if later > 0 else None,
-        peak_bytes=torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None,
+        peak_bytes=sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None,
     )
     # Each row's beams stand together in the report, and the first has its prompt's cost.
     costs = costs[:: arguments["num_beams"]]

@@ -65,7 +65,7 @@ def likelihoods(
     tokens return (LazyLLM), or where the first one decides what is cut from the cache (D2O).
     """
     inputs = place(inputs, model)
-    forced = Forced(continuations, inputs["input_ids"].shape[1], model.device)
+    forced = Forced(continuations, inputs["input_ids"].shape[1], inputs["input_ids"].device)
     with plain_generation(model):
         found = generate_measured(
             model,

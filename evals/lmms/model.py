@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from vtprune.evals.lmms.requests import as_chat, once_each, questions_of
 from vtprune.evals.lmms.videos import video_in
 from vtprune.evals.settings import UNPRUNED, holds_method
 from vtprune.evals.untrained import told_untrained
+from vtprune.loading.devices import device_of
 from vtprune.loading.media import size_text
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture, open_pictures_in, whole_images
@@ -62,10 +63,10 @@ class VTPrune(lmms):
     pretrained: a model id or folder (default: the bundled one; a folder with a method in it, as `vtprune train` leaves
     it, runs under that method, and without it under method=none); method: what vtprune/method/texts.py reads, as
     fastv:keep=0.5,layers=(2,5), or a folder with vtprune_config.json; keep and any further option: of that method;
-    config: a folder, as `method`;
-    positions: as `vtprune.wrap` takes them; batch_size: rows that are answered together; max_new_tokens: where a task
-    sets none; frames: of each video, evenly spread over it. `model` and `processor` hand in a loaded model, which is
-    left as it is: its owner wraps it. Raises InputError for what it would not carry out.
+    config: a folder, as `method`; positions: as `vtprune.wrap` takes them; device_map: as `load_model` takes it, in
+    the place of a device; batch_size: rows that are answered together; max_new_tokens: where a task sets none; frames:
+    of each video, evenly spread over it. `model` and `processor` hand in a loaded model, which is left as it is: its
+    owner wraps it. Raises InputError for what it would not carry out.
     """
 
     is_simple = False
@@ -80,6 +81,7 @@ class VTPrune(lmms):
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_new_tokens: int | str = MAX_NEW_TOKENS,
@@ -108,6 +110,7 @@ class VTPrune(lmms):
                 "device": device,
                 "dtype": None if dtype == "auto" else dtype,
                 "attn_implementation": attn_implementation,
+                "device_map": device_map,
                 **options,
             }
             idle = [name for name, value in given.items() if value is not None]
@@ -123,6 +126,7 @@ class VTPrune(lmms):
                 device=device,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
+                device_map=device_map,
             )
             with told_untrained(logger.warning):
                 vtprune.wrap(self.model, asked, positions=positions)
@@ -163,8 +167,8 @@ class VTPrune(lmms):
 
     @property
     def device(self) -> Any:
-        """Where the model is."""
-        return self.model.device
+        """Where the model takes its inputs."""
+        return device_of(self.model)
 
     def clean(self) -> None:
         """Keeps the model: lmms-eval would delete it after every task, and a sweep uses it again."""
