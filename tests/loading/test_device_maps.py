@@ -26,7 +26,7 @@ TOWER_ON_DISK = {"model.vision_tower": "disk", "model.language_model": "cpu", **
 def layers_on_disk() -> dict[str, Any]:
     """Every second decoder layer waits on the disk."""
     inner = "model.language_model"
-    layers = {f"{inner}.layers.{i}": ("cpu", "disk")[i % 2] for i in range(4)}
+    layers = {f"{inner}.layers.{i}": ("cpu", "disk")[i % 2] for i in range(6)}
     ends = {f"{inner}.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
     return {"model.vision_tower": "cpu", **layers, **ends, **REST}
 
