@@ -28,7 +28,7 @@ from vtprune.evals.lmms.journal import Journal, read_answer
 from vtprune.evals.lmms.loglikelihood import Likelihood, continuation_ids, likelihoods
 from vtprune.evals.lmms.model_args import ARGUMENTS, REFUSED, parse_model_args
 from vtprune.evals.lmms.multi_round import Talk, talk_through
-from vtprune.evals.lmms.requests import as_chat, once_each, questions_of
+from vtprune.evals.lmms.requests import as_chat, check_no_cache, once_each, questions_of
 from vtprune.evals.lmms.videos import video_in
 from vtprune.evals.settings import UNPRUNED, holds_method
 from vtprune.evals.untrained import told_untrained
@@ -182,6 +182,7 @@ class VTPrune(lmms):
         continuation without a token.
         """
         self.requests = asked = once_each(requests, self._with_continuation)
+        check_no_cache(asked)
         self._check(asked)
         answers: list[Any] = self._collect(questions_of(asked, alike=True), asked, self._likelihoods)
         _log_throughput(answers)
@@ -190,6 +191,7 @@ class VTPrune(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[GenerationResult]:
         """The answers to all rounds of each request, in a list, and what they cost together."""
         self.requests = requests
+        check_no_cache(requests)
         self._check_options(requests)
         self._check(requests)
         talks = [Talk(request, asked) for request, asked in zip(requests, questions_of(requests), strict=True)]

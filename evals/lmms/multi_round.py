@@ -13,6 +13,7 @@ from lmms_eval.api.instance import Instance
 from vtprune.errors import SampleError
 from vtprune.evals.lmms.collecting import Question
 from vtprune.evals.lmms.generation import Answer
+from vtprune.evals.lmms.instructions import task_of
 from vtprune.evals.lmms.requests import with_args
 
 # A task whose text is the same whatever the round never says that it is over.
@@ -23,7 +24,7 @@ class Written:
     """Messages that a task has written already, in the place of the function that does."""
 
     def __init__(self, messages: Any, to_messages: Callable[..., Any]) -> None:
-        self.task = getattr(to_messages, "task", None) or getattr(to_messages, "__self__", None)
+        self.task = task_of(to_messages)
         self._messages = messages
 
     def __call__(self, doc: Any) -> Any:

@@ -14,8 +14,9 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.task import ConfigurableMessagesTask
 
+from vtprune.errors import InputError
 from vtprune.evals.lmms.collecting import Question
-from vtprune.evals.lmms.instructions import Instructions
+from vtprune.evals.lmms.instructions import Instructions, task_of
 from vtprune.evals.lmms.journal import request_key
 
 
@@ -26,7 +27,7 @@ class ContextMessages:
     """
 
     def __init__(self, context: str, doc_to_visual: Callable[..., Any], next_text: Callable[..., Any] | None) -> None:
-        self.task = getattr(doc_to_visual, "__self__", None)
+        self.task = task_of(doc_to_visual)
         self.context, self._visual, self._next = context, doc_to_visual, next_text
 
     def __call__(self, doc: Any, **later: Any) -> Any:
@@ -86,3 +87,13 @@ def questions_of(requests: Sequence[Instance], *, alike: bool = False) -> list[Q
         kind = "" if alike else json.dumps(options, sort_keys=True, default=str)
         found.append(Question(key, kind, len(context)))
     return found
+
+
+def check_no_cache(requests: Sequence[Instance]) -> None:
+    """Raises InputError where lmms-eval keeps answers that are no single text: its cache cannot give them back."""
+    for task in {id(task): task for task in (task_of(request.args[1]) for request in requests)}.values():
+        if getattr(getattr(task, "args", None), "use_cache", None):
+            raise InputError(
+                f"use_cache: leave it out; lmms-eval's cache keeps texts, and {task.config.task} asks how likely "
+                "answers are, or in rounds"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import vtprune
 from tests.checkpoint import png, random_checkpoint, random_qwen_checkpoint, write_task
 from tests.evals.choices import NAME, write_choices
 from vtprune.assets import SHAPES_EVAL, TINY_LLAVA, TINY_QWEN
-from vtprune.errors import SampleError
+from vtprune.errors import InputError, SampleError
 from vtprune.evals.lmms.generation import Answer
 from vtprune.evals.lmms.journal import Journal
 from vtprune.evals.lmms.loglikelihood import continuation_ids, likelihoods, plain_generation
@@ -181,6 +182,15 @@ def test_what_stands_for_a_picture_is_no_continuation(tmp_path: Path) -> None:
     manager = write_choices(tmp_path, 1, extra='target_delimiter: "<image>"\n')
     with pytest.raises(SampleError, match=rf"{NAME}, sample 0 .*holds '<image>'"):
         evaluate(VTPruneSimple(), manager)
+
+
+def test_lmms_evals_cache_is_refused(tmp_path: Path) -> None:
+    task = write_choices(tmp_path, 1).load_task_or_group([NAME], "simple")[NAME]
+    task.build_all_requests(limit=1)
+    lm = VTPruneSimple()
+    lm.task_dict[NAME], task.args = task.dataset, Namespace(use_cache="cache")
+    with pytest.raises(InputError, match=rf"use_cache: leave it out.*{NAME}"):
+        lm.loglikelihood(task.instances)
 
 
 def test_a_task_of_one_continuation_is_asked_for_its_target(tmp_path: Path) -> None:
