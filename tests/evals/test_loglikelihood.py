@@ -232,14 +232,21 @@ def test_a_continuation_has_the_tokens_that_follow_the_prompt() -> None:
     assert continuation_ids(Merging(), "xa", "c") == [ord("c")]
 
 
-def test_a_system_instruction_is_a_message_and_the_rest_of_the_context_the_users(tmp_path: Path) -> None:
-    manager = write_choices(tmp_path, 1, extra="description: Look closely.\n")
+@pytest.mark.parametrize("given", [{"system_instruction": "Be brief."}, {}], ids=["instruction", "description"])
+def test_an_instruction_is_a_message_and_the_rest_of_the_context_the_users(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    manager = write_choices(tmp_path, 1, extra="" if given else "description: Look closely.\n")
+    task = manager.load_task_or_group([NAME], "simple")[NAME]
+    task.config.num_fewshot = 0
+    task.build_all_requests(limit=1, **given)
     lm = VTPruneSimple(random_qwen_checkpoint())
-    evaluate(lm, manager, system_instruction="Be brief.")
-    (system, user) = lm._chat(lm.requests[0])
-    assert system["content"][0]["text"] == "Be brief."
-    assert user["content"][0]["type"] == "image"
-    assert user["content"][1]["text"].startswith("Look closely.")
+    lm.task_dict[NAME] = task.dataset
+    *system, user = lm._chat(as_chat(task.instances[0], {}, lm._instructions))
+    assert [message["content"][0]["text"] for message in system] == list(given.values())
+    assert [part["type"] for part in user["content"]] == ["image", "text"]
+    asked = task.eval_docs[0]["question"]
+    assert user["content"][1]["text"] == (asked if given else f"Look closely.{asked}")
 
 
 def test_generation_tasks_may_stand_beside_them(tmp_path: Path) -> None:
@@ -260,13 +267,3 @@ def test_generation_tasks_may_stand_beside_them(tmp_path: Path) -> None:
 def test_a_likelihood_needs_a_simple_model_and_lmms_eval_says_so(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="used for generation only"):
         evaluate(VTPrune(), write_choices(tmp_path, 1))
-
-
-def test_the_instruction_is_no_part_of_what_the_user_says(tmp_path: Path) -> None:
-    manager = write_choices(tmp_path, 1)
-    task = manager.load_task_or_group([NAME], "simple")[NAME]
-    task.config.num_fewshot = 0
-    task.build_all_requests(limit=1, system_instruction="Be brief.")
-    lm = VTPruneSimple(random_qwen_checkpoint())
-    changed = as_chat(task.instances[0], {}, lm._instructions)
-    assert changed.args[1].context == task.eval_docs[0]["question"]
