@@ -178,8 +178,8 @@ class VTPrune(lmms):
         and whether greedy decoding would give it.
 
         The sign is that of lmms-eval's other models, which return a loss; its scoring takes the smallest for the
-        likeliest. The numbers are in `text`: a bare pair would be made a text on its way. Raises SampleError for a
-        continuation without a token.
+        likeliest. The numbers are in `text`: a bare pair would be made a text on its way. Raises SampleError for an
+        empty continuation.
         """
         self.requests = asked = once_each(requests, self._with_continuation)
         check_no_cache(asked)
@@ -246,8 +246,8 @@ class VTPrune(lmms):
             to_target = given
             given = self._from_task(request, lambda doc: to_target(doc))
         asked = as_chat(request, {"continuation": given}, self._instructions)
-        if not isinstance(given, str) or not self.processor.tokenizer(given, add_special_tokens=False)["input_ids"]:
-            raise SampleError(f"{self._name(asked)}: a continuation is a text of at least one token, got {given!r}")
+        if not isinstance(given, str) or not given.strip():
+            raise SampleError(f"{self._name(asked)}: a continuation is a text and not empty, got {given!r}")
         try:
             check_text(self.processor, given, self._name(asked))
         except InputError as error:

@@ -166,16 +166,16 @@ def test_half_a_likelihood_in_a_journal_is_left_out_by_name(tmp_path: Path) -> N
     assert len(Journal(tmp_path / "journal.jsonl").bad) == 4
 
 
-def test_a_continuation_without_a_token_is_refused_by_name(tmp_path: Path) -> None:
-    manager = write_choices(tmp_path, 2, extra='target_delimiter: ""\n')
-    task = manager.load_task_or_group([NAME], "simple")[NAME]
+@pytest.mark.parametrize("delimiter", ["", " "])
+def test_an_empty_continuation_is_refused_by_name(tmp_path: Path, delimiter: str) -> None:
+    task = write_choices(tmp_path, 2).load_task_or_group([NAME], "simple")[NAME]
+    task.config.target_delimiter = delimiter
     task.config.doc_to_choice = lambda doc: ["red", ""]
     task.build_all_requests(limit=1)
     lm = VTPruneSimple()
     lm.task_dict[NAME] = task.dataset
-    with pytest.raises(SampleError, match=rf"{NAME}, sample 0 .*: a continuation is a text of at least one token"):
+    with pytest.raises(SampleError, match=rf"{NAME}, sample 0 .*: a continuation is a text and not empty"):
         lm.loglikelihood(task.instances)
-    assert lm.loglikelihood([]) == []
 
 
 def test_what_stands_for_a_picture_is_no_continuation(tmp_path: Path) -> None:
