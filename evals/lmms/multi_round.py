@@ -64,7 +64,7 @@ class Talk:
             self.said = list(said) if isinstance(said, list | tuple) else self.said
             if over:
                 return
-        self.asked = with_args(self.request, context, Written(messages, to_messages), *rest)
+        self.asked = with_args(self.request, (context, Written(messages, to_messages), *rest))
 
     def due(self) -> Question:
         """What the journal knows the round by that is due; it depends on what was said before."""

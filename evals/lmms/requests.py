@@ -57,7 +57,7 @@ def as_chat(request: Instance, options: Any, instructions: Instructions) -> Inst
     context, _, doc_to_visual, *rest = request.args
     next_text = rest[0] if len(rest) == 4 else None
     messages = ContextMessages(context, doc_to_visual, next_text)
-    changed = with_args(request, context, messages, options, *rest[-3:])
+    changed = with_args(request, (context, messages, options, *rest[-3:]))
     # The instruction is a message of its own, and the rest of the context the user's.
     instruction = instructions.of(changed)
     rest_of_context = context.removeprefix(instruction)
@@ -67,7 +67,7 @@ def as_chat(request: Instance, options: Any, instructions: Instructions) -> Inst
     return changed
 
 
-def with_args(request: Instance, *args: Any) -> Instance:
+def with_args(request: Instance, args: tuple[Any, ...]) -> Instance:
     """The same request with other arguments."""
     return Instance(request.request_type, args, request.idx, metadata=request.metadata)
 
