@@ -76,12 +76,12 @@ def likelihoods(
             num_beams=1,
             do_sample=False,
         )
+    told = zip(texts, map(len, continuations), strict=True)
+    measured = zip(found.lengths, found.costs, strict=True)
     numbers = zip(forced.logprobs.tolist(), forced.greedy.tolist(), strict=True)
     return [
-        Likelihood(text, length, len(row), seconds=found.seconds, cost=cost, logprob=logprob, greedy=greedy)
-        for text, row, length, cost, (logprob, greedy) in zip(
-            texts, continuations, found.lengths, found.costs, numbers, strict=True
-        )
+        Likelihood(text, length, tokens, seconds=found.seconds, cost=cost, logprob=logprob, greedy=greedy)
+        for (text, tokens), (length, cost), (logprob, greedy) in zip(told, measured, numbers, strict=True)
     ]
 
 
