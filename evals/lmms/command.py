@@ -12,6 +12,8 @@ from vtprune.evals.lmms.plugin import TASK_FOLDER
 
 # What needs no task, since it says something and stops, or names its tasks in a file.
 WITHOUT_TASKS = ("--config", "--help", "-h")
+# How lmms-eval refuses, to a chat model, a task that asks for likelihoods.
+GENERATES_ONLY = "Currently messages is used for generation only"
 
 
 def run_lmms_eval(arguments: Sequence[str]) -> None:
@@ -47,6 +49,11 @@ def run_lmms_eval(arguments: Sequence[str]) -> None:
     finally:
         sys.argv, command.cli_evaluate_single = before, single
     if failed:
+        if GENERATES_ONLY in str(failed[0]):
+            raise InputError(
+                "the evaluation failed: a task asks how likely given answers are, and lmms-eval hands such tasks to a "
+                "model under --force_simple alone"
+            )
         kind = "" if isinstance(failed[0], VTPruneError) else f"{type(failed[0]).__name__}: "
         raise RunError(f"the evaluation failed: {kind}{first_line(failed[0])}")
 

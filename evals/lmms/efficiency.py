@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from vtprune.report.report import Report, SampleReport
@@ -64,6 +65,24 @@ def row_costs(
         )
         for sample in report.samples
     ]
+
+
+def summed(costs: Sequence[RowCost]) -> RowCost:
+    """What several answers to one sample cost together: sums, but for decode_ms, whose mean it is, and peak_bytes, the
+    highest."""
+    steps = [cost.decode_ms for cost in costs if cost.decode_ms is not None]
+    peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
+    published = [cost.published_tokens for cost in costs if cost.published_tokens is not None]
+    reasons = [cost.kept_whole for cost in costs if cost.visual_tokens]
+    added = ("visual_tokens", "kept_tokens", "flops", "flops_full", "scoring_flops", "kv_bytes", "kv_bytes_full",
+             "kv_bytes_end", "kv_bytes_end_full", "prefill_ms")  # fmt: skip
+    return RowCost(
+        **{name: sum(getattr(cost, name) for cost in costs) for name in added},
+        published_tokens=sum(published) if published else None,
+        kept_whole=reasons[0] if reasons and all(reasons) else "",
+        decode_ms=sum(steps) / len(steps) if steps else None,
+        peak_bytes=max(peaks, default=None),
+    )
 
 
 def _published(sample: SampleReport) -> float | None:

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 import vtprune
 from vtprune.evals.lmms.efficiency import RowCost, row_costs
 from vtprune.evals.lmms.gen_kwargs import Generation
+from vtprune.loading.devices import accelerators_of
 from vtprune.loading.prompts import place
 
 
@@ -102,6 +103,48 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` gave for a batch: each row's tokens behind the prompt, its prompt's length without padding, its
+    cost, and its share of the wall-clock time."""
+
+    rows: list[list[int]]
+    lengths: list[int]
+    costs: list[RowCost]
+    seconds: float
+
+
+def generate_measured(
+    model: Any, tokenizer: Any, inputs: Any, *, criteria: Sequence[StoppingCriteria] = (), **arguments: Any
+) -> Generated:
+    """Runs `generate` of a wrapped model on a left-padded batch that lies on its device; arguments: of `generate`."""
+    prompt = inputs["input_ids"].shape[1]
+    clock = FirstTokenClock()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    devices = [device for device in accelerators_of(model) if device.type == "cuda"]
+    for device in devices:
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    ids = model.generate(
+        **inputs, **arguments, pad_token_id=pad, stopping_criteria=StoppingCriteriaList([clock, *criteria])
+    )
+    for device in devices:
+        synchronise(device)
+    seconds = time.perf_counter() - start
+    rows = ids[:, prompt:].tolist()
+    first, later = (clock.time or start) - start, ids.shape[1] - prompt - 1
+    costs = row_costs(
+        vtprune.report(model),
+        first,
+        step_seconds=(seconds - first) / later if later > 0 else None,
+        peak_bytes=sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None,
+    )
+    # Each row's beams stand together in the report, and the first has its prompt's cost.
+    costs = costs[:: arguments["num_beams"]]
+    return Generated(rows, inputs["attention_mask"].sum(dim=1).tolist(), costs, seconds / len(rows))
+
+
 def answer_batch(
     model: Any,
     tokenizer: Any,
@@ -116,42 +159,23 @@ def answer_batch(
     streamer: is told each token of a batch of one; stopped: asked after each token whether to break off.
     """
     inputs = place(inputs, model)
-    prompt = inputs["input_ids"].shape[1]
-    clock = FirstTokenClock()
-    criteria = StoppingCriteriaList([clock])
+    criteria: list[StoppingCriteria] = []
     stops = generation.stops
     if stops:
-        criteria.append(StopAtText(tokenizer, stops, prompt))
+        criteria.append(StopAtText(tokenizer, stops, inputs["input_ids"].shape[1]))
     if stopped is not None:
         criteria.append(StopWhen(stopped))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    synchronise(model.device)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-    start = time.perf_counter()
-    ids = model.generate(
-        **inputs,
+    found = generate_measured(
+        model,
+        tokenizer,
+        inputs,
+        criteria=criteria,
         **generation.arguments,
-        pad_token_id=pad,
-        stopping_criteria=criteria,
         **({} if streamer is None else {"streamer": streamer}),
     )
-    synchronise(model.device)
-    seconds = time.perf_counter() - start
-    rows = ids[:, prompt:].tolist()
-    first, later = (clock.time or start) - start, ids.shape[1] - prompt - 1
-    costs = row_costs(
-        vtprune.report(model),
-        first,
-        step_seconds=(seconds - first) / later if later > 0 else None,
-        peak_bytes=torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None,
-    )
-    # Each row's beams stand together in the report, and the first has its prompt's cost.
-    costs = costs[:: generation.arguments["num_beams"]]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(found.rows, skip_special_tokens=True)
     ends = _end_tokens(model)
-    lengths = inputs["attention_mask"].sum(dim=1).tolist()
     return [
-        Answer(cut(text, stops), length, _until_end(row, ends), seconds=seconds / len(rows), cost=cost)
-        for text, length, row, cost in zip(texts, lengths, rows, costs, strict=True)
+        Answer(cut(text, stops), length, _until_end(row, ends), seconds=found.seconds, cost=cost)
+        for text, length, row, cost in zip(texts, found.lengths, found.rows, found.costs, strict=True)
     ]

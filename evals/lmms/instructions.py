@@ -16,6 +16,11 @@ MARK = "vtprune system instruction"
 Render = Callable[[list[Message]], str]
 
 
+def task_of(to_messages: Any) -> Any:
+    """The task whose method writes a request's messages, None for a function that is no task's."""
+    return getattr(to_messages, "task", None) or getattr(to_messages, "__self__", None)
+
+
 class Instructions:
     """Reads the system instruction out of requests.
 
@@ -35,7 +40,7 @@ class Instructions:
         pictures.
         """
         context, to_messages = request.args[:2]
-        task = getattr(to_messages, "__self__", None)
+        task = task_of(to_messages)
         if task is None or not isinstance(context, str):
             return ""
         if task.config.num_fewshot and (

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter
 from typing_extensions import TypedDict
 
 from vtprune.errors import FileError
 from vtprune.evals.lmms.generation import Answer
+from vtprune.evals.lmms.loglikelihood import Likelihood
 from vtprune.files import append_text, write_bytes
 from vtprune.json_files import parse, read_file
 
@@ -21,7 +22,7 @@ OPTIONAL = ("published_tokens", "decode_ms", "peak_bytes")
 
 
 class Entry(TypedDict):
-    """A line of a journal: one answer, under the key of its question."""
+    """A line of a journal: one answer, or how likely a given one is, under the key of its question."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
@@ -31,6 +32,8 @@ class Entry(TypedDict):
     output_tokens: int
     seconds: FiniteFloat
     cost: dict[str, FiniteFloat | str | None]
+    logprob: NotRequired[FiniteFloat]
+    greedy: NotRequired[bool]
 
 
 ENTRY = TypeAdapter(Entry)
@@ -42,11 +45,17 @@ def request_key(task: str, doc_id: int, context: str, options: dict[str, Any]) -
     return f"{task}/{doc_id}/{digest.hexdigest()[:16]}"
 
 
+def read_answer(entry: dict[str, Any]) -> Answer:
+    """An answer as it was written down; raises TypeError for half of one."""
+    kind = Likelihood if {"logprob", "greedy"} & entry.keys() else Answer
+    return kind.from_dict(entry)
+
+
 def _entry(line: bytes, place: str) -> dict[str, Any]:
     """The entry in a line; raises FileError, naming the place, for what is none."""
     entry: dict[str, Any] = parse(ENTRY, line, place, WHAT)
     try:
-        Answer.from_dict({name: value for name, value in entry.items() if name != "key"})
+        read_answer({name: value for name, value in entry.items() if name != "key"})
     except TypeError as error:
         raise FileError(f"{place} is not {WHAT}: cost: {error}") from error
     for name, value in entry["cost"].items():

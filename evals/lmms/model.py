@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,20 @@ from tqdm import tqdm
 import vtprune
 from vtprune.errors import InputError, SampleError, first_line
 from vtprune.evals.lmms import table
-from vtprune.evals.lmms.efficiency import RowCost
+from vtprune.evals.lmms.collecting import Question, collect
+from vtprune.evals.lmms.efficiency import RowCost, summed
 from vtprune.evals.lmms.gen_kwargs import read_generation
 from vtprune.evals.lmms.generation import Answer, answer_batch
 from vtprune.evals.lmms.instructions import Instructions, with_instruction
-from vtprune.evals.lmms.journal import Journal, request_key
+from vtprune.evals.lmms.journal import Journal, read_answer
+from vtprune.evals.lmms.loglikelihood import Likelihood, continuation_ids, likelihoods
 from vtprune.evals.lmms.model_args import ARGUMENTS, REFUSED, parse_model_args
+from vtprune.evals.lmms.multi_round import Talk, talk_through
+from vtprune.evals.lmms.requests import as_chat, check_no_cache, once_each, questions_of
 from vtprune.evals.lmms.videos import video_in
 from vtprune.evals.settings import UNPRUNED, holds_method
 from vtprune.evals.untrained import told_untrained
+from vtprune.loading.devices import device_of
 from vtprune.loading.media import size_text
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture, open_pictures_in, whole_images
@@ -59,10 +63,10 @@ class VTPrune(lmms):
     pretrained: a model id or folder (default: the bundled one; a folder with a method in it, as `vtprune train` leaves
     it, runs under that method, and without it under method=none); method: what vtprune/method/texts.py reads, as
     fastv:keep=0.5,layers=(2,5), or a folder with vtprune_config.json; keep and any further option: of that method;
-    config: a folder, as `method`;
-    positions: as `vtprune.wrap` takes them; batch_size: rows that are answered together; max_new_tokens: where a task
-    sets none; frames: of each video, evenly spread over it. `model` and `processor` hand in a loaded model, which is
-    left as it is: its owner wraps it. Raises InputError for what it would not carry out.
+    config: a folder, as `method`; positions: as `vtprune.wrap` takes them; device_map: as `load_model` takes it, in
+    the place of a device; batch_size: rows that are answered together; max_new_tokens: where a task sets none; frames:
+    of each video, evenly spread over it. `model` and `processor` hand in a loaded model, which is left as it is: its
+    owner wraps it. Raises InputError for what it would not carry out.
     """
 
     is_simple = False
@@ -77,6 +81,7 @@ class VTPrune(lmms):
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_new_tokens: int | str = MAX_NEW_TOKENS,
@@ -105,6 +110,7 @@ class VTPrune(lmms):
                 "device": device,
                 "dtype": None if dtype == "auto" else dtype,
                 "attn_implementation": attn_implementation,
+                "device_map": device_map,
                 **options,
             }
             idle = [name for name, value in given.items() if value is not None]
@@ -120,6 +126,7 @@ class VTPrune(lmms):
                 device=device,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
+                device_map=device_map,
             )
             with told_untrained(logger.warning):
                 vtprune.wrap(self.model, asked, positions=positions)
@@ -160,55 +167,102 @@ class VTPrune(lmms):
 
     @property
     def device(self) -> Any:
-        """Where the model is."""
-        return self.model.device
+        """Where the model takes its inputs."""
+        return device_of(self.model)
 
     def clean(self) -> None:
         """Keeps the model: lmms-eval would delete it after every task, and a sweep uses it again."""
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not supported: benchmarks of vision-language models generate."""
-        raise InputError("vtprune answers generate_until tasks, not loglikelihood ones")
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """How likely each request's continuation is: the sum of its tokens' log-probabilities, with the sign turned,
+        and whether greedy decoding would give it.
 
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not supported."""
-        raise InputError("vtprune answers generate_until tasks, not multi-round ones")
+        The sign is that of lmms-eval's other models, which return a loss; its scoring takes the smallest for the
+        likeliest. The numbers are in `text`: a bare pair would be made a text on its way. Raises SampleError for an
+        empty continuation.
+        """
+        self.requests = asked = once_each(requests, self._with_continuation)
+        check_no_cache(asked)
+        self._check(asked)
+        answers: list[Any] = self._collect(questions_of(asked, alike=True), asked, self._likelihoods)
+        _log_throughput(answers)
+        return [self._result((0.0 - one.logprob, one.greedy), [one]) for one in answers]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The answers to all rounds of each request, in a list, and what they cost together."""
+        self.requests = requests
+        check_no_cache(requests)
+        self._check_options(requests)
+        self._check(requests)
+        talks = [Talk(request, asked) for request, asked in zip(requests, questions_of(requests), strict=True)]
+
+        def turn(talk: Talk) -> None:
+            self._from_task(talk.request, talk.turn)
+
+        def ask(questions: list[Question], batch: list[Instance]) -> list[Answer]:
+            return self._collect(questions, batch, self._answer, progress=lambda answers: None)
+
+        with self._progress(len(requests)) as progress:
+            for start in range(0, len(talks), self.batch_size):
+                batch = talks[start : start + self.batch_size]
+                talk_through(batch, turn, ask, self._name)
+                progress(len(batch))
+        _log_throughput([answer for talk in talks for answer in talk.answers])
+        return [self._result(talk.said, talk.answers) for talk in talks]
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One answer per request, in their order; what cannot be asked is refused before the first one."""
         self.requests = requests
+        self._check_options(requests)
         self._check(requests)
-        found: dict[int, dict[str, Any]] = {}
-        groups: dict[str, list[int]] = defaultdict(list)
-        keys = _keys(requests)
-        for i, request in enumerate(requests):
-            known = self.journal.get(keys[i]) if self.journal is not None else None
-            if known is not None:
-                found[i] = known
-            else:
-                groups[json.dumps(request.args[2], sort_keys=True, default=str)].append(i)
-        with self._progress(len(requests)) as progress:
-            progress(len(found))
-            for indices in groups.values():
-                # Rows of similar length share a batch, so that little of it is padding.
-                indices.sort(key=lambda i: -len(requests[i].args[0]))
-                for start in range(0, len(indices), self.batch_size):
-                    batch = indices[start : start + self.batch_size]
-                    self._warm_up([requests[i] for i in batch])
-                    entries = [answer.to_dict() for answer in self._answer([requests[i] for i in batch])]
-                    found.update(zip(batch, entries, strict=True))
-                    if self.journal is not None:
-                        self.journal.add(dict(zip([keys[i] for i in batch], entries, strict=True)))
-                    progress(len(batch))
-        answers = [Answer.from_dict(found[i]) for i in range(len(requests))]
+        answers = self._collect(questions_of(requests), requests, self._answer)
         _log_throughput(answers)
-        return [self._result(answer) for answer in answers]
+        return [self._result(answer.text, [answer]) for answer in answers]
 
-    def _result(self, answer: Answer) -> GenerationResult:
+    def _collect(
+        self,
+        questions: Sequence[Question],
+        requests: Sequence[Instance],
+        answer: Callable[[list[Instance]], Sequence[Answer]],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """The answers to requests, batch by batch, of which the first is read once before; progress: who is told of
+        them, in place of a bar."""
+
+        def answered(places: list[int]) -> Sequence[Answer]:
+            batch = [requests[place] for place in places]
+            self._warm_up(batch)
+            return answer(batch)
+
+        with nullcontext(progress) if progress else self._progress(len(requests)) as told:
+            found = collect(questions, answered, batch_size=self.batch_size, journal=self.journal, progress=told)
+        return [read_answer(entry) for entry in found]
+
+    def _with_continuation(self, request: Instance) -> Instance:
+        """A request for a likelihood as a chat model's, with its continuation among the options."""
+        given = request.args[1]
+        if callable(given):
+            to_target = given
+            given = self._from_task(request, lambda doc: to_target(doc))
+        asked = as_chat(request, {"continuation": given}, self._instructions)
+        if not isinstance(given, str) or not given.strip():
+            raise SampleError(f"{self._name(asked)}: a continuation is a text and not empty, got {given!r}")
+        try:
+            check_text(self.processor, given, self._name(asked))
+        except InputError as error:
+            raise SampleError(str(error)) from error
+        return asked
+
+    def _result(self, found: Any, answers: Sequence[Answer]) -> GenerationResult:
+        """What lmms-eval is to score, and what the answers cost."""
         counts = table.VisionTokenCounts(
-            answer.input_tokens, answer.output_tokens, cost=answer.cost, shown=self._owner
+            sum(answer.input_tokens for answer in answers),
+            sum(answer.output_tokens for answer in answers),
+            cost=summed([answer.cost for answer in answers]) if len(answers) > 1 else answers[0].cost,
+            shown=self._owner,
         )
-        return GenerationResult(answer.text, counts)
+        return GenerationResult(found, counts)
 
     @contextmanager
     def _progress(self, count: int) -> Iterator[Callable[[int], None]]:
@@ -223,12 +277,15 @@ class VTPrune(lmms):
 
             yield told
 
-    def _check(self, requests: Sequence[Instance]) -> None:
-        """Raises InputError or SampleError for options that would not be carried out, a system instruction without a
-        place, videos that the model does not take, and questions that hold what stands for a picture."""
+    def _check_options(self, requests: Sequence[Instance]) -> None:
+        """Raises InputError for options that would not be carried out."""
         options = {json.dumps(request.args[2], sort_keys=True, default=str): request.args[2] for request in requests}
         for given in options.values():
             read_generation(given, self.max_new_tokens)
+
+    def _check(self, requests: Sequence[Instance]) -> None:
+        """Raises InputError or SampleError for a system instruction without a place, videos that the model does not
+        take, and questions that hold what stands for a picture."""
         instructions = {self._instructions.of(request) for request in requests}
         for instruction in sorted(instructions - {""}):
             self._instructions.check(instruction)
@@ -245,8 +302,9 @@ class VTPrune(lmms):
 
     def inputs_of(self, requests: Sequence[Instance]) -> Any:
         """The padded batch of model inputs of some requests, on the CPU; raises SampleError."""
-        chats = [self._chat(request) for request in requests]
+        return self._encoded(requests, [self._chat(request) for request in requests])
 
+    def _encoded(self, requests: Sequence[Instance], chats: list[list[Message]]) -> Any:
         def refused(place: int | None, reason: str) -> SampleError:
             if place is None:
                 return SampleError(f"a batch cannot be encoded: {reason}")
@@ -272,15 +330,34 @@ class VTPrune(lmms):
         generation = read_generation(requests[0].args[2], self.max_new_tokens)
         return answer_batch(self.model, self.processor.tokenizer, self.inputs_of(requests), generation=generation)
 
+    def _likelihoods(self, requests: list[Instance]) -> list[Likelihood]:
+        tokenizer, chats = self.processor.tokenizer, [self._chat(request) for request in requests]
+        texts = [request.args[2]["continuation"] for request in requests]
+        return likelihoods(
+            self.model,
+            tokenizer,
+            self._encoded(requests, chats),
+            texts=texts,
+            continuations=[
+                continuation_ids(tokenizer, self._write(chat), text) for chat, text in zip(chats, texts, strict=True)
+            ],
+        )
+
     def _messages(self, request: Instance) -> list[Message]:
         """A request's conversation as its task writes it; raises SampleError for one that it cannot write."""
-        _, to_messages, _, doc_id, task, split = request.args
+        to_messages = request.args[1]
+        messages: list[Message] = self._from_task(
+            request, lambda doc: ChatMessages(messages=to_messages(doc)).to_hf_messages()
+        )
+        return messages
+
+    def _from_task(self, request: Instance, read: Callable[[Any], Any]) -> Any:
+        """What a task's own function makes of a request's document; raises SampleError where that fails."""
+        doc_id, task, split = request.args[-3:]
         try:
             with whole_images():
                 # Before the task's own functions: many of them call convert("RGB"), which loses what the door keeps.
-                doc = open_pictures_in(self.task_dict[task][split][doc_id])
-                messages: list[Message] = ChatMessages(messages=to_messages(doc)).to_hf_messages()
-                return messages
+                return read(open_pictures_in(self.task_dict[task][split][doc_id]))
         except Exception as error:
             raise SampleError(f"{self._name(request)}: cannot be read: {first_line(error)}") from error
 
@@ -306,7 +383,7 @@ class VTPrune(lmms):
 
     def _name(self, request: Instance) -> str:
         """The task, the place in it, and the sample's own id where it has one."""
-        _, _, _, doc_id, task, split = request.args
+        doc_id, task, split = request.args[-3:]
         documents = self.task_dict[task][split]
         names = [name for name in ("id", "question_id") if name in getattr(documents, "column_names", ())]
         # Only that column is read: the sample's image may be what is broken.
@@ -361,18 +438,6 @@ def _whole(name: str, value: int | str, what: str) -> int:
     return int(value)
 
 
-def _keys(requests: Sequence[Instance]) -> list[str]:
-    """What the journal knows each request by; a question that is asked several times has one for each."""
-    times: Counter[int] = Counter()
-    keys = []
-    for request in requests:
-        context, _, options, doc_id, task, _ = request.args
-        times[id(request)] += 1
-        again = {"repeat": times[id(request)]} if times[id(request)] > 1 else {}
-        keys.append(request_key(task, doc_id, context, {**options, **again}))
-    return keys
-
-
 def _log_throughput(answers: Iterable[Answer]) -> None:
     """The run-level averages that lmms-eval prints and saves."""
     costs: list[RowCost] = []
@@ -381,6 +446,9 @@ def _log_throughput(answers: Iterable[Answer]) -> None:
         costs.append(answer.cost)
         tokens += answer.output_tokens
         seconds += answer.seconds
+    # A process of several may have no request of a kind that others have.
+    if not costs:
+        return
     names = ("visual_tokens", "kept_tokens", "flops", "flops_full", "kv_bytes", "kv_bytes_full", "prefill_ms")
     means = {name: sum(getattr(cost, name) for cost in costs) / len(costs) for name in names}
     log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, {"num_requests": len(costs), **means})

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "config": "a folder with vtprune_config.json, in place of method",
     "positions": "original, or compact",
     "device": "cpu, cuda, cuda:1, or auto",
+    "device_map": 'auto, or JSON as {"": "cpu"}; for a model too large for one device, without device',
     "dtype": "auto, float32, bfloat16 or float16",
     "attn_implementation": "sdpa, eager, flash_attention_2, ...",
     "batch_size": "rows that are answered together",

@@ -16,4 +16,10 @@ def manifests() -> list[ModelManifest]:
     """The model that lmms-eval finds under the name `vtprune`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id="vtprune", chat_class_path="vtprune.evals.lmms.model.VTPrune")]
+    return [
+        ModelManifest(
+            model_id="vtprune",
+            chat_class_path="vtprune.evals.lmms.model.VTPrune",
+            simple_class_path="vtprune.evals.lmms.simple_model.VTPruneSimple",
+        )
+    ]

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.checkpoint import png, write_task
+from tests.evals.choices import NAME, write_choices
 from vtprune.cli.app import app
 
 
@@ -42,6 +43,13 @@ def test_a_run_that_failed_ends_with_its_reason_and_a_status(tmp_path: Path) -> 
     done = run(tmp_path, "--tasks", "vtprune_shapes", "--limit", "1", "--model_args=method=gird")
     assert done.returncode == 1
     assert "vtprune: the evaluation failed: unknown pruner 'gird'; did you mean 'grid'?" in done.stderr
+
+
+def test_a_task_that_asks_for_likelihoods_says_what_it_needs(tmp_path: Path) -> None:
+    write_choices(tmp_path, 1)
+    done = run(tmp_path, "--tasks", NAME, "--include_path", str(tmp_path))
+    assert done.returncode == 2
+    assert "under --force_simple alone" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--limit", "3"]])

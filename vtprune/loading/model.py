@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from vtprune.assets import folder_of
 from vtprune.errors import InputError, first_line
+from vtprune.loading.devices import check_device, device_of, read_device_map
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CPU_BATCH = 16
@@ -28,13 +30,7 @@ def pick_device(device: str | None) -> str:
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device == "auto":
         return device
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InputError(f"device: unknown device {device!r}; try cpu, cuda, cuda:1 or auto") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {device} was asked for, but torch {torch.__version__} finds no CUDA device")
-    return device
+    return check_device(device)
 
 
 def load_model(
@@ -43,11 +39,19 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """The model in eval mode and its processor (left padding); `pretrained` None is the bundled LLaVA."""
+    """The model in eval mode and its processor (left padding); `pretrained` None is the bundled LLaVA.
+
+    device_map: as `read_device_map` takes it, for a model that is too large for one device, in the place of `device`.
+    Raises InputError for what cannot be loaded, or not as asked.
+    """
     name = folder_of(None if pretrained is None else os.fspath(pretrained))
     if dtype not in DTYPES:
         raise InputError(f"dtype: unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+    if device_map is not None and device is not None:
+        raise InputError(f"device_map: it says where everything goes; leave out device={device}")
+    spread = None if device_map is None else read_device_map(device_map)
     device = pick_device(device)
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name) / "config.json").is_file():
@@ -57,14 +61,16 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if device == "auto":
-        options["device_map"] = "auto"
+    if spread is None and device == "auto":
+        spread = "auto"
+    if spread is not None:
+        options["device_map"] = spread
     try:
         processor = AutoProcessor.from_pretrained(name)
         model: Any = AutoModelForImageTextToText.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model: cannot load {name}: {first_line(error)}") from error
-    if device != "auto":
+    if spread is None:
         model = model.to(device)
     if getattr(processor, "chat_template", None) is None:
         raise InputError(f"model: the processor of {name} has no chat template, so no prompt can be built")
@@ -74,4 +80,4 @@ def load_model(
 
 def default_batch(model: Any) -> int:
     """Rows together where answers do not depend on what else is in the batch (float32 on a CPU), else one."""
-    return CPU_BATCH if model.device.type == "cpu" and str(model.dtype) == "torch.float32" else 1
+    return CPU_BATCH if device_of(model).type == "cpu" and str(model.dtype) == "torch.float32" else 1

@@ -10,6 +10,7 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from vtprune.errors import InputError, first_line
+from vtprune.loading.devices import device_of
 from vtprune.loading.media import Media
 from vtprune.loading.videos import Video
 
@@ -146,8 +147,9 @@ def encode_named(
 
 def place(inputs: Any, model: Any) -> Any:
     """The inputs on the model's device; pictures and frames in the model's dtype."""
+    device = device_of(model)
     return {
-        name: value.to(model.device, model.dtype) if name in PIXELS else value.to(model.device)
+        name: value.to(device, model.dtype) if name in PIXELS else value.to(device)
         for name, value in inputs.items()
         if isinstance(value, torch.Tensor)
     }
