@@ -73,7 +73,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links between files into links between pages, and indents lists as this Markdown wants them."""
+    """Turns links between files into links between pages, and lists into what this Markdown reads as such."""
     source = ELSEWHERE.get(page.file.src_uri, f"{FOLDER}/{page.file.src_uri}")
 
     def linked(match: re.Match[str]) -> str:
@@ -88,10 +88,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match["text"][1:-1]
         return f"{match['text']}({place}{'#' if anchor else ''}{anchor})"
 
-    parts = FENCED.split(markdown)
-    parts[::2] = [re.sub(r"^   (?=[^ ])", "    ", LINK.sub(linked, part), flags=re.MULTILINE) for part in parts[::2]]
-    parts[1::2] = [re.sub(r"^   (?=[^ ])", "    ", part, flags=re.MULTILINE) for part in parts[1::2]]
+    parts = FENCED.split(_indented(markdown))
+    parts[::2] = [LINK.sub(linked, part) for part in parts[::2]]
     return "".join(parts)
+
+
+def _indented(markdown: str) -> str:
+    """What belongs to an item of a numbered list by four spaces instead of three, and an empty line before the next."""
+    text = re.sub(r"^   (?=[^ ])", "    ", markdown, flags=re.MULTILINE)
+    return re.sub(r"(?<=\n)(    .*\n)(?=\d+\. )", r"\1\n", text)
 
 
 def _place(path: str, files: Files, source: str) -> str | None:
