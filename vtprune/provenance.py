@@ -16,7 +16,7 @@ __version__ = version("vtprune")
 # Above this size a checkpoint file is known by its size and time, not by its content.
 HASHED_WHOLE = 1 << 26
 PACKAGES = ("vtprune", "torch", "torchvision", "transformers", "lmms-eval")
-# Whose source decides what a model computes under a method, and the folder in it that does not: an installation lacks it.
+# Whose source decides what a model computes under a method; the folder in it that does not is not installed either.
 SOURCES, PAGES = ("vtprune", "vtprune.adapters"), "docs"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import folder_of, title_of
+from vtprune.console.output import notice
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
 from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
@@ -81,7 +82,7 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         results = Results(config.output, _identity(config), resume=config.resume)
         if results.moved is not None:
             why = "results of other code" if config.resume else "the earlier results"
-            console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
+            notice(console, f"{why} are now in {results.moved}; starting afresh")
         with open_suite(config.tasks, config.limit, config.seed, config.include_path) as suite, quiet_untrained():
             _run(config, suite, results, settings=settings, console=console)
         _write_outputs(config, results, console)
@@ -126,7 +127,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
     results.data.update(versions=versions(), machine=machine(model), left_out=left_out, untrained=untold)
     for text in untold.values():
-        console.print(text, highlight=False, soft_wrap=True)
+        notice(console, text)
     batch = config.batch_size or default_batch(model)
     lm = VTPrune(
         model=model,
@@ -138,7 +139,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     missing = [setting for setting in settings if setting.key() not in results.settings]
     done = len(settings) - len(missing)
     if done:
-        console.print(f"{done} of {len(settings)} settings are in {results.path} already", highlight=False)
+        notice(console, f"{done} of {len(settings)} settings are in {results.path} already")
     with Steps(console, "settings", len(settings), done, parts="answers") as steps:
         steps.say(_announcement(config, missing))
         estimate = Estimate(len(missing), steps.say)
@@ -190,4 +191,4 @@ def _write_outputs(config: BenchConfig, results: Results, console: Console) -> N
     title = f"{results.config['model']}: {', '.join(config.tasks)}, {len(results.data['questions'])} questions"
     write_text(config.output / TABLE, markdown(results.data, records))
     write_bytes(config.output / PLOT, pareto_png(records, title))
-    console.print("wrote " + ", ".join(str(config.output / name) for name in (FILE, TABLE, PLOT)), highlight=False)
+    notice(console, "wrote " + ", ".join(str(config.output / name) for name in (FILE, TABLE, PLOT)))

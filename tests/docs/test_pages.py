@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
     linked = {(README.parent / target.partition("#")[0]).resolve() for target in links(README)}
-    assert {page for page in FOLDER.glob("*.md")} <= linked
+    assert set(FOLDER.glob("*.md")) <= linked
 
 
 @pytest.mark.parametrize("page", [README, METHODS], ids=name_of)

@@ -35,9 +35,7 @@ def first_block() -> Any:
     return blocks(README, "python")[0].compiled()
 
 
-def test_the_first_snippet_runs_offline_on_the_bundled_model(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_snippet_runs_offline_on_the_bundled_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(first_block(), {})
     answer, report = capsys.readouterr().out.strip().splitlines()
     assert answer.strip().lower() == "h"
@@ -81,4 +79,3 @@ def test_what_is_not_run_is_little() -> None:
     ran = [block for page in PAGES for block in blocks(page, "python") if not block.why_not]
     assert all(len(block.why_not) > 10 for block in skipped)
     assert len(ran) >= len(skipped)
-

@@ -1,4 +1,4 @@
-"""Makes docstrings readable as pages: what they say of an argument or a field, and what they raise, stands by itself."""
+"""Makes docstrings readable as pages: what is said of an argument or a field, and what is raised, stands by itself."""
 
 from __future__ import annotations
 

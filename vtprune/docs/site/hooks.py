@@ -94,7 +94,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _indented(markdown: str) -> str:
-    """What belongs to an item of a numbered list by four spaces instead of three, and an empty line before the next."""
+    """What belongs to an item of a numbered list by four spaces instead of three, an empty line before the next."""
     text = re.sub(r"^   (?=[^ ])", "    ", markdown, flags=re.MULTILINE)
     return re.sub(r"(?<=\n)(    .*\n)(?=\d+\. )", r"\1\n", text)
 
