@@ -55,8 +55,11 @@ test-lowest: $(STAMP)
 	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow"
 
 # The pages as a site with a search, in build/site; a warning ends the build.
-docs: $(STAMP)
+$(STAMP)-docs: $(STAMP)
 	$(INSTALL) $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(STAMP)-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file vtprune/docs/site/mkdocs.yml
 	@echo "the site is in build/site: $(BIN)/python -m http.server --directory build/site"
 

@@ -7,17 +7,18 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from typer.main import get_group
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from tests.docs.pages import PAGES, ROOT, commands, name_of, text_of
 from vtprune.assets import ASSETS
 from vtprune.cli.app import app
 
-GROUP = get_group(app)
+GROUP: Any = get_command(app)
 # Of the click that typer uses, which may be its own.
 wrong = sys.modules[typer.BadParameter.__module__]
 # Its options are lmms-eval's own.
