@@ -10,7 +10,7 @@ INSTALL := PYTHONWARNINGS=ignore
 # One thread a test process: tiny models gain nothing from more, and two processes share two cores.
 test test-all test-browser test-lowest: export OMP_NUM_THREADS := 1
 
-.PHONY: bench bench-all test test-all test-browser test-lowest pictures lint format clean
+.PHONY: bench bench-all test test-all test-browser test-lowest pictures docs lint format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,15 @@ test-lowest: $(STAMP)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(INSTALL) $(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,demo,dev]' 'transformers==5.20.0'
 	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow"
+
+# The pages as a site with a search, in build/site; a warning ends the build.
+$(STAMP)-docs: $(STAMP)
+	$(INSTALL) $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file vtprune/docs/site/mkdocs.yml
+	@echo "the site is in build/site: $(BIN)/python -m http.server --directory build/site"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ PACKAGES = {"vtprune": "vtprune", "adapters": "vtprune.adapters", "evals": "vtpr
 # From the ground up: a room imports rooms of lower floors alone. The front door, `import vtprune`, finds its names on
 # first use, and is for those above.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("assets", "errors", "lazy", "provenance"),
+    ("assets", "errors", "lazy", "provenance", "docs"),
     ("files", "console"),
     ("json_files", "loading", "tensors"),
     ("method", "shapes"),

@@ -16,8 +16,8 @@ __version__ = version("vtprune")
 # Above this size a checkpoint file is known by its size and time, not by its content.
 HASHED_WHOLE = 1 << 26
 PACKAGES = ("vtprune", "torch", "torchvision", "transformers", "lmms-eval")
-# Whose source decides what a model computes under a method.
-SOURCES = ("vtprune", "vtprune.adapters")
+# Whose source decides what a model computes under a method; the folder in it that does not is not installed either.
+SOURCES, PAGES = ("vtprune", "vtprune.adapters"), "docs"
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -81,5 +81,6 @@ def code_fingerprint() -> str:
         assert spec is not None
         for folder in spec.submodule_search_locations or ():
             for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(path.name.encode() + path.read_bytes())
+                if path.relative_to(folder).parts[0] != PAGES:
+                    digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from vtprune.adapters import adapter_for
 from vtprune.assets import folder_of, title_of
 from vtprune.console.figures import COLOURS, figure_png
+from vtprune.console.output import notice
 from vtprune.console.progress import Steps
 from vtprune.errors import FileError, InputError, first_line
 from vtprune.evals.arank.ranks import choose, rank_layers
@@ -134,7 +135,7 @@ def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Conso
     console.print(f"layers={layers}", style="bold", highlight=False)
     text = show(GammaMoD(layers=layers))
     console.print(f"vtprune.wrap(model, \"{text}\"), vtprune train '{text}'", style="dim", highlight=False)
-    console.print(f"wrote {config.output}, {plot}", highlight=False)
+    notice(console, f"wrote {config.output}, {plot}")
     return data
 
 
@@ -143,7 +144,7 @@ def _samples(config: ARankConfig, console: Console) -> Calibration:
     wanted = Wanted(config.samples, 0, config.seed, config.frames)
     found = gather(wanted, data=config.data, question=config.question, model=config.model)
     if len(found.search) < config.samples:
-        console.print(f"{config.data} holds {len(found.search)} of the {config.samples} samples", highlight=False)
+        notice(console, f"{config.data} holds {len(found.search)} of the {config.samples} samples")
     return found
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vtprune
+from vtprune.console.output import notice
 from vtprune.errors import InputError, PictureError, first_line
 from vtprune.evals.ask.overlay import compare, seen_image
 from vtprune.evals.ask.sheet import compare_frames
@@ -198,7 +199,7 @@ def run_ask(
         console.print(note, style="dim", highlight=False)
     before = output.exists()
     write_bytes(output, encoded(asked.picture, output.suffix))
-    console.print(f"wrote {output}{', in place of the one before' if before else ''}", highlight=False)
+    notice(console, f"wrote {output}{', in place of the one before' if before else ''}")
     return asked
 
 

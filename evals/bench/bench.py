@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vtprune.assets import folder_of, title_of
+from vtprune.console.output import notice
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
 from vtprune.evals.bench.grid import Listener, beside, rank, work_through
@@ -89,7 +90,7 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     results = Results(config.output, _identity(config), resume=config.resume or rank() > 0)
     if results.moved is not None:
         why = "results of other code" if config.resume else "the earlier results"
-        console.print(f"{why} are now in {results.moved}; starting afresh", highlight=False)
+        notice(console, f"{why} are now in {results.moved}; starting afresh")
     opened = open_suite(config.tasks, config.limit, config.seed, config.include_path, data=config.data)
     with opened as suite, quiet_untrained():
         _run(config, suite, results, settings=settings, console=console)
@@ -139,7 +140,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     here = {**machine(model), **beside()}
     results.data.update(versions=versions(), machine=here, left_out=left_out, untrained=untold)
     for text in untold.values():
-        console.print(text, highlight=False, soft_wrap=True)
+        notice(console, text)
     batch = config.batch_size or default_batch(model)
     lm = VTPrune(
         model=model,
@@ -152,7 +153,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     missing = [setting for setting in settings if setting.key() not in results.settings]
     done = len(settings) - len(missing)
     if done:
-        console.print(f"{done} of {len(settings)} settings are in {results.path} already", highlight=False)
+        notice(console, f"{done} of {len(settings)} settings are in {results.path} already")
     with Steps(console, "settings", len(settings), done, parts="answers") as steps:
         steps.say(_announcement(config, missing))
         estimate = Estimate(len(missing), steps.say)
@@ -207,4 +208,4 @@ def _write_outputs(config: BenchConfig, results: Results, console: Console) -> N
     title = f"{results.config['model']}: {', '.join(config.tasks)}, {len(results.data['questions'])} questions"
     write_text(config.output / TABLE, markdown(results.data, records))
     write_bytes(config.output / PLOT, pareto_png(records, title))
-    console.print("wrote " + ", ".join(str(config.output / name) for name in (FILE, TABLE, PLOT)), highlight=False)
+    notice(console, "wrote " + ", ".join(str(config.output / name) for name in (FILE, TABLE, PLOT)))

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from vtprune.assets import SHAPES_EVAL, SHAPES_MORE
+from vtprune.console.output import log_level
 from vtprune.errors import InputError, explain
 from vtprune.evals.lmms.plugin import TASK_FOLDER
 from vtprune.files import write_text, write_with
@@ -38,13 +39,14 @@ class Suite:
 
 
 def silence_loggers() -> None:
-    """Sends only errors of lmms-eval to stderr: it logs warnings to stdout, among the results."""
+    """Sends only errors of lmms-eval to stderr, where the command is verbose warnings too: it logs them to stdout,
+    among the results."""
     import lmms_eval.models  # noqa: F401  (it installs its own handler when imported)
     from loguru import logger
 
     logger.remove()
-    logger.add(sys.stderr, level="ERROR", format="lmms-eval: {message}")
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logger.add(sys.stderr, level=log_level(), format="lmms-eval: {message}")
+    logging.getLogger("datasets").setLevel(log_level())
 
 
 def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:

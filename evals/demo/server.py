@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from vtprune.assets import EXAMPLE_IMAGE, SHAPES_EVAL
+from vtprune.console.output import is_quiet
 from vtprune.errors import InputError
 from vtprune.evals.demo import link
 from vtprune.evals.demo.models import Models, load_models
@@ -121,7 +122,7 @@ def _health(models: Models) -> Callable[[], Response]:
 def serve(options: Options, tell: Callable[[str], Any] = print) -> None:
     """Serves until the process is told to stop (an interrupt or a termination), and logs a line a request."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("vtprune.demo").setLevel(logging.INFO)
+    logging.getLogger("vtprune.demo").setLevel(logging.WARNING if is_quiet() else logging.INFO)
     stop = threading.Event()
 
     def leave(*_: Any) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from vtprune.console.output import is_quiet, is_verbose
 from vtprune.errors import InputError, RunError, VTPruneError, first_line
 from vtprune.evals.lmms.plugin import TASK_FOLDER
 
@@ -28,6 +29,8 @@ def run_lmms_eval(arguments: Sequence[str]) -> None:
         raise InputError("lmms-eval: --tasks names what to ask, as --tasks vtprune_shapes; --tasks list shows all")
     if not _given(words, "--model", "--config"):
         words = ["--model", "vtprune", *words]
+    if (is_quiet() or is_verbose()) and not _given(words, "--verbosity"):
+        words += ["--verbosity", "ERROR" if is_quiet() else "DEBUG"]
     from lmms_eval import __main__ as command
 
     failed: list[Exception] = []

@@ -17,6 +17,7 @@ from loguru import logger
 from tqdm import tqdm
 
 import vtprune
+from vtprune.console.output import is_quiet
 from vtprune.errors import InputError, SampleError, first_line
 from vtprune.evals.lmms import table
 from vtprune.evals.lmms.collecting import Question, collect
@@ -270,7 +271,7 @@ class VTPrune(lmms):
         if self.on_answers is not None:
             yield self.on_answers
             return
-        with tqdm(total=count, desc="answers", disable=self.rank != 0) as bar:
+        with tqdm(total=count, desc="answers", disable=self.rank != 0 or is_quiet()) as bar:
 
             def told(answers: int) -> None:
                 bar.update(answers)

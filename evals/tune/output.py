@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtprune.console.figures import COLOURS, figure_png, plain
+from vtprune.console.output import notice
 from vtprune.evals.tune.store import (
     FAILED,
     FILE,
@@ -36,7 +37,7 @@ def write_outputs(search: Search, budget: str, console: Console) -> None:
     search.save_best()
     write_bytes(search.folder / PLOT, search_png(search.trials, search.data["space"], title))
     names = (CONFIG_NAME, FILE, PLOT)
-    console.print("wrote " + ", ".join(str(search.folder / name) for name in names), highlight=False)
+    notice(console, "wrote " + ", ".join(str(search.folder / name) for name in names))
 
 
 def result_table(search: Search) -> Table:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vtprune.console.output import log_level
 from vtprune.errors import InputError
 from vtprune.method.pruner import Pruner, Tunable
 
@@ -86,7 +87,7 @@ def require_optuna() -> None:
 def _suggested(space: Mapping[str, Tunable], tried: Sequence[tuple[Params, float | None]], seed: int) -> Params:
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.set_verbosity(log_level())
     distributions = {name: _distribution(tunable) for name, tunable in space.items()}
     inside = [(p, v) for p, v in tried if p.keys() == space.keys() and all(holds(space[k], p[k]) for k in p)]
     worst = min((value for _, value in inside if value is not None), default=0.0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtprune.adapters import adapter_for
 from vtprune.assets import folder_of, title_of
+from vtprune.console.output import notice
 from vtprune.console.progress import Steps
 from vtprune.errors import InputError
 from vtprune.evals.samples import Calibration, Wanted, gather
@@ -78,7 +79,7 @@ def run_tune(config: TuneConfig, console: Console) -> dict[str, Any]:
     method = _method(config)
 
     def tell(text: str) -> None:
-        console.print(text, highlight=False)
+        notice(console, text)
 
     wanted = Wanted(config.samples, config.check_samples, config.seed, config.frames)
     calibration = gather(wanted, data=config.data, question=config.question, model=config.model, tell=tell)
@@ -91,7 +92,7 @@ def _search(config: TuneConfig, calibration: Calibration, method: Fixed, console
     prepare_environment(offline=is_local(config.pretrained))
     search = Search(config.output, _identity(config, calibration), restart=config.restart)
     if search.moved is not None:
-        console.print(f"the earlier search is now in {search.moved}; starting afresh", highlight=False)
+        notice(console, f"the earlier search is now in {search.moved}; starting afresh")
     model, processor = load_model(
         config.pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
     )
@@ -108,7 +109,7 @@ def _search(config: TuneConfig, calibration: Calibration, method: Fixed, console
     budget = _budget(config, method, probe, states["search"][:PROBES])
     done = len(search.trials)
     if done:
-        console.print(f"{done} trials are in {search.path} already", highlight=False)
+        notice(console, f"{done} trials are in {search.path} already")
     with Steps(console, "trials", max(config.trials, done), done) as steps:
         tuner = Tuner(model, budget, meters, states, search=search, steps=steps)
         tuner.run(config.trials, config.seed)

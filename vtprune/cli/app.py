@@ -15,11 +15,12 @@ from vtprune.cli.lmms_eval import SETTINGS, lmms_eval
 from vtprune.cli.report import report
 from vtprune.cli.train import train
 from vtprune.cli.tune import tune
+from vtprune.console.output import Loudness, one_line_errors, speaking
+from vtprune.errors import InputError
 
 app = typer.Typer(
     help="Prune, merge and route the vision tokens of vision-language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -34,11 +35,25 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results and errors, no progress and no notices.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Also print what libraries warn of, and where in the code an error came from."
+        ),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    with one_line_errors(traceback=False):
+        if quiet and verbose:
+            raise InputError("--quiet and --verbose: give one of them")
+    loudness = Loudness.QUIET if quiet else Loudness.VERBOSE if verbose else Loudness.NORMAL
+    context.with_resource(speaking(loudness))
 
 
 app.command()(bench)

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vtprune.console.output import is_quiet
+
 # Seconds after which a long step says how far it has come, where there is no bar to see.
 PATIENCE = 60.0
 
@@ -29,13 +31,14 @@ def clock(seconds: float) -> str:
 
 
 class Bars:
-    """Bars on a terminal, none elsewhere, and lines on both.
+    """Bars on a terminal, none elsewhere, and lines on both; nothing at all where the command is quiet.
 
     staying: whether the bars are still there in the end, with an estimate of what is left in them. Lines go out as
     soon as they are printed: the console flushes them.
     """
 
     def __init__(self, console: Console, *, shown: bool = True, staying: bool = False) -> None:
+        shown = shown and not is_quiet()
         self.console, self.shown = console, shown
         self._bars: Progress | None = None
         if shown and console.is_terminal:

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from vtprune.assets import folder_of
+from vtprune.console.output import log_level
 from vtprune.errors import InputError, first_line
 from vtprune.loading.devices import check_device, device_of, read_device_map
 
@@ -56,7 +57,7 @@ def load_model(
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name) / "config.json").is_file():
         raise InputError(f"model: {name} is not a folder with a checkpoint (no config.json in it)")
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(log_level())
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:

@@ -34,7 +34,7 @@ def flops(
     tokens_per_layer, text_tokens: vision and text tokens that each decoder layer processes (one int for all);
     images: a number of images, or grids (t, h, w) in decoder tokens; 0 if the features came from elsewhere;
     convention: "exact", or the papers' "2ndm" and "3ndm" (decoder alone, multiply-accumulates);
-    encoder_tokens_per_layer[image][layer]: patches left in an encoder layer (CLS not among them), or the
+    `encoder_tokens_per_layer[image][layer]`: patches left in an encoder layer (CLS not among them), or the
     lengths (all tokens) of its attention segments; None if all; encoder_mlp_tokens_per_layer: the same for all
     tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
     projector, None for all; plane_tokens: tokens through the modules that make what the decoder adds between its

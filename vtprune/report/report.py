@@ -125,7 +125,7 @@ class StepReport:
 class Report:
     """The last generation or forward: tokens, FLOPs of the prefill (two a multiply-accumulate), KV bytes.
 
-    tokens_per_layer[layer][row]: vision tokens processed in the prefill; kv_tokens_per_layer[layer][row]:
+    `tokens_per_layer[layer][row]`: vision tokens processed in the prefill; `kv_tokens_per_layer[layer][row]`:
     vision and text entries in the cache now, padding left out; steps: forwards on the cache since the prefill.
     asked_keep: what each pruner was asked for, None where thresholds decide;
     achieved_keep: mean over images of kept over all tokens, counted

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vtprune.adapters import core_model
 from vtprune.assets import folder_of, title_of
+from vtprune.console.output import notice
 from vtprune.errors import InputError, UntrainedWarning
 from vtprune.files import held, refuse_foreign
 from vtprune.hooks.weights import read_weights
@@ -170,7 +171,7 @@ def run_train(source: Source, config: TrainConfig, console: Console) -> Progress
 def _teller(console: Console) -> Callable[[str], None]:
     """Prints in the main process alone."""
     shown = _is_main()
-    return lambda text: console.print(text, highlight=False, soft_wrap=True) if shown else None
+    return lambda text: notice(console, text) if shown else None
 
 
 def _wrapped(model: Any, given: Any, options: dict[str, Any]) -> None:
