@@ -41,7 +41,8 @@ class BenchConfig:
 
     lenient: a method that this model cannot take is left out and named, instead of ending the run; metrics: of tasks
     (task, metric), the ones that tables show; a task's first one where it is not named; data: a folder with
-    TASK.parquet for tasks whose data sets cannot be reached.
+    TASK.parquet for tasks whose data sets cannot be reached; prompts: the model whose prompts tasks take, where they
+    have them; device_map: as `load_model` takes it.
     """
 
     methods: tuple[str, ...]
@@ -62,6 +63,8 @@ class BenchConfig:
     lenient: bool = False
     metrics: tuple[tuple[str, str], ...] = ()
     data: Path | None = None
+    prompts: str | None = None
+    device_map: str | None = None
 
     @property
     def pretrained(self) -> str:
@@ -91,7 +94,9 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     if results.moved is not None:
         why = "results of other code" if config.resume else "the earlier results"
         notice(console, f"{why} are now in {results.moved}; starting afresh")
-    opened = open_suite(config.tasks, config.limit, config.seed, config.include_path, data=config.data)
+    opened = open_suite(
+        config.tasks, config.limit, config.seed, config.include_path, data=config.data, prompts=config.prompts
+    )
     with opened as suite, quiet_untrained():
         _run(config, suite, results, settings=settings, console=console)
     if rank() == 0:
@@ -123,7 +128,12 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
         "code": code_fingerprint(),
     }
     # What was not there in earlier versions is left out where it says nothing.
-    later = {"frames": config.frames, "metrics": dict(config.metrics) or None}
+    later = {
+        "frames": config.frames,
+        "metrics": dict(config.metrics) or None,
+        "prompts": config.prompts,
+        "device_map": config.device_map,
+    }
     return {**same, **{name: value for name, value in later.items() if value is not None}}
 
 
@@ -133,7 +143,11 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     from vtprune.loading.model import default_batch, load_model
 
     model, processor = load_model(
-        config.pretrained, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
+        config.pretrained,
+        device=config.device,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
     )
     settings, left_out = check_settings(model, processor, settings, lenient=config.lenient)
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}

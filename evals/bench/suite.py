@@ -147,12 +147,18 @@ def _data_set(name: str, manager: Any) -> str:
 
 @contextmanager
 def open_suite(
-    tasks: Sequence[str], limit: int | None, seed: int, include_path: Path | None = None, *, data: Path | None = None
+    tasks: Sequence[str],
+    limit: int | None,
+    seed: int,
+    include_path: Path | None = None,
+    *,
+    data: Path | None = None,
+    prompts: str | None = None,
 ) -> Iterator[Suite]:
     """The tasks, ready to run, and files that are gone afterwards.
 
-    data: a folder with TASK.parquet for tasks whose data sets cannot be reached. Raises InputError for an unknown
-    task, and for one whose data cannot be loaded.
+    data: a folder with TASK.parquet for tasks whose data sets cannot be reached; prompts: the model whose prompts
+    tasks take, where they have them. Raises InputError for an unknown task, and for one whose data cannot be loaded.
 
     The bundled tasks take `limit` as a stratified sample drawn with `seed`, others as their first samples.
     """
@@ -187,5 +193,6 @@ def open_suite(
             near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"tasks: lmms-eval knows no task {', '.join(map(repr, unknown))}{hint}")
+        manager.model_name = prompts
         _check_data(names, manager)
         yield Suite(names, manager, limit)

@@ -385,6 +385,15 @@ def test_what_another_run_makes_is_not_put_aside(finished: Path) -> None:
     assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
 
 
+def test_a_model_may_be_spread_over_devices(finished: Path, tmp_path: Path) -> None:
+    refused = bench(tmp_path / "a", *METHODS, "--device-map", "auto", "--device", "cpu")
+    assert refused.exit_code == 2
+    assert "leave out device=cpu" in refused.stderr
+    spread = bench(tmp_path / "b", *METHODS, "--device-map", '{"": "cpu"}')
+    assert spread.exit_code == 0, spread.output
+    assert numbers(read(tmp_path / "b")) == numbers(read(finished))
+
+
 def test_tables_of_something_else_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "table.md").write_text("mine")
     result = bench(tmp_path, *METHODS)

@@ -16,6 +16,7 @@ from vtprune.cli.app import app
 from vtprune.cli.bench import folder_name, which_questions
 from vtprune.errors import VTPruneError
 from vtprune.evals.bench.scores import main_metric, task_scores
+from vtprune.evals.bench.suite import open_suite
 from vtprune.evals.bench.suites import SUITES
 from vtprune.evals.bench.tables import kept_score
 
@@ -94,6 +95,16 @@ def test_tasks_of_lmms_eval_run_on_files_of_the_same_columns(tmp_path: Path, mon
     # What tasks write for a server lies beside the results, not where the command was given.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "out"]
     assert list(output.glob("cells/*/submissions/textvqa*.json"))
+
+
+def test_prompts_are_those_of_the_model_that_is_named(tmp_path: Path) -> None:
+    write_stock(tmp_path, "pope")
+    ends = []
+    for name in (None, "plm"):
+        with open_suite(["pope"], None, 0, data=tmp_path, prompts=name) as suite:
+            task = suite.manager.load_task_or_group(["pope"], "chat")["pope"]
+            ends.append(task.doc_to_text(task.test_docs()[0]).splitlines()[-1])
+    assert ends == ["Answer the question using a single word or phrase.", "Your response must be concise."]
 
 
 def test_data_that_cannot_be_had_are_named_before_a_model_is_loaded(

@@ -92,6 +92,21 @@ Limit = Annotated[
 IncludePath = Annotated[
     Path | None, typer.Option(help="A folder with lmms-eval task files of your own.", rich_help_panel=PANEL)
 ]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="The model whose prompts tasks take where they have some for it: llava, qwen_vl, qwen2_5_vl, qwen3_vl.",
+        show_default="lmms-eval's default prompts",
+        rich_help_panel=PANEL,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help='Instead of --device, for a model that is too large for one: auto, or JSON as {"": "cpu"}.',
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the sample of questions.", rich_help_panel=PANEL)]
 Resume = Annotated[bool, typer.Option(help="Go on with the results in the output folder, or start afresh.")]
 
@@ -107,8 +122,10 @@ def bench(
     limit: Limit = None,
     include_path: IncludePath = None,
     data: Data = None,
+    prompts: Prompts = None,
     seed: Seed = 0,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     attn_implementation: Attention = None,
     batch_size: BatchSize = None,
@@ -153,6 +170,8 @@ def bench(
                 frames=frames,
                 include_path=include_path,
                 data=data,
+                prompts=prompts,
+                device_map=device_map,
                 seed=seed,
                 resume=resume,
             )
