@@ -52,7 +52,7 @@ class RunFile:
 
     def begun(self, config: dict[str, Any], **own: Any) -> dict[str, Any]:
         """The content of a new file: config is what every number in it depends on."""
-        created = datetime.now(UTC).isoformat(timespec="seconds")
+        created = datetime.now(UTC).isoformat(timespec="microseconds")
         return {"format": self.format, "created": created, "config": config, "command": " ".join(sys.argv), **own}
 
     def read(self, config: dict[str, Any], *, afresh: bool) -> tuple[dict[str, Any] | None, str]:

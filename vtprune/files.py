@@ -201,7 +201,8 @@ def check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
-        probe.unlink()
+        # Whoever holds the folder may have cleared it up.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise VTPruneError(f"output: cannot write to {folder}: {_reason(error)}") from error
 

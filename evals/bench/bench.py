@@ -14,12 +14,12 @@ from vtprune.console.output import notice
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
 from vtprune.evals.bench.grid import Listener, beside, rank, work_through
-from vtprune.evals.bench.results import FILE, PLOT, TABLE, Results
+from vtprune.evals.bench.results import FILE, MERGING, PLOT, TABLE, Results
 from vtprune.evals.bench.suite import BUNDLED_TASK, BUNDLED_TASKS, data_fingerprint, open_suite
 from vtprune.evals.bench.tables import main_scores, show_score
 from vtprune.evals.settings import Setting, build_settings
 from vtprune.evals.untrained import quiet_untrained
-from vtprune.files import check_writable, write_bytes, write_text
+from vtprune.files import check_writable, held, write_bytes, write_text
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local
 from vtprune.loading.videos import FRAMES
@@ -80,6 +80,8 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     """
     if rank():
         console = Console(quiet=True)
+    if beside() and not config.resume:
+        raise InputError("no-resume: several processes share the results; begin afresh with another --output")
     settings = build_settings(config.methods, config.keeps)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit: at least one question, got {config.limit}")
@@ -89,13 +91,18 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     from vtprune.evals.bench.suite import silence_loggers
 
     silence_loggers()
-    # Of a launcher's processes the first one alone may begin afresh.
-    results = Results(config.output, _identity(config), resume=config.resume or rank() > 0)
+    results = Results(config.output, _identity(config), resume=config.resume)
     if results.moved is not None:
         why = "results of other code" if config.resume else "the earlier results"
         notice(console, f"{why} are now in {results.moved}; starting afresh")
     opened = open_suite(
-        config.tasks, config.limit, config.seed, config.include_path, data=config.data, prompts=config.prompts
+        config.tasks,
+        config.limit,
+        config.seed,
+        config.include_path,
+        data=config.data,
+        prompts=config.prompts,
+        metrics=dict(config.metrics),
     )
     with opened as suite, quiet_untrained():
         _run(config, suite, results, settings=settings, console=console)
@@ -152,6 +159,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     settings, left_out = check_settings(model, processor, settings, lenient=config.lenient)
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
     here = {**machine(model), **beside()}
+    _check_machine(results, here)
     results.data.update(versions=versions(), machine=here, left_out=left_out, untrained=untold)
     for text in untold.values():
         notice(console, text)
@@ -188,6 +196,19 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     results.save()
 
 
+def _check_machine(results: Results, here: dict[str, Any]) -> None:
+    """Raises InputError where the results so far were computed in another precision, or on another kind of device:
+    dtype auto is not the same everywhere."""
+    there = results.data.get("machine", {}) if results.settings else {}
+    odd = [
+        f"{name} was {there[name]} and is {here[name]} here"
+        for name in ("dtype", "device", "gpu")
+        if name in there and str(there[name]).partition(":")[0] != str(here.get(name)).partition(":")[0]
+    ]
+    if odd:
+        raise InputError(f"output: {results.path} is of another machine ({'; '.join(odd)}); give another --output")
+
+
 def _announcement(config: BenchConfig, missing: Sequence[Setting]) -> str:
     """What is going to be run."""
     count = "every question" if config.limit is None else f"{config.limit} questions"
@@ -220,6 +241,8 @@ def _write_outputs(config: BenchConfig, results: Results, console: Console) -> N
     for line in notes(results.data):
         console.print(line, style="dim", highlight=False)
     title = f"{results.config['model']}: {', '.join(config.tasks)}, {len(results.data['questions'])} questions"
-    write_text(config.output / TABLE, markdown(results.data, records))
-    write_bytes(config.output / PLOT, pareto_png(records, title))
+    picture = pareto_png(records, title)
+    with held(config.output, MERGING):
+        write_text(config.output / TABLE, markdown(results.data, records))
+        write_bytes(config.output / PLOT, picture)
     notice(console, "wrote " + ", ".join(str(config.output / name) for name in (FILE, TABLE, PLOT)))

@@ -20,13 +20,18 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 def rank() -> int:
     """Which of a launcher's processes this is (torchrun, accelerate launch); 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0) if _number("WORLD_SIZE", 1) > 1 else 0
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
 
 
 def beside() -> dict[str, int]:
     """How many processes of the launcher share this machine, where there are several: they disturb each other's
     times."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = _number("LOCAL_WORLD_SIZE", 1)
     return {"processes": processes} if processes > 1 else {}
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from vtprune.console.figures import COLOURS, GREY, figure_png, plain
 from vtprune.evals.bench.tables import (
     Record,
-    is_share,
+    all_shares,
     kept_score,
     main_scores,
     reference,
@@ -26,11 +26,12 @@ BASELINE_DASHES = ("--", ":", "-.")
 PANELS = (("flops", "share", "FLOPs, % of unpruned"), ("kv", "end_share", "KV cache at the end, % of unpruned"))
 
 
-def _height(record: Record, unpruned: Record | None) -> tuple[float, float | None]:
-    """What the y axis shows, with its standard error: the score of a single task, else the share kept."""
+def _height(record: Record, unpruned: Record | None, percent: bool) -> tuple[float, float | None]:
+    """What the y axis shows, with its standard error: the score of a single task, in percent where it is a share,
+    else the share of the unpruned score."""
     scores = main_scores(record)
     if len(scores) == 1:
-        scale = 100 if is_share(scores[0]) else 1
+        scale = 100 if percent else 1
         error = scores[0]["stderr"]
         return scale * scores[0]["value"], None if error is None else scale * error
     share = kept_score(record, unpruned)
@@ -43,7 +44,11 @@ def _label(records: Sequence[Record]) -> str:
     scores = main_scores(records[0])
     if len(scores) > 1:
         return "score, % of unpruned (mean of tasks)"
-    return f"{scores[0]['metric']}{', %' if is_share(scores[0]) else ''}"
+    return f"{scores[0]['metric']}{', %' if _in_percent(records) else ''}"
+
+
+def _in_percent(records: Sequence[Record]) -> bool:
+    return all_shares(records, main_scores(records[0])[0]["task"])
 
 
 def method_styles(methods: Sequence[str]) -> list[dict[str, Any]]:
@@ -77,9 +82,10 @@ def _shade(colour: str, step: int) -> str:
 def _draw(axes: Axes, of: tuple[str, str], groups: dict[str, list[Record]], unpruned: Record | None) -> None:
     part, share = of
     styles = method_styles([records[0]["method"] for records in groups.values()])
+    percent = _in_percent([record for records in groups.values() for record in records] + [unpruned] * bool(unpruned))
     for (label, records), style in zip(groups.items(), styles, strict=True):
         records = sorted(records, key=lambda record: record[part][share])
-        heights = [_height(record, unpruned) for record in records]
+        heights = [_height(record, unpruned, percent) for record in records]
         errors = [error or 0.0 for _, error in heights]
         axes.errorbar(
             [100 * record[part][share] for record in records],
@@ -93,7 +99,7 @@ def _draw(axes: Axes, of: tuple[str, str], groups: dict[str, list[Record]], unpr
             **style,
         )
     if unpruned is not None:
-        height, error = _height(unpruned, unpruned)
+        height, error = _height(unpruned, unpruned, percent)
         axes.axhline(height, color="black", linewidth=1, label="unpruned")
         if error:
             axes.axhspan(height - error, height + error, color="black", alpha=0.08, linewidth=0)

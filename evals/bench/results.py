@@ -18,7 +18,7 @@ FILE, TABLE, PLOT = "results.json", "table.md", "pareto.png"
 WHAT = "a results file"
 AGAIN = "; give another --output, or --no-resume to start afresh and keep the old one beside it"
 # Seconds that a run waits for others that write into the folder: at its start, and with a record in its hands.
-JOINING, MERGING = 1.0, 60.0
+JOINING, MERGING = 30.0, 600.0
 
 
 class Results:
@@ -35,15 +35,20 @@ class Results:
         self.order: list[str] = []
         self._file = RunFile(self.path, RESULTS, format=FORMAT, what=WHAT, again=AGAIN, check=_check_tasks)
         self.data = self._file.begun(config, questions=[], settings={})
+        self._command = self.data["command"]
         self.moved: Path | None = None
+        # Whether the file on the disk is this run's own; and how it looked when it was last read or written.
+        self._joined, self._seen = False, (0, 0)
         with held(folder, JOINING):
             refuse_foreign(folder, FILE, (TABLE, PLOT))
             if self.path.exists():
                 old, stamp = self._file.read(config, afresh=not resume)
                 if old is None:
                     self.moved = self._move_away(stamp)
+                    # At once, so that a run that had read the old ones sees that they are no longer there.
+                    self._save()
                 else:
-                    self.data = old
+                    self.data, self._joined, self._seen = old, True, self._look()
             elif not resume and (folder / FOLDER).exists():
                 self._move_cells("old")
 
@@ -85,19 +90,32 @@ class Results:
             self._save()
 
     def join(self) -> None:
-        """Takes in what other runs have added meanwhile."""
-        with held(self.folder, MERGING):
-            self._join()
+        """Takes in what other runs have added meanwhile; raises RunError where another run began the file afresh."""
+        if self._look() != self._seen:
+            with held(self.folder, MERGING):
+                self._join()
+
+    def _look(self) -> tuple[int, int]:
+        """Changes whenever the file does."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return 0, 0
+        return status.st_mtime_ns, status.st_ino
 
     def _join(self) -> None:
-        if not self.path.exists():
+        if not self.path.exists() or self._look() == self._seen:
             return
         found, _ = self._file.read(self.config, afresh=False)
-        if found is not None:
-            self.data["questions"] = self.data["questions"] or found["questions"]
-            self.data["settings"] = {**found["settings"], **self.settings}
-            for name in ("left_out", "untrained"):
-                self.data[name] = {**found.get(name, {}), **self.data.get(name, {})}
+        if found is None or (self._joined and found.get("created") != self.data.get("created")):
+            raise RunError(f"{self.path} is no longer of this run: another one has begun it afresh meanwhile")
+        self.data["created"] = found.get("created", self.data["created"])
+        self.data["questions"] = self.data["questions"] or found["questions"]
+        self.data["settings"] = {**found["settings"], **self.settings}
+        for name in ("left_out", "untrained"):
+            self.data[name] = {**found.get(name, {}), **self.data.get(name, {})}
+        self.data["commands"] = found.get("commands", [found.get("command", "")])
+        self._joined, self._seen = True, self._look()
 
     def save(self) -> None:
         """Writes the file with what others have added; raises WriteError where that fails, and leaves the old one."""
@@ -109,7 +127,10 @@ class Results:
         place = {key: at for at, key in enumerate(self.order)}
         ordered = sorted(self.settings.items(), key=lambda item: place.get(item[0], len(place)))
         self.data["settings"] = dict(ordered)
+        commands = [*self.data.get("commands", [self.data.get("command", "")]), self._command]
+        self.data["commands"] = list(dict.fromkeys(commands))
         write_text(self.path, json.dumps(self.data, indent=1, ensure_ascii=False, default=str))
+        self._joined, self._seen = True, self._look()
 
 
 def _check_tasks(path: Path, data: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,18 +120,21 @@ def _add(manager: Any, folders: list[str]) -> None:
     manager.task_index.update(TaskManager("ERROR", include_path=folders, include_defaults=False).task_index)
 
 
-def _check_data(names: Sequence[str], manager: Any) -> None:
-    """Loads the data of every task, before a model is; raises InputError that names what cannot be had, and why."""
+def _check_data(names: Sequence[str], manager: Any, metrics: Mapping[str, str]) -> None:
+    """Loads the data of every task, before a model is; raises InputError that names what cannot be had, and why, and a
+    metric that its task does not have."""
     for name in names:
         try:
             # datasets' own progress bars go to stderr, whatever is said to it once it has been imported.
             with redirect_stderr(io.StringIO()):
-                manager.load_task_or_group([name], "chat")
+                task = manager.load_task_or_group([name], "chat").get(name)
         except Exception as error:
             source = _data_set(name, manager)
             raise InputError(
                 f"tasks: cannot load the data of {name}{f' ({source})' if source else ''}: {explain(error)}"
             ) from error
+        if name in metrics:
+            _check_metric(name, task, metrics[name])
 
 
 def _data_set(name: str, manager: Any) -> str:
@@ -145,6 +148,14 @@ def _data_set(name: str, manager: Any) -> str:
         return ""
 
 
+def _check_metric(name: str, task: Any, metric: str) -> None:
+    """Raises InputError for a metric that a task does not have."""
+    # A group has the metrics of its tasks, and some that its own functions make.
+    known = list(task.aggregation()) if hasattr(task, "aggregation") else []
+    if known and metric not in known:
+        raise InputError(f"metric: {name} has no {metric!r}, it has {', '.join(known)}")
+
+
 @contextmanager
 def open_suite(
     tasks: Sequence[str],
@@ -154,11 +165,13 @@ def open_suite(
     *,
     data: Path | None = None,
     prompts: str | None = None,
+    metrics: Mapping[str, str] | None = None,
 ) -> Iterator[Suite]:
     """The tasks, ready to run, and files that are gone afterwards.
 
     data: a folder with TASK.parquet for tasks whose data sets cannot be reached; prompts: the model whose prompts
-    tasks take, where they have them. Raises InputError for an unknown task, and for one whose data cannot be loaded.
+    tasks take, where they have them; metrics: of tasks, to be checked. Raises InputError for an unknown task or
+    metric, and for a task whose data cannot be loaded.
 
     The bundled tasks take `limit` as a stratified sample drawn with `seed`, others as their first samples.
     """
@@ -194,5 +207,5 @@ def open_suite(
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"tasks: lmms-eval knows no task {', '.join(map(repr, unknown))}{hint}")
         manager.model_name = prompts
-        _check_data(names, manager)
+        _check_data(names, manager, metrics or {})
         yield Suite(names, manager, limit)

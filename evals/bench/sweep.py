@@ -148,7 +148,7 @@ class Sweep:
             "scores": [score.to_dict() for score in scores],
             "metrics": {task: all_metrics(raw["results"][task]) for task in raw["samples"]},
             **self._costs(setting, costs),
-            **_costs_by_task(samples),
+            **self._costs_by_task(setting, samples),
             "answers": [sample["answer"] for sample in samples],
             "correct": numbers,
             "kept_tokens": [round(cost["kept_tokens"], 3) for cost in costs],
@@ -156,8 +156,24 @@ class Sweep:
 
     def _costs(self, setting: Setting, costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the answers cost; of smaller pictures beside the pictures as they were, which came first."""
-        found = summarise(costs)
-        whole = self.results.settings.get(Setting(UNPRUNED).key())
+        return self._beside_whole(setting, summarise(costs), self.results.settings.get(Setting(UNPRUNED).key()))
+
+    def _costs_by_task(self, setting: Setting, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The costs of each task apart, where there are several."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for sample in samples:
+            groups.setdefault(sample["question"]["task"], []).append(sample["cost"])
+        if len(groups) < 2:
+            return {}
+        whole = self.results.settings.get(Setting(UNPRUNED).key(), {}).get("by_task", {})
+        found = {
+            task: self._beside_whole(setting, summarise(costs), whole.get(task)) for task, costs in groups.items()
+        }
+        return {"by_task": found}
+
+    @staticmethod
+    def _beside_whole(setting: Setting, found: dict[str, Any], whole: dict[str, Any] | None) -> dict[str, Any]:
+        """Costs of smaller pictures as shares of those of the pictures as they were; others as they are."""
         if setting.method != DOWNSCALE or whole is None:
             return found
         tokens, flops, kv = found["tokens"], found["flops"], found["kv"]
@@ -221,14 +237,6 @@ def _samples(raw: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _costs_by_task(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The costs of each task apart, where there are several."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for sample in samples:
-        groups.setdefault(sample["question"]["task"], []).append(sample["cost"])
-    return {"by_task": {task: summarise(costs) for task, costs in groups.items()}} if len(groups) > 1 else {}
 
 
 def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:

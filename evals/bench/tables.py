@@ -36,16 +36,24 @@ def is_share(score: dict[str, Any]) -> bool:
     return 0.0 <= score["value"] <= 1.0
 
 
-def show_score(score: dict[str, Any]) -> str:
-    """The value with its standard error."""
-    scale, digits = (100, 1) if is_share(score) else (1, 2)
+def show_score(score: dict[str, Any], share: bool | None = None) -> str:
+    """The value with its standard error, in percent where it is a share (None: where it looks like one)."""
+    scale, digits = (100, 1) if (is_share(score) if share is None else share) else (1, 2)
     error = f" ± {scale * score['stderr']:.{digits}f}" if score["stderr"] is not None else ""
     return f"{scale * score['value']:.{digits}f}{error}"
 
 
 def main_scores(record: Record) -> list[dict[str, Any]]:
-    """One score for each task, categories left out."""
-    return [score for score in record["scores"] if score["name"] == score["task"]]
+    """One score for each task, which stands before those of its categories."""
+    found: dict[str, dict[str, Any]] = {}
+    for score in record["scores"]:
+        found.setdefault(score["task"], score)
+    return list(found.values())
+
+
+def all_shares(records: Sequence[Record], task: str) -> bool:
+    """Whether the score of a task is a share of right answers in every record, so that a column has one unit."""
+    return all(is_share(score) for record in records for score in main_scores(record) if score["task"] == task)
 
 
 def kept_score(record: Record, unpruned: Record | None) -> Share | None:
@@ -88,16 +96,19 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _score_cell(name: str) -> Cell:
+def _score_cell(task: str, share: bool) -> Cell:
     def cell(record: Record) -> str:
-        return next((show_score(score) for score in record["scores"] if score["name"] == name), "-")
+        return next((show_score(score, share) for score in main_scores(record) if score["task"] == task), "-")
 
     return cell
 
 
-def _category_cell(name: str) -> Cell:
-    with_error = _score_cell(name)
-    return lambda record: with_error(record).partition(" ")[0]
+def _category_cell(name: str, share: bool) -> Cell:
+    def cell(record: Record) -> str:
+        found = (show_score(score, share) for score in record["scores"][1:] if score["name"] == name)
+        return next(found, "-").partition(" ")[0]
+
+    return cell
 
 
 def _setting_columns() -> list[Column]:
@@ -110,15 +121,17 @@ def _setting_columns() -> list[Column]:
 def quality_columns(records: Sequence[Record]) -> list[Column]:
     """Accuracy, overall and by category, against the unpruned model."""
     unpruned = reference(records)
-    scores = records[0]["scores"]
-    tasks = [score["name"] for score in scores if score["name"] == score["task"]]
-    categories = [score["name"] for score in scores if score["name"] != score["task"]] if len(tasks) == 1 else []
-    metric = scores[0]["metric"]
+    main = main_scores(records[0])
+    shares = {score["task"]: all_shares(records, score["task"]) for score in main}
+    heading = {score["task"]: score["task"] if len(main) > 1 else score["metric"] for score in main}
+    if len({score["metric"] for score in main}) > 1:
+        heading = {score["task"]: f"{score['task']}, {score['metric']}" for score in main}
+    categories = [score["name"] for score in records[0]["scores"][1:]] if len(main) == 1 else []
     return [
         *_setting_columns(),
-        *[Column(metric if len(tasks) == 1 else name, _score_cell(name)) for name in tasks],
+        *[Column(heading[task], _score_cell(task, share)) for task, share in shares.items()],
         Column("of unpruned %", _kept_cell(unpruned)),
-        *[Column(name, _category_cell(name)) for name in categories],
+        *[Column(name, _category_cell(name, shares[main[0]["task"]])) for name in categories],
     ]
 
 

@@ -44,6 +44,7 @@ class Further(TypedDict):
     left_out: NotRequired[dict[str, str]]
     untrained: NotRequired[dict[str, str]]
     command: NotRequired[str]
+    commands: NotRequired[list[str]]
     created: NotRequired[str]
 
 
@@ -74,7 +75,7 @@ def read_bench(path: Path) -> Run:
         rows=tuple(_row(key, one, asked, path=path, untrained=untrained) for key, one in data["settings"].items()),
         questions=counts,
         created=data.get("created", ""),
-        command=plain_command(data.get("command", "")),
+        command="\n".join(plain_command(text) for text in data.get("commands", [data.get("command", "")])),
         versions=data.get("versions", {}),
         machine=machine,
         notes=tuple(f"Left out: {name}: {reason}." for name, reason in data.get("left_out", {}).items()),

@@ -300,7 +300,8 @@ def _printed(match: Match) -> list[Cell]:
 def _compared(match: Match) -> list[Cell]:
     assert match.ours is not None
     ours = _with_error(match.ours, match.stderr) + ("" if match.unpruned is None else f" ({match.unpruned:.1f})")
-    return [Cell(ours), Cell(match.verdict, tone="win" if match.reproduced else "loss")]
+    tone = "win" if match.reproduced else "loss" if match.told else ""
+    return [Cell(ours), Cell(match.verdict, tone=tone)]
 
 
 def _source(match: Match) -> Cell:

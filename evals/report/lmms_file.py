@@ -27,9 +27,11 @@ ENDING, SAMPLES = "_results.json", "_samples_"
 WHAT = "a results file of lmms-eval"
 OWN = "vtprune"
 # Arguments of vtprune's model that a number depends on, beside its method.
-OWN_DECIDING = ("dtype", "positions", "frames", "max_new_tokens")
+OWN_DECIDING = ("dtype", "attn_implementation", "positions", "frames", "max_new_tokens")
 # Options of the command line that a number depends on, by the names that lmms-eval's file has for them.
-DECIDING = ("limit", "offset", "gen_kwargs", "random_seed")
+DECIDING = ("limit", "offset", "gen_kwargs", "random_seed", "system_instruction", "num_fewshot")
+# What else the file says of the code that ran.
+CODE = ("lmms_eval_version", "git_hash", "system_instruction", "system_instruction_sha")
 # Where a task has several numbers of which the first is not the one that it is known for.
 PREFERRED = ("mme_perception_score",)
 COMMAND = ("limit", "offset", "gen_kwargs", "batch_size", "device")
@@ -78,8 +80,9 @@ def read_lmms(path: Path) -> Run:
     except VTPruneError as error:
         raise FileError(f"{path}: {error}") from error
     config = {**identity, **{name: asked.get(name) for name in DECIDING}}
+    config |= {name: data[name] for name in CODE if data.get(name) is not None}
     row = Row(
-        key=json.dumps([setting.label, setting.keep]),
+        key=json.dumps([setting.label, setting.keep, setting.folder]),
         method=setting.method,
         label=setting.label,
         keep=setting.keep,

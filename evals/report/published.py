@@ -46,6 +46,8 @@ UNREPORTED = {
 # A token count, or a share of all tokens, may be off by this share of itself.
 TOKENS_WITHIN = 0.01
 STANDARD_ERRORS = 2
+# In the units of the printed number, percent nearly everywhere: two errors wider than this reproduce anything.
+WIDEST = 3.0
 # What the last parts of ids are called elsewhere, in lower case.
 FAMILIES = {
     "llava-v1.5-7b": "llava-1.5-7b-hf",
@@ -164,15 +166,26 @@ class Match:
         return self.published.precision + STANDARD_ERRORS * (self.stderr or 0.0)
 
     @property
+    def told(self) -> bool:
+        """Whether ours was measured on enough questions to say anything."""
+        return self.ours is not None and STANDARD_ERRORS * (self.stderr or 0.0) <= WIDEST
+
+    @property
     def reproduced(self) -> bool:
         """Whether ours is as near as that."""
-        return self.ours is not None and abs(self.ours - float(self.published.value)) <= self.tolerance + 1e-9
+        return (
+            self.told
+            and self.ours is not None
+            and abs(self.ours - float(self.published.value)) <= self.tolerance + 1e-9
+        )
 
     @property
     def verdict(self) -> str:
         """What the report says of it; an asterisk where no standard error of ours is known."""
         if self.ours is None:
             return "not run"
+        if not self.told:
+            return f"too few questions: {self.ours:.1f} ± {self.stderr:.1f}"
         within = f"{self.tolerance:.{1 if self.tolerance >= 0.1 else 2}f}" + ("" if self.stderr is not None else "*")
         if self.reproduced:
             return f"reproduced within {within}"

@@ -113,7 +113,9 @@ def read_all(places: Sequence[Path]) -> Found:
 def _files(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
-    return sorted(path for path in place.rglob("*.json") if path.is_file() and (is_bench(path) or is_lmms(path)))
+    # What a task writes for a server beside its results may be called as they are.
+    found = (path for path in place.rglob("*.json") if "submissions" not in path.relative_to(place).parts)
+    return sorted(path for path in found if path.is_file() and (is_bench(path) or is_lmms(path)))
 
 
 def _nothing(place: Path) -> str:

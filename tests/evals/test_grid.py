@@ -142,11 +142,55 @@ def test_a_launchers_other_processes_end_when_nothing_is_left_to_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     run = Run(tmp_path)
     with run.results.cell(SETTINGS[0]).claimed() as mine:
         assert mine
         run.work()
     assert run.made == SETTINGS[1:]
+
+
+def test_a_run_whose_results_were_begun_afresh_by_another_one_brings_nothing_back(tmp_path: Path) -> None:
+    Run(tmp_path).make(SETTINGS[0])
+    old = Run(tmp_path)
+    afresh = Results(tmp_path, CONFIG, resume=False)
+    assert afresh.moved is not None
+    with pytest.raises(RunError, match="another one has begun it afresh"):
+        old.make(SETTINGS[1])
+    with pytest.raises(RunError, match="another one has begun it afresh"):
+        old.results.save()
+    afresh.join()
+    assert in_file(tmp_path) == []
+    other = Run(tmp_path)
+    other.make(SETTINGS[2])
+    afresh.set(SETTINGS[3].key(), record(SETTINGS[3]), QUESTIONS)
+    assert in_file(tmp_path) == [SETTINGS[2].key(), SETTINGS[3].key()]
+
+
+def test_results_of_other_code_are_never_written_over(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.make(SETTINGS[0])
+    newer = Results(tmp_path, {**CONFIG, "code": "newer"}, resume=True)
+    newer.set(SETTINGS[1].key(), record(SETTINGS[1]), QUESTIONS)
+    with pytest.raises(RunError, match="another one has begun it afresh"):
+        run.make(SETTINGS[2])
+    assert in_file(tmp_path) == [SETTINGS[1].key()]
+
+
+def test_results_say_every_command_that_added_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in range(2):
+        monkeypatch.setattr(sys, "argv", ["bench", str(place)])
+        Run(tmp_path).make(SETTINGS[place])
+    assert json.loads((tmp_path / "results.json").read_text())["commands"] == ["bench 0", "bench 1"]
+
+
+@pytest.mark.parametrize(("told", "expected"), [({}, 0), ({"RANK": "1"}, 0), ({"RANK": "x", "WORLD_SIZE": "2"}, 0)])
+def test_only_a_launcher_makes_another_process_than_the_first(
+    told: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert grid.rank() == expected
 
 
 def test_smaller_pictures_wait_for_the_pictures_as_they_were(tmp_path: Path) -> None:

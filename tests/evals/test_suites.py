@@ -18,7 +18,7 @@ from vtprune.errors import VTPruneError
 from vtprune.evals.bench.scores import main_metric, task_scores
 from vtprune.evals.bench.suite import open_suite
 from vtprune.evals.bench.suites import SUITES
-from vtprune.evals.bench.tables import kept_score
+from vtprune.evals.bench.tables import kept_score, main_scores, markdown_table, quality_columns
 
 TEXT, NUMBER, TEXTS = Value("string"), Value("int64"), List(Value("string"))
 FIRST: dict[str, Any] = {"image": Image(), "question": TEXT, "question_id": TEXT}
@@ -191,7 +191,7 @@ def record(label: str, *answers: list[float]) -> dict[str, Any]:
             "stderr": 0.1,
             "count": len(own),
         }
-        for name, own in zip(("t0", "t1"), answers, strict=True)
+        for name, own in zip(("t0", "t1"), answers, strict=False)
     ]
     return {"method": label, "label": label, "keep": 0.5, "scores": scores, "correct": [*chain(*answers)]}
 
@@ -207,6 +207,30 @@ def test_the_error_of_a_share_is_that_of_answers_in_pairs() -> None:
     # By hand: what is left of each answer over share x unpruned, (1, 1, -2, 0) / 3 and (1, -1) / 2; the errors of
     # their means over the unpruned scores, sqrt(2 / 9 / 4) / 0.75 and 1 / 2; and of the mean of both tasks.
     assert fewer.stderr == pytest.approx((2 / 36 / 0.75**2 + 1 / 4) ** 0.5 / 2)
+
+
+def test_a_column_has_one_unit_and_a_category_may_be_called_as_its_task() -> None:
+    records = [record("none", [1.0, 1.1]), record("grid", [0.9, 1.0])]
+    table = markdown_table(quality_columns(records), records)
+    assert "| 1.05 ± 0.10 |" in table
+    assert "| 0.95 ± 0.10 |" in table
+    odd = record("none", [1.0, 0.0])
+    odd["scores"].append({**odd["scores"][0], "value": 1.0})
+    assert [score["value"] for score in main_scores(odd)] == [0.5]
+
+
+def test_a_metric_that_a_task_does_not_have_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    result = run("--metric", "nosuch", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "metric: vtprune_shapes has no 'nosuch', it has accuracy" in " ".join(result.stderr.split())
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "mine").mkdir(parents=True)
+    result = run("--model", tmp_path / "a" / "mine", "--model", tmp_path / "b" / "mine", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "model: two of them would have one folder in --output (mine, mine)" in " ".join(result.stderr.split())
 
 
 def test_several_models_have_folders_of_their_own() -> None:

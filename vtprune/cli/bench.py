@@ -155,6 +155,11 @@ def bench(
         from vtprune.evals.bench.bench import BenchConfig, run_bench
 
         models: list[str | None] = [*dict.fromkeys(model or ())] or [None]
+        names = [folder_name(one) for one in models]
+        if len(set(names)) < len(names):
+            raise VTPruneError(
+                f"model: two of them would have one folder in --output ({', '.join(names)}); run them apart"
+            )
         asked = which_questions(tasks, suite or [], metric or [])
         configs = [
             BenchConfig(
