@@ -21,6 +21,7 @@ PAGES = (
     ROOT / "vtprune" / "training" / "training.md",
     ROOT / "assets" / "tiny-llava" / "README.md",
     ROOT / "assets" / "tiny-llava-pmod" / "README.md",
+    ROOT / "assets" / "tiny-llava-covipal" / "README.md",
     ROOT / "assets" / "tiny-qwen" / "README.md",
 )
 # A comment before a block says that it is not run, and why, or on which of the bundled models it is.

@@ -13,7 +13,7 @@ import vtprune
 from tests.matrix import GATED, PRUNERS, label
 from tests.models import MODELS, make
 from tests.pruners.test_pmod import trained
-from vtprune.assets import TINY_LLAVA, TRAINED
+from vtprune.assets import ASSETS, TINY_LLAVA, TRAINED
 from vtprune.evals.settings import build_settings
 from vtprune.files import write_tensors
 from vtprune.hooks.base_sample import sample_base
@@ -95,3 +95,13 @@ def test_settings_of_a_sweep_say_what_is_untrained() -> None:
     assert "covipal is untrained" in covipal.untrained
     assert "of no use" in covipal.untrained
     assert (none.untrained, folder.untrained) == ("", "")
+
+
+def test_the_bundled_module_of_covipal_goes_with_the_bundled_model_alone() -> None:
+    model = AutoModelForImageTextToText.from_pretrained(TINY_LLAVA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vtprune.wrap(model, str(ASSETS / "tiny-llava-covipal"))
+    own = AutoModelForImageTextToText.from_pretrained(TRAINED[0])
+    with pytest.raises(vtprune.VTPruneError, match="trained on another base model"):
+        vtprune.wrap(own, str(ASSETS / "tiny-llava-covipal"))

@@ -34,6 +34,7 @@ ELSEWHERE = {
     "support.md": "adapters/support.md",
     "tiny-llava.md": "assets/tiny-llava/README.md",
     "tiny-llava-pmod.md": "assets/tiny-llava-pmod/README.md",
+    "tiny-llava-covipal.md": "assets/tiny-llava-covipal/README.md",
     "tiny-qwen.md": "assets/tiny-qwen/README.md",
     "tour.md": f"{FOLDER}/tour.ipynb",
 }
