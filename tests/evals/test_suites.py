@@ -61,6 +61,7 @@ def run(*words: str | Path) -> Any:
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", *[str(word) for word in words]])
 
 
+@pytest.mark.slow
 def test_tasks_of_lmms_eval_run_on_files_of_the_same_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
