@@ -22,6 +22,7 @@ import vtprune
 from tests.saved import (
     ANSWERS,
     BENCH,
+    BENCH_ANSWERS,
     BENCH_CUT,
     BENCH_FINISHED,
     BENCH_RUN,
@@ -219,13 +220,14 @@ def stamp(data: dict[str, Any]) -> str:
 
 
 def copy_run(run: Path, folder: Path, main: str, code: str) -> dict[str, bytes]:
-    """Puts a saved run into a folder, as one by the `code` that is given; returns its files by their names."""
+    """Puts a saved run into a folder, as one by the `code` that is given; returns its files by their names in it."""
     target = folder / run.name
     shutil.copytree(run, target)
     data = read(target / main)
     data["config"]["code"] = code
     (target / main).write_text(json.dumps(data))
-    return {path.name: path.read_bytes() for path in target.iterdir()}
+    files = (path for path in target.rglob("*") if path.is_file())
+    return {str(path.relative_to(target)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +253,10 @@ def test_a_run_of_other_code_is_set_aside_whole_and_measured_anew(bench_of_now: 
     assert status == 0, text
     assert text.count(f"results of other code are now in bench_run/results-{begun}.json; starting afresh") == 1
     assert "already" not in text
-    (journal,) = BENCH_RUN.glob(".answers-*")
-    for name, now in ((RESULTS, f"results-{begun}.json"), ("table.md", f"table-{begun}.md"), (journal.name,) * 2):
-        assert (output / now).read_bytes() == before[name], now
+    assert sum(name.startswith("cells/") for name in before) == 7
+    for name, content in before.items():
+        first, dot, rest = name.partition("/" if "/" in name else ".")
+        assert (output / f"{first}-{begun}{dot}{rest}").read_bytes() == content, name
     assert new["config"].pop("code") != old["config"].pop("code")
     assert some(new, ("format", "config", "questions")) == some(old, ("format", "config", "questions"))
     assert new["settings"].keys() == old["settings"].keys()
@@ -261,24 +264,23 @@ def test_a_run_of_other_code_is_set_aside_whole_and_measured_anew(bench_of_now: 
         assert some(new["settings"][key], NUMBERS) == some(record, NUMBERS)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(bench_of_now: Ran, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / BENCH_RUN.name
-    # As if the code had not changed since.
-    copy_run(BENCH_RUN, tmp_path, RESULTS, read(bench_of_now.output / RESULTS)["config"]["code"])
+    shutil.copytree(BENCH_RUN, output)
     old = read(output / RESULTS)
-    (journal,) = output.glob(".answers-*")
-    run, _, key = journal.name.removeprefix(".answers-").removesuffix(".jsonl").partition("-")
-    assert run == identity(read(BENCH_RUN / RESULTS)["config"])[:8]
+    # As if the code had not changed since.
+    monkeypatch.setattr("vtprune.evals.bench.bench.code_fingerprint", lambda: old["config"]["code"])
+    (journal,) = output.glob(BENCH_ANSWERS)
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     lines[0]["text"] = "out of the journal"
-    journal.unlink()
-    (output / f".answers-{identity(old['config'])[:8]}-{key}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    journal.write_text("\n".join(map(json.dumps, lines)))
     status, text = bench(tmp_path, f"{BENCH_FINISHED},{BENCH_CUT}")
     assert status == 0, text
     assert "2 of 3 settings are in bench_run/results.json already" in text
     assert "starting afresh" not in text
     new = read(output / RESULTS)
-    assert list(new["settings"]) == [*old["settings"], key]
+    *known, key = new["settings"]
+    assert known == list(old["settings"])
     assert {name: new["settings"][name] for name in old["settings"]} == old["settings"]
     assert some(new, ("created", "config", "questions")) == some(old, ("created", "config", "questions"))
     answers = new["settings"][key]["answers"]
@@ -286,7 +288,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(bench_of_now: Ran, tmp_path
     for line in lines:
         assert answers[int(line["key"].split("/")[1])] == line["text"]
     assert answers.count("out of the journal") == 1
-    assert not list(output.glob(".answers-*"))
+    assert sorted(path.name for path in journal.parent.iterdir() if path.suffix != ".lock") == [
+        "config.json",
+        "metrics.json",
+        "samples.jsonl",
+    ]
     table = (output / "table.md").read_text().splitlines()
     rows = [row for row in (BENCH_RUN / "table.md").read_text().splitlines() if row.startswith("|")]
     assert len(rows) == 8

@@ -31,6 +31,7 @@ DIGITS = 6
 
 BENCH = ("--keep", "0.25", "--limit", "4", "--batch-size", "1", "--device", "cpu", "--output", "bench_run")
 BENCH_FINISHED, BENCH_CUT = "grid", "visionzip:keep=64+fastv"
+BENCH_ANSWERS = "cells/*/answers.jsonl"
 TUNE = ("holov", "--keep", "15%", "--samples", "3", "--check-samples", "2", "--device", "cpu", "--output", "tune_run")
 TUNE_TRIALS = 3
 

@@ -27,6 +27,7 @@ from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, Drops, label
 from tests.saved import (
     ANSWERS,
     BENCH,
+    BENCH_ANSWERS,
     BENCH_CUT,
     BENCH_FINISHED,
     BENCH_RUN,
@@ -126,11 +127,11 @@ def write_bench() -> None:
         output = folder / BENCH_RUN.name
         assert start(folder, "bench", "--methods", BENCH_FINISHED, *BENCH).wait() == 0
         running = start(folder, "bench", "--methods", f"{BENCH_FINISHED},{BENCH_CUT}", *BENCH)
-        while not any(path.stat().st_size for path in output.glob(".answers-*")) and running.poll() is None:
+        while not any(path.stat().st_size for path in output.glob(BENCH_ANSWERS)) and running.poll() is None:
             time.sleep(0.001)
         running.send_signal(signal.SIGINT)
         status = running.wait()
-        (journal,) = output.glob(".answers-*")
+        (journal,) = output.glob(BENCH_ANSWERS)
         results = json.loads((output / "results.json").read_text())
         answered = len(journal.read_text().splitlines())
         assert status == 130, "it ended before it could be interrupted; try again"
@@ -148,7 +149,7 @@ def write_tune() -> None:
 def keep(folder: Path, target: Path) -> None:
     """Copies a run's folder, but for its large pictures, and without the name of this machine's system."""
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.png", "*.lock"))
-    for path in target.glob("*.json"):
+    for path in target.rglob("*.json"):
         path.write_text(path.read_text().replace(platform.platform(), platform.system()))
 
 
