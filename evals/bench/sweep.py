@@ -186,7 +186,7 @@ class Sweep:
 
     def _time(self, setting: Setting) -> dict[str, float | None]:
         """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""
-        inputs = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
+        inputs = self._timed()
         if setting.method == DOWNSCALE:
             return self._time_smaller(inputs)
         pruners: dict[str, Any] = {"unpruned": None, "ours": setting.method_source}
@@ -201,11 +201,18 @@ class Sweep:
             "over_scoreless_ms": times.difference("ours", "scoreless") if scored else None,
         }
 
+    def _timed(self) -> list[Any]:
+        """Prompts that are evenly spread over the questions, so that each of several tasks has its share."""
+        requests = self.lm.requests
+        count = min(TIMED_SAMPLES, len(requests))
+        places = [place * len(requests) // count for place in range(count)]
+        return [self.lm.inputs_of([requests[place]]) for place in places]
+
     def _time_smaller(self, inputs: Sequence[Any]) -> dict[str, float | None]:
         """The same of `inputs` with smaller pictures, each beside its prompt with the pictures as they were."""
         smaller, self.lm.processor = self.lm.processor, self.whole
         try:
-            whole = [self.lm.inputs_of([request]) for request in self.lm.requests[:TIMED_SAMPLES]]
+            whole = self._timed()
         finally:
             self.lm.processor = smaller
         ours, plain = (

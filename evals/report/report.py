@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vtprune.console.output import notice
 from vtprune.errors import InputError
 from vtprune.evals.report.content import Report, make_report
 from vtprune.evals.report.reading import read_all
@@ -30,12 +31,10 @@ def run_report(places: Sequence[Path], output: Path, console: Console) -> Report
     for line in report.broken:
         console.print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
     runs, groups = sum(len(group.runs) for group in found.groups), len(found.groups)
-    console.print(
+    notice(
+        console,
         f"{runs} {'run' if runs == 1 else 'runs'} in {groups} {'part' if groups == 1 else 'parts'}; "
         f"wrote {output / PAGE}, {output / MARKDOWN}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     return report
 

@@ -39,13 +39,6 @@ SETTINGS = [Setting("none"), Setting("grid", 0.25), Setting("flowcut", 0.25)]
 NUMBERS = ("pruner", "scores", "tokens", "flops", "kv", "answers", "correct", "kept_tokens")
 
 
-@pytest.fixture(autouse=True)
-def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def bench(output: Path, *arguments: str | Path) -> Result:
     words = ["bench", "--model", random_checkpoint(), "--output", output, "--limit", "10", *arguments]
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])

@@ -31,13 +31,6 @@ TIMES = ("prefill_ms", "decode_ms", "peak_bytes")
 WITHOUT_TIMES = [name for name in ROWS if not name.endswith(("_ms", "_gib"))]
 
 
-@pytest.fixture(autouse=True)
-def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def benched(output: Path, methods: Sequence[str], patch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """The records of `vtprune bench` by method, but for the times, which are not taken."""
     patch.setattr(Sweep, "_time", lambda sweep, setting: {"ms": 1.0, "ratio": 1.0, "over_scoreless_ms": None})

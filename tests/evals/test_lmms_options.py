@@ -22,12 +22,6 @@ from vtprune.loading.prompts import encode, question
 TASK = "vtprune_options"
 
 
-@pytest.fixture(autouse=True)
-def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def manager(tmp_path: Path) -> TaskManager:
     write_task(tmp_path, TASK, [png(96, 96)], max_new_tokens=6)

@@ -20,12 +20,6 @@ from vtprune.loading.model import load_model
 COST = RowCost(100, 25.0, 60.0, 100.0, 3.0, 40.0, 100.0, 50.0, 100.0, 2.0)
 
 
-@pytest.fixture(autouse=True)
-def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def manager(tmp_path: Path) -> TaskManager:
     write_task(tmp_path, "vtprune_small", [png(96, 96)] * 3, max_new_tokens=4)

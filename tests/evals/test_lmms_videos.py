@@ -17,7 +17,6 @@ from tests.checkpoint import random_checkpoint, random_qwen3_checkpoint, random_
 from tests.cli.test_cli import fails, run
 from tests.clips import picture_of, write_clip, write_frames
 from tests.evals.test_plugin import (
-    _private_datasets_cache,  # noqa: F401 (a fixture of every test here)
     answers,
     evaluate,
 )

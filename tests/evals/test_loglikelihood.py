@@ -34,12 +34,6 @@ from vtprune.shapes.dataset import read_eval_rows
 COLOURS = ("red", "green", "blue", "yellow")
 
 
-@pytest.fixture(autouse=True)
-def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def evaluate(model: Any, manager: TaskManager, **options: Any) -> dict[str, Any]:
     found: dict[str, Any] = simple_evaluate(
         model=model, tasks=[NAME], task_manager=manager, bootstrap_iters=0, log_samples=True, **options

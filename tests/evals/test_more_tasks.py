@@ -10,7 +10,6 @@ import pytest
 from tests.checkpoint import random_qwen3_checkpoint
 from tests.cli.test_cli import fails, run
 from tests.evals.test_plugin import (
-    _private_datasets_cache,  # noqa: F401 (a fixture of every test here)
     evaluate,
 )
 from vtprune.assets import PARTS

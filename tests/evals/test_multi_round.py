@@ -37,12 +37,6 @@ def process(doc, results):
 """
 
 
-@pytest.fixture(autouse=True)
-def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def manager(tmp_path: Path) -> TaskManager:
     write_task(tmp_path, NAME, [png(96, 96), png(200, 100, "blue")], max_new_tokens=3)

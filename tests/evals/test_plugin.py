@@ -26,12 +26,6 @@ from vtprune.loading.prompts import encode, place, question
 SIZES = [(96, 96), (1, 1), (20000, 10), (10, 3000), (640, 480)]
 
 
-@pytest.fixture(autouse=True)
-def _private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> TaskManager:
     """A task over images of very different sizes."""

@@ -63,9 +63,6 @@ def run(*words: str | Path) -> Any:
 
 @pytest.mark.slow
 def test_tasks_of_lmms_eval_run_on_files_of_the_same_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
     data.mkdir()
@@ -115,8 +112,6 @@ def test_data_that_cannot_be_had_are_named_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("vtprune.loading.model.load_model", never)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
     result = run("--tasks", "pope", "--output", tmp_path / "out", "--data", tmp_path)
     assert result.exit_code == 2
     assert f"there is none of pope.parquet in {tmp_path}" in " ".join(result.stderr.split())
