@@ -14,6 +14,8 @@ import numpy as np
 
 from vtprune.errors import InputError
 
+# Said of tasks that a mean of shares leaves out.
+NO_SHARE = "The mean share of the unpruned score leaves out where the unpruned model scores nothing:"
 # Of the permutation test for fractions: enough to tell 0.001 from 0.002.
 RESAMPLES, SEED = 20_000, 0
 

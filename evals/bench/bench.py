@@ -13,8 +13,9 @@ from vtprune.assets import folder_of, title_of
 from vtprune.console.output import notice
 from vtprune.console.progress import Estimate, Steps
 from vtprune.errors import InputError
+from vtprune.evals.bench.cells import FOLDER as CELLS
 from vtprune.evals.bench.grid import Listener, beside, rank, work_through
-from vtprune.evals.bench.results import FILE, MERGING, PLOT, TABLE, Results
+from vtprune.evals.bench.results import FILE, MERGING, PLOT, TABLE, Results, other_machine
 from vtprune.evals.bench.suite import BUNDLED_TASK, BUNDLED_TASKS, data_fingerprint, open_suite
 from vtprune.evals.bench.tables import main_scores, show_score
 from vtprune.evals.settings import Setting, build_settings
@@ -172,6 +173,12 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
         frames=FRAMES if config.frames is None else config.frames,
     )
     results.order = [setting.key() for setting in settings]
+    recovered = results.recover(settings, here)
+    if recovered:
+        notice(
+            console,
+            f"{recovered} of {len(settings)} settings are in {results.folder / CELLS}, not yet in {results.path}",
+        )
     missing = [setting for setting in settings if setting.key() not in results.settings]
     done = len(settings) - len(missing)
     if done:
@@ -197,14 +204,8 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
 
 
 def _check_machine(results: Results, here: dict[str, Any]) -> None:
-    """Raises InputError where the results so far were computed in another precision, or on another kind of device:
-    dtype auto is not the same everywhere."""
-    there = results.data.get("machine", {}) if results.settings else {}
-    odd = [
-        f"{name} was {there[name]} and is {here[name]} here"
-        for name in ("dtype", "device", "gpu")
-        if name in there and str(there[name]).partition(":")[0] != str(here.get(name)).partition(":")[0]
-    ]
+    """Raises InputError where the results so far were computed in another precision, or on another kind of device."""
+    odd = other_machine(results.data.get("machine", {}), here) if results.settings else []
     if odd:
         raise InputError(f"output: {results.path} is of another machine ({'; '.join(odd)}); give another --output")
 

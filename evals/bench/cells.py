@@ -15,16 +15,69 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vtprune.errors import BusyError
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from vtprune.errors import BusyError, VTPruneError
+from vtprune.evals.bench.records import RECORD
+from vtprune.evals.bench.scores import sample_scores
 from vtprune.evals.settings import Setting
 from vtprune.files import held, write_json, write_text
+from vtprune.json_files import OBJECT, parse, read_file, read_json
 
 FOLDER = "cells"
 CONFIG, METRICS, SAMPLES, ANSWERS = "config.json", "metrics.json", "samples.jsonl", "answers.jsonl"
 # What a record has one of for each question, which is in the samples.
 EACH = ("answers", "correct", "kept_tokens")
+WHAT = "a file of a cell"
 # Characters of a method's name in the name of its folder.
 NAME = 48
+
+
+class _Asked(TypedDict):
+    """Of a question what its results are told apart by."""
+
+    task: str
+    doc_id: int | str
+
+
+class _Cost(TypedDict):
+    kept_tokens: float
+
+
+class _Sample(TypedDict):
+    """A line of samples.jsonl."""
+
+    question: _Asked
+    answer: Any
+    scores: dict[str, Any]
+    cost: _Cost
+
+
+SAMPLE = TypeAdapter(_Sample)
+
+
+def of_each(samples: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What a record has of each question: the answer, its score by its task's main metric, the tokens kept."""
+    metrics = {score["task"]: score["metric"] for score in scores}
+    return {
+        "answers": [sample["answer"] for sample in samples],
+        "correct": [
+            number
+            for sample in samples
+            for number in sample_scores([sample["scores"]], metrics[sample["question"]["task"]])
+        ],
+        "kept_tokens": [round(sample["cost"]["kept_tokens"], 3) for sample in samples],
+    }
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a cell's files hold: with what it was made, each question, and the whole record."""
+
+    about: dict[str, Any]
+    samples: list[dict[str, Any]]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,6 +129,17 @@ class Cell:
         lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
         write_text(self.folder / SAMPLES, "".join(lines))
         write_json(self.folder / METRICS, {name: value for name, value in record.items() if name not in EACH})
+
+    def read(self) -> Written | None:
+        """What `write` left, None where that is not whole or not readable; the caller holds the cell."""
+        try:
+            about = read_json(OBJECT, self.folder / CONFIG, WHAT)
+            record = read_json(RECORD, self.folder / METRICS, WHAT)
+            lines = read_file(self.folder / SAMPLES, WHAT).split(b"\n")
+            samples = [parse(SAMPLE, line, self.folder / SAMPLES, WHAT) for line in lines if line]
+            return Written(about, samples, {**record, **of_each(samples, record["scores"])})
+        except (VTPruneError, KeyError):
+            return None
 
 
 def busy(results: Path) -> bool:

@@ -90,4 +90,4 @@ class ResultsFile(Head):
     settings: dict[str, Record]
 
 
-RESULTS = TypeAdapter(ResultsFile)
+RESULTS, RECORD = TypeAdapter(ResultsFile), TypeAdapter(Record)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vtprune.errors import BusyError, FileError, RunError
-from vtprune.evals.bench.cells import FOLDER, Cell, busy
+from vtprune.evals.bench.cells import FOLDER, METRICS, Cell, busy
 from vtprune.evals.bench.records import RESULTS
 from vtprune.evals.run_file import RunFile
 from vtprune.evals.settings import Setting
@@ -40,7 +41,8 @@ class Results:
         # Whether the file on the disk is this run's own; and how it looked when it was last read or written.
         self._joined, self._seen = False, (0, 0)
         with held(folder, JOINING):
-            refuse_foreign(folder, FILE, (TABLE, PLOT))
+            if not (folder / FOLDER).exists():
+                refuse_foreign(folder, FILE, (TABLE, PLOT))
             if self.path.exists():
                 old, stamp = self._file.read(config, afresh=not resume)
                 if old is None:
@@ -89,6 +91,20 @@ class Results:
             self.settings[key] = record
             self._save()
 
+    def recover(self, settings: Sequence[Setting], here: dict[str, Any]) -> int:
+        """Takes in the cells that are whole while the file knows nothing of them: it was lost, or a run was killed
+        between the two. Returns how many; those of another kind of machine than `here` are left as they are."""
+        count = 0
+        for setting in settings:
+            if setting.key() in self.settings or not (self.cell(setting).folder / METRICS).exists():
+                continue
+            with self.cell(setting).claimed() as mine:
+                found = self.cell(setting).read() if mine else None
+                if found is not None and not other_machine(found.about.get("machine", {}), here):
+                    self.set(setting.key(), found.record, [sample["question"] for sample in found.samples])
+                    count += 1
+        return count
+
     def join(self) -> None:
         """Takes in what other runs have added meanwhile; raises RunError where another run began the file afresh."""
         if self._look() != self._seen:
@@ -131,6 +147,15 @@ class Results:
         self.data["commands"] = list(dict.fromkeys(commands))
         write_text(self.path, json.dumps(self.data, indent=1, ensure_ascii=False, default=str))
         self._joined, self._seen = True, self._look()
+
+
+def other_machine(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What of two machines makes their numbers differ: dtype auto is not the same everywhere."""
+    return [
+        f"{name} was {there[name]} and is {here[name]} here"
+        for name in ("dtype", "device", "gpu")
+        if name in there and str(there[name]).partition(":")[0] != str(here.get(name)).partition(":")[0]
+    ]
 
 
 def _check_tasks(path: Path, data: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import io
 import logging
@@ -68,7 +69,7 @@ def write_local(folder: Path, task: str, data: Path, manager: Any) -> None:
 
     path = manager.task_index[task]["yaml_path"]
     split = load_yaml_config(path, mode="simple").get("test_split") or "test"
-    source = {"data_files": {str(split): str(data.resolve())}}
+    source = {"data_files": {str(split): glob.escape(str(data.resolve()))}}
     own = {
         "include": str(path),
         "task": task,

@@ -14,9 +14,10 @@ from typing import Any
 
 import vtprune
 from vtprune.errors import InputError, RunError, explain, first_line
+from vtprune.evals.bench.cells import of_each
 from vtprune.evals.bench.grid import alone
 from vtprune.evals.bench.results import Results
-from vtprune.evals.bench.scores import all_metrics, metric_names, sample_scores, task_scores
+from vtprune.evals.bench.scores import all_metrics, metric_names, task_scores
 from vtprune.evals.bench.suite import Suite
 from vtprune.evals.lmms.journal import Journal
 from vtprune.evals.lmms.model import VTPrune
@@ -133,25 +134,22 @@ class Sweep:
         costs = [sample["cost"] for sample in samples]
         if all(cost.get("kept_whole") for cost in costs):
             raise RunError(f"no image could be cut to its budget: {costs[0]['kept_whole']}")
-        scores, numbers = [], []
+        scores = []
         for task, own in raw["samples"].items():
             own = sorted(own, key=lambda sample: sample["doc_id"])
-            found = task_scores(task, raw["results"][task], own, self.metrics.get(task))
-            scores += found
-            numbers += sample_scores(own, found[0].metric)
+            scores += task_scores(task, raw["results"][task], own, self.metrics.get(task))
+        found = [score.to_dict() for score in scores]
         return {
             "method": setting.method,
             "label": setting.label,
             "keep": setting.keep,
             "stage": setting.stage,
             "pruner": setting.described(),
-            "scores": [score.to_dict() for score in scores],
+            "scores": found,
             "metrics": {task: all_metrics(raw["results"][task]) for task in raw["samples"]},
             **self._costs(setting, costs),
             **self._costs_by_task(setting, samples),
-            "answers": [sample["answer"] for sample in samples],
-            "correct": numbers,
-            "kept_tokens": [round(cost["kept_tokens"], 3) for cost in costs],
+            **of_each(samples, found),
         }
 
     def _costs(self, setting: Setting, costs: Sequence[dict[str, Any]]) -> dict[str, Any]:

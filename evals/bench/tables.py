@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vtprune.evals.paired import Share, mean_share, share_kept
+from vtprune.evals.paired import NO_SHARE, Share, mean_share, share_kept
 from vtprune.evals.settings import UNPRUNED
 from vtprune.method.texts import show_keep
 
@@ -65,7 +65,7 @@ def kept_score(record: Record, unpruned: Record | None) -> Share | None:
     shares = []
     for score, numbers in _answered(record):
         whole, others = full[score["task"]]
-        if not whole["value"]:
+        if whole["value"] <= 0:
             continue
         paired = share_kept(numbers, others) if numbers and len(numbers) == len(others) else None
         shares.append(paired or Share(score["value"] / whole["value"], None))
@@ -242,11 +242,19 @@ def notes(data: dict[str, Any]) -> list[str]:
         "above the grid baseline, which scores nothing, at the same keep.",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
     ]
+    empty = _nothing_to_lose(list(data["settings"].values()))
+    if empty and len(config["tasks"]) > 1:
+        lines.append(f"{NO_SHARE} {', '.join(empty)}.")
     if machine.get("processes", 1) > 1:
         lines.append(f"{machine['processes']} processes shared the machine, and disturbed each other's times.")
     lines += [f"{label}: {text}." for label, text in data.get("untrained", {}).items()]
     lines += [f"Left out: {name}: {reason}." for name, reason in data.get("left_out", {}).items()]
     return lines
+
+
+def _nothing_to_lose(records: Sequence[Record]) -> list[str]:
+    unpruned = reference(records)
+    return [] if unpruned is None else [score["task"] for score in main_scores(unpruned) if score["value"] <= 0]
 
 
 def markdown(data: dict[str, Any], records: Sequence[Record]) -> str:

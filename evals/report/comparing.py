@@ -38,12 +38,21 @@ def is_dull(row: Row) -> bool:
 
 
 def overall_share(group: Group, row: Row) -> Share | None:
-    """What is left of the unpruned scores, the mean over the group's tasks; None where a task is missing."""
+    """What is left of the unpruned scores, the mean over the group's tasks on which the unpruned model scores above 0;
+    None where one of them is missing."""
     if group.unpruned is None:
         return None
-    shares = [kept_of(row.scores.get(task), group.unpruned.scores.get(task)) for task in group.tasks]
+    full = group.unpruned.scores
+    tasks = [task for task in group.tasks if task not in nothing_to_lose(group)]
+    shares = [kept_of(row.scores.get(task), full.get(task)) for task in tasks]
     known = [share for share in shares if share is not None]
     return mean_share(known) if known and len(known) == len(shares) else None
+
+
+def nothing_to_lose(group: Group) -> list[str]:
+    """The tasks on which the unpruned model scores 0 or less: of that no share can be left."""
+    full = {} if group.unpruned is None else group.unpruned.scores
+    return [task for task in group.tasks if task in full and full[task].value <= 0]
 
 
 def duels(group: Group, task: str) -> list[Duel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vtprune.evals.paired import Share
+from vtprune.evals.paired import NO_SHARE, Share
 from vtprune.evals.report.comparing import (
     ALPHA,
     DULL,
@@ -14,6 +14,7 @@ from vtprune.evals.report.comparing import (
     duels,
     front,
     is_dull,
+    nothing_to_lose,
     overall_share,
 )
 from vtprune.evals.report.plots import Spot, Words, pareto_svg
@@ -384,6 +385,9 @@ def _notes(group: Group) -> list[str]:
     notes = [f"{UNTRAINED_MARK.strip()} {row.untrained}." for row in group.rows if row.untrained]
     notes += [note for run in group.runs for note in run.notes]
     notes += [f"{text}." for text in group.twice]
+    empty = nothing_to_lose(group)
+    if empty and len(group.tasks) > 1:
+        notes.append(f"{NO_SHARE} {', '.join(empty)}.")
     if len({_machine(run.machine) for run in group.runs if run.machine}) > 1:
         notes.append("Prefill times come from several machines, and are not to be compared with each other.")
     return list(dict.fromkeys(notes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,27 @@ def _nothing(place: Path) -> str:
 
 
 def _grouped(runs: list[Run]) -> list[Group]:
-    groups: dict[str, Group] = {}
+    groups: dict[str, list[Group]] = {}
     for run in sorted(runs, key=lambda run: run.created):
-        key = json.dumps(run.identity, sort_keys=True, default=str)
-        groups.setdefault(key, Group(dict(run.identity))).add(run)
-    return sorted(groups.values(), key=lambda group: group.model)
+        alike = groups.setdefault(json.dumps(run.identity, sort_keys=True, default=str), [])
+        group = next((group for group in alike if _one_metric(group, run)), None)
+        if group is None:
+            # What else tells it from the first one, for the headings.
+            metrics = _metrics(run.rows) if alike else {}
+            group = Group({**run.identity, **{f"metric of {task}": metric for task, metric in metrics.items()}})
+            alike.append(group)
+        group.add(run)
+    return sorted((group for alike in groups.values() for group in alike), key=lambda group: group.model)
+
+
+def _metrics(rows: Iterable[Row]) -> dict[str, str]:
+    return {task: score.metric for row in rows for task, score in row.scores.items()}
+
+
+def _one_metric(group: Group, run: Run) -> bool:
+    """Whether the main numbers of a run are of the metrics that a group shows of the same tasks."""
+    shown, own = _metrics(group.rows), _metrics(run.rows)
+    return all(shown[task] == own[task] for task in shown.keys() & own.keys())
 
 
 def told_apart(groups: Sequence[Group]) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,30 @@ def test_a_finished_run_computes_nothing_again(finished: Path) -> None:
     assert result.exit_code == 0, result.output
     assert not answered
     assert numbers(read(finished)) == before
+
+
+def test_a_lost_results_file_is_made_of_the_cells_again(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    whole = read(output)
+    (output / "results.json").unlink()
+    # Of one cell the run was killed while it wrote it; another one is of a machine that computes in less precision.
+    cut, other = (next(output.glob(f"cells/{name}-*")) for name in ("grid", "flowcut"))
+    lines = (cut / "samples.jsonl").read_text()
+    (cut / "samples.jsonl").write_text(lines[: len(lines) // 2])
+    about = json.loads((other / "config.json").read_text())
+    about["machine"]["dtype"] = "bfloat16"
+    (other / "config.json").write_text(json.dumps(about))
+    with pytest.MonkeyPatch.context() as patch:
+        answered = interrupt_after(patch, 100, KeyboardInterrupt())
+        result = bench(output, *METHODS)
+    assert result.exit_code == 0, result.output
+    assert "1 of 3 settings are in" in result.output
+    assert len(answered) == 2
+    assert read(output)["questions"] == whole["questions"]
+    assert numbers(read(output)) == numbers(whole)
+    unpruned = Setting("none").key()
+    assert read(output)["settings"][unpruned] == whole["settings"][unpruned]
 
 
 def test_another_run_is_not_mixed_in(finished: Path) -> None:

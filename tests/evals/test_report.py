@@ -71,6 +71,35 @@ def test_runs_of_one_identity_are_one_part(tmp_path: Path) -> None:
     assert not group.twice
 
 
+def test_runs_whose_main_metrics_of_a_task_differ_are_apart_and_headed_apart(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"model_args": "pretrained=a/model"}
+    lmms(tmp_path / "one", {"t": {"acc,none": 0.5}}, **arguments)
+    lmms(tmp_path / "two", {"t": {"f1,none": 0.25}}, date="20260102_000000", **arguments)
+    one, two = told_apart(read_all([tmp_path]).groups)
+    assert one != two
+    assert "f1" in two
+    lmms(tmp_path / "three", {"t": {"f1,none": 0.5}, "u": {"acc,none": 1.0}}, date="20260103_000000", **arguments)
+    first, second = read_all([tmp_path]).groups
+    assert [score.metric for row in first.rows for score in row.scores.values()] == ["acc"]
+    (row,) = second.rows
+    assert {task: (score.metric, score.value) for task, score in row.scores.items()} == {
+        "t": ("f1", 0.5),
+        "u": ("acc", 1.0),
+    }
+
+
+def test_tasks_without_an_unpruned_score_are_left_out_of_the_mean_and_named(tmp_path: Path) -> None:
+    for name, score in (("", (0.5, 0.0)), (",method=grid,keep=0.25", (0.25, 0.5))):
+        results = {task: {"acc,none": value} for task, value in zip(("t", "u"), score, strict=True)}
+        lmms(tmp_path / f"of{len(name)}", results, model_args=f"pretrained=a/model{name}")
+    group = group_of(tmp_path)
+    share = overall_share(group, row_of(group, "grid"))
+    assert share is not None
+    assert share.value == 0.5
+    (section,) = make_report(read_all([tmp_path])).sections
+    assert any("leaves out where the unpruned model scores nothing: u." in note for note in section.notes)
+
+
 @pytest.mark.parametrize(
     "config", [{"model": "b"}, {"data": "e"}, {"limit": 9}, {"seed": 1}, {"code": "other"}, {"max_new_tokens": 3}]
 )

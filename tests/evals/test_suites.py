@@ -18,7 +18,7 @@ from vtprune.errors import VTPruneError
 from vtprune.evals.bench.scores import main_metric, task_scores
 from vtprune.evals.bench.suite import open_suite
 from vtprune.evals.bench.suites import SUITES
-from vtprune.evals.bench.tables import kept_score, main_scores, markdown_table, quality_columns
+from vtprune.evals.bench.tables import kept_score, main_scores, markdown_table, notes, quality_columns
 
 TEXT, NUMBER, TEXTS = Value("string"), Value("int64"), List(Value("string"))
 FIRST: dict[str, Any] = {"image": Image(), "question": TEXT, "question_id": TEXT}
@@ -205,6 +205,24 @@ def test_the_error_of_a_share_is_that_of_answers_in_pairs() -> None:
     assert fewer.stderr == pytest.approx((2 / 36 / 0.75**2 + 1 / 4) ** 0.5 / 2)
 
 
+def test_tasks_without_an_unpruned_score_are_left_out_of_the_mean_and_named() -> None:
+    unpruned, grid = record("none", [1.0, 1.0], [0.0, 0.0]), record("grid", [1.0, 0.0], [1.0, 0.0])
+    share = kept_score(grid, unpruned)
+    assert share is not None
+    assert share.value == 0.5
+    data = {
+        "config": {"tasks": ["t0", "t1"], "model": "m"},
+        "questions": [],
+        "settings": {"a": unpruned, "b": grid},
+        "machine": {"dtype": "float32", "device": "cpu", "processor": "p", "threads": 1},
+        "versions": {},
+    }
+    said = "The mean share of the unpruned score leaves out where the unpruned model scores nothing: t1."
+    assert said in notes(data)
+    data["settings"] = {"a": record("none", [1.0, 1.0], [1.0, 0.0]), "b": grid}
+    assert said not in notes(data)
+
+
 def test_a_column_has_one_unit_and_a_category_may_be_called_as_its_task() -> None:
     records = [record("none", [1.0, 1.1]), record("grid", [0.9, 1.0])]
     table = markdown_table(quality_columns(records), records)
@@ -219,6 +237,25 @@ def test_a_metric_that_a_task_does_not_have_is_refused_before_a_model_is_loaded(
     result = run("--metric", "nosuch", "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert "metric: vtprune_shapes has no 'nosuch', it has accuracy" in " ".join(result.stderr.split())
+
+
+def test_every_model_is_looked_for_before_the_first_is_run(tmp_path: Path) -> None:
+    for missing, said in (
+        (tmp_path / "none", "is not a folder with a checkpoint"),
+        ("no/such", "cannot load no/such"),
+    ):
+        result = run("--model", "tiny-qwen", "--model", missing, "--output", tmp_path / "out")
+        assert result.exit_code == 2
+        assert said in " ".join(result.stderr.split())
+        assert not (tmp_path / "out").exists()
+
+
+def test_data_may_lie_in_a_folder_with_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "of [2026] *"
+    folder.mkdir()
+    write_stock(folder, "pope")
+    with open_suite(["pope"], None, 0, data=folder) as suite:
+        assert len(suite.manager.load_task_or_group(["pope"], "chat")["pope"].test_docs()) > 0
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def bench(
     """
     with one_line_errors(traceback):
         from vtprune.evals.bench.bench import BenchConfig, run_bench
+        from vtprune.loading.model import check_model
 
         models: list[str | None] = [*dict.fromkeys(model or ())] or [None]
         names = [folder_name(one) for one in models]
@@ -182,6 +183,9 @@ def bench(
             )
             for one in models
         ]
+        # One model is looked for when its turn comes, behind what is quicker to check.
+        for one in models if len(models) > 1 else ():
+            check_model(one)
         for config in configs:
             run_bench(config, open_console())
 

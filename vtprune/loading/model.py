@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from vtprune.assets import folder_of
@@ -54,9 +54,7 @@ def load_model(
         raise InputError(f"device_map: it says where everything goes; leave out device={device}")
     spread = None if device_map is None else read_device_map(device_map)
     device = pick_device(device)
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    if looks_local and not (Path(name) / "config.json").is_file():
-        raise InputError(f"model: {name} is not a folder with a checkpoint (no config.json in it)")
+    check_model(name)
     transformers_logging.set_verbosity(log_level())
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype}
@@ -77,6 +75,18 @@ def load_model(
         raise InputError(f"model: the processor of {name} has no chat template, so no prompt can be built")
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor
+
+
+def check_model(pretrained: str | None) -> None:
+    """Raises InputError where there is no checkpoint of this name, without loading its weights."""
+    name = folder_of(pretrained)
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise InputError(f"model: {name} is not a folder with a checkpoint (no config.json in it)")
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model: cannot load {name}: {first_line(error)}") from error
 
 
 def default_batch(model: Any) -> int:
