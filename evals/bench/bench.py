@@ -148,6 +148,7 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
 def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequence[Setting], console: Console) -> None:
     from vtprune.evals.bench.sweep import Sweep, check_settings
     from vtprune.evals.lmms.model import VTPrune
+    from vtprune.evals.lmms.simple_model import VTPruneSimple
     from vtprune.loading.model import default_batch, load_model
 
     model, processor = load_model(
@@ -165,7 +166,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     for text in untold.values():
         notice(console, text)
     batch = config.batch_size or default_batch(model)
-    lm = VTPrune(
+    lm = (VTPruneSimple if suite.simple else VTPrune)(
         model=model,
         processor=processor,
         batch_size=batch,

@@ -25,6 +25,8 @@ from vtprune.errors import InputError, explain
 from vtprune.evals.lmms.plugin import TASK_FOLDER
 from vtprune.files import write_text, write_with
 
+# Kinds of task that are answered by likelihoods.
+LIKELIHOODS = ("loglikelihood", "multiple_choice")
 BUNDLED_TASK = "vtprune_shapes"
 # The questions of every bundled task.
 BUNDLED_TASKS = {BUNDLED_TASK: SHAPES_EVAL, **{f"vtprune_{part}": path for part, path in SHAPES_MORE.items()}}
@@ -32,11 +34,15 @@ BUNDLED_TASKS = {BUNDLED_TASK: SHAPES_EVAL, **{f"vtprune_{part}": path for part,
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that were found: their names, lmms-eval's index of them, and its `limit` (None: all)."""
+    """Tasks that were found: their names, lmms-eval's index of them, and its `limit` (None: all).
+
+    simple: whether they ask how likely given answers are, which lmms-eval asks models of its older kind alone.
+    """
 
     tasks: tuple[str, ...]
     manager: Any
     limit: int | None
+    simple: bool = False
 
 
 def silence_loggers() -> None:
@@ -121,9 +127,11 @@ def _add(manager: Any, folders: list[str]) -> None:
     manager.task_index.update(TaskManager("ERROR", include_path=folders, include_defaults=False).task_index)
 
 
-def _check_data(names: Sequence[str], manager: Any, metrics: Mapping[str, str]) -> None:
-    """Loads the data of every task, before a model is; raises InputError that names what cannot be had, and why, and a
-    metric that its task does not have."""
+def _check_data(names: Sequence[str], manager: Any, metrics: Mapping[str, str]) -> bool:
+    """Loads the data of every task, before a model is, and returns whether they ask for likelihoods; raises InputError
+    that names what cannot be had, and why, a metric that its task does not have, and tasks that ask for other things
+    than the rest."""
+    kinds: dict[bool, str] = {}
     for name in names:
         try:
             # datasets' own progress bars go to stderr, whatever is said to it once it has been imported.
@@ -136,6 +144,22 @@ def _check_data(names: Sequence[str], manager: Any, metrics: Mapping[str, str]) 
             ) from error
         if name in metrics:
             _check_metric(name, task, metrics[name])
+        for one in _single_tasks(task):
+            kinds.setdefault(one.OUTPUT_TYPE in LIKELIHOODS, name)
+    if len(kinds) > 1:
+        raise InputError(
+            f"tasks: {kinds[True]} asks how likely given answers are, and {kinds[False]} for answers; run them apart"
+        )
+    return True in kinds
+
+
+def _single_tasks(found: Any) -> Iterator[Any]:
+    """A task, or all those of a group and its groups."""
+    if isinstance(found, Mapping):
+        for part in found.values():
+            yield from _single_tasks(part)
+    elif hasattr(found, "OUTPUT_TYPE"):
+        yield found
 
 
 def _data_set(name: str, manager: Any) -> str:
@@ -208,5 +232,4 @@ def open_suite(
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"tasks: lmms-eval knows no task {', '.join(map(repr, unknown))}{hint}")
         manager.model_name = prompts
-        _check_data(names, manager, metrics or {})
-        yield Suite(names, manager, limit)
+        yield Suite(names, manager, limit, simple=_check_data(names, manager, metrics or {}))

@@ -115,6 +115,7 @@ class Sweep:
                 model_args=f"method={setting.label},keep={setting.keep}",
                 tasks=list(self.suite.tasks),
                 task_manager=self.suite.manager,
+                force_simple=self.suite.simple,
                 limit=self.suite.limit,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -236,12 +237,35 @@ def _samples(raw: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "question": {"task": task, "doc_id": sample["doc_id"], "target": sample["target"], **extra},
-                    "answer": sample["filtered_resps"][0],
+                    "answer": _answer(sample),
                     "scores": {name: sample[name] for name in metrics if name in sample},
-                    "cost": sample["token_counts"][0],
+                    "cost": mean_cost(sample["token_counts"]),
                 }
             )
     return found
+
+
+def _answer(sample: dict[str, Any]) -> Any:
+    """What a model answered; of several given answers, whose loss each response holds, the likeliest."""
+    responses = sample["filtered_resps"]
+    if len(responses) == 1:
+        return responses[0]
+    each = len(sample["arguments"]) // len(responses)
+    best = min(range(len(responses)), key=lambda place: responses[place][0])
+    return str(sample["arguments"][each * best + 1]).strip()
+
+
+def mean_cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cost of a sample: that of its answer, or of one of the given answers, the mean of them."""
+    if len(costs) == 1:
+        return costs[0]
+
+    def mean(name: str) -> Any:
+        values = [cost[name] for cost in costs]
+        known = all(isinstance(value, int | float) for value in values)
+        return statistics.fmean(values) if known else values[0]
+
+    return {name: mean(name) for name in costs[0]}
 
 
 def summarise(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:

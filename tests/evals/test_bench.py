@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import vtprune
 from tests.checkpoint import png, random_checkpoint, random_qwen3_checkpoint, write_task
+from tests.evals.choices import NAME, write_choices
 from vtprune import adapters
 from vtprune.cli.app import app
 from vtprune.cli.bench import what_to_run
@@ -214,6 +215,27 @@ def test_a_lost_results_file_is_made_of_the_cells_again(finished: Path, tmp_path
     assert numbers(read(output)) == numbers(whole)
     unpruned = Setting("none").key()
     assert read(output)["settings"][unpruned] == whole["settings"][unpruned]
+
+
+def test_tasks_that_ask_how_likely_given_answers_are_run_as_others_do(tmp_path: Path) -> None:
+    write_choices(tmp_path, 4)
+    words = ["bench", "--methods", "none,grid", "--include-path", str(tmp_path), "--output", str(tmp_path / "out")]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--tasks", NAME])
+    assert result.exit_code == 0, result.output
+    none, grid = read(tmp_path / "out")["settings"].values()
+    targets = [question["target"] for question in read(tmp_path / "out")["questions"]]
+    assert none["answers"] == targets
+    assert none["correct"] == [1.0] * 4
+    assert [answer == target for answer, target in zip(grid["answers"], targets, strict=True)] == [
+        number == 1.0 for number in grid["correct"]
+    ]
+    # Costs are those of one given answer, not of all four.
+    assert (none["tokens"]["kept"], grid["tokens"]["kept"]) == (144, 36)
+    assert none["flops"]["share"] == 1 > grid["flops"]["share"]
+    words[-1] = str(tmp_path / "both")
+    both = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--tasks", f"vtprune_shapes,{NAME}"])
+    assert both.exit_code == 2
+    assert f"{NAME} asks how likely given answers are, and vtprune_shapes for answers; run them apart" in both.stderr
 
 
 def test_another_run_is_not_mixed_in(finished: Path) -> None:
