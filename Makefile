@@ -31,17 +31,17 @@ bench-all: $(STAMP)
 	$(BIN)/vtprune bench --limit 0 --tasks vtprune_descriptions --output bench-all/descriptions
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
 
 test-all: $(STAMP) test-lowest
 	$(BIN)/python -m pytest -n 2 --support adapters/support.md
 
-# The demo in a real browser. `make test` runs these tests, too, where a Chromium is found.
+# The demo and the report in a real browser.
 test-browser: $(STAMP)
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 		{ echo "no Chromium is found, and apt-get could not install one: install it, and run this again"; exit 1; }
-	$(BIN)/python -m pytest tests/evals/demo/test_page.py
+	$(BIN)/python -m pytest -m "browser and not slow" tests/evals
 
 # The README's picture of the demo, made by one of its tests.
 pictures: $(STAMP)
@@ -52,7 +52,7 @@ test-lowest: $(STAMP)
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(INSTALL) $(LOWEST)/bin/python -m pip install --quiet --editable '.[eval,clip,demo,dev]' 'transformers==5.20.0'
-	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow"
+	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow and not browser"
 
 # The pages as a site with a search, in build/site; a warning ends the build.
 $(STAMP)-docs: $(STAMP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests import support
 from tests.clip_towers import TOWERS
 from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, TOWER_ONLY
 from tests.sampling import Case, sample
+from vtprune.method.pruner import Pruner
 
 HERE = Path(__file__).parent
 # Where what differs in a tower is seen.
@@ -30,8 +32,14 @@ def _case(item: pytest.Function) -> Case | None:
         return None
     names = [mark.args[0] if isinstance(mark.args[0], str) else ",".join(mark.args[0]) for mark in marks]
     params = item.callspec.params
-    axes = {axis: repr([params[name.strip()] for name in axis.split(",")]) for axis in names}
+    axes = {axis: _value([params[name.strip()] for name in axis.split(",")]) for axis in names}
     return item.originalname, axes
+
+
+def _value(values: list[object]) -> tuple[str, str]:
+    """What an axis has at a test: its kind, which settings of one method share, and the whole of it."""
+    kinds = [one.name if isinstance(one, Pruner) else one for one in values]
+    return repr(kinds), repr(values)
 
 
 def _is_of_a_tower_elsewhere(item: pytest.Function) -> bool:
@@ -71,6 +79,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and _is_of_a_tower_elsewhere(item):
             item.add_marker(pytest.mark.slow)
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
     groups: dict[object, list[tuple[pytest.Item, Case]]] = defaultdict(list)
     for item in items:
         case = _case(item) if isinstance(item, pytest.Function) else None
@@ -78,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             groups[item.path].append((item, case))
     for group in groups.values():
         lean = {case[0] for item, case in group if item.get_closest_marker("lean") is not None}
-        kept = sample([case for _, case in group], lean)
+        kept = sample([case for _, case in group], lean, kind=itemgetter(0))
         for place, (item, _) in enumerate(group):
             if place not in kept:
                 item.add_marker(pytest.mark.slow)

@@ -21,6 +21,14 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_are_timed() -> Iterator[None]:
+    """Times are no test's concern, and are what most of a small run goes into."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vtprune.evals.bench.sweep.TIMED_SAMPLES", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)

@@ -53,6 +53,7 @@ def test_a_graph_without_hooks_is_not_taken_in_silence(model: Any) -> None:
             torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(overhead.SIZES, Size.small, TINY)
     app = Typer()

@@ -132,6 +132,7 @@ def test_methods_stay_within_their_bounds(model: str, bounds: dict[str, Bound]) 
     assert not above
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sparsevlm", "vflowopt"])
 def test_rows_of_a_batch_wait_together(method: str) -> None:
     one, several = (count_all("llava", batch, [method]) for batch in (1, 3))

@@ -27,6 +27,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_bundled_tasks_are_found_beside_those_of_a_folder(tmp_path: Path) -> None:
     write_task(tmp_path, "vtprune_pictures", [png(40, 30)])
     tasks = "vtprune_shapes,vtprune_pictures"
@@ -45,6 +46,7 @@ def test_a_run_that_failed_ends_with_its_reason_and_a_status(tmp_path: Path) -> 
     assert "vtprune: the evaluation failed: unknown pruner 'gird'; did you mean 'grid'?" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_task_that_asks_for_likelihoods_says_what_it_needs(tmp_path: Path) -> None:
     write_choices(tmp_path, 1)
     done = run(tmp_path, "--tasks", NAME, "--include_path", str(tmp_path))

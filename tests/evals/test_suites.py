@@ -95,6 +95,7 @@ def test_tasks_of_lmms_eval_run_on_files_of_the_same_columns(tmp_path: Path, mon
     assert list(output.glob("cells/*/submissions/textvqa*.json"))
 
 
+@pytest.mark.slow
 def test_prompts_are_those_of_the_model_that_is_named(tmp_path: Path) -> None:
     write_stock(tmp_path, "pope")
     ends = []

@@ -353,6 +353,7 @@ def test_beams_select_as_their_row_does(kind: str) -> None:
     assert kept[1] == [images for images in kept[0] for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_probes() -> None:
     kind = "qwen2.5-vl"
     inputs = prompt(kind, ROWS[kind])

@@ -219,6 +219,7 @@ def test_a_report_names_no_share_where_thresholds_decide() -> None:
         assert json.loads(json.dumps(report.to_dict()))["stages"][0]["asked_keep"] is None
 
 
+@pytest.mark.lean
 @every_model
 @pytest.mark.parametrize("pruner", DROPS + PRUNERS + CACHE, ids=label)
 def test_what_rows_cost_is_what_they_cost_alone_and_adds_up(kind: str, pruner: Pruner) -> None:
