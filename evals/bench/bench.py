@@ -43,7 +43,7 @@ class BenchConfig:
     lenient: a method that this model cannot take is left out and named, instead of ending the run; metrics: of tasks
     (task, metric), the ones that tables show; a task's first one where it is not named; data: a folder with
     TASK.parquet for tasks whose data sets cannot be reached; prompts: the model whose prompts tasks take, where they
-    have them; device_map: as `load_model` takes it.
+    have them; device_map: as `load_model` takes it; worst: whether pictures that are hard to prune are measured, too.
     """
 
     methods: tuple[str, ...]
@@ -66,6 +66,7 @@ class BenchConfig:
     data: Path | None = None
     prompts: str | None = None
     device_map: str | None = None
+    worst: bool = False
 
     @property
     def pretrained(self) -> str:
@@ -141,6 +142,7 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
         "metrics": dict(config.metrics) or None,
         "prompts": config.prompts,
         "device_map": config.device_map,
+        "worst": config.worst or None,
     }
     return {**same, **{name: value for name, value in later.items() if value is not None}}
 
@@ -187,7 +189,9 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
     with Steps(console, "settings", len(settings), done, parts="answers") as steps:
         steps.say(_announcement(config, missing))
         estimate = Estimate(len(missing), steps.say)
-        sweep = Sweep(lm, suite, results, seed=config.seed, tell=steps.say, metrics=dict(config.metrics))
+        sweep = Sweep(
+            lm, suite, results, seed=config.seed, tell=steps.say, metrics=dict(config.metrics), worst=config.worst
+        )
 
         def answered(count: int) -> None:
             steps.part(count, len(lm.requests))
@@ -239,7 +243,7 @@ def _write_outputs(config: BenchConfig, results: Results, console: Console) -> N
 
     records = list(results.settings.values())
     console.print(rich_table("Accuracy", quality_columns(records), records))
-    console.print(rich_table("Cost", cost_columns(), records))
+    console.print(rich_table("Cost", cost_columns(records), records))
     for line in notes(results.data):
         console.print(line, style="dim", highlight=False)
     title = f"{results.config['model']}: {', '.join(config.tasks)}, {len(results.data['questions'])} questions"

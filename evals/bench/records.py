@@ -61,6 +61,13 @@ class TaskCosts(TypedDict):
     kv: Cached
 
 
+class Worst(TypedDict):
+    """The dearest of the pictures that are hard to prune, and its share of the unpruned FLOPs."""
+
+    picture: str
+    share: FiniteFloat
+
+
 class Record(TypedDict):
     """A setting of results.json."""
 
@@ -75,6 +82,7 @@ class Record(TypedDict):
     correct: NotRequired[list[FiniteFloat | None]]
     metrics: NotRequired[dict[str, dict[str, FiniteFloat]]]
     by_task: NotRequired[dict[str, TaskCosts]]
+    worst: NotRequired[Worst]
 
 
 class Question(TypedDict):

@@ -19,6 +19,7 @@ from vtprune.evals.bench.grid import alone
 from vtprune.evals.bench.results import Results
 from vtprune.evals.bench.scores import all_metrics, metric_names, task_scores
 from vtprune.evals.bench.suite import Suite
+from vtprune.evals.bench.worst import hard_costs
 from vtprune.evals.lmms.journal import Journal
 from vtprune.evals.lmms.model import VTPrune
 from vtprune.evals.settings import DOWNSCALE, UNPRUNED, Setting
@@ -43,6 +44,8 @@ class Sweep:
     tell: Callable[[str], None]
     # By task the metric that its tables show; the task's first one where it is not here.
     metrics: Mapping[str, str] = field(default_factory=dict)
+    # Whether pictures that are hard to prune are measured besides.
+    worst: bool = False
 
     def __post_init__(self) -> None:
         self.whole = self.lm.processor
@@ -57,9 +60,12 @@ class Sweep:
         with _told(setting), self._model_of(setting):
             with vtprune.wrapped(self.lm.model, setting.method_source):
                 raw = self._evaluate(setting, journal, cell.folder)
+                hard = hard_costs(self.lm.model, self.lm.processor) if self.worst else {}
             raw["samples"] = self._in_order(raw["samples"])
             samples = _samples(raw)
             record = self._record(setting, raw, samples)
+            if hard:
+                record["worst"] = self._dearest(setting, hard)
             record["prefill"] = self._time(setting)
         record["seconds"] = round(time.perf_counter() - started, 3)
         cell.write(self._about(setting, record), samples, record)
@@ -182,6 +188,15 @@ class Sweep:
         flops["share"], kv["share"] = flops["mean"] / flops["unpruned"], kv["mean_bytes"] / kv["unpruned_bytes"]
         kv["end_share"] = kv["end_bytes"] / whole["kv"]["end_bytes"]
         return found
+
+    def _dearest(self, setting: Setting, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """Of the hard pictures the one with the highest share of the unpruned FLOPs; of smaller pictures the share of
+        those of the pictures as they were, which came first."""
+        whole = self.results.settings.get(Setting(UNPRUNED).key(), {}).get("worst", {}).get("pictures", costs)
+        base = whole if setting.method == DOWNSCALE else costs
+        shares = {name: cost["flops"] / base[name]["flops_full"] for name, cost in costs.items()}
+        picture = max(shares, key=lambda name: shares[name])
+        return {"picture": picture, "share": shares[picture], "pictures": costs}
 
     def _time(self, setting: Setting) -> dict[str, float | None]:
         """Median prefill at batch 1 beside the unwrapped model's and the scoreless baseline's."""

@@ -152,8 +152,9 @@ def _over(record: Record) -> str:
     return "-" if over is None else f"{over:+.1f}"
 
 
-def cost_columns() -> list[Column]:
-    """Tokens, FLOPs, cache, time, and what the method itself costs."""
+def cost_columns(records: Sequence[Record]) -> list[Column]:
+    """Tokens, FLOPs, cache, time, what the method itself costs, and the dearest picture where that was looked for."""
+    worst = [Column("worst FLOPs %", _worst)] if any("worst" in record for record in records) else []
     return [
         *_setting_columns(),
         Column("tokens kept", _tokens),
@@ -163,7 +164,13 @@ def cost_columns() -> list[Column]:
         Column("prefill ms", _prefill),
         Column("scoring % of FLOPs", lambda record: f"{100 * record['flops']['scoring_share']:.2f}"),
         Column("ms over grid", _over),
+        *worst,
     ]
+
+
+def _worst(record: Record) -> str:
+    worst = record.get("worst")
+    return "-" if worst is None else f"{_percent(worst['share'])} ({worst['picture']})"
 
 
 def metric_columns(records: Sequence[Record]) -> list[Column]:
@@ -192,7 +199,7 @@ def task_cost_columns() -> list[Column]:
     return [
         *_setting_columns(),
         Column("task", lambda record: record["task"], text=True),
-        *cost_columns()[2:6],
+        *cost_columns(())[2:6],
         Column("scoring % of FLOPs", lambda record: f"{100 * record['flops']['scoring_share']:.2f}"),
     ]
 
@@ -245,6 +252,12 @@ def notes(data: dict[str, Any]) -> list[str]:
     empty = _nothing_to_lose(list(data["settings"].values()))
     if empty and len(config["tasks"]) > 1:
         lines.append(f"{NO_SHARE} {', '.join(empty)}.")
+    if config.get("worst"):
+        lines.append(
+            "Worst is the share of the unpruned FLOPs on the dearest of four pictures that are hard to prune (noise, "
+            "a checkerboard, a page of words, a crowd of small things): counts that follow from scores follow from "
+            "the picture."
+        )
     if machine.get("processes", 1) > 1:
         lines.append(f"{machine['processes']} processes shared the machine, and disturbed each other's times.")
     lines += [f"{label}: {text}." for label, text in data.get("untrained", {}).items()]
@@ -262,7 +275,7 @@ def markdown(data: dict[str, Any], records: Sequence[Record]) -> str:
     parts = [
         ("Accuracy", quality_columns(records), records),
         ("Every metric", metric_columns(records), records),
-        ("Cost", cost_columns(), records),
+        ("Cost", cost_columns(records), records),
         ("Cost by task", task_cost_columns(), by_task(records)),
     ]
     shown = [f"# {title}\n\n{markdown_table(columns, rows)}" for title, columns, rows in parts if columns and rows]

@@ -238,6 +238,21 @@ def test_tasks_that_ask_how_likely_given_answers_are_run_as_others_do(tmp_path: 
     assert f"{NAME} asks how likely given answers are, and vtprune_shapes for answers; run them apart" in both.stderr
 
 
+def test_the_dearest_of_hard_pictures_stands_beside_the_mean(tmp_path: Path) -> None:
+    methods = "grid,mustdrop:variant=released"
+    result = bench(tmp_path, "--methods", methods, "--keep", "0.25", "--worst")
+    assert result.exit_code == 0, result.output
+    none, grid, mustdrop = read(tmp_path)["settings"].values()
+    assert none["worst"]["share"] == 1.0
+    # A count that is fixed costs the same on every picture; one that follows from thresholds does not.
+    assert {cost["kept"] for cost in grid["worst"]["pictures"].values()} == {36}
+    assert grid["flops"]["share"] < grid["worst"]["share"] < grid["flops"]["share"] * 1.02
+    pictures = mustdrop["worst"]["pictures"]
+    assert len({cost["kept"] for cost in pictures.values()}) > 1
+    assert mustdrop["worst"]["share"] == max(cost["flops"] / cost["flops_full"] for cost in pictures.values())
+    assert f"({mustdrop['worst']['picture']})" in (tmp_path / "table.md").read_text()
+
+
 def test_another_run_is_not_mixed_in(finished: Path) -> None:
     result = bench(finished, *METHODS, "--seed", "1")
     assert result.exit_code == 2

@@ -107,6 +107,15 @@ DeviceMap = Annotated[
         show_default=False,
     ),
 ]
+Worst = Annotated[
+    bool,
+    typer.Option(
+        "--worst",
+        help="Show what the dearest of four pictures costs that are hard to prune (noise, a checkerboard, a page of "
+        "words, a crowd), beside the mean over the questions.",
+        rich_help_panel=PANEL,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the sample of questions.", rich_help_panel=PANEL)]
 Resume = Annotated[bool, typer.Option(help="Go on with the results in the output folder, or start afresh.")]
 
@@ -123,6 +132,7 @@ def bench(
     include_path: IncludePath = None,
     data: Data = None,
     prompts: Prompts = None,
+    worst: Worst = False,
     seed: Seed = 0,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -178,6 +188,7 @@ def bench(
                 data=data,
                 prompts=prompts,
                 device_map=device_map,
+                worst=worst,
                 seed=seed,
                 resume=resume,
             )
