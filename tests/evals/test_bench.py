@@ -239,7 +239,9 @@ def test_tasks_that_ask_how_likely_given_answers_are_run_as_others_do(tmp_path: 
 
 
 def test_the_dearest_of_hard_pictures_stands_beside_the_mean(tmp_path: Path) -> None:
-    methods = "grid,mustdrop:variant=released"
+    # A folder is a method at its own keep: here thresholds decide.
+    vtprune.save_config(vtprune.MustDrop(), tmp_path / "thresholds")
+    methods = f"grid,{tmp_path / 'thresholds'}"
     result = bench(tmp_path, "--methods", methods, "--keep", "0.25", "--worst")
     assert result.exit_code == 0, result.output
     none, grid, mustdrop = read(tmp_path)["settings"].values()
