@@ -20,7 +20,7 @@ OF_TOWERS = ("adapters", "cost", "encoder", "report", "test_oracle.py", "test_pr
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, default=140, help="how many seeds tests/test_fuzz.py runs")
+    parser.addoption("--cases", type=int, default=80, help="how many seeds tests/test_fuzz.py runs")
     parser.addoption("--support", type=Path, help="where tests/test_support.py, run in full, writes its table")
     parser.addoption("--first", type=int, default=0, help="the first of them; with --cases 1 one case alone")
 

@@ -106,7 +106,8 @@ def test_an_empty_or_missing_folder_is_no_success(name: str, tmp_path: Path) -> 
     assert main(tmp_path / name) == 1
 
 
-@pytest.mark.parametrize(("extra", "code"), [pytest.param(False, 0, marks=pytest.mark.slow), (True, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("extra", "code"), [(False, 0), (True, 1)])
 def test_the_command_line(extra: bool, code: int, tmp_path: Path) -> None:
     shutil.copytree(CASES / "fopru", tmp_path / "fopru")
     if extra:

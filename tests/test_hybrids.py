@@ -17,6 +17,9 @@ from vtprune.errors import UnsupportedModelError
 from vtprune.method.pruner import Pruner
 from vtprune.report.generation import acts_at
 
+# Every method and these decoders meet in tests/test_support.py.
+pytestmark = pytest.mark.lean
+
 # What the list of all models has with layers, schedules and methods that these decoders have no place for, and why.
 REFUSED: dict[str, tuple[list[Pruner], str]] = {
     "tokens return": ([one for one in PRUNERS if one.name == "lazyllm"][:2], "lets tokens return"),
@@ -84,7 +87,6 @@ def test_the_oracle_notices_a_wrong_selection(kind: str) -> None:
     assert compare(logits, run_deleted(kind, vtprune.unwrap(model), inputs, report), inputs) > 50 * TOLERANCE
 
 
-@pytest.mark.lean
 @every_model
 @every_attention
 @pytest.mark.parametrize("pruner", SUPPORTED, ids=label)

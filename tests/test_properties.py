@@ -25,6 +25,9 @@ from vtprune.method.views import (
 )
 from vtprune.report.report import SampleReport
 
+# Every method and every model meet in tests/test_support.py.
+pytestmark = pytest.mark.lean
+
 ALL = DROPS[-1:] + PRUNERS + CACHE
 every_model = pytest.mark.parametrize("kind", MODELS)
 every_pruner = pytest.mark.parametrize("pruner", ALL, ids=label)
@@ -46,7 +49,6 @@ def _whole(pruner: Pruner) -> Pruner:
     return dataclasses.replace(pruner, keep=1.0)
 
 
-@pytest.mark.lean
 @every_model
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("pruner", [_whole(one) for one in PRUNERS + CACHE], ids=label)
