@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from vtprune.provenance import __version__ as __version__
     from vtprune.pruners import D2O as D2O
     from vtprune.pruners import EVS as EVS
+    from vtprune.pruners import VTW as VTW
     from vtprune.pruners import CDPruner as CDPruner
     from vtprune.pruners import CoViPAL as CoViPAL
     from vtprune.pruners import DivPrune as DivPrune

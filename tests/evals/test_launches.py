@@ -45,6 +45,7 @@ BOUNDS = {
     "visionzip": Bound(1.10, 2),
     "gemfilter": Bound(1.35, 3),  # the layers before its own run twice, and look at the mask once more
     "pyramid_drop": Bound(1.11, 2),
+    "vtw": Bound(1.02, 1),
     "sparsevlm": Bound(1.19, 3),
     "vflowopt": Bound(1.14, 4),
     "mustdrop": Bound(1.25, 3),

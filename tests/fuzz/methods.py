@@ -19,7 +19,7 @@ ENCODER = ("flowcut", "visionzip", "turbo", "mustdrop")
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
-DECODER = ("fastv", "pyramid_drop", "sparsevlm", "lazyllm", "pmod", "gamma_mod")
+DECODER = ("fastv", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod")
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
 # Their own weights, or the gates that they bring, change what is computed even where everything is kept.
@@ -129,6 +129,10 @@ def _lazyllm(rng: Random, shape: Architecture, keep: int | float | None) -> Opti
     return _staged(rng, shape, keep, ()) if keep is not None else {"ratio": round(rng.uniform(0.1, 0.6), 2)}
 
 
+def _vtw(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    return {"layer": rng.randrange(1, shape.depth)} if keep is None else {}
+
+
 def _pmod(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     options: Options = {"variant": rng.choice(["paper", "released"]), "norm": rng.choice(["tanh", "sigmoid"])}
     if keep is not None and rng.random() < 0.5:
@@ -219,6 +223,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "pyramid_drop": _pyramid_drop,
     "sparsevlm": _sparsevlm,
     "lazyllm": _lazyllm,
+    "vtw": _vtw,
     "pmod": _pmod,
     "gamma_mod": _gamma_mod,
     "flowcut": _flowcut,

@@ -40,7 +40,7 @@ class Selection:
     sound: that the indices are ascending, distinct and inside N by the way they were made, so that the device need not
     be asked. mix: what made `vectors`, for other values (N, D) that belong to the same tokens (what a decoder adds to
     them between its layers); None: as the merges say, with constant weights. ranking: (N,) the scores that the choice
-    was made by, where it is one of the best.
+    was made by, where it is one of the best. withdraws: that no token is kept on purpose.
     """
 
     kept: Tensor
@@ -52,11 +52,17 @@ class Selection:
     sound: bool = False
     mix: Callable[[Tensor], Tensor] | None = None
     ranking: Tensor | None = None
+    withdraws: bool = False
 
     @classmethod
     def best(cls, scores: Tensor, count: int) -> Selection:
         """The `count` tokens with the highest of (N,) scores; ties go to the lowest index."""
         return cls(top(scores, count), sound=True, ranking=scores)
+
+    @classmethod
+    def nothing(cls, like: Tensor) -> Selection:
+        """No token at all: the image leaves the decoder. For stages between layers alone; like: any tensor of it."""
+        return cls(torch.empty(0, dtype=torch.long, device=like.device), sound=True, withdraws=True)
 
     def merged(self) -> tuple[Merge, ...]:
         """The merges themselves."""
@@ -70,6 +76,8 @@ class Selection:
     def check(self, tokens: int) -> None:
         """Raises VTPruneError unless the indices are ascending, distinct and inside `tokens`."""
         kept = self.kept
+        if self.withdraws and kept.numel() == 0:
+            return
         if kept.ndim != 1 or kept.numel() == 0:
             raise VTPruneError(f"a selection keeps at least one token of {tokens}, got shape {tuple(kept.shape)}")
         if not self.sound:

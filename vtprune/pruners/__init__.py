@@ -26,10 +26,12 @@ from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
+from vtprune.pruners.vtw import VTW
 
 __all__ = [
     "D2O",
     "EVS",
+    "VTW",
     "CDPruner",
     "CoViPAL",
     "DivPrune",
