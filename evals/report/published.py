@@ -41,6 +41,7 @@ UNREPORTED = {
     "pmod": "it is trained; no table of it could be read",
     "pyramid_drop": "its README prints savings alone",
     "turbo": "its abstract gives round figures alone",
+    "vispruner": "its abstract gives round figures alone",
     "vflowopt": "its README gives round figures alone",
 }
 # A token count, or a share of all tokens, may be off by this share of itself.

@@ -43,6 +43,7 @@ BOUNDS = {
     "divprune": Bound(1.06, 2),
     "cdpruner": Bound(1.08, 2),
     "visionzip": Bound(1.10, 2),
+    "vispruner": Bound(1.05, 3),
     "gemfilter": Bound(1.35, 3),  # the layers before its own run twice, and look at the mask once more
     "pyramid_drop": Bound(1.11, 2),
     "sparsevlm": Bound(1.19, 3),
@@ -63,7 +64,7 @@ ON_VIDEOS = {
     "frame_skip": Bound(1.03, 2),
 }
 # What the towers that pack images add to read-backs on Qwen2.5-VL: each cut says where windows end.
-PACKED = {"visionzip": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40}
+PACKED = {"visionzip": 3, "vispruner": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40}
 
 
 def test_views_launch_nothing_and_everything_else_does() -> None:

@@ -15,7 +15,7 @@ Options = dict[str, Any]
 
 # Methods by where they act, in the order in which tokens meet them: in the encoder, before the decoder, inside it, in
 # the cache that it leaves.
-ENCODER = ("flowcut", "visionzip", "turbo", "mustdrop")
+ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "mustdrop")
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
@@ -223,6 +223,10 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "gamma_mod": _gamma_mod,
     "flowcut": _flowcut,
     "visionzip": _visionzip,
+    "vispruner": lambda rng, shape, keep: {
+        "important_ratio": rng.choice([0.5, 1.0, round(rng.random(), 2)]),
+        "variant": _released(rng),
+    },
     "turbo": _turbo,
     "mustdrop": _mustdrop,
     "vflowopt": _vflowopt,

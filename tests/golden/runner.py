@@ -22,6 +22,7 @@ from tests.golden import (
     sparsevlm,
     vflowopt,
     visionzip,
+    vispruner,
 )
 from tests.golden.case import Case, Mismatch, UnknownCase
 
@@ -40,6 +41,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "sparsevlm": sparsevlm.run,
     "vflowopt": vflowopt.run,
     "visionzip": visionzip.run,
+    "vispruner": vispruner.run,
 }
 
 

@@ -26,6 +26,7 @@ from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
+from vtprune.pruners.vispruner import VisPruner
 
 __all__ = [
     "D2O",
@@ -53,5 +54,6 @@ __all__ = [
     "SparseVLM",
     "Turbo",
     "VFlowOpt",
+    "VisPruner",
     "VisionZip",
 ]
