@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import NoPruning as NoPruning
     from vtprune.pruners import PMoD as PMoD
     from vtprune.pruners import Pool as Pool
+    from vtprune.pruners import PruMerge as PruMerge
     from vtprune.pruners import PyramidDrop as PyramidDrop
     from vtprune.pruners import Random as Random
     from vtprune.pruners import SparseVLM as SparseVLM

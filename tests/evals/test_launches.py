@@ -44,6 +44,7 @@ BOUNDS = {
     "cdpruner": Bound(1.08, 2),
     "visionzip": Bound(1.10, 2),
     "vispruner": Bound(1.05, 3),
+    "prumerge": Bound(1.05, 3),
     "gemfilter": Bound(1.35, 3),  # the layers before its own run twice, and look at the mask once more
     "pyramid_drop": Bound(1.11, 2),
     "sparsevlm": Bound(1.19, 3),

@@ -17,7 +17,7 @@ Options = dict[str, Any]
 # the cache that it leaves.
 ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "mustdrop")
 INPUT = (
-    "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "vflowopt", "gemfilter", "covipal",
+    "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
 DECODER = ("fastv", "pyramid_drop", "sparsevlm", "lazyllm", "pmod", "gamma_mod")
 CACHE = ("d2o",)
@@ -227,6 +227,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
         "important_ratio": rng.choice([0.5, 1.0, round(rng.random(), 2)]),
         "variant": _released(rng),
     },
+    "prumerge": lambda rng, shape, keep: {"plus": rng.random() < 0.5, "merge": rng.random() < 0.8},
     "turbo": _turbo,
     "mustdrop": _mustdrop,
     "vflowopt": _vflowopt,

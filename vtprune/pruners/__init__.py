@@ -20,6 +20,7 @@ from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pmod import PMoD
 from vtprune.pruners.pool import Pool
+from vtprune.pruners.prumerge import PruMerge
 from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
 from vtprune.pruners.sparsevlm import SparseVLM
@@ -49,6 +50,7 @@ __all__ = [
     "NoPruning",
     "PMoD",
     "Pool",
+    "PruMerge",
     "PyramidDrop",
     "Random",
     "SparseVLM",
