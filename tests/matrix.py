@@ -36,6 +36,7 @@ PRUNERS: list[Pruner] = [
     vtprune.VFlowOpt(keep=0.4, first=1.5, second=0.8, alpha=-0.5, cell=2.5),
     vtprune.Turbo(keep=0.5),
     vtprune.Turbo(keep=0.4, merge=False),
+    vtprune.ToMe(keep=0.5),
     vtprune.MustDrop(keep=0.4),
     vtprune.MustDrop(),
     vtprune.MustDrop(keep=0.5, merge=False),

@@ -35,9 +35,9 @@ NO_PLACE = {
 }
 # Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.
 POOLED = "refused by name: a token of a video is the mean of several patches, which cannot be dropped by themselves"
-IN_ENCODER = ("flowcut", "turbo", "visionzip", "vispruner", "mustdrop", "test_drops")
+IN_ENCODER = ("flowcut", "turbo", "tome", "visionzip", "vispruner", "mustdrop", "test_drops")
 # Those of them that drop nothing by itself.
-MERGING = {"mustdrop": "mustdrop:merge_threshold=0.1"}
+MERGING = {"mustdrop": "mustdrop:merge_threshold=0.1", "tome": "tome:keep=9"}
 NO_DECODER = "refused by name: it acts before or inside a decoder, and there is none"
 KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 

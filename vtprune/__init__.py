@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import PyramidDrop as PyramidDrop
     from vtprune.pruners import Random as Random
     from vtprune.pruners import SparseVLM as SparseVLM
+    from vtprune.pruners import ToMe as ToMe
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt
     from vtprune.pruners import VisionZip as VisionZip

@@ -40,6 +40,7 @@ UNREPORTED = {
     "mustdrop": "no table of it could be read",
     "pmod": "it is trained; no table of it could be read",
     "pyramid_drop": "its README prints savings alone",
+    "tome": "its paper classifies pictures, and measures no language model",
     "turbo": "its abstract gives round figures alone",
     "vispruner": "its abstract gives round figures alone",
     "vflowopt": "its README gives round figures alone",

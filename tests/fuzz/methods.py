@@ -15,7 +15,7 @@ Options = dict[str, Any]
 
 # Methods by where they act, in the order in which tokens meet them: in the encoder, before the decoder, inside it, in
 # the cache that it leaves.
-ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "mustdrop")
+ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "tome", "mustdrop")
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
@@ -167,6 +167,14 @@ def _turbo(rng: Random, shape: Architecture, keep: int | float | None) -> Option
     return options
 
 
+def _tome(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    options: Options = {"proportional": rng.random() < 0.7}
+    if keep is None:
+        options["r"] = rng.choice([rng.randint(1, 4), (3, 1)])
+        options["inflect"] = rng.choice([-1.0, 0.0, 0.5]) if isinstance(options["r"], int) else 0.0
+    return options
+
+
 def _mustdrop(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     options: Options = {
         "merge": rng.random() < 0.6, "merge_threshold": round(rng.uniform(0.1, 0.9), 2),
@@ -229,6 +237,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     },
     "prumerge": lambda rng, shape, keep: {"plus": rng.random() < 0.5, "merge": rng.random() < 0.8},
     "turbo": _turbo,
+    "tome": _tome,
     "mustdrop": _mustdrop,
     "vflowopt": _vflowopt,
     "holov": _holov,

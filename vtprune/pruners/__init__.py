@@ -24,6 +24,7 @@ from vtprune.pruners.prumerge import PruMerge
 from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
 from vtprune.pruners.sparsevlm import SparseVLM
+from vtprune.pruners.tome import ToMe
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
@@ -54,6 +55,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "SparseVLM",
+    "ToMe",
     "Turbo",
     "VFlowOpt",
     "VisPruner",
