@@ -35,7 +35,9 @@ NO_PLACE = {
 }
 # Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.
 POOLED = "refused by name: a token of a video is the mean of several patches, which cannot be dropped by themselves"
-IN_ENCODER = ("flowcut", "turbo", "visionzip", "mustdrop", "test_drops")
+IN_ENCODER = ("flowcut", "turbo", "tome", "visionzip", "vispruner", "mustdrop", "test_drops")
+# Those of them that drop nothing by itself.
+MERGING = {"mustdrop": "mustdrop:merge_threshold=0.1", "tome": "tome:keep=9"}
 NO_DECODER = "refused by name: it acts before or inside a decoder, and there is none"
 KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 
@@ -210,10 +212,11 @@ def test_a_tower_alone_runs_what_acts_in_it_and_refuses_the_rest(
                 vtprune.wrap(model, method)
             says(NO_DECODER)
             return
-        elif method == "mustdrop":
-            assert_rows_alone(model, pixels, "mustdrop:merge_threshold=0.1")
+        elif method in MERGING:
+            assert_rows_alone(model, pixels, MERGING[method])
         else:
             drops = {"flowcut": "keep=7", "turbo": "keep=9,merge=False", "visionzip": "keep=9,merge=False,cls=False"}
+            drops["vispruner"] = "keep=9"
             alive = watched(monkeypatch, 3, layers=6, tokens=36)
             with vtprune.wrapped(model, f"{method}:{drops[method]}"):
                 found = model.encode_image(pixels)

@@ -82,12 +82,15 @@ if TYPE_CHECKING:
     from vtprune.pruners import NoPruning as NoPruning
     from vtprune.pruners import PMoD as PMoD
     from vtprune.pruners import Pool as Pool
+    from vtprune.pruners import PruMerge as PruMerge
     from vtprune.pruners import PyramidDrop as PyramidDrop
     from vtprune.pruners import Random as Random
     from vtprune.pruners import SparseVLM as SparseVLM
+    from vtprune.pruners import ToMe as ToMe
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt
     from vtprune.pruners import VisionZip as VisionZip
+    from vtprune.pruners import VisPruner as VisPruner
     from vtprune.report.costs import flops as flops
     from vtprune.report.costs import kv_bytes as kv_bytes
     from vtprune.report.report import Report as Report

@@ -181,8 +181,9 @@ def _wrap_tower(tower: Tower, given: list[Pruner], asked: list[str]) -> TowerWra
     idle = next((one.name for one in pruners if acts(one) and not encoder_layers(one)), None)
     if idle is not None:
         raise VTPruneError(
-            f"{idle} acts before or inside a decoder, and {tower.name} models have none; flowcut, turbo, visionzip "
-            "and mustdrop act inside the encoder, and vtprune.select runs methods that choose by features alone"
+            f"{idle} acts before or inside a decoder, and {tower.name} models have none; flowcut, turbo, tome, "
+            "visionzip, vispruner and mustdrop act inside the encoder, and vtprune.select runs methods that choose by "
+            "features alone"
         )
     check_order(pruners)
     kind = TimmHooks if isinstance(tower, TimmTower) else OpenClipHooks

@@ -40,8 +40,10 @@ UNREPORTED = {
     "mustdrop": "no table of it could be read",
     "pmod": "it is trained; no table of it could be read",
     "pyramid_drop": "its README prints savings alone",
+    "tome": "its paper classifies pictures, and measures no language model",
     "turbo": "its abstract gives round figures alone",
     "vtw": "no table of it could be read",
+    "vispruner": "its abstract gives round figures alone",
     "vflowopt": "its README gives round figures alone",
 }
 # A token count, or a share of all tokens, may be off by this share of itself.

@@ -25,7 +25,9 @@ from vtprune.loading.pictures import open_picture
 METHODS: dict[str, dict[str, Any]] = {
     "flowcut": {"keep": 9},
     "turbo": {"keep": 9},
+    "tome": {"keep": 9},
     "visionzip": {"keep": 9},
+    "vispruner": {"keep": 9},
     "mustdrop": {"merge_threshold": 0.1},
 }
 LAYOUTS = list(product(("tok", "avg"), (True, False)))

@@ -43,6 +43,8 @@ BOUNDS = {
     "divprune": Bound(1.06, 2),
     "cdpruner": Bound(1.08, 2),
     "visionzip": Bound(1.10, 2),
+    "vispruner": Bound(1.05, 3),
+    "prumerge": Bound(1.05, 3),
     "gemfilter": Bound(1.35, 3),  # the layers before its own run twice, and look at the mask once more
     "pyramid_drop": Bound(1.11, 2),
     "vtw": Bound(1.02, 1),
@@ -55,6 +57,7 @@ BOUNDS = {
     "gamma_mod": Bound(1.26, 2, first=1.08, later=1.08),
     "flowcut": Bound(1.31, 12),  # ten layers drop by a threshold
     "turbo": Bound(1.79, 2),
+    "tome": Bound(1.70, 2),
 }
 # What compares frames, on a video on Qwen2.5-VL's depth, where the wrapper alone reads back twice.
 ON_VIDEOS = {
@@ -64,7 +67,7 @@ ON_VIDEOS = {
     "frame_skip": Bound(1.03, 2),
 }
 # What the towers that pack images add to read-backs on Qwen2.5-VL: each cut says where windows end.
-PACKED = {"visionzip": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40}
+PACKED = {"visionzip": 3, "vispruner": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40, "tome": 40}
 
 
 def test_views_launch_nothing_and_everything_else_does() -> None:

@@ -15,9 +15,9 @@ Options = dict[str, Any]
 
 # Methods by where they act, in the order in which tokens meet them: in the encoder, before the decoder, inside it, in
 # the cache that it leaves.
-ENCODER = ("flowcut", "visionzip", "turbo", "mustdrop")
+ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "tome", "mustdrop")
 INPUT = (
-    "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "vflowopt", "gemfilter", "covipal",
+    "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
 DECODER = ("fastv", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod")
 CACHE = ("d2o",)
@@ -171,6 +171,14 @@ def _turbo(rng: Random, shape: Architecture, keep: int | float | None) -> Option
     return options
 
 
+def _tome(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    options: Options = {"proportional": rng.random() < 0.7}
+    if keep is None:
+        options["r"] = rng.choice([rng.randint(1, 4), (3, 1)])
+        options["inflect"] = rng.choice([-1.0, 0.0, 0.5]) if isinstance(options["r"], int) else 0.0
+    return options
+
+
 def _mustdrop(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     options: Options = {
         "merge": rng.random() < 0.6, "merge_threshold": round(rng.uniform(0.1, 0.9), 2),
@@ -228,7 +236,13 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "gamma_mod": _gamma_mod,
     "flowcut": _flowcut,
     "visionzip": _visionzip,
+    "vispruner": lambda rng, shape, keep: {
+        "important_ratio": rng.choice([0.5, 1.0, round(rng.random(), 2)]),
+        "variant": _released(rng),
+    },
+    "prumerge": lambda rng, shape, keep: {"plus": rng.random() < 0.5, "merge": rng.random() < 0.8},
     "turbo": _turbo,
+    "tome": _tome,
     "mustdrop": _mustdrop,
     "vflowopt": _vflowopt,
     "holov": _holov,

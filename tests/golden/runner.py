@@ -18,10 +18,13 @@ from tests.golden import (
     holov,
     mustdrop,
     pmod,
+    prumerge,
     pyramiddrop,
     sparsevlm,
+    tome,
     vflowopt,
     visionzip,
+    vispruner,
 )
 from tests.golden.case import Case, Mismatch, UnknownCase
 
@@ -36,10 +39,13 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "holov": holov.run,
     "mustdrop": mustdrop.run,
     "pmod": pmod.run,
+    "prumerge": prumerge.run,
     "pyramiddrop": pyramiddrop.run,
     "sparsevlm": sparsevlm.run,
+    "tome": tome.run,
     "vflowopt": vflowopt.run,
     "visionzip": visionzip.run,
+    "vispruner": vispruner.run,
 }
 
 

@@ -19,6 +19,7 @@ SAMPLE = [
     ("llava-clip", vtprune.VisionZip(keep=0.25)),
     ("qwen2.5-vl", vtprune.Turbo(keep=0.5)),
     ("llava-siglip", vtprune.VFlowOpt(keep=0.25)),
+    ("llava-clip", vtprune.PruMerge()),
     ("llava-clip", vtprune.SparseVLM()),
     ("llava-siglip", Drops(layers=(0, 2), first=True, merge=True)),
     ("qwen2.5-vl", vtprune.D2O()),

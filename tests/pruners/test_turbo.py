@@ -19,7 +19,7 @@ from tests.streams import few
 from vtprune.errors import ScoreError, VTPruneError
 from vtprune.method.facts import ModelFacts, Work
 from vtprune.pruners import Turbo
-from vtprune.pruners.turbo import after, count_now, least
+from vtprune.pruners.parts.bipartite import after, count_now, least
 
 FACTS = ModelFacts(has_cls=True, encoder_depth=23, decoder_depth=32, group=1)
 
@@ -50,7 +50,7 @@ def test_the_plan_meets_every_keep_that_halving_can_reach(tokens: int, layers: i
     left = [tokens, *plan(tokens, keep, layers)]
     assert left[-1] == keep
     assert all(0 <= a - b <= a // 2 for a, b in itertools.pairwise(left))
-    assert after(tokens, tokens, layers) == least(tokens, layers)
+    assert after(tokens, [tokens] * layers) == least(tokens, layers)
 
 
 def test_the_released_runs() -> None:
@@ -218,7 +218,7 @@ def test_r_merges_as_many_in_each_layer(kind: str) -> None:
         model(**prompt(kind, ROWS[kind]))
     for sample in vtprune.report(model).samples:
         for image in sample.images:
-            assert len(image.kept) == after(image.tokens, 3, 4)
+            assert len(image.kept) == after(image.tokens, [3] * 4)
 
 
 def test_scoring_is_a_row_and_the_similarities_of_every_layer() -> None:

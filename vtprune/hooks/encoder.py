@@ -45,18 +45,18 @@ class EncoderHooks:
         ]
         read = frozenset[Read]().union(*(reads(pruner) for pruner in pruners))
         self.reads = bool(read & {Read.ENCODER, Read.ENCODER_FLOWS})
-        self.reads_last = Read.LAST_LAYER in read
+        self.reads_last = bool(read & {Read.LAST_LAYER, Read.LAST_LAYER_FLOWS})
         # Layers whose inputs are cut: all of them or none; layers whose q, k and v are read.
         self.prunes = bool(self.scored)
         self.tapped = {index for index, _, _ in self.scored}
         self.tapped |= ({depth - 1} if self.reads else set()) | ({last} if self.reads_last else set())
         self.opened = {index for index, _, pruner in self.scored if pruner.before_mlp}
         self.sized = any(pruner.weighs_keys for _, _, pruner in self.scored)
-        # Whether what methods read of the features' layer is more than a choice: gradients then reach q, k and v.
-        self.weighs = Read.ENCODER_FLOWS in read
-        self.checkpoints = Checkpoints(
-            adapter.encoder_layers, state, frozenset({depth - 1} if self.weighs else set[int]())
-        )
+        # Layers of which methods read more than a choice: gradients then reach their q, k and v.
+        flowing = {Read.ENCODER_FLOWS: depth - 1, Read.LAST_LAYER_FLOWS: last}
+        weighed = frozenset(layer for one, layer in flowing.items() if one in read)
+        self.weighs = bool(weighed)
+        self.checkpoints = Checkpoints(adapter.encoder_layers, state, weighed)
 
     @contextmanager
     def under_way(self, encoding: Encoding) -> Iterator[None]:

@@ -25,6 +25,7 @@ NEEDED = {
     Read.ENCODER: "signals",
     Read.ENCODER_FLOWS: "signals",
     Read.LAST_LAYER: "last_signals",
+    Read.LAST_LAYER_FLOWS: "last_signals",
     Read.PICTURE: "picture",
     Read.PIXELS: "pixels",
 }

@@ -26,8 +26,9 @@ class Read(Enum):
     # `select` answers are weighed by them. Anything else that a method reads of attention is a constant to gradients.
     ENCODER = auto()
     ENCODER_FLOWS = auto()
-    # q, k and v of the vision tower's last layer, which may lie past the one that feeds the decoder.
+    # q, k and v of the vision tower's last layer, which may lie past the one that feeds the decoder; FLOWS: as above.
     LAST_LAYER = auto()
+    LAST_LAYER_FLOWS = auto()
     # The image's real colours; its pixels as the encoder got them, laid out by its grid.
     PICTURE = auto()
     PIXELS = auto()
@@ -57,7 +58,7 @@ NOTHING: frozenset[Read] = frozenset()
 
 @dataclass(frozen=True)
 class InEncoder(Pruner):
-    """Drops or merges tokens inside the vision encoder (FlowCut, Turbo, VisionZip, MustDrop)."""
+    """Drops or merges tokens inside the vision encoder (FlowCut, Turbo, ToMe, VisionZip, VisPruner, MustDrop)."""
 
     # Whether `prune_encoder` is called, and carried out, between attention and MLP of an encoder layer.
     before_mlp: ClassVar[bool] = False
@@ -90,15 +91,15 @@ class InEncoder(Pruner):
 
 @dataclass(frozen=True)
 class BeforeDecoder(Pruner):
-    """Chooses the tokens that enter the decoder (FoPru, HoloV, DivPrune, CDPruner, GemFilter, CoViPAL, EVS, DyCoke,
-    baselines)."""
+    """Chooses the tokens that enter the decoder (FoPru, HoloV, DivPrune, CDPruner, PruMerge, GemFilter, CoViPAL, EVS,
+    DyCoke, baselines)."""
 
     # Whether it compares frames: images then stay whole.
     videos_only: ClassVar[bool] = False
 
     @property
     def input_reads(self) -> frozenset[Read]:
-        """ENCODER, LAST_LAYER, PICTURE, WHOLE_GRID, GRID; nothing by default."""
+        """ENCODER, LAST_LAYER (or FLOWS of either), PICTURE, WHOLE_GRID, GRID; nothing by default."""
         return NOTHING
 
     def probe_layer(self) -> int | None:

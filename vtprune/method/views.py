@@ -343,11 +343,21 @@ class LayerSignals:
         return self.prefix > 0
 
     def pool(self, patch_scores: Tensor) -> Tensor:
-        """Mean of patch scores, unit by unit, over each vision token's patches: (N,)."""
+        """Mean of patch scores (N * group, ...), unit by unit, over each vision token's patches: (N, ...)."""
         if self.sources is not None:
             scores = patch_scores[self.sources]
-            return scores.mean(dim=1) if self.weights is None else (scores * self.weights.to(scores)).sum(dim=1)
-        return reduce(patch_scores, "(n g) -> n", "mean", g=self.group)
+            if self.weights is None:
+                return scores.mean(dim=1)
+            return torch.einsum("nk...,nk->n...", scores, self.weights.to(scores))
+        return reduce(patch_scores, "(n g) ... -> n ...", "mean", g=self.group)
+
+    def token_keys(self) -> Tensor:
+        """The keys of each vision token, mean over its patches, heads side by side: (N, H * d) fp32."""
+
+        def keys(query: Tensor, key: Tensor) -> tuple[Tensor]:
+            return (rearrange(key[..., self.prefix :, :].float(), "... h n d -> ... n (h d)"),)
+
+        return self.pool(self._by_unit(keys)[0])
 
     def cls_attention(self) -> Tensor:
         """Mean over heads of the CLS row, softmaxed over all tokens, CLS column dropped: (N,)."""
@@ -381,14 +391,14 @@ class LayerSignals:
         return self.cls_attention() if self.has_cls else self.received_attention()
 
     def _by_unit(self, score: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Scores (N * group,) of queries and keys (..., H, n, d), unit by unit; units of one length go together."""
+        """Scores (N * group, ...) of queries and keys (..., H, n, d), unit by unit; those of one length together."""
         if not self.lengths:
             return score(self.query, self.key)
         if min(self.lengths) == max(self.lengths):
             query, key = (
                 rearrange(states, "h (u n) d -> u h n d", u=len(self.lengths)) for states in (self.query, self.key)
             )
-            return tuple(part.flatten() for part in score(query, key))
+            return tuple(part.flatten(0, 1) for part in score(query, key))
         return tuple(map(torch.cat, zip(*(score(unit.query, unit.key) for unit in self.units), strict=True)))
 
     def cut(self, tokens: Tensor) -> LayerSignals:

@@ -20,12 +20,15 @@ from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pmod import PMoD
 from vtprune.pruners.pool import Pool
+from vtprune.pruners.prumerge import PruMerge
 from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
 from vtprune.pruners.sparsevlm import SparseVLM
+from vtprune.pruners.tome import ToMe
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
+from vtprune.pruners.vispruner import VisPruner
 from vtprune.pruners.vtw import VTW
 
 __all__ = [
@@ -50,10 +53,13 @@ __all__ = [
     "NoPruning",
     "PMoD",
     "Pool",
+    "PruMerge",
     "PyramidDrop",
     "Random",
     "SparseVLM",
+    "ToMe",
     "Turbo",
     "VFlowOpt",
+    "VisPruner",
     "VisionZip",
 ]
