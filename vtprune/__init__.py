@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from vtprune.method.views import VisionStream as VisionStream
     from vtprune.provenance import __version__ as __version__
     from vtprune.pruners import D2O as D2O
+    from vtprune.pruners import DART as DART
     from vtprune.pruners import EVS as EVS
     from vtprune.pruners import CDPruner as CDPruner
     from vtprune.pruners import CoViPAL as CoViPAL

@@ -40,6 +40,7 @@ BOUNDS = {
     "covipal": Bound(1.04, 2),
     "holov": Bound(1.05, 2),
     "fastv": Bound(1.04, 2),
+    "dart": Bound(1.07, 2),
     "divprune": Bound(1.06, 2),
     "cdpruner": Bound(1.08, 2),
     "visionzip": Bound(1.10, 2),

@@ -19,7 +19,7 @@ ENCODER = ("flowcut", "visionzip", "turbo", "mustdrop")
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
-DECODER = ("fastv", "pyramid_drop", "sparsevlm", "lazyllm", "pmod", "gamma_mod")
+DECODER = ("fastv", "dart", "pyramid_drop", "sparsevlm", "lazyllm", "pmod", "gamma_mod")
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
 # Their own weights, or the gates that they bring, change what is computed even where everything is kept.
@@ -108,6 +108,13 @@ def _released(rng: Random) -> str:
 
 def _fastv(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     return _staged(rng, shape, keep, ()) if keep is not None else {"ratio": round(rng.uniform(0.1, 0.9), 2)}
+
+
+def _dart(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    options = _fastv(rng, shape, keep)
+    if options.get("schedule") == "entropy":
+        options["schedule"] = "steps"
+    return {**options, "pivots": rng.randint(1, 5), "text_pivots": rng.randint(0, 5), "variant": _released(rng)}
 
 
 def _pyramid_drop(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
@@ -216,6 +223,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "divprune": lambda rng, shape, keep: {"variant": _released(rng)},
     "cdpruner": lambda rng, shape, keep: {"variant": _released(rng)},
     "fastv": _fastv,
+    "dart": _dart,
     "pyramid_drop": _pyramid_drop,
     "sparsevlm": _sparsevlm,
     "lazyllm": _lazyllm,

@@ -117,7 +117,7 @@ class BeforeDecoder(Pruner):
 
 @dataclass(frozen=True)
 class BetweenLayers(Pruner):
-    """Drops tokens between decoder layers (FastV, PyramidDrop, SparseVLM, LazyLLM, VFlowOpt, MustDrop)."""
+    """Drops tokens between decoder layers (FastV, DART, PyramidDrop, SparseVLM, LazyLLM, VFlowOpt, MustDrop)."""
 
     # Whose queries `prune_decoder` looks at.
     query: ClassVar[Query] = Query.ALL

@@ -3,6 +3,7 @@
 from vtprune.pruners.cdpruner import CDPruner
 from vtprune.pruners.covipal import CoViPAL
 from vtprune.pruners.d2o import D2O
+from vtprune.pruners.dart import DART
 from vtprune.pruners.divprune import DivPrune
 from vtprune.pruners.dycoke import DyCoke
 from vtprune.pruners.evs import EVS
@@ -29,6 +30,7 @@ from vtprune.pruners.visionzip import VisionZip
 
 __all__ = [
     "D2O",
+    "DART",
     "EVS",
     "CDPruner",
     "CoViPAL",
