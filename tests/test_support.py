@@ -35,7 +35,7 @@ NO_PLACE = {
 }
 # Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.
 POOLED = "refused by name: a token of a video is the mean of several patches, which cannot be dropped by themselves"
-IN_ENCODER = ("flowcut", "turbo", "visionzip", "mustdrop", "test_drops")
+IN_ENCODER = ("flowcut", "turbo", "visionzip", "mustdrop", "vscan", "test_drops")
 NO_DECODER = "refused by name: it acts before or inside a decoder, and there is none"
 KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 
@@ -214,6 +214,7 @@ def test_a_tower_alone_runs_what_acts_in_it_and_refuses_the_rest(
             assert_rows_alone(model, pixels, "mustdrop:merge_threshold=0.1")
         else:
             drops = {"flowcut": "keep=7", "turbo": "keep=9,merge=False", "visionzip": "keep=9,merge=False,cls=False"}
+            drops["vscan"] = "keep=9,merge=False,window=2"
             alive = watched(monkeypatch, 3, layers=6, tokens=36)
             with vtprune.wrapped(model, f"{method}:{drops[method]}"):
                 found = model.encode_image(pixels)

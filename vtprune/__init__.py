@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt
     from vtprune.pruners import VisionZip as VisionZip
+    from vtprune.pruners import VScan as VScan
     from vtprune.report.costs import flops as flops
     from vtprune.report.costs import kv_bytes as kv_bytes
     from vtprune.report.report import Report as Report

@@ -47,6 +47,7 @@ BOUNDS = {
     "gemfilter": Bound(1.35, 3),  # the layers before its own run twice, and look at the mask once more
     "pyramid_drop": Bound(1.11, 2),
     "sparsevlm": Bound(1.19, 3),
+    "vscan": Bound(1.14, 2),
     "vflowopt": Bound(1.14, 4),
     "mustdrop": Bound(1.25, 3),
     "lazyllm": Bound(1.14, 2, first=1.34, first_reads=4, later=1.34, later_reads=4),
@@ -64,7 +65,7 @@ ON_VIDEOS = {
     "frame_skip": Bound(1.03, 2),
 }
 # What the towers that pack images add to read-backs on Qwen2.5-VL: each cut says where windows end.
-PACKED = {"visionzip": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40}
+PACKED = {"visionzip": 3, "vscan": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40}
 
 
 def test_views_launch_nothing_and_everything_else_does() -> None:

@@ -15,7 +15,7 @@ Options = dict[str, Any]
 
 # Methods by where they act, in the order in which tokens meet them: in the encoder, before the decoder, inside it, in
 # the cache that it leaves.
-ENCODER = ("flowcut", "visionzip", "turbo", "mustdrop")
+ENCODER = ("flowcut", "visionzip", "turbo", "mustdrop", "vscan")
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
@@ -72,7 +72,7 @@ def _shares(rng: Random, names: list[str]) -> Iterator[int | float | None]:
 
 def _spreads(name: str) -> bool:
     """Whether what it keeps is a mean over layers, which may be out of reach."""
-    return name in DECODER or name in ("vflowopt", "mustdrop")
+    return name in DECODER or name in ("vflowopt", "mustdrop", "vscan")
 
 
 def _create(rng: Random, shape: Architecture, name: str, keep: int | float | None) -> Pruner:
@@ -186,6 +186,13 @@ def _mustdrop(rng: Random, shape: Architecture, keep: int | float | None) -> Opt
     return options
 
 
+def _vscan(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    return {
+        "left": round(rng.uniform(0.1, 1), 2), "local": round(rng.uniform(0, 1), 2),
+        "window": rng.choice([None, 1, 2, 3]), "merge": rng.random() < 0.8, "variant": _released(rng),
+    }  # fmt: skip
+
+
 def _vflowopt(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     options: Options = {"recycle": rng.random() < 0.7, "variant": _released(rng)}
     options["alpha"] = round(rng.uniform(-0.5, 2), 1)
@@ -233,6 +240,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "visionzip": _visionzip,
     "turbo": _turbo,
     "mustdrop": _mustdrop,
+    "vscan": _vscan,
     "vflowopt": _vflowopt,
     "holov": _holov,
     "gemfilter": _gemfilter,

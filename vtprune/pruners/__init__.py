@@ -27,6 +27,7 @@ from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
+from vtprune.pruners.vscan import VScan
 
 __all__ = [
     "D2O",
@@ -55,5 +56,6 @@ __all__ = [
     "SparseVLM",
     "Turbo",
     "VFlowOpt",
+    "VScan",
     "VisionZip",
 ]

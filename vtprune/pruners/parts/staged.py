@@ -103,11 +103,16 @@ class Scheduled(Pruner):
         """The mean of the method's own schedule."""
         return schedules.mean(self.ratios())
 
+    @property
+    def meets_whole(self) -> bool:
+        """Whether images come whole to the decoder, so that a share out of its reach can be refused at once."""
+        return self.model.first
+
     def resolve(self) -> dict[str, Any]:
         """Nothing; raises VTPruneError for layers that the decoder does not have, and for a share that its layers
         cannot meet (behind another method, whose share of the tokens is not known yet, only when an image comes that
         cannot be cut to its budget)."""
-        share = self.keep if isinstance(self.keep, float) and self.model.first else None
+        share = self.keep if isinstance(self.keep, float) and self.meets_whole else None
         self._named(schedules.check_layers, self.places(share), self.model.decoder_depth)
         schedules.check_ratios(self._named(self.ratios, share))
         return {}
