@@ -93,6 +93,11 @@ class DecoderSide(ABC):
 
         return norm
 
+    def final_normed(self, states: Tensor) -> Tensor:
+        """Hidden states (..., D) of any layer as the norm behind the last one, maybe on another device, makes them."""
+        normed: Tensor = self.inner.language_model.norm(states)
+        return normed.to(states.device)
+
     def decoder_mlp(self, layer: Any) -> nn.Module:
         """The MLP of one decoder layer, whose output is added to the residual."""
         mlp: nn.Module = layer.mlp

@@ -25,7 +25,7 @@ from vtprune.method.registry import (
 from vtprune.method.resolving import resolve
 from vtprune.method.stages import BeforeDecoder, Trained
 from vtprune.method.texts import Stage, parse_entry
-from vtprune.pruners.parts.staged import Staged
+from vtprune.pruners.parts.staged import Dropping
 
 BASELINES = ("random", "grid", "pool")
 # Options whose False leaves a method as it is but for merging, and where a run of everything compares the two.
@@ -174,7 +174,7 @@ def ablations() -> list[str]:
     for name in all_methods():
         method = pruner_class(name)
         options = {field.name for field in fields(method)}
-        keep = STAGED_ABLATION_KEEP if issubclass(method, Staged) else ABLATION_KEEP
+        keep = STAGED_ABLATION_KEEP if issubclass(method, Dropping) else ABLATION_KEEP
         found += [f"{name}:{option}=False:keep={keep}" for option in MERGE_OPTIONS if option in options]
     return found
 

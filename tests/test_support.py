@@ -35,7 +35,7 @@ NO_PLACE = {
 }
 # Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.
 POOLED = "refused by name: a token of a video is the mean of several patches, which cannot be dropped by themselves"
-IN_ENCODER = ("flowcut", "turbo", "tome", "visionzip", "vispruner", "mustdrop", "test_drops")
+IN_ENCODER = ("flowcut", "turbo", "tome", "visionzip", "vispruner", "mustdrop", "vscan", "test_drops")
 # Those of them that drop nothing by itself.
 MERGING = {"mustdrop": "mustdrop:merge_threshold=0.1", "tome": "tome:keep=9"}
 NO_DECODER = "refused by name: it acts before or inside a decoder, and there is none"
@@ -217,6 +217,7 @@ def test_a_tower_alone_runs_what_acts_in_it_and_refuses_the_rest(
         else:
             drops = {"flowcut": "keep=7", "turbo": "keep=9,merge=False", "visionzip": "keep=9,merge=False,cls=False"}
             drops["vispruner"] = "keep=9"
+            drops["vscan"] = "keep=9,merge=False,window=2"
             alive = watched(monkeypatch, 3, layers=6, tokens=36)
             with vtprune.wrapped(model, f"{method}:{drops[method]}"):
                 found = model.encode_image(pixels)

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from vtprune.method.views import VisionStream as VisionStream
     from vtprune.provenance import __version__ as __version__
     from vtprune.pruners import D2O as D2O
+    from vtprune.pruners import DART as DART
     from vtprune.pruners import EVS as EVS
     from vtprune.pruners import VTW as VTW
     from vtprune.pruners import CDPruner as CDPruner
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import VFlowOpt as VFlowOpt
     from vtprune.pruners import VisionZip as VisionZip
     from vtprune.pruners import VisPruner as VisPruner
+    from vtprune.pruners import VScan as VScan
     from vtprune.report.costs import flops as flops
     from vtprune.report.costs import kv_bytes as kv_bytes
     from vtprune.report.report import Report as Report

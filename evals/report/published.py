@@ -30,6 +30,7 @@ NOT_BUILT = "not built"
 UNREPORTED = {
     "covipal": "no table of it could be read",
     "d2o": "its paper measures language models",
+    "dart": "its README prints savings alone",
     "evs": "no table of it could be read",
     "fopru": "its summary gives round figures alone",
     "frame_pool": "printed together with a trained mixer alone",

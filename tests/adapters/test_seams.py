@@ -14,7 +14,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
-from tests.models import END, HYBRIDS, IMAGE, LONG, MODELS, ROWS, SHORT, START, VIDEO, make, prompt
+from tests.models import BUILDERS, END, HYBRIDS, IMAGE, LONG, MODELS, ROWS, SHORT, START, VIDEO, make, prompt
 from tests.oracle import TOLERANCE
 from vtprune import adapters
 from vtprune.adapters import sizes
@@ -118,6 +118,17 @@ def test_a_wrapped_decoder_with_norms_is_scored_by_what_they_give(
     query, key, _ = computed[seen[0].index]
     torch.testing.assert_close(seen[0].query, query[0, :, -seen[0].query.shape[1] :])
     torch.testing.assert_close(seen[0].key, key[0])
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+@torch.no_grad()
+def test_the_last_norm_is_what_the_last_layers_states_go_through(kind: str) -> None:
+    model, states = make(kind), list[Tensor]()
+    adapter = adapters.adapter_for(model)
+    adapter.language_model.norm.weight.data.uniform_(0.5, 2.0)
+    list(adapter.decoder_layers)[-1].register_forward_hook(lambda module, args, output: states.append(output))
+    given = model(**prompt(kind, ROWS[kind][:1]), output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(adapter.final_normed(states[0]), given)
 
 
 # ---- what a prompt shows

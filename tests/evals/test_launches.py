@@ -40,6 +40,7 @@ BOUNDS = {
     "covipal": Bound(1.04, 2),
     "holov": Bound(1.05, 2),
     "fastv": Bound(1.04, 2),
+    "dart": Bound(1.07, 2),
     "divprune": Bound(1.06, 2),
     "cdpruner": Bound(1.08, 2),
     "visionzip": Bound(1.10, 2),
@@ -49,6 +50,7 @@ BOUNDS = {
     "pyramid_drop": Bound(1.11, 2),
     "vtw": Bound(1.02, 1),
     "sparsevlm": Bound(1.19, 3),
+    "vscan": Bound(1.14, 2),
     "vflowopt": Bound(1.14, 4),
     "mustdrop": Bound(1.25, 3),
     "lazyllm": Bound(1.14, 2, first=1.34, first_reads=4, later=1.34, later_reads=4),
@@ -67,7 +69,7 @@ ON_VIDEOS = {
     "frame_skip": Bound(1.03, 2),
 }
 # What the towers that pack images add to read-backs on Qwen2.5-VL: each cut says where windows end.
-PACKED = {"visionzip": 3, "vispruner": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40, "tome": 40}
+PACKED = {"visionzip": 3, "vispruner": 3, "vscan": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40, "tome": 40}
 
 
 def test_views_launch_nothing_and_everything_else_does() -> None:

@@ -205,9 +205,11 @@ def asked_of(keep: int | float, tokens: int) -> int:
 
 def exceeds(pruner: Pruner) -> bool:
     """Methods that say of themselves that they may keep more than was asked: VFlowOpt's released code recycles on top
-    of it; D2O's spreads the budget over layers that it does not cut, and with text=True counts text too."""
+    of it; DART's keeps its pivots on top of it; D2O's spreads the budget over layers that it does not cut, and with
+    text=True counts text too."""
     released = getattr(pruner, "variant", "") == "released"
-    return (isinstance(pruner, vtprune.VFlowOpt | vtprune.D2O) and released) or getattr(pruner, "text", False) is True
+    above = isinstance(pruner, vtprune.VFlowOpt | vtprune.DART | vtprune.D2O)
+    return (above and released) or getattr(pruner, "text", False) is True
 
 
 def _budgets(case: Case, report: vtprune.Report) -> Iterator[str]:

@@ -15,11 +15,11 @@ Options = dict[str, Any]
 
 # Methods by where they act, in the order in which tokens meet them: in the encoder, before the decoder, inside it, in
 # the cache that it leaves.
-ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "tome", "mustdrop")
+ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "tome", "mustdrop", "vscan")
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
-DECODER = ("fastv", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod")
+DECODER = ("fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod")
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
 # Their own weights, or the gates that they bring, change what is computed even where everything is kept.
@@ -72,7 +72,7 @@ def _shares(rng: Random, names: list[str]) -> Iterator[int | float | None]:
 
 def _spreads(name: str) -> bool:
     """Whether what it keeps is a mean over layers, which may be out of reach."""
-    return name in DECODER or name in ("vflowopt", "mustdrop")
+    return name in DECODER or name in ("vflowopt", "mustdrop", "vscan")
 
 
 def _create(rng: Random, shape: Architecture, name: str, keep: int | float | None) -> Pruner:
@@ -108,6 +108,13 @@ def _released(rng: Random) -> str:
 
 def _fastv(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     return _staged(rng, shape, keep, ()) if keep is not None else {"ratio": round(rng.uniform(0.1, 0.9), 2)}
+
+
+def _dart(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    options = _fastv(rng, shape, keep)
+    if options.get("schedule") == "entropy":
+        options["schedule"] = "steps"
+    return {**options, "pivots": rng.randint(1, 5), "text_pivots": rng.randint(0, 5), "variant": _released(rng)}
 
 
 def _pyramid_drop(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
@@ -191,6 +198,13 @@ def _mustdrop(rng: Random, shape: Architecture, keep: int | float | None) -> Opt
     return options
 
 
+def _vscan(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    return {
+        "left": round(rng.uniform(0.1, 1), 2), "local": round(rng.uniform(0, 1), 2),
+        "window": rng.choice([None, 1, 2, 3]), "merge": rng.random() < 0.8, "variant": _released(rng),
+    }  # fmt: skip
+
+
 def _vflowopt(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     options: Options = {"recycle": rng.random() < 0.7, "variant": _released(rng)}
     options["alpha"] = round(rng.uniform(-0.5, 2), 1)
@@ -228,6 +242,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "divprune": lambda rng, shape, keep: {"variant": _released(rng)},
     "cdpruner": lambda rng, shape, keep: {"variant": _released(rng)},
     "fastv": _fastv,
+    "dart": _dart,
     "pyramid_drop": _pyramid_drop,
     "sparsevlm": _sparsevlm,
     "lazyllm": _lazyllm,
@@ -244,6 +259,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "turbo": _turbo,
     "tome": _tome,
     "mustdrop": _mustdrop,
+    "vscan": _vscan,
     "vflowopt": _vflowopt,
     "holov": _holov,
     "gemfilter": _gemfilter,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.golden import (
     cdpruner,
+    dart,
     divprune,
     dycoke,
     fastv,
@@ -30,6 +31,7 @@ from tests.golden.case import Case, Mismatch, UnknownCase
 
 METHODS: dict[str, Callable[[Case], None]] = {
     "cdpruner": cdpruner.run,
+    "dart": dart.run,
     "divprune": divprune.run,
     "dycoke": dycoke.run,
     "fastv": fastv.run,

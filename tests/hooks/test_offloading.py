@@ -16,13 +16,14 @@ from tests.models import ROWS, make, prompt
 from vtprune.method.pruner import Pruner
 from vtprune.wrap import load_weights, save
 
-# Those that bring weights, read a layer's input norm, or another layer's projections.
+# Those that bring weights, read a layer's input norm, another layer's projections, or the last norm.
 METHODS = [
     vtprune.PMoD(keep=0.6),
     vtprune.GammaMoD(keep=0.6),
     vtprune.CoViPAL(keep=9, width=16, heads=2),
     vtprune.PyramidDrop(keep=0.4),
     vtprune.GemFilter(keep=0.25),
+    vtprune.DART(keep=0.4),
 ]
 BRINGING = METHODS[:3]
 # Blocks that are loaded as one piece, so that their parts have no weights while the block does not run.

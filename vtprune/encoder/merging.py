@@ -55,8 +55,8 @@ class Origins:
 
     column: (B, T) the column of the alive tokens that holds each original token, -1 if it is gone; share: (B, T) the
     weight that it has there; layer: (B,) the encoder layer of each image's last merge, or one int for all; nameless:
-    (B, T) tokens in whose place CLS stands, so that no other column may be called after them; whole: whether nothing
-    is gone.
+    (B, T) tokens that no column may be called after: those in whose place CLS stands, and those that flowed into one
+    that keeps its name; whole: whether nothing is gone.
     """
 
     column: Tensor
@@ -80,6 +80,8 @@ class Origins:
         if selection.lossless and self.whole:
             if selection.cls is not None:
                 self.nameless = self.nameless | (self.column == selection.cls[:, None])
+            if selection.keeps_names:
+                self.nameless = self.nameless | (selection.targets.gather(1, self.column) != self.column)
             self.share = self.share * selection.shares.gather(1, self.column)
             assert selection.counts is not None
             fewer = [count < selection.targets.shape[1] for count in selection.counts]
@@ -92,6 +94,8 @@ class Origins:
         if selection.cls is not None:
             self.nameless = self.nameless | (held & (self.column == selection.cls[:, None]))
         moved = selection.targets.gather(1, at)
+        if selection.keeps_names:
+            self.nameless = self.nameless | (moved != at)
         self.share = torch.where(held, self.share * selection.shares.gather(1, at), self.share)
         # Columns that nothing goes on in map to -1.
         inverse = torch.full_like(selection.targets, -1)

@@ -61,6 +61,7 @@ class SeenLayer:
         if asks not in self._states:
             self._states[asks] = scoring.states(view, self._last, asks)
         query, key, value = (part[row] for part in self._states[asks])
+        hidden = Read.HIDDEN in looks
         if asks in (Query.LAST, Query.NEXT_LAYER):
             query = query[:, span.talk, None]
         vision, words = span.places[span.kept], self._text[span.key]
@@ -86,7 +87,8 @@ class SeenLayer:
             memory=span.memories.get(order, {}),
             entered=entered,
             processed=span.processed,
-            hidden=view.hidden[row] if Read.HIDDEN in looks else None,
+            hidden=view.hidden[row] if hidden else None,
+            final_norm=scoring.adapter.final_normed if hidden else None,
             rotary=(cos[row], sin[row]),
             first=first,
             text_after=int((self._words[span.key] > span.stands[-1]).sum()),

@@ -153,7 +153,9 @@ class EncoderSelection:
     token's own vector replaces, -1 for none. counts: how many of each image are kept, where the method knows; flows:
     whether anything flows into another token, is rescaled, or takes a token's place, where it knows; sound: that
     `into` names itself for a kept token and a kept one or nothing for any other by the way it was made; lossless: that
-    nothing is dropped, and no image padded. What is not known the device is asked for.
+    nothing is dropped, and no image padded; keeps_names: that what flows together has the index and the position of
+    the kept token, not those of the one with the largest share (ties: the lowest). What is not known the device is
+    asked for.
     """
 
     keep: Tensor
@@ -164,6 +166,7 @@ class EncoderSelection:
     flows: bool | None = None
     sound: bool = False
     lossless: bool = False
+    keeps_names: bool = False
 
     @classmethod
     def drop(cls, keep: Tensor, counts: tuple[int, ...] | None = None) -> EncoderSelection:
@@ -220,6 +223,7 @@ class EncoderSelection:
             and tuple(n if spare else own for spare, n, own in zip(spared, alive, self.counts, strict=True)),
             flows=self.flows,
             sound=self.sound,
+            keeps_names=self.keeps_names,
         )
 
 

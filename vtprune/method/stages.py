@@ -58,7 +58,7 @@ NOTHING: frozenset[Read] = frozenset()
 
 @dataclass(frozen=True)
 class InEncoder(Pruner):
-    """Drops or merges tokens inside the vision encoder (FlowCut, Turbo, ToMe, VisionZip, VisPruner, MustDrop)."""
+    """Drops or merges tokens inside the vision encoder (FlowCut, Turbo, ToMe, VisionZip, VisPruner, VScan, MustDrop)."""
 
     # Whether `prune_encoder` is called, and carried out, between attention and MLP of an encoder layer.
     before_mlp: ClassVar[bool] = False
@@ -118,7 +118,8 @@ class BeforeDecoder(Pruner):
 
 @dataclass(frozen=True)
 class BetweenLayers(Pruner):
-    """Drops tokens between decoder layers (FastV, PyramidDrop, SparseVLM, LazyLLM, VFlowOpt, MustDrop)."""
+    """Drops tokens between decoder layers (FastV, DART, PyramidDrop, SparseVLM, LazyLLM, VFlowOpt, VScan,
+    MustDrop)."""
 
     # Whose queries `prune_decoder` looks at.
     query: ClassVar[Query] = Query.ALL

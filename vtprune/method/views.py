@@ -162,7 +162,8 @@ class DecoderLayer:
     memory: what the pruner's own `remember` answered, for these N tokens.
     entered: tokens of the image that entered the decoder; processed: the sum over layers 0 .. index of the tokens of
         the image that they processed.
-    hidden: (n, D) hidden states after the layer, if the method asks for them (`Read.HIDDEN`).
+    hidden: (n, D) hidden states after the layer, if the method asks for them (`Read.HIDDEN`); final_norm: the norm
+        behind the decoder's last layer, of any (..., D), beside them.
     rotary: cosines and sines (n, d) that the layer turned queries and keys by.
     first: place of the row's first token; what stands before it is padding.
     text_after: how many of `text`, the last ones, stand after the image; after: the place after its last token
@@ -188,6 +189,7 @@ class DecoderLayer:
     entered: int = 0
     processed: int = 0
     hidden: Tensor | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     first: int = 0
     text_after: int = -1

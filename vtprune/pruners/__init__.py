@@ -3,6 +3,7 @@
 from vtprune.pruners.cdpruner import CDPruner
 from vtprune.pruners.covipal import CoViPAL
 from vtprune.pruners.d2o import D2O
+from vtprune.pruners.dart import DART
 from vtprune.pruners.divprune import DivPrune
 from vtprune.pruners.dycoke import DyCoke
 from vtprune.pruners.evs import EVS
@@ -29,10 +30,12 @@ from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
 from vtprune.pruners.visionzip import VisionZip
 from vtprune.pruners.vispruner import VisPruner
+from vtprune.pruners.vscan import VScan
 from vtprune.pruners.vtw import VTW
 
 __all__ = [
     "D2O",
+    "DART",
     "EVS",
     "VTW",
     "CDPruner",
@@ -60,6 +63,7 @@ __all__ = [
     "ToMe",
     "Turbo",
     "VFlowOpt",
+    "VScan",
     "VisPruner",
     "VisionZip",
 ]

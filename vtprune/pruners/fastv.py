@@ -51,11 +51,7 @@ class FastV(Staged):
 
     def own_ratios(self, layers: tuple[int, ...]) -> schedules.Ratios:
         """All before K, 1 - R from K on."""
-        depth, left = self.model.decoder_depth, 0.5 if self.ratio is None else 1 - self.ratio
-        if self.schedule == "constant":
-            return schedules.factor_steps(depth, layers[:1], left)
-        mean = schedules.mean(schedules.factor_steps(depth, layers[:1], left))
-        return schedules.fitted(self.schedule, depth, layers, mean)
+        return self.dropped_once(layers, 0.5 if self.ratio is None else 1 - self.ratio)
 
     def scores(self, layer: DecoderLayer) -> Tensor:
         """The attention of the last prompt token: (N,)."""

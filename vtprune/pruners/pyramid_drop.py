@@ -9,6 +9,7 @@ from vtprune.method.facts import Work
 from vtprune.method.registry import register
 from vtprune.method.stages import Query
 from vtprune.pruners.parts.checks import check_share
+from vtprune.pruners.parts.prompt_attention import next_layer_flops
 from vtprune.pruners.parts.staged import Stepped
 
 
@@ -58,8 +59,4 @@ class PyramidDrop(Stepped):
 
     def flops(self, work: Work) -> int:
         """The last token's query and all keys once for a row's images, and one row of attention for each, a stage."""
-        width, asked, total = work.decoder_width, work.attention_width, 0
-        for tokens, first in zip(work.decoder_tokens, work.first_asked, strict=True):
-            total += 2 * tokens * asked
-            total += 2 * width * (asked + tokens * work.decoder_kv_width) if first else 0
-        return total
+        return next_layer_flops(work)

@@ -14,10 +14,10 @@ def check_choice(method: str, option: str, value: object, choices: tuple[object,
         raise VTPruneError(f"{method}: {option} is one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_count(method: str, option: str, value: object) -> None:
-    """Raises VTPruneError unless `value` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise VTPruneError(f"{method}: {option} is an int of at least 1, got {value!r}")
+def check_count(method: str, option: str, value: object, *, least: int = 1) -> None:
+    """Raises VTPruneError unless `value` is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise VTPruneError(f"{method}: {option} is an int of at least {least}, got {value!r}")
 
 
 def is_number(value: object) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vtprune.method.facts import Work
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.attention import rows_at_once
 
@@ -29,6 +30,16 @@ def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
     """(T, N) fp32 attention of the tokens at the places `rows` (T,) to the image's, averaged over heads."""
     found = [weights.mean(dim=0) for _, weights in attention_of_heads(layer, rows)]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def next_layer_flops(work: Work) -> int:
+    """FLOPs of `last_attention` by the queries and keys of layers that have not run: the last token's query and all
+    keys once for a row's images, and one row of attention for each image, a layer."""
+    width, asked, total = work.decoder_width, work.attention_width, 0
+    for tokens, first in zip(work.decoder_tokens, work.first_asked, strict=True):
+        total += 2 * tokens * asked
+        total += 2 * width * (asked + tokens * work.decoder_kv_width) if first else 0
+    return total
 
 
 def last_attention(layer: DecoderLayer) -> Tensor:

@@ -76,6 +76,15 @@ class Scheduled(Pruner):
         """The share of the tokens that each layer processes where no `keep` is given, tokens dropping before `layers`:
         the method's own, or `schedules.fitted` to its mean for another `schedule`."""
 
+    def dropped_once(self, layers: tuple[int, ...], left: float) -> schedules.Ratios:
+        """All before the first of `layers`, the share `left` from it on; or its mean spread by another schedule than
+        "constant"."""
+        depth = self.model.decoder_depth
+        own = schedules.factor_steps(depth, layers[:1], left)
+        if self.schedule == "constant":
+            return own
+        return schedules.fitted(self.schedule, depth, layers, schedules.mean(own))
+
     def places(self, share: float | None = None) -> tuple[int, ...]:
         """The layers before which tokens drop, so that a mean of `share` (None: the method's own) can be kept."""
         return (
@@ -94,11 +103,16 @@ class Scheduled(Pruner):
         """The mean of the method's own schedule."""
         return schedules.mean(self.ratios())
 
+    @property
+    def meets_whole(self) -> bool:
+        """Whether images come whole to the decoder, so that a share out of its reach can be refused at once."""
+        return self.model.first
+
     def resolve(self) -> dict[str, Any]:
         """Nothing; raises VTPruneError for layers that the decoder does not have, and for a share that its layers
         cannot meet (behind another method, whose share of the tokens is not known yet, only when an image comes that
         cannot be cut to its budget)."""
-        share = self.keep if isinstance(self.keep, float) and self.model.first else None
+        share = self.keep if isinstance(self.keep, float) and self.meets_whole else None
         self._named(schedules.check_layers, self.places(share), self.model.decoder_depth)
         schedules.check_ratios(self._named(self.ratios, share))
         return {}
@@ -121,11 +135,11 @@ class Scheduled(Pruner):
 
 
 @dataclass(frozen=True)
-class Staged(Scheduled, BetweenLayers):
-    """A method that ranks the tokens of an image between decoder layers, by its schedule, and drops the lowest.
+class Dropping(Scheduled, BetweenLayers):
+    """A method that drops tokens of an image between decoder layers, as many as its schedule says.
 
-    A method of this kind writes `scores` and `own_ratios`, `flops`, and the constants `published_layers` and, unless
-    it scores by all queries, `query`. `layers`, `places` and `stages` are layers *before* which tokens drop;
+    A method of this kind writes `prune_decoder` and `own_ratios`, `flops`, and the constants `published_layers` and,
+    unless it looks at all queries, `query`. `layers`, `places` and `stages` are layers *before* which tokens drop;
     `drop_layers` and `drop_budget` speak, as every stage between layers does, of the layer *after* which they do, one
     less.
     """
@@ -159,17 +173,6 @@ class Staged(Scheduled, BetweenLayers):
         """Whether `places` moves with the share to keep (where `layers` are not given)."""
         return False
 
-    @abstractmethod
-    def scores(self, layer: DecoderLayer) -> Tensor:
-        """(N,) how much each token of the image matters to the prompt: what the layer just before computed, read
-        where the image's tokens stand, as in `layer.key[:, layer.vision]`."""
-
-    @property
-    def decides(self) -> bool:
-        """Whether the entropy decides how many stay (within the budget)."""
-        whole = isinstance(self.keep, float) and self.keep == 1
-        return self.schedule == schedules.ENTROPY and not whole
-
     def stages(self, tokens: int, entered: int) -> tuple[int, ...]:
         """The layers before which tokens of such an image drop; none where its budget is met already. Raises CannotCut
         where it cannot be met."""
@@ -199,10 +202,33 @@ class Staged(Scheduled, BetweenLayers):
         return tuple(layer - 1 for layer in layers)
 
     def drop_budget(self, tokens: int, layer: int, entered: int) -> int | None:
+        """What the schedule says."""
+        return self.counts(tokens, entered)[layer + 1]
+
+
+@dataclass(frozen=True)
+class Staged(Dropping):
+    """A method that ranks the tokens of an image between decoder layers, by its schedule, and drops the lowest.
+
+    A method of this kind writes `scores` in place of `prune_decoder`.
+    """
+
+    @abstractmethod
+    def scores(self, layer: DecoderLayer) -> Tensor:
+        """(N,) how much each token of the image matters to the prompt: what the layer just before computed, read
+        where the image's tokens stand, as in `layer.key[:, layer.vision]`."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether the entropy decides how many stay (within the budget)."""
+        whole = isinstance(self.keep, float) and self.keep == 1
+        return self.schedule == schedules.ENTROPY and not whole
+
+    def drop_budget(self, tokens: int, layer: int, entered: int) -> int | None:
         """What the schedule says; None at the layers where the method decides."""
         if self.decides:
             return None if layer + 1 in self.stages(tokens, entered) else entered
-        return self.counts(tokens, entered)[layer + 1]
+        return super().drop_budget(tokens, layer, entered)
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Keeps the best; raises ScoreError for NaN."""

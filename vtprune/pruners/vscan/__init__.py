@@ -1,0 +1,5 @@
+"""VScan: the method, and its scans."""
+
+from vtprune.pruners.vscan.vscan import VScan
+
+__all__ = ["VScan"]
