@@ -82,6 +82,7 @@ TEMPORAL: list[Pruner] = [
     vtprune.DyCoke(),
     vtprune.DyCoke(keep=0.6),
     vtprune.DyCoke(variant="released"),
+    vtprune.VidCom2(keep=0.3),
     vtprune.FramePool(every=2),
     vtprune.FrameSkip(),
     vtprune.FrameSkip(keep=0.4),

@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import SparseVLM as SparseVLM
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt
+    from vtprune.pruners import VidCom2 as VidCom2
     from vtprune.pruners import VisionZip as VisionZip
     from vtprune.report.costs import flops as flops
     from vtprune.report.costs import kv_bytes as kv_bytes

@@ -59,6 +59,7 @@ BOUNDS = {
 ON_VIDEOS = {
     "evs": Bound(1.03, 3),
     "dycoke": Bound(1.03, 2),
+    "vidcom2": Bound(1.03, 3),
     "frame_pool": Bound(1.03, 2),
     "frame_skip": Bound(1.03, 2),
 }

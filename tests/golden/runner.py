@@ -21,6 +21,7 @@ from tests.golden import (
     pyramiddrop,
     sparsevlm,
     vflowopt,
+    vidcom2,
     visionzip,
 )
 from tests.golden.case import Case, Mismatch, UnknownCase
@@ -39,6 +40,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "pyramiddrop": pyramiddrop.run,
     "sparsevlm": sparsevlm.run,
     "vflowopt": vflowopt.run,
+    "vidcom2": vidcom2.run,
     "visionzip": visionzip.run,
 }
 

@@ -25,6 +25,7 @@ from vtprune.pruners.random import Random
 from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
+from vtprune.pruners.vidcom2 import VidCom2
 from vtprune.pruners.visionzip import VisionZip
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "SparseVLM",
     "Turbo",
     "VFlowOpt",
+    "VidCom2",
     "VisionZip",
 ]
