@@ -83,6 +83,8 @@ TEMPORAL: list[Pruner] = [
     vtprune.DyCoke(keep=0.6),
     vtprune.DyCoke(variant="released"),
     vtprune.VidCom2(keep=0.3),
+    vtprune.HoliTom(keep=0.4, tau=0.2),
+    vtprune.HoliTom(keep=0.6, inner=0.5),
     vtprune.FramePool(every=2),
     vtprune.FrameSkip(),
     vtprune.FrameSkip(keep=0.4),

@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import GammaMoD as GammaMoD
     from vtprune.pruners import GemFilter as GemFilter
     from vtprune.pruners import Grid as Grid
+    from vtprune.pruners import HoliTom as HoliTom
     from vtprune.pruners import HoloV as HoloV
     from vtprune.pruners import LazyLLM as LazyLLM
     from vtprune.pruners import MustDrop as MustDrop

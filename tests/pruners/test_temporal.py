@@ -17,7 +17,7 @@ from vtprune.errors import ScoreError, VTPruneError
 from vtprune.pruners.dycoke import compared
 from vtprune.pruners.evs import temporal_change
 
-TEMPORAL = ["evs", "dycoke", "vidcom2", "frame_pool", "frame_skip"]
+TEMPORAL = ["evs", "dycoke", "vidcom2", "holitom", "frame_pool", "frame_skip"]
 
 
 # ---- EVS
@@ -149,7 +149,7 @@ def test_images_stay_whole_beside_a_video_that_is_cut(method: str) -> None:
     image, shown = vtprune.report(model).samples[0].images
     assert len(image.kept) == 12
     assert not image.notes
-    counts = {"evs": 14, "dycoke": 18, "vidcom2": 12, "frame_pool": 12, "frame_skip": 24}
+    counts = {"evs": 14, "dycoke": 18, "vidcom2": 12, "holitom": 12, "frame_pool": 12, "frame_skip": 24}
     assert len(shown.kept) == counts[method]
 
 
@@ -182,6 +182,9 @@ LEFT = {
     "vidcom2": (2, 3, 4),
     "vidcom2:keep=1": (1, 1, 1),
     "vidcom2:variant=released": (2, 3, 4),
+    "holitom": (2, 3, 4),
+    "holitom:keep=1": (1, 1, 1),
+    "holitom:variant=released": (2, 4, 6),
     "frame_pool": (6, 6, 6),
     "frame_pool:keep=1": (6, 6, 6),
     "frame_skip": (6, 6, 12),
@@ -204,9 +207,10 @@ def test_frames_of_one_token_are_taken(method: str) -> None:
     model = vtprune.wrap(make("qwen2.5-vl"), method)
     with torch.no_grad():
         model(**prompt("qwen2.5-vl", [Row([2, 4], [(3, 1, 1)], 6)]))
-    # DyCoke leaves nothing of a frame whose 30% are no whole token; the released code also drops the third. VidCom2's
-    # leaves a token of each frame.
-    counts = {"dycoke": 1, "dycoke:variant=released": 1, "vidcom2:variant=released": 3, "frame_skip": 2}
+    # DyCoke leaves nothing of a frame whose 30% are no whole token; the released code also drops the third. That of
+    # VidCom2 and HoliTom rounds in each frame.
+    counts = {"dycoke": 1, "dycoke:variant=released": 1, "frame_skip": 2}
+    counts |= dict.fromkeys(("vidcom2:variant=released", "holitom:variant=released"), 3)
     assert len(vtprune.report(model).samples[0].images[0].kept) == counts.get(method, 1)
 
 

@@ -14,6 +14,7 @@ from vtprune.pruners.frame_skip import FrameSkip
 from vtprune.pruners.gamma_mod import GammaMoD
 from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
+from vtprune.pruners.holitom import HoliTom
 from vtprune.pruners.holov import HoloV
 from vtprune.pruners.lazyllm import LazyLLM
 from vtprune.pruners.mustdrop import MustDrop
@@ -43,6 +44,7 @@ __all__ = [
     "GammaMoD",
     "GemFilter",
     "Grid",
+    "HoliTom",
     "HoloV",
     "LazyLLM",
     "MustDrop",

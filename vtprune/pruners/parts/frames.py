@@ -77,7 +77,7 @@ def best_of_frames(scores: Tensor, counts: Sequence[int]) -> Tensor:
     places = scores.shape[1]
     order = scores.sort(dim=1, descending=True, stable=True).indices.flatten()
     taken = [frame * places + rank for frame, count in enumerate(counts) for rank in range(count)]
-    ranks = torch.tensor(taken, device=scores.device)
+    ranks = torch.tensor(taken, dtype=torch.long, device=scores.device)
     return (order[ranks] + ranks // places * places).sort().values
 
 
