@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -75,3 +76,16 @@ def picture_stream(grid: tuple[int, int, int] = (1, 6, 6), budget: int = 9, **op
     whole = stream(grid, budget, **options)
     picture = torch.rand(grid[0], 3, 4 * grid[1], 4 * grid[2], generator=torch.Generator().manual_seed(5))
     return replace(whole, picture=picture, pixels=picture[0] * 2 - 1)
+
+
+def video(frames: int = 8, *, budget: int = 20, seed: int = 0, still: bool = False) -> VisionStream:
+    """A stream of frames of 2 x 3 tokens, without signals; still: all of them alike."""
+    found = replace(stream((frames, 2, 3), budget, seed=seed), kind="video", signals=None)
+    features = found.features.unflatten(0, (frames, 6))
+    return replace(found, features=features[:1].expand(frames, -1, -1).flatten(0, 1)) if still else found
+
+
+def kept_by(pruner: Any, shown: VisionStream) -> list[int]:
+    """What a method keeps of a stream."""
+    selection = pruner.select(shown)
+    return list(range(shown.features.shape[0])) if selection is None else selection.kept.tolist()

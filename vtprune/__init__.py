@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import GammaMoD as GammaMoD
     from vtprune.pruners import GemFilter as GemFilter
     from vtprune.pruners import Grid as Grid
+    from vtprune.pruners import HoliTom as HoliTom
     from vtprune.pruners import HoloV as HoloV
     from vtprune.pruners import LazyLLM as LazyLLM
     from vtprune.pruners import MustDrop as MustDrop
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import ToMe as ToMe
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt
+    from vtprune.pruners import VidCom2 as VidCom2
     from vtprune.pruners import VisionZip as VisionZip
     from vtprune.pruners import VisPruner as VisPruner
     from vtprune.pruners import VScan as VScan

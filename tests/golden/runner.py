@@ -16,6 +16,7 @@ from tests.golden import (
     flowcut,
     fopru,
     gammamod,
+    holitom,
     holov,
     mustdrop,
     pmod,
@@ -24,6 +25,7 @@ from tests.golden import (
     sparsevlm,
     tome,
     vflowopt,
+    vidcom2,
     visionzip,
     vispruner,
 )
@@ -38,6 +40,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "flowcut": flowcut.run,
     "fopru": fopru.run,
     "gammamod": gammamod.run,
+    "holitom": holitom.run,
     "holov": holov.run,
     "mustdrop": mustdrop.run,
     "pmod": pmod.run,
@@ -46,6 +49,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "sparsevlm": sparsevlm.run,
     "tome": tome.run,
     "vflowopt": vflowopt.run,
+    "vidcom2": vidcom2.run,
     "visionzip": visionzip.run,
     "vispruner": vispruner.run,
 }

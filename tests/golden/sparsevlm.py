@@ -12,13 +12,13 @@ from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from tests.golden.prefill import HIDDEN, Cached, decode, decoder
 from vtprune.method.choosing import top
 from vtprune.method.views import DecoderLayer
-from vtprune.pruners.sparsevlm.density_peaks import (
+from vtprune.pruners.sparsevlm.raters import choose_raters, relevance
+from vtprune.pruners.sparsevlm.recycling import (
     cluster_count,
     cluster_shares,
     density_peaks,
     pool_size,
 )
-from vtprune.pruners.sparsevlm.raters import choose_raters, relevance
 from vtprune.pruners.sparsevlm.sparsevlm import PUBLISHED_STAGES, SparseVLM
 
 # The mean of a cluster is exact here; the reference adds 1e-6 to the count that it divides by.

@@ -1,4 +1,4 @@
-"""Recycling: density-peak clusters against a slow reference, and how many tokens are left."""
+"""Density-peak clusters against a slow reference; what SparseVLM recycles with them, and how many tokens are left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.streams import few
-from vtprune.pruners.sparsevlm.density_peaks import (
+from vtprune.pruners.sparsevlm.recycling import (
     cluster_count,
     density_peaks,
     direct_count,

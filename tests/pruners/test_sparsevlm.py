@@ -25,8 +25,8 @@ from vtprune.evals.lmms.efficiency import row_costs
 from vtprune.method.facts import ModelFacts
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners import SparseVLM
-from vtprune.pruners.sparsevlm.density_peaks import direct_count
 from vtprune.pruners.sparsevlm.raters import choose_raters, debiased_scores, relevance
+from vtprune.pruners.sparsevlm.recycling import direct_count
 from vtprune.pruners.sparsevlm.sparsevlm import PUBLISHED_STAGES, stage_shares
 
 CASES = Path(__file__).parents[1] / "golden" / "cases" / "sparsevlm"

@@ -1,4 +1,5 @@
-"""EVS, DyCoke, pooled and skipped frames: what they keep of a video, and that images stay whole."""
+"""EVS, DyCoke, pooled and skipped frames: what they keep of a video; and that every method of videos leaves images
+whole, and takes few frames and small ones."""
 
 from __future__ import annotations
 
@@ -11,25 +12,12 @@ from torch import Tensor
 
 import vtprune
 from tests.models import Row, make, prompt
-from tests.streams import stream
+from tests.streams import kept_by, video
 from vtprune.errors import ScoreError, VTPruneError
-from vtprune.method.views import VisionStream
 from vtprune.pruners.dycoke import compared
 from vtprune.pruners.evs import temporal_change
 
-TEMPORAL = ["evs", "dycoke", "frame_pool", "frame_skip"]
-
-
-def video(frames: int = 8, *, budget: int = 20, seed: int = 0, still: bool = False) -> VisionStream:
-    """A stream of frames of 2 x 3 tokens; still: all of them alike."""
-    found = replace(stream((frames, 2, 3), budget, seed=seed), kind="video", signals=None)
-    features = found.features.unflatten(0, (frames, 6))
-    return replace(found, features=features[:1].expand(frames, -1, -1).flatten(0, 1)) if still else found
-
-
-def kept_by(pruner: Any, shown: VisionStream) -> list[int]:
-    selection = pruner.select(shown)
-    return list(range(shown.features.shape[0])) if selection is None else selection.kept.tolist()
+TEMPORAL = ["evs", "dycoke", "vidcom2", "holitom", "frame_pool", "frame_skip"]
 
 
 # ---- EVS
@@ -161,7 +149,7 @@ def test_images_stay_whole_beside_a_video_that_is_cut(method: str) -> None:
     image, shown = vtprune.report(model).samples[0].images
     assert len(image.kept) == 12
     assert not image.notes
-    counts = {"evs": 14, "dycoke": 18, "frame_pool": 12, "frame_skip": 24}
+    counts = {"evs": 14, "dycoke": 18, "vidcom2": 12, "holitom": 12, "frame_pool": 12, "frame_skip": 24}
     assert len(shown.kept) == counts[method]
 
 
@@ -191,6 +179,12 @@ LEFT = {
     "evs:keep=1": (1, 1, 1),
     "dycoke": (6, 7, 8),
     "dycoke:variant=released": (6, 7, 6 + 1),
+    "vidcom2": (2, 3, 4),
+    "vidcom2:keep=1": (1, 1, 1),
+    "vidcom2:variant=released": (2, 3, 4),
+    "holitom": (2, 3, 4),
+    "holitom:keep=1": (1, 1, 1),
+    "holitom:variant=released": (2, 4, 6),
     "frame_pool": (6, 6, 6),
     "frame_pool:keep=1": (6, 6, 6),
     "frame_skip": (6, 6, 12),
@@ -213,8 +207,10 @@ def test_frames_of_one_token_are_taken(method: str) -> None:
     model = vtprune.wrap(make("qwen2.5-vl"), method)
     with torch.no_grad():
         model(**prompt("qwen2.5-vl", [Row([2, 4], [(3, 1, 1)], 6)]))
-    # DyCoke leaves nothing of a frame whose 30% are no whole token; the released code also drops the third.
+    # DyCoke leaves nothing of a frame whose 30% are no whole token; the released code also drops the third. That of
+    # VidCom2 and HoliTom rounds in each frame.
     counts = {"dycoke": 1, "dycoke:variant=released": 1, "frame_skip": 2}
+    counts |= dict.fromkeys(("vidcom2:variant=released", "holitom:variant=released"), 3)
     assert len(vtprune.report(model).samples[0].images[0].kept) == counts.get(method, 1)
 
 

@@ -108,7 +108,7 @@ class Plan:
     def left(self, order: int, layer: int, entered: int) -> int | None:
         """Tokens that the method leaves after a decoder layer."""
         pruner = self.pruners[order]
-        if not isinstance(pruner, BetweenLayers) or layer not in pruner.drop_layers():
+        if not isinstance(pruner, BetweenLayers) or layer not in pruner.drop_layers() or self._spares(pruner):
             return entered
         return _met(entered, partial(pruner.drop_budget, self.tokens, layer, entered))
 

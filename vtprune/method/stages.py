@@ -58,7 +58,7 @@ NOTHING: frozenset[Read] = frozenset()
 
 @dataclass(frozen=True)
 class InEncoder(Pruner):
-    """Drops or merges tokens inside the vision encoder (FlowCut, Turbo, ToMe, VisionZip, VisPruner, VScan, MustDrop)."""
+    """Drops or merges tokens inside the vision encoder (FlowCut, Turbo, VisionZip, VisPruner, VScan and others)."""
 
     # Whether `prune_encoder` is called, and carried out, between attention and MLP of an encoder layer.
     before_mlp: ClassVar[bool] = False

@@ -15,6 +15,7 @@ from vtprune.pruners.frame_skip import FrameSkip
 from vtprune.pruners.gamma_mod import GammaMoD
 from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
+from vtprune.pruners.holitom import HoliTom
 from vtprune.pruners.holov import HoloV
 from vtprune.pruners.lazyllm import LazyLLM
 from vtprune.pruners.mustdrop import MustDrop
@@ -28,6 +29,7 @@ from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.tome import ToMe
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
+from vtprune.pruners.vidcom2 import VidCom2
 from vtprune.pruners.visionzip import VisionZip
 from vtprune.pruners.vispruner import VisPruner
 from vtprune.pruners.vscan import VScan
@@ -50,6 +52,7 @@ __all__ = [
     "GammaMoD",
     "GemFilter",
     "Grid",
+    "HoliTom",
     "HoloV",
     "LazyLLM",
     "MustDrop",
@@ -64,6 +67,7 @@ __all__ = [
     "Turbo",
     "VFlowOpt",
     "VScan",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
 ]

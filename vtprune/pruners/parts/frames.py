@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -46,6 +50,35 @@ def runs(count: int, pieces: int) -> list[range]:
     size, rest = divmod(count, pieces)
     starts = [piece * size + min(piece, rest) for piece in range(pieces + 1)]
     return [range(start, end) for start, end in itertools.pairwise(starts)]
+
+
+def apportioned(
+    weights: Sequence[float] | npt.NDArray[np.floating], total: int, *, most: Sequence[int], least: int = 0
+) -> list[int]:
+    """Whole numbers that sum to `total`, in proportion to positive weights as far as each one's `least` and `most` let
+    them; largest remainders round up, the first of equal ones. `total` lies between the sums of both bounds."""
+    shares, upper = np.asarray(weights, dtype=np.float64), np.asarray(most)
+    # The factor that makes the bounded shares sum to the total.
+    low, high = 0.0, float(upper.max(initial=0) / shares.min(initial=1))
+    for _ in range(100):
+        middle = (low + high) / 2
+        short = (middle * shares).clip(least, upper).sum() < total
+        low, high = (middle, high) if short else (low, middle)
+    ideal = (high * shares).clip(least, upper)
+    counts = np.floor(ideal).astype(int)
+    counts[np.argsort(counts - ideal, kind="stable")[: total - counts.sum()]] += 1
+    found: list[int] = counts.tolist()
+    return found
+
+
+def best_of_frames(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """The `counts` (T,) tokens of each frame with the highest of (T, n) scores, as ascending indices into all T * n;
+    ties go to the lowest index."""
+    places = scores.shape[1]
+    order = scores.sort(dim=1, descending=True, stable=True).indices.flatten()
+    taken = [frame * places + rank for frame, count in enumerate(counts) for rank in range(count)]
+    ranks = torch.tensor(taken, dtype=torch.long, device=scores.device)
+    return (order[ranks] + ranks // places * places).sort().values
 
 
 def one_frame_note(size: int, budget: int) -> str:

@@ -21,13 +21,13 @@ from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.checks import check_choice, check_factor
 from vtprune.pruners.parts.prompt_attention import attention_to_image
 from vtprune.pruners.parts.staged import Staged
-from vtprune.pruners.sparsevlm.density_peaks import (
+from vtprune.pruners.sparsevlm.raters import choose_raters, debiased_scores, relevance
+from vtprune.pruners.sparsevlm.recycling import (
     cluster_count,
     direct_count,
     pool_size,
     recycle,
 )
-from vtprune.pruners.sparsevlm.raters import choose_raters, debiased_scores, relevance
 
 PUBLISHED = "published"
 PUBLISHED_TOKENS = 576

@@ -1,4 +1,4 @@
-"""Density-peak clustering, and the tokens that SparseVLM recycles with it."""
+"""The tokens that SparseVLM recycles, by density-peak clustering."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from vtprune.method.answers import Merge, Selection
+from vtprune.pruners.parts.density_peaks import peaks, spread
 from vtprune.tensors.attention import at_least_single
 
 # The share of the dropped tokens that is recycled, and how many of these flow into one.
 RECYCLED, CLUSTER_SIZE = 0.3, 10
-# How far random noise moves a density in the released code.
-NOISE = 1e-6
 
 
 def pool_size(dropped: int) -> int:
@@ -39,24 +38,11 @@ def direct_count(alive: int, budget: int) -> int:
 def density_peaks(points: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
     """The cluster, 0 .. count - 1, of each of (M, D) points, count <= M: (M,) int64.
 
-    A point's density falls with the squared distances to its `count` nearest points (itself among them); the centres
-    are dense and far from all denser points; every other point joins the nearest centre. noise: (M,) in [0, 1), what
-    the released code draws at random to tell equal densities apart; without it the earlier point is the denser one.
+    The centres are the best `peaks` by as many neighbours as there are clusters; every other point joins the nearest
+    centre. noise: (M,) in [0, 1), what the released code draws at random to tell equal densities apart.
     """
-    points = points.detach().float()
-    # Exact distances, so that a point is at 0 from itself and the matrix is symmetric.
-    mode = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(points, points, compute_mode=mode) / points.shape[1] ** 0.5
-    # In logarithms, since the density of a far-off point is 0 in fp32.
-    density = -distance.topk(count, largest=False).values.square().mean(dim=1)
-    if noise is not None:
-        density = (density.exp() + NOISE * noise).log()
-    denser = density[None, :] > density[:, None]
-    if noise is None:
-        place = torch.arange(points.shape[0], device=points.device)
-        denser |= (density[None, :] == density[:, None]) & (place[None, :] < place[:, None])
-    gap = torch.where(denser, distance, distance.max()).amin(dim=1)
-    centres = (density + gap.log()).sort(descending=True, stable=True).indices[:count]
+    distance = spread(points)
+    centres = peaks(distance, count, noise=noise).sort(descending=True, stable=True).indices[:count]
     return distance[centres].argmin(dim=0).index_copy(0, centres, torch.arange(count, device=points.device))
 
 
