@@ -37,7 +37,7 @@ UNREPORTED = {
     "frame_skip": "printed together with a trained mixer alone",
     "gamma_mod": "it is trained; printed are changes of averages alone",
     "gemfilter": "its paper measures language models",
-    "holitom": "its abstract gives round figures alone",
+    "holitom": "its abstract names a share of FLOPs, not of tokens",
     "lazyllm": "its paper measures language models",
     "mustdrop": "no table of it could be read",
     "pmod": "it is trained; no table of it could be read",
