@@ -92,6 +92,7 @@ TEMPORAL: list[Pruner] = [
     vtprune.VidCom2(keep=0.3),
     vtprune.HoliTom(keep=0.4, tau=0.2),
     vtprune.HoliTom(keep=0.6, inner=0.5),
+    vtprune.FastVID(keep=0.5, segments=2, tau=-1.0),
     vtprune.FramePool(every=2),
     vtprune.FrameSkip(),
     vtprune.FrameSkip(keep=0.4),

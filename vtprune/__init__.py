@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import DivPrune as DivPrune
     from vtprune.pruners import DyCoke as DyCoke
     from vtprune.pruners import FastV as FastV
+    from vtprune.pruners import FastVID as FastVID
     from vtprune.pruners import FlowCut as FlowCut
     from vtprune.pruners import FoPru as FoPru
     from vtprune.pruners import FramePool as FramePool

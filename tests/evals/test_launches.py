@@ -67,6 +67,7 @@ ON_VIDEOS = {
     "dycoke": Bound(1.03, 2),
     "vidcom2": Bound(1.03, 3),
     "holitom": Bound(1.03, 4),  # 1.05 where something stands still, which nothing does in this video
+    "fastvid": Bound(1.05, 4),
     "frame_pool": Bound(1.03, 2),
     "frame_skip": Bound(1.03, 2),
 }

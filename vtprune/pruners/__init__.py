@@ -8,6 +8,7 @@ from vtprune.pruners.divprune import DivPrune
 from vtprune.pruners.dycoke import DyCoke
 from vtprune.pruners.evs import EVS
 from vtprune.pruners.fastv import FastV
+from vtprune.pruners.fastvid import FastVID
 from vtprune.pruners.flowcut import FlowCut
 from vtprune.pruners.fopru import FoPru
 from vtprune.pruners.frame_pool import FramePool
@@ -45,6 +46,7 @@ __all__ = [
     "DivPrune",
     "DyCoke",
     "FastV",
+    "FastVID",
     "FlowCut",
     "FoPru",
     "FramePool",

@@ -23,7 +23,7 @@ from vtprune.evals.demo.options import choosable, choosable_on
 from vtprune.evals.demo.server import Options, served
 from vtprune.report.report import ImageReport
 
-TEMPORAL = {"evs", "dycoke", "vidcom2", "holitom", "frame_pool", "frame_skip"}
+TEMPORAL = {"evs", "dycoke", "vidcom2", "holitom", "fastvid", "frame_pool", "frame_skip"}
 
 
 @pytest.fixture(scope="module")

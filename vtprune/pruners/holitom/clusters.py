@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from vtprune.method.answers import Merge
-from vtprune.pruners.parts.density_peaks import peaks, spread
+from vtprune.pruners.parts.density_peaks import at_once, peaks, spread
 from vtprune.tensors.attention import at_least_single
 
 NEIGHBOURS = 7
-# Of distances that are held at once.
-MOST_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,10 @@ def gather_still(
     """
     means = window_means(frames.detach().float(), windows)
     most = max(counts)
-    at_once = max(1, MOST_BYTES // (4 * means.shape[1] ** 2))
+    size = at_once(means.shape[1])
     parts = [
-        _around_peaks(some, valid, counts[row * at_once : (row + 1) * at_once], most)
-        for row, (some, valid) in enumerate(zip(means.split(at_once), still.split(at_once), strict=True))
+        _around_peaks(some, valid, counts[row * size : (row + 1) * size], most)
+        for row, (some, valid) in enumerate(zip(means.split(size), still.split(size), strict=True))
     ]
     centres, joined = (torch.cat(part) for part in zip(*parts, strict=True))
     number = joined.sum(dim=-1, keepdim=True)

@@ -7,6 +7,13 @@ from torch import Tensor
 
 # How far random noise moves a density in released code.
 NOISE = 1e-6
+# Of distances that are held at once.
+MOST_BYTES = 2**26
+
+
+def at_once(points: int) -> int:
+    """Of how many sets of so many points each the distances are computed together, at least one."""
+    return max(1, MOST_BYTES // (4 * points**2))
 
 
 def spread(points: Tensor) -> Tensor:
