@@ -51,6 +51,8 @@ PRUNERS: list[Pruner] = [
     vtprune.GemFilter(keep=5, layer=4, pooling="grid"),
     vtprune.PMoD(),
     vtprune.PMoD(keep=0.6, layers=(2,), schedule="linear"),
+    vtprune.MuE(theta=0.87),
+    vtprune.RandomLTD(at_test=True),
     vtprune.LazyLLM(),
     vtprune.LazyLLM(keep=14),
     vtprune.LazyLLM(keep=0.6, schedule="linear"),

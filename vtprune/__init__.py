@@ -77,12 +77,14 @@ if TYPE_CHECKING:
     from vtprune.pruners import Grid as Grid
     from vtprune.pruners import HoloV as HoloV
     from vtprune.pruners import LazyLLM as LazyLLM
+    from vtprune.pruners import MuE as MuE
     from vtprune.pruners import MustDrop as MustDrop
     from vtprune.pruners import NoPruning as NoPruning
     from vtprune.pruners import PMoD as PMoD
     from vtprune.pruners import Pool as Pool
     from vtprune.pruners import PyramidDrop as PyramidDrop
     from vtprune.pruners import Random as Random
+    from vtprune.pruners import RandomLTD as RandomLTD
     from vtprune.pruners import SparseVLM as SparseVLM
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt

@@ -37,9 +37,11 @@ UNREPORTED = {
     "gamma_mod": "it is trained; printed are changes of averages alone",
     "gemfilter": "its paper measures language models",
     "lazyllm": "its paper measures language models",
+    "mue": "printed of an encoder-decoder that was trained for it",
     "mustdrop": "no table of it could be read",
     "pmod": "it is trained; no table of it could be read",
     "pyramid_drop": "its README prints savings alone",
+    "random_ltd": "its paper measures language models and classifiers of images",
     "turbo": "its abstract gives round figures alone",
     "vflowopt": "its README gives round figures alone",
 }

@@ -68,7 +68,7 @@ class Packed:
         gate = None if routes.gate is None else gather_tokens(routes.gate, columns)
         counts = counts or (columns.shape[1],) * len(columns)
         read = StillRead.of(routes.computed(states).mask, counts) if routes.read else None
-        return cls(states, routes, columns, gate, read)
+        return cls(states, routes, columns, gate, read=read)
 
     @property
     def inside(self) -> Tensor:

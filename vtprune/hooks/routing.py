@@ -50,7 +50,7 @@ class RoutedLayers:
         self.pruner: InLayers | None = found[0][1] if found else None
         self.layers = frozenset(self.pruner.routed_layers()) if self.pruner else frozenset()
         if self.pruner is not None and self.pruner.keep_video is not None:
-            raise VTPruneError(f"{self.pruner.name} has routers in the layers that one keep routes; give keep alone")
+            raise VTPruneError(f"{self.pruner.name} routes its layers by one keep; give keep alone")
         self.order = found[0][0] if found else -1
         self.module, self.plans = modules.get(self.order), plans
         self.adapter = adapter

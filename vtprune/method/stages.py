@@ -164,6 +164,8 @@ class InLayers(Pruner):
 
     # Whether `route` is asked in forwards that bring no image, too.
     routes_text: ClassVar[bool] = False
+    # Whether it routes while a model is trained, and in use only where an option says so.
+    for_training: ClassVar[bool] = False
 
     @property
     def skips_text(self) -> bool:

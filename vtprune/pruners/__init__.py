@@ -16,12 +16,14 @@ from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
 from vtprune.pruners.holov import HoloV
 from vtprune.pruners.lazyllm import LazyLLM
+from vtprune.pruners.mue import MuE
 from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pmod import PMoD
 from vtprune.pruners.pool import Pool
 from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
+from vtprune.pruners.random_ltd import RandomLTD
 from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
@@ -44,12 +46,14 @@ __all__ = [
     "Grid",
     "HoloV",
     "LazyLLM",
+    "MuE",
     "MustDrop",
     "NoPruning",
     "PMoD",
     "Pool",
     "PyramidDrop",
     "Random",
+    "RandomLTD",
     "SparseVLM",
     "Turbo",
     "VFlowOpt",
