@@ -159,6 +159,18 @@ class DecoderSide(ABC):
             query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
         return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
 
+    def keys_and_values(self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The keys, with rotary embedding, and values (B, KV, n, d) that a decoder layer has of the hidden states
+        (B, n, D) before it, as it hands them to its cache; embeddings: (B or 1, n, d) cosines and sines."""
+        attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
+        normed = self.decoder_normed(layer)(hidden)
+        with loaded(layer), loaded(attention):
+            key, value = self._split(modules["k"](normed)), self._split(modules["v"](normed))
+            norm = self.decoder_norms(layer).modules().get("k")
+            key = key if norm is None else norm(key)
+        cos, sin = (part.unsqueeze(-3) for part in embeddings)
+        return rotate(key, cos, sin), value
+
     def projected_query(self, states: Tensor) -> Tensor:
         """(B, n, heads * d) the queries among what their projection puts out: all of it, unless a family says else."""
         return states

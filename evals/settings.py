@@ -23,7 +23,7 @@ from vtprune.method.registry import (
     read_options,
 )
 from vtprune.method.resolving import resolve
-from vtprune.method.stages import BeforeDecoder, Trained
+from vtprune.method.stages import BeforeDecoder, InLayers, Trained
 from vtprune.method.texts import Stage, parse_entry
 from vtprune.pruners.parts.staged import Dropping
 
@@ -157,10 +157,15 @@ def for_videos_alone(method: str) -> bool:
 
 
 def all_methods() -> list[str]:
-    """Every method that is known, third-party ones included, but for those that have to be trained, and those that do
-    nothing to images."""
+    """Every method that is known, third-party ones included, but for those that have to be trained, that act in
+    training alone, and that do nothing to images."""
     known = [name for name in available() if name != UNPRUNED and not issubclass(pruner_class(name), Trained)]
-    return [name for name in known if not for_videos_alone(name)]
+    return [name for name in known if not for_videos_alone(name) and not _for_training(name)]
+
+
+def _for_training(method: str) -> bool:
+    kind = pruner_class(method)
+    return issubclass(kind, InLayers) and kind.for_training
 
 
 def trained_folders() -> list[str]:

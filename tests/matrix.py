@@ -58,6 +58,8 @@ PRUNERS: list[Pruner] = [
     vtprune.PMoD(keep=0.6, layers=(2,), schedule="linear"),
     vtprune.VTW(),
     vtprune.VTW(keep=0.4),
+    vtprune.MuE(theta=0.87),
+    vtprune.RandomLTD(at_test=True),
     vtprune.LazyLLM(),
     vtprune.LazyLLM(keep=14),
     vtprune.LazyLLM(keep=0.6, schedule="linear"),

@@ -92,10 +92,11 @@ def run_masked(
     real = full_mask(inputs, STEPS).bool()
     both = zip(_alive(ids, real, report, newlines), _alive(ids, real, report, newlines, cached=True), strict=True)
     for index, (layer, (alive, cached)) in enumerate(zip(decoder.layers, both, strict=True)):
-        numbers = (alive.cumsum(dim=1) - 1).clamp(min=0)
+        numbers = ((alive | cached).cumsum(dim=1) - 1).clamp(min=0)
         numbers[:, length:] = (cached.cumsum(dim=1) - 1)[:, length:]
         embeddings = decoder.rotary_emb(embeds, numbers) if compact else None
-        mask = torch.cat([_mask(alive)[:, :, :length], _mask(cached)[:, :, length:]], dim=2)
+        # What a layer does not compute and its cache holds all the same is read in the prefill, too.
+        mask = torch.cat([_mask(alive | cached)[:, :, :length], _mask(cached)[:, :, length:]], dim=2)
         _return(mask, ids, real, report, index)
         merges = _merges(ids, report, index)
         if _skipped(ids, report, index).any():
@@ -285,11 +286,11 @@ def _return(mask: Tensor, ids: Tensor, real: Tensor, report: vtprune.Report, lay
 
 
 def _skipped(ids: Tensor, report: vtprune.Report, layer: int) -> Tensor:
-    """(B, L) the vision tokens that skip a layer and go on: a later layer processes them again."""
+    """(B, L) the vision tokens that skip a layer and go on: a later layer processes them again, or they are read."""
     later = torch.zeros_like(ids, dtype=torch.bool)
     for row, sample in enumerate(report.samples):
         for image, own in zip(sample.images, places_of(ids[row], sample), strict=True):
-            for kept in image.kept_per_layer[layer + 1 :]:
+            for kept in [*image.kept_per_layer[layer + 1 :], *image.cached_per_layer[layer:]]:
                 later[row, own[kept]] = True
             later[row, own[image.kept_per_layer[layer]]] = False
     return later

@@ -15,6 +15,7 @@ from tests.oracle import TOLERANCE, compare, image_features, run_wrapped
 from vtprune.adapters import adapter_for
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import InLayers
 from vtprune.report.generation import acts_at
 
 # Every method and these decoders meet in tests/test_support.py.
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.lean
 # What the list of all models has with layers, schedules and methods that these decoders have no place for, and why.
 REFUSED: dict[str, tuple[list[Pruner], str]] = {
     "tokens return": ([one for one in PRUNERS if one.name == "lazyllm"][:2], "lets tokens return"),
-    "routed layers": ([*[one for one in PRUNERS if one.name == "pmod"], *GATED], "skip decoder layers"),
+    "routed layers": ([*[one for one in PRUNERS if isinstance(one, InLayers)], *GATED], "skip decoder layers"),
     "every layer": ([vtprune.FastV(keep=0.4, schedule="linear")], "schedule 'linear' ranks tokens before every"),
     "layers before which tokens drop": ([vtprune.FastV(layers=(3,))], "fastv .*: layers may hold 2, 5, got 3"),
     "by the next layer": (

@@ -46,7 +46,8 @@ def _decided(sample: SampleReport) -> list[Any]:
 
 def _whole(pruner: Pruner) -> Pruner:
     """The same method, asked to keep everything."""
-    return dataclasses.replace(pruner, keep=1.0)
+    options = {"theta": 1.0} if isinstance(pruner, vtprune.MuE) else {"keep": 1.0}
+    return dataclasses.replace(pruner, **options)
 
 
 @every_model

@@ -31,6 +31,8 @@ NO_VIDEOS = "the family takes images alone: a video is refused by name"
 NO_PLACE = {
     "lazyllm": "refused by name: a state that tokens have left cannot be opened again for those that return",
     "pmod": "refused by name: what a token that skips a layer leaves in its state is not defined",
+    "mue": "refused by name: what a token that skips a layer leaves in its state is not defined",
+    "random_ltd": "refused by name: what a token that skips a layer leaves in its state is not defined",
     "gamma_mod": "refused by name: what a token that skips a layer leaves in its state is not defined",
 }
 # Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.

@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import HoliTom as HoliTom
     from vtprune.pruners import HoloV as HoloV
     from vtprune.pruners import LazyLLM as LazyLLM
+    from vtprune.pruners import MuE as MuE
     from vtprune.pruners import MustDrop as MustDrop
     from vtprune.pruners import NoPruning as NoPruning
     from vtprune.pruners import PMoD as PMoD
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import PruMerge as PruMerge
     from vtprune.pruners import PyramidDrop as PyramidDrop
     from vtprune.pruners import Random as Random
+    from vtprune.pruners import RandomLTD as RandomLTD
     from vtprune.pruners import SparseVLM as SparseVLM
     from vtprune.pruners import ToMe as ToMe
     from vtprune.pruners import Turbo as Turbo

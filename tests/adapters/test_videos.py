@@ -120,7 +120,7 @@ def test_a_share_for_videos_is_checked_and_written_down_like_any_other() -> None
     assert "keep_video" not in vtprune.FoPru(keep=0.5).to_dict()
     with pytest.raises(vtprune.VTPruneError, match="not told apart; give keep alone"):
         vtprune.wrap(make("qwen2-vl"), "d2o", keep=0.5, keep_video=0.2)
-    with pytest.raises(vtprune.VTPruneError, match="pmod has routers in the layers that one keep routes"):
+    with pytest.raises(vtprune.VTPruneError, match="pmod routes its layers by one keep"):
         vtprune.wrap(make("qwen2-vl"), "pmod", keep=0.8, keep_video=0.7)
 
 

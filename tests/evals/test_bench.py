@@ -429,8 +429,8 @@ def test_a_folder_with_trained_weights_runs_on_the_model_that_lies_beside_them(t
 def test_methods_that_have_to_be_trained_are_not_among_the_defaults() -> None:
     from vtprune.evals.settings import all_methods
 
-    assert "pmod" not in all_methods()
-    assert {"fastv", "d2o", "lazyllm"} <= set(all_methods())
+    assert not {"pmod", "random_ltd"} & set(all_methods())
+    assert {"fastv", "d2o", "lazyllm", "mue"} <= set(all_methods())
 
 
 def test_what_another_run_makes_is_not_put_aside(finished: Path) -> None:

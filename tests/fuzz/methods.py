@@ -19,7 +19,9 @@ ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "tome", "mustdrop", "vs
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
-DECODER = ("fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod")
+DECODER = (
+    "fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod", "mue", "random_ltd",
+)  # fmt: skip
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
 # Their own weights, or the gates that they bring, change what is computed even where everything is kept.
@@ -27,7 +29,7 @@ TRAINED = ("pmod", "gamma_mod", "covipal")
 # What needs the whole grid cannot come second.
 WHOLE_GRID = ("grid", "pool", "fopru")
 # Nothing else may act inside the decoder, or on its cache, beside these.
-ALONE_INSIDE = ("lazyllm", "pmod", "gamma_mod")
+ALONE_INSIDE = ("lazyllm", "pmod", "gamma_mod", "mue", "random_ltd")
 
 
 def draw_pruners(rng: Random, shape: Architecture) -> list[Pruner]:
@@ -147,6 +149,18 @@ def _pmod(rng: Random, shape: Architecture, keep: int | float | None) -> Options
         options["layers"] = (_start(rng, shape, keep),)
     elif keep is None:
         options["decay"] = rng.choice(["cosine", "linear"])
+    options["reads_skipped"] = rng.random() < 0.3
+    return options
+
+
+def _mue(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    return {"theta": round(rng.uniform(0.5, 1), 2)} if keep is None else {}
+
+
+def _random_ltd(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    options: Options = {"at_test": rng.random() < 0.9, "seed": rng.randrange(100)}
+    if keep is None:
+        options["skip"] = round(rng.uniform(0.1, 0.9), 2)
     return options
 
 
@@ -249,6 +263,8 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "vtw": _vtw,
     "pmod": _pmod,
     "gamma_mod": _gamma_mod,
+    "mue": _mue,
+    "random_ltd": _random_ltd,
     "flowcut": _flowcut,
     "visionzip": _visionzip,
     "vispruner": lambda rng, shape, keep: {

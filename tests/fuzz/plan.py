@@ -33,11 +33,11 @@ class Plan:
 
     @property
     def skipped(self) -> Tensor:
-        """(layers, B, L) what a layer does not compute and a later one does: it skips this layer."""
+        """(layers, B, L) what a layer does not compute and a later one does, or reads: it skips this layer."""
         later = torch.zeros_like(self.kept)
         for layer in reversed(range(len(later) - 1)):
             later[layer] = later[layer + 1] | self.kept[layer + 1]
-        return later & ~self.kept
+        return (later | self.cached) & ~self.kept
 
 
 def plan_of(prompt: Prompt, report: vtprune.Report) -> Plan:

@@ -141,9 +141,10 @@ class Masked:
         return hook
 
     def _held(self, index: int) -> Tensor:
-        """(B, n) what the layer attends to: what it computed of the prompt, and every step."""
-        table = self.plan.kept if self.start == 0 else self.plan.cached
-        return torch.cat([table[index], self.prompt.real[:, self.prompt.length : self.end]], dim=1)
+        """(B, n) what the layer attends to: what it computed of the prompt, or read all the same, and every step."""
+        cached = self.plan.cached[index]
+        held = self.plan.kept[index] | cached if self.start == 0 else cached
+        return torch.cat([held, self.prompt.real[:, self.prompt.length : self.end]], dim=1)
 
     def _allowed(self, index: int) -> Tensor:
         """(B, 1 or H, q, n)."""

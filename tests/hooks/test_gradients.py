@@ -27,6 +27,7 @@ SAMPLE = [
     ("qwen3-vl", vtprune.VFlowOpt(keep=0.25)),
     ("llava-clip", vtprune.LazyLLM(keep=14)),
     ("llava-clip", vtprune.PMoD(keep=0.6, layers=(2,), schedule="linear")),
+    ("llava-siglip", vtprune.PMoD(keep=0.5, reads_skipped=True)),
 ]
 TRAINED = [vtprune.PMoD(), vtprune.GammaMoD(keep=0.6), vtprune.CoViPAL(keep=9, width=16, heads=2, relaxation="soft")]
 

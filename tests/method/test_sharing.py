@@ -130,7 +130,7 @@ def test_batches_share_prompt_by_prompt() -> None:
     [
         ("fastv:keep=0.5", {"keep_prompt": 0.5}, "fastv: keep and keep_prompt contradict each other"),
         ("random+fastv", {"keep_prompt": 0.5}, "keep_prompt is the budget of one method"),
-        ("pmod", {"keep_prompt": 0.5}, "pmod has routers in the layers that one keep routes; give keep, a budget"),
+        ("pmod", {"keep_prompt": 0.5}, "pmod routes its layers by one keep; give keep, a budget"),
         ("d2o", {"keep_prompt": 0.5}, "d2o cuts each image's entries of a cache by themselves"),
         ("none", {"keep_prompt": 5}, "none prunes nothing; give keep"),
         ("frame_skip:every=2", {"keep_prompt": 5}, "keep_prompt says how many tokens stay, as a keep does"),

@@ -25,8 +25,14 @@ from vtprune.method.facts import ModelFacts
 from vtprune.pruners import PMoD
 
 every_model = pytest.mark.parametrize("kind", MODELS)
-SETTINGS = [PMoD(), PMoD(keep=0.7, norm="sigmoid", scale=1.0), PMoD(keep=9), PMoD(variant="paper")]
-every_setting = pytest.mark.parametrize("method", SETTINGS, ids=["default", "sigmoid", "count", "paper"])
+SETTINGS = [
+    PMoD(),
+    PMoD(keep=0.7, norm="sigmoid", scale=1.0),
+    PMoD(keep=9),
+    PMoD(variant="paper"),
+    PMoD(keep=0.5, reads_skipped=True),
+]
+every_setting = pytest.mark.parametrize("method", SETTINGS, ids=["default", "sigmoid", "count", "paper", "read"])
 
 
 def trained(kind: str, method: PMoD, attention: str = "sdpa", seed: int = 3) -> Any:
@@ -238,7 +244,9 @@ def test_costs_are_what_is_measured(kind: str, method: PMoD) -> None:
     held = [layer.keys.shape[-2] for layer in cache.layers]
     assert [layer[0] for layer in report.kv_tokens_per_layer] == held
     text = report.samples[0].text_tokens
-    assert held == [layer[0] + text + 3 for layer in report.tokens_per_layer]
+    layers = [sum(len(image.cached_per_layer[n]) for image in report.samples[0].images) for n in range(len(held))]
+    assert held == [vision + text + 3 for vision in layers]
+    assert method.reads_skipped or layers == [layer[0] for layer in report.tokens_per_layer]
     assert report.kv_bytes == sum(layer.keys.numel() * 2 * 4 for layer in cache.layers)
 
 

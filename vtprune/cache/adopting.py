@@ -67,8 +67,8 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     return arguments.get("past_key_values") if given is None else given
 
 
-def with_cache(forward: Callable[..., Any], arguments: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
-    """The arguments with this cache, under the name that `forward` has for it."""
+def with_cache(forward: Callable[..., Any], arguments: dict[str, Any], cache: object) -> dict[str, Any]:
+    """The arguments with this cache (or what stands in for one, or None), under the name that `forward` has for it."""
     others = {name: value for name, value in arguments.items() if name not in ("cache", "past_key_values")}
     name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
     return {**others, name: cache}

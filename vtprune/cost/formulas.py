@@ -63,6 +63,7 @@ def prefill_flops(
     encoder_mlp_tokens_per_layer: Sequence[Sequence[int]] | None = None,
     projector_tokens: int | None = None,
     plane_tokens: int | None = None,
+    read_tokens_per_layer: int | Sequence[int] = 0,
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
@@ -73,8 +74,16 @@ def prefill_flops(
     vision = _per_layer("tokens_per_layer", tokens_per_layer, decoder.layers)
     text = _per_layer("text_tokens", text_tokens, decoder.layers)
     lengths = [v + t for v, t in zip(vision, text, strict=True)]
+    read = _per_layer("read_tokens_per_layer", read_tokens_per_layer, decoder.layers)
+    if any(read[layer] for layer in decoder.states):
+        raise VTPruneError("read_tokens_per_layer is 0 in layers of linear attention, which have no keys to be read")
     matrices = CONVENTIONS[convention]
     if matrices is not None:
+        if any(read):
+            raise VTPruneError(
+                f"convention {convention!r} is a formula for tokens that a layer computes, and some of these are only "
+                "read; use 'exact'"
+            )
         if decoder.states:
             raise VTPruneError(
                 f"convention {convention!r} is a formula for attention in every layer, and this decoder has linear "
@@ -94,7 +103,7 @@ def prefill_flops(
     return FlopsBreakdown(
         vision_tower=2 * sum(model.vision.image_macs(g, a, m) for g, a, m in zip(grids, alive, mlp, strict=True)),
         projector=2 * model.projector_macs * projected,
-        decoder=2 * sum(decoder.macs_at(layer, n) for layer, n in enumerate(lengths)),
+        decoder=2 * sum(decoder.macs_at(layer, n, r) for layer, (n, r) in enumerate(zip(lengths, read, strict=True))),
         head=2 * model.head_macs * count("logits", logits),
         scoring=count("scoring", scoring),
     )

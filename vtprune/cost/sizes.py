@@ -103,10 +103,11 @@ class TransformerCost:
         through = sum(segments) if mlp_tokens is None else mlp_tokens
         return sum(segments) * projections + through * self._mlp + scores_and_values
 
-    def macs_at(self, layer: int, tokens: int) -> int:
-        """Multiply-accumulates of layer `layer` for a row of `tokens`."""
+    def macs_at(self, layer: int, tokens: int, read: int = 0) -> int:
+        """Multiply-accumulates of layer `layer` for a row of `tokens`, which also attend to `read` others: these cost
+        a layer with attention their keys and values, and nothing else."""
         if layer not in self.states:
-            return self.layer_macs((tokens,))
+            return self.layer_macs((tokens,)) + 2 * read * (self.width * self.kv_width + tokens * self.query_width)
         assert self.delta is not None
         return self.delta.macs(self.width, tokens) + tokens * self._mlp
 

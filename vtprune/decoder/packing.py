@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +13,43 @@ from vtprune.tensors.compaction import gather_tokens, places_of
 
 
 @dataclass(frozen=True)
+class StillRead:
+    """The tokens that skip a routed layer and are read by those that it computes.
+
+    columns: (B, s) where they stand among all tokens (B, n), -1 padding; order: (B, n) where each of all stands in the
+    row of those that are computed (B, m), padding before them, and of these (B, s) behind.
+    """
+
+    columns: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, computed: Tensor, counts: Sequence[int]) -> StillRead:
+        """Of a layer that computes the tokens `computed` (B, n), `counts` (B,) of them."""
+        width = computed.shape[1]
+        skipped, left = ~computed, [width - count for count in counts]
+        most, own, others = max(counts), computed.cumsum(dim=1) - 1, skipped.cumsum(dim=1) - 1
+        if min(counts) < most:
+            # Each part of a shorter row has its padding in front.
+            count = torch.tensor(counts, device=computed.device)[:, None]
+            own, others = own + most - count, others + max(left) - (width - count)
+        return cls(places_of(skipped, left), torch.where(computed, own, most + others))
+
+
+@dataclass(frozen=True)
 class Packed:
     """The tokens that a routed layer computes, taken out of a batch.
 
     states: (B, n, D) all tokens before the layer; columns: (B, m) where the computed ones stand among them, -1
-    padding, or None for all; gate: (B, m) what the output of the layer's MLP is multiplied by, or None.
+    padding, or None for all; gate: (B, m) what the output of the layer's MLP is multiplied by, or None; read: the
+    others, where the layer has keys and values of theirs.
     """
 
     states: Tensor
     routes: Routes
     columns: Tensor | None
     gate: Tensor | None
+    read: StillRead | None = None
 
     @classmethod
     def of(cls, states: Tensor, routes: Routes) -> Packed:
@@ -39,7 +66,9 @@ class Packed:
         if columns is None:
             return cls(states, routes, None, routes.gate)
         gate = None if routes.gate is None else gather_tokens(routes.gate, columns)
-        return cls(states, routes, columns, gate)
+        counts = counts or (columns.shape[1],) * len(columns)
+        read = StillRead.of(routes.computed(states).mask, counts) if routes.read else None
+        return cls(states, routes, columns, gate, read=read)
 
     @property
     def inside(self) -> Tensor:

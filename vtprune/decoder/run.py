@@ -66,12 +66,13 @@ class Layout:
 class Entering:
     """The tokens that a decoder layer computes: those of the input at `layout`, with hidden states (B, n, D), behind
     the ones of earlier forwards that return (`front`), if any; joined: (B, r + n, D) both of them where they stand
-    together already."""
+    together already; held: the layout of the tokens whose keys and values the layer has, where these are more."""
 
     layout: Layout
     states: Tensor
     front: Tokens | None = None
     joined: Tensor | None = None
+    held: Layout | None = None
 
     def all_states(self) -> Tensor:
         """(B, r + n, D) the hidden states of all of them."""
@@ -103,6 +104,11 @@ class Shaper:
         """The attention mask of the layer that was entered last, cut from the one `given`, None for the run's own;
         places: of its queries, slots: of its keys."""
         return None
+
+    def own_embeddings(self, held: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotary embeddings of the input's tokens that the layer entered last computes, from those of all of them
+        whose keys it has."""
+        return held
 
     def leave(self, index: int, states: Tensor) -> Tensor:
         """The input's own tokens among the states (B, n, D) that layer `index` put out."""
@@ -451,13 +457,18 @@ class DecoderRun:
         if index in self.states:
             mask = self._state_mask(given, layout)
         elif mask is None:
+            if entering.held is not None:
+                # Queries that are some of the tokens only do not attend as the model's own causal mask has it.
+                slots, ragged = slots or self._every_slot, True
             mask = self._mask(given, layout, slots, ragged)
             if self.bias is not None:
                 mask = biased_mask(
                     mask=mask, bias=self.bias, queries=layout.places, keys=None if slots is None else slots.tensor,
                     offset=self.prompt.offset, dtype=entering.states.dtype,
                 )  # fmt: skip
-        embeddings = self._embeddings(index, layout, entering.states, kwargs["position_embeddings"])
+        held = entering.held or layout
+        embeddings = self._embeddings(index, held, entering.states, kwargs["position_embeddings"])
+        embeddings = self.shaper.own_embeddings(embeddings)
         states, embeddings = entering.all_states(), self._joined_embeddings(entering, embeddings)
         kwargs = {**kwargs, "attention_mask": mask}
         if embeddings is not kwargs["position_embeddings"]:
@@ -528,7 +539,7 @@ class DecoderRun:
 
     def _announce(self, index: int, entering: Entering) -> tuple[Slots | None, bool]:
         """The places of the layer's keys, once its cache knows those of this input, and whether they are ragged."""
-        prompt, layout = self.prompt, entering.layout
+        prompt, layout = self.prompt, entering.held or entering.layout
         if self.layers is None:
             return self._extend(None, layout, None), layout.ragged
         if index in self.states:
@@ -560,6 +571,12 @@ class DecoderRun:
             new = whole.new_zeros(whole.shape[1] - held - returning)
             self._sinces[key] = ((past, slots, front), torch.cat([old, came, new]))
         return self._sinces[key][1]
+
+    @cached_property
+    def _every_slot(self) -> Slots:
+        """The slots of a layer that has all places up to the end of this input."""
+        prompt = self.prompt
+        return Slots(all_slots(prompt.offset + prompt.length, prompt.batch, prompt.device))
 
     def _extend(self, past: Slots | None, layout: Layout, front: Tensor | None) -> Slots | None:
         """The slots of a layer after this input, with the places `front` before its own; layers with the same slots go

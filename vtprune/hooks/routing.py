@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
+from vtprune.cache.adopting import cache_in, with_cache
+from vtprune.cache.joining import Joining
 from vtprune.decoder.packing import Packed
 from vtprune.decoder.prompt import numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, Layout, Shaper
 from vtprune.errors import VTPruneError
 from vtprune.hooks.learning import Lessons
 from vtprune.hooks.recording import Recording
-from vtprune.hooks.state import GATE, ThreadState
+from vtprune.hooks.state import GATE, READ, ThreadState
 from vtprune.method.answers import Computed, Routes
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
@@ -48,7 +50,7 @@ class RoutedLayers:
         self.pruner: InLayers | None = found[0][1] if found else None
         self.layers = frozenset(self.pruner.routed_layers()) if self.pruner else frozenset()
         if self.pruner is not None and self.pruner.keep_video is not None:
-            raise VTPruneError(f"{self.pruner.name} has routers in the layers that one keep routes; give keep alone")
+            raise VTPruneError(f"{self.pruner.name} routes its layers by one keep; give keep alone")
         self.order = found[0][0] if found else -1
         self.module, self.plans = modules.get(self.order), plans
         self.adapter = adapter
@@ -75,13 +77,24 @@ class RoutedLayers:
         """The norm before the attention of a layer."""
         return self.adapter.decoder_normed(self._modules[index])
 
-    def routed_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def keys_and_values(self, index: int, states: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a layer's own projections make of the states (B, s, D) of tokens that skip it."""
+        return self.adapter.keys_and_values(self._modules[index], states, embeddings)
+
+    def routed_forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of a layer for the tokens that it computes; the others come back as they were."""
         routing = self._under_way()
         packed = None if routing is None else routing.packed
-        if packed is None:
+        if routing is None or packed is None:
             return forward(*args, **kwargs)
-        output = packed.states if packed.empty else forward(*args, **{**kwargs, GATE: packed.gate})
+        read = routing.still_read(index)
+        if packed.empty:
+            output: Any = packed.states
+            if read:
+                joining = Joining(cache_in(kwargs), *read)
+                joining.update(joining.key[:, :, :0], joining.value[:, :, :0], index)
+        else:
+            output = forward(*args, **{**kwargs, GATE: packed.gate, **dict(zip(READ, read, strict=False))})
         if isinstance(output, tuple):
             return (packed.unpack(output[0]), *output[1:])
         return packed.unpack(output)
@@ -99,9 +112,14 @@ class RoutedLayers:
         return shaper if isinstance(shaper, Routing) else None
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Takes the gate from the arguments, which gradient checkpointing hands to the layer again, for its MLP."""
+        """Takes the gate from the arguments, which gradient checkpointing hands to the layer again, for its MLP, and
+        what the layer still reads of tokens that skip it, for its keys and values."""
         self._state.gate = kwargs.get(GATE)
-        return args, {name: value for name, value in kwargs.items() if name != GATE}
+        read = [kwargs[name] for name in READ if name in kwargs]
+        kwargs = {name: value for name, value in kwargs.items() if name not in (GATE, *READ)}
+        if read:
+            kwargs = with_cache(module.forward, kwargs, Joining(cache_in(kwargs), *read))
+        return args, kwargs
 
     def after_mlp(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         """Multiplies what the MLP of a routed layer adds to each token by its gate."""
@@ -121,7 +139,12 @@ class Routing(Shaper):
         self._of, self._pruner, self._recording, self._lessons = of, pruner, recording, lessons
         self.packed: Packed | None = None
         self.normed: tuple[Tensor, Tensor] | None = None
+        # What entered the layer before, all tokens of it, and what the method noted in this forward.
+        self._before: Tensor | None = None
+        self._memory: dict[str, Any] = {}
         self._version = 0
+        # Rotary embeddings of the tokens that skip the layer under way, where it reads them.
+        self._turned: tuple[Tensor, Tensor] | None = None
         # Kept while the run lives: slots and masks are known by the identity of these places.
         self._layouts: dict[int, Layout] = {}
         self._marked: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
@@ -130,21 +153,49 @@ class Routing(Shaper):
     def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
         """Of the tokens alive those that a routed layer computes."""
         entering = run.alive_at(index, states)
-        self.packed = self.normed = None
-        if index not in self._of.layers:
-            return entering
+        self.packed = self.normed = self._turned = None
+        found = self._packed(run, index, entering) if index in self._of.layers else entering
+        self._before = entering.states
+        return found
+
+    def _packed(self, run: DecoderRun, index: int, entering: Entering) -> Entering:
+        """Of the tokens that enter a routed layer those that it computes."""
         places = entering.layout.places
         self.packed = Packed.of(entering.states, self._routes(run, index, entering))
         columns = self.packed.columns
         if columns is None:
             return entering
+        if self.packed.read is not None and self._of.adapter.flash:
+            raise VTPruneError(
+                f"{self._pruner.name}: what a layer computes attends to tokens that skip it, wherever they stand, and "
+                "flash attention has no mask for that; load the model with attn_implementation='sdpa' or 'eager'"
+            )
         own = columns
         if places is not None:
             own = pick(places, columns)
         self._layouts[index] = Layout(own, ragged=len(own) > 1)
         inside, normed = self.packed.inside, self.known(entering.states)
         self._remember(None if normed is None else (inside, gather_tokens(normed, columns)))
+        entering = replace(entering, held=None if self.packed.read is None else entering.layout)
         return replace(entering, layout=self._layouts[index], states=inside)
+
+    def own_embeddings(self, held: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the tokens that the layer computes; those of the others wait for their keys."""
+        packed = self.packed
+        if packed is None or packed.columns is None or packed.read is None:
+            return held
+        cos, sin = held
+        self._turned = gather_tokens(cos, packed.read.columns), gather_tokens(sin, packed.read.columns)
+        return gather_tokens(cos, packed.columns), gather_tokens(sin, packed.columns)
+
+    def still_read(self, index: int) -> tuple[Tensor, ...]:
+        """Keys and values (B, Hkv, s, d) of the tokens that skip layer `index`, which is under way, made of their
+        states before it, and where these stand (`StillRead.order`); () where it reads none of them."""
+        packed = self.packed
+        if packed is None or packed.read is None or self._turned is None:
+            return ()
+        states = gather_tokens(packed.states, packed.read.columns)
+        return (*self._of.keys_and_values(index, states, self._turned), packed.read.order)
 
     def known(self, states: Tensor) -> Tensor | None:
         """What the norm of the layer under way made of these very states, None where it did not run on them, or its
@@ -178,7 +229,7 @@ class Routing(Shaper):
             self._lessons.routing[index] = routes.loss
         if not run.prompt.offset or run.spans:
             computed = routes.computed(entering.states)
-            self._note(run, index, computed, places=entering.layout.places)
+            self._note(run, index, computed, places=entering.layout.places, read=routes.read)
         return routes
 
     def _tokens(self, run: DecoderRun, index: int, entering: Entering) -> RoutedTokens:
@@ -187,12 +238,14 @@ class Routing(Shaper):
         real, image, text = self._marks(run, entering)
         width = max([0, *numbers]) + 1
         totals, budgets = ([[0] * width for _ in range(run.prompt.batch)] for _ in range(2))
-        spared = [0] * run.prompt.batch
+        spared, known = [0] * run.prompt.batch, True
         for span, number in zip(run.spans, numbers, strict=True):
             shown, entered = span.shown, span.entered.numel()
             budget = self._of.plans.of(shown).routed(self._of.order, index, entered)
-            totals[span.row][number], budgets[span.row][number] = shown.tokens, budget
-            spared[span.row] += max(0, span.kept.numel() - budget)
+            known = known and budget is not None
+            own = entered if budget is None else budget
+            totals[span.row][number], budgets[span.row][number] = shown.tokens, own
+            spared[span.row] += max(0, span.kept.numel() - own)
         return RoutedTokens(
             hidden=entering.states,
             norm=self._norm(index, entering.states),
@@ -206,7 +259,9 @@ class Routing(Shaper):
             module=self._of.module,
             training=bool(self._of.adapter.language_model.training),
             continues=run.prompt.offset > 0 and not run.spans,
-            spared=tuple(spared),
+            spared=tuple(spared) if known else (),
+            before=self._before,
+            memory=self._memory,
             whole=bool(run.spans) and self._whole(run, entering.layout.places),
         )
 
@@ -230,9 +285,9 @@ class Routing(Shaper):
             self._marked = places, real, images, images < 0
         return self._marked[1:]
 
-    def _note(self, run: DecoderRun, index: int, computed: Computed, *, places: Tensor | None) -> None:
+    def _note(self, run: DecoderRun, index: int, computed: Computed, *, places: Tensor | None, read: bool) -> None:
         """Leaves with the record what the layer computes of a prompt; places: (B, n) of the tokens alive, None for
-        all."""
+        all; read: whether it reads the others."""
         for span in run.spans:
             self._recording.of(span).routed[index] = Routed(
                 alive=span.kept,
@@ -241,8 +296,9 @@ class Routing(Shaper):
                 length=run.prompt.length,
                 layout=places,
                 columns=computed,
+                read=read,
             )
-        self._recording.trail.routed_text[index] = RoutedText(self._words(run), computed, places)
+        self._recording.trail.routed_text[index] = RoutedText(self._words(run), computed, places, read)
 
     def _words(self, run: DecoderRun) -> Tensor:
         """(B, length) which conversation each text token of the input belongs to, -1 for all else."""

@@ -20,6 +20,8 @@ from vtprune.method.checks import Checks
 RUN = "vtprune_run"
 # The argument that carries the gates of a routed layer to its attention, which runs before its MLP.
 GATE = "vtprune_gate"
+# The arguments that carry keys and values of tokens that skip a routed layer to its attention, and where these stand.
+READ = ("vtprune_read_keys", "vtprune_read_values", "vtprune_read_order")
 # The argument that carries a forward's Frame to the decoder.
 FRAME = "vtprune_frame"
 

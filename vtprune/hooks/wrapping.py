@@ -127,7 +127,7 @@ class Wrapping(Installed):
             if index in hooks.entered:
                 self.after(layer, functools.partial(hooks.after_layer, index))
             if index in routing.layers:
-                self.override(layer, "forward", functools.partial(routing.routed_forward, layer.forward))
+                self.override(layer, "forward", functools.partial(routing.routed_forward, index, layer.forward))
                 norm = adapter.decoder_norm(layer)
                 self.override(norm, "forward", functools.partial(routing.norm_forward, norm.forward))
                 self.before(adapter.decoder_attention(layer), routing.before_attention)

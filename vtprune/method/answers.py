@@ -102,7 +102,8 @@ class Routes:
     kept tokens; scale: (B, n) what a skipped token's hidden state is multiplied by; branch: (B, n) what all that the
     layer adds to a kept token's hidden state is multiplied by. None leaves them as they are. loss: what the routing
     adds to the loss in training, a scalar. counts: (B,) how many are kept, where the method knows; else the device is
-    asked.
+    asked. read: whether the layer has keys and values of a skipped token, too, made of its state as it is, so that the
+    tokens that it computes still attend to it, and later forwards do.
     """
 
     kept: Tensor | None = None
@@ -112,6 +113,7 @@ class Routes:
     loss: Tensor | None = None
     counts: tuple[int, ...] | None = None
     columns: Tensor | None = None
+    read: bool = False
 
     def computed(self, states: Tensor) -> Computed:
         """Which of the tokens (B, n, ...) the layer computes."""

@@ -117,7 +117,7 @@ class Plan:
         budget = self.left(order, layer, entered)
         return budget is None or budget < alive
 
-    def routed(self, order: int, layer: int, entered: int) -> int:
+    def routed(self, order: int, layer: int, entered: int) -> int | None:
         """Tokens that a decoder layer computes at the most, by the method that routes it."""
         pruner = self.pruners[order]
         if not isinstance(pruner, InLayers) or layer not in pruner.routed_layers():

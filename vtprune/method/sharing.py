@@ -52,7 +52,7 @@ class Sharing:
         if isinstance(pruner, InEncoder):
             reason = "prunes inside the vision encoder, where it is not known which images make a prompt"
         elif isinstance(pruner, InLayers):
-            reason = "has routers in the layers that one keep routes"
+            reason = "routes its layers by one keep"
         elif isinstance(pruner, InCache):
             reason = "cuts each image's entries of a cache by themselves"
         elif not acts(pruner):

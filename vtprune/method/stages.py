@@ -162,10 +162,12 @@ class BetweenLayers(Pruner):
 
 @dataclass(frozen=True)
 class InLayers(Pruner):
-    """Routes tokens: decoder layers compute some of them, the others skip (p-MoD, gamma-MoD)."""
+    """Routes tokens: decoder layers compute some of them, the others skip (p-MoD, gamma-MoD, MuE, random-LTD)."""
 
     # Whether `route` is asked in forwards that bring no image, too.
     routes_text: ClassVar[bool] = False
+    # Whether it routes while a model is trained, and in use only where an option says so.
+    for_training: ClassVar[bool] = False
 
     @property
     def skips_text(self) -> bool:
@@ -177,9 +179,9 @@ class InLayers(Pruner):
         """Decoder layers (from 1 on) that `route` is asked about."""
 
     @abstractmethod
-    def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
+    def routed_budget(self, tokens: int, layer: int, entered: int) -> int | None:
         """Vision tokens of an image of `tokens`, `entered` of which entered the decoder, that a routed layer computes
-        at the most."""
+        at the most; None: the method decides."""
 
     @abstractmethod
     def route(self, tokens: RoutedTokens) -> Routes:

@@ -23,9 +23,8 @@ def check_states(pruners: list[Pruner]) -> None:
             )
         if routed_layers(pruner):
             raise UnsupportedModelError(
-                f"{pruner.name} has tokens skip decoder layers and go on after them, and it was trained where a layer "
-                "can attend to what others skipped; what a skipped token would mean to the state of a "
-                "linear-attention layer, of which this decoder has some, nobody has defined"
+                f"{pruner.name} has tokens skip decoder layers and go on after them; what a skipped token would mean "
+                "to the state of a linear-attention layer, of which this decoder has some, nobody has defined"
             )
         wrong = sorted(set(_read(pruner)) - set(pruner.model.readable))
         if wrong:

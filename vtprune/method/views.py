@@ -214,11 +214,14 @@ class RoutedTokens:
     hidden: (B, n, D) hidden states; norm: the layer's own input norm. real: (B, n) which columns hold a token. image:
         (B, n) the number of the image that a token belongs to among those that its row brings, -1 for text.
     totals: (B, I) tokens of each whole image, 0 where a row has fewer images; budgets: (B, I) those that the layer is
-        to compute at the most; spared: (B,) how many these budgets leave out, on the host. text: (B, n) which columns
+        to compute at the most, all of an image where the method decides; spared: (B,) how many these budgets leave
+        out, on the host, () where the method decides. text: (B, n) which columns
         hold no vision token. whole: whether every column is known to hold a token.
     index: 0-based index of the layer; depth: number of decoder layers.
     module: what `Trained.make_module` made, with its weights as they are now; training: whether the decoder is in
         training mode. continues: whether these tokens follow what is in the cache, without a new image.
+    before: (B, n, D) what `hidden` was before the layer before this one. memory: what the method notes for its next
+        layers in this forward.
     """
 
     hidden: Tensor
@@ -235,6 +238,8 @@ class RoutedTokens:
     continues: bool = False
     spared: tuple[int, ...] = ()
     whole: bool = False
+    before: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def vision(self) -> Tensor:

@@ -19,6 +19,7 @@ from vtprune.pruners.grid import Grid
 from vtprune.pruners.holitom import HoliTom
 from vtprune.pruners.holov import HoloV
 from vtprune.pruners.lazyllm import LazyLLM
+from vtprune.pruners.mue import MuE
 from vtprune.pruners.mustdrop import MustDrop
 from vtprune.pruners.none import NoPruning
 from vtprune.pruners.pmod import PMoD
@@ -26,6 +27,7 @@ from vtprune.pruners.pool import Pool
 from vtprune.pruners.prumerge import PruMerge
 from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
+from vtprune.pruners.random_ltd import RandomLTD
 from vtprune.pruners.sparsevlm import SparseVLM
 from vtprune.pruners.tome import ToMe
 from vtprune.pruners.turbo import Turbo
@@ -57,6 +59,7 @@ __all__ = [
     "HoliTom",
     "HoloV",
     "LazyLLM",
+    "MuE",
     "MustDrop",
     "NoPruning",
     "PMoD",
@@ -64,6 +67,7 @@ __all__ = [
     "PruMerge",
     "PyramidDrop",
     "Random",
+    "RandomLTD",
     "SparseVLM",
     "ToMe",
     "Turbo",

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vtprune.errors import CannotCut, VTPruneError
+from vtprune.errors import VTPruneError
 from vtprune.method.answers import Routes
 from vtprune.method.checks import check_scores
 from vtprune.method.choosing import best_of_each
 from vtprune.method.modules import FullLinear, own_randomness
-from vtprune.method.pruner import Counted, budget_of
+from vtprune.method.pruner import Counted
 from vtprune.method.registry import register
-from vtprune.method.schedules import ROUNDING
 from vtprune.method.stages import InLayers, Trained
 from vtprune.method.views import RoutedTokens
 from vtprune.pruners.parts.checks import check_factor, check_share
+from vtprune.pruners.parts.skipping import check_even, even_budget, even_mean
 from vtprune.pruners.parts.staged import scaled_layers
 
 # The first layer that the authors route, of 32; the last one is not.
@@ -118,34 +118,13 @@ class GammaMoD(InLayers, Trained):
     @property
     def default_keep(self) -> float | None:
         """The mean over layers of which the routed ones skip a share; None where a threshold decides."""
-        depth = self.model.decoder_depth
-        return None if self.thresholds_decide else 1 - self.skipped_share * len(self.routed_layers()) / depth
+        return None if self.thresholds_decide else even_mean(self, self.skipped_share)
 
     def resolve(self) -> dict[str, Any]:
         """Nothing; raises VTPruneError for layers that the decoder does not have, and for a share that skipping in
         the routed layers cannot meet."""
-        depth = self.model.decoder_depth
-        routed = self.routed_layers()
-        if not routed:
-            raise VTPruneError(
-                f"{self.name}: the first and the last decoder layer compute everything, so it needs at least 3 of "
-                f"them, got {depth}"
-            )
-        if routed[-1] >= depth:
-            raise VTPruneError(f"{self.name}: layer {routed[-1]} (counted from 0) of a decoder of {depth} layers")
-        dense = (depth - len(routed)) / depth
-        if isinstance(self.keep, float) and self.model.first and self.keep <= dense:
-            raise VTPruneError(self._out_of_reach(f"{self.keep:.4g} of the tokens", f"{dense:.4g}"))
+        check_even(self)
         return {}
-
-    def _out_of_reach(self, asked: str, least: str) -> str:
-        depth = self.model.decoder_depth
-        dense = depth - len(self.routed_layers())
-        return (
-            f"{self.name} cannot keep {asked} on average: the {dense} of {depth} layers that compute everything, and "
-            f"one token in each other, make {least}; raise keep, or route more layers (layers), or combine with a "
-            "method that prunes before the decoder"
-        )
 
     def routed_layers(self) -> tuple[int, ...]:
         """`layers`, or all but the first ones and the last."""
@@ -158,15 +137,7 @@ class GammaMoD(InLayers, Trained):
     def routed_budget(self, tokens: int, layer: int, entered: int) -> int:
         """The same in every routed layer; raises CannotCut where the layers that compute everything, and one token in
         each other, exceed the budget."""
-        if self.keep is None:
-            return max(1, math.floor((1 - self.skipped_share) * entered + ROUNDING))
-        depth, routed = self.model.decoder_depth, len(self.routed_layers())
-        left = budget_of(self.keep, tokens) * depth - (depth - routed) * entered
-        if left >= routed:
-            return min(entered, left // routed)
-        least = ((depth - routed) * entered + routed) / depth
-        asked = f"{budget_of(self.keep, tokens)} of {tokens} tokens"
-        raise CannotCut(self._out_of_reach(asked, f"{least:.4g}"))
+        return even_budget(self, self.skipped_share, tokens=tokens, entered=entered)
 
     def make_module(self) -> nn.Module:
         """One linear layer for all routed layers, as PyTorch initialises it, from a seed of its own."""

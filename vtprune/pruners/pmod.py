@@ -52,6 +52,9 @@ class PMoD(Scheduled, InLayers, Trained):
     down (the reference: over all images of a row). Which layers have a router follows from the fraction, not from the
     count that it makes of one image, so that an image's mean may lie above that count, but never above its share.
 
+    `reads_skipped`, which is no part of the paper, has the tokens of a layer attend to those that skip it all the
+    same, by keys and values of their states; its weights are to be trained with it.
+
     The reference's alternatives: `decay="linear"`, a straight line 0.5 - l / (L - 1) + `beta` under the same limits;
     other `norm`s, with `scale=1`.
 
@@ -67,6 +70,7 @@ class PMoD(Scheduled, InLayers, Trained):
     scale: float = 0.2
     bias: float = 1.0
     variant: str = "released"
+    reads_skipped: bool = False
 
     untrained: ClassVar[str] = "its routers are at zero, so each layer computes an image's first tokens"
     schedule_names: ClassVar[tuple[str, ...]] = ("shifted_cosine", "linear", "constant")
@@ -75,6 +79,7 @@ class PMoD(Scheduled, InLayers, Trained):
         super().__post_init__()
         check_choice(self.name, "norm", self.norm, NORMS)
         check_choice(self.name, "decay", self.decay, tuple(DECAYS))
+        check_choice(self.name, "reads_skipped", self.reads_skipped, (False, True))
         for option in ("scale", "bias", "beta"):
             value = getattr(self, option)
             number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
@@ -127,7 +132,7 @@ class PMoD(Scheduled, InLayers, Trained):
         logits = tokens.module[str(tokens.index)](tokens.hidden)[..., 0].to(text.device)
         # The order of the gates, without the ties that saturated ones make.
         own = logits.detach() if self.scale >= 0 else -logits.detach()
-        routes = tokens.best(check_scores(own, self.name))
+        routes = replace(tokens.best(check_scores(own, self.name)), read=self.reads_skipped)
         gates = self.gates(logits, text).masked_fill(text, 1.0)
         if self.variant == "paper":
             return replace(routes, scale=gates, branch=gates)

@@ -26,6 +26,7 @@ def flops(
     encoder_mlp_tokens_per_layer: Sequence[Sequence[int]] | None = None,
     projector_tokens: int | None = None,
     plane_tokens: int | None = None,
+    read_tokens_per_layer: int | Sequence[int] = 0,
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
@@ -38,8 +39,9 @@ def flops(
     lengths (all tokens) of its attention segments; None if all; encoder_mlp_tokens_per_layer: the same for all
     tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
     projector, None for all; plane_tokens: tokens through the modules that make what the decoder adds between its
-    layers (deepstack), of all of them together; scoring: FLOPs of the method itself; logits: positions through the
-    head.
+    layers (deepstack), of all of them together; read_tokens_per_layer: tokens that skip a decoder layer and are still
+    attended to in it, by keys and values that it makes of them; scoring: FLOPs of the method itself; logits: positions
+    through the head.
     Raises VTPruneError for bad counts and lengths, an unknown convention or an unknown model.
     """
     return prefill_flops(
@@ -52,6 +54,7 @@ def flops(
         encoder_mlp_tokens_per_layer=encoder_mlp_tokens_per_layer,
         projector_tokens=projector_tokens,
         plane_tokens=plane_tokens,
+        read_tokens_per_layer=read_tokens_per_layer,
         scoring=scoring,
         logits=logits,
     )

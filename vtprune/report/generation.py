@@ -304,6 +304,7 @@ class Generation:
                 encoder_mlp_tokens_per_layer=_mlp_tokens(fresh),
                 projector_tokens=sum(image.encoded.projected for image in fresh),
                 plane_tokens=sum(sum(image.encoded.planes) for image in fresh),
+                read_tokens_per_layer=self._read(key),
                 scoring=sum(self._scoring(images, place) for place in range(len(images)))
                 + self._probes(key, past)
                 + sum(pruner.row_flops(own[0] + words[0]) for pruner in self.pruners if isinstance(pruner, InLayers)),
@@ -344,12 +345,22 @@ class Generation:
         tokens = [sum(int(image.kept_at(layer).numel()) for image in self._new(key)) for layer in range(self.depth)]
         return [tokens[layer] + (held.returned[layer][row] if held.returned else 0) for layer in range(self.depth)]
 
+    def _read(self, key: tuple[int, int]) -> list[int]:
+        """Tokens of a conversation that each layer only had keys and values of in the prefill."""
+        images, whole = self._new(key), self._text_left(key)
+        words, text = self._text_per_layer(key), self.trail.routed_text
+        return [
+            sum(int(image.held_at(layer).numel() - image.kept_at(layer).numel()) for image in images)
+            + (whole - words[layer] if layer in text and text[layer].read else 0)
+            for layer in range(self.depth)
+        ]
+
     def _past(self, key: tuple[int, int], held: Held) -> list[int]:
         """Entries that each layer's cache held of a row before this turn."""
         if not held.entries or not self.offset:
             return [0] * self.depth
-        own = zip(self._own(key, held), self._text_per_layer(key), strict=True)
-        return self._in_entries([layer[key[0]] - v - t for layer, (v, t) in zip(held.entries, own, strict=True)])
+        own = zip(self._own(key, held), self._text_per_layer(key), self._read(key), strict=True)
+        return self._in_entries([layer[key[0]] - sum(new) for layer, new in zip(held.entries, own, strict=True)])
 
     def _in_entries(self, counts: list[int]) -> list[int]:
         """The counts of the layers that hold entries, 0 of those that hold a state."""
@@ -386,7 +397,8 @@ class Generation:
         if not self._history:
             return ()
         own = [tokens + self._text_left(key) for tokens in self._own(key, Held())]
-        keys = [layer[key[0]] for layer in self._history[0].entries] if self.offset else own
+        held = [n + read for n, read in zip(own, self._read(key), strict=True)]
+        keys = [layer[key[0]] for layer in self._history[0].entries] if self.offset else held
         return tuple(n * k for n, k in zip(own, keys, strict=True))
 
     def _scoring(self, images: list[ImageTrail], place: int) -> int:

@@ -27,7 +27,8 @@ class Routed:
     """Which of an image's tokens a routed layer computes, worked out when somebody asks.
 
     alive: (n,) tokens of the image alive there; places: (total,) of its tokens in the row `row` of an input of
-    `length`; layout: (B, m) places of the tokens alive, None for all; columns: which of these the layer computes.
+    `length`; layout: (B, m) places of the tokens alive, None for all; columns: which of these the layer computes;
+    read: whether it has keys and values of the others, too.
     """
 
     alive: Tensor
@@ -36,6 +37,7 @@ class Routed:
     length: int
     layout: Tensor | None
     columns: Computed
+    read: bool = False
 
     @cached_property
     def computed(self) -> Tensor:
@@ -51,12 +53,14 @@ class Routed:
 class RoutedText:
     """How many text tokens of each conversation a routed layer computes, worked out when somebody asks.
 
-    number: (B, L) the conversation of each text token of the input, -1 for all else; computed, layout: as in `Routed`.
+    number: (B, L) the conversation of each text token of the input, -1 for all else; computed, layout, read: as in
+    `Routed`.
     """
 
     number: Tensor
     computed: Computed
     layout: Tensor | None
+    read: bool = False
 
     @cached_property
     def counts(self) -> dict[int, list[int]]:
@@ -71,7 +75,7 @@ class RoutedText:
     def of_rows(self, rows: Sequence[int]) -> RoutedText:
         """The same of a cache whose rows are the prompt's `rows`."""
         layout = None if self.layout is None else self.layout[list(rows)]
-        return RoutedText(self.number[list(rows)], self.computed.of_rows(list(rows)), layout)
+        return RoutedText(self.number[list(rows)], self.computed.of_rows(list(rows)), layout, self.read)
 
 
 @dataclass
@@ -138,9 +142,15 @@ class ImageTrail:
             return self.routed[layer].computed
         return self.alive_at(layer)
 
+    def held_at(self, layer: int) -> Tensor:
+        """Tokens that decoder layer `layer` has keys and values of in the prefill: those that it processes, and those
+        that skip it and are read all the same."""
+        routed = self.routed.get(layer)
+        return self.alive_at(layer) if routed is not None and routed.read else self.kept_at(layer)
+
     def cached_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer `layer` holds in its cache once the prefill is over."""
-        return self.layers[-1] if layer in self.cut else self.kept_at(layer)
+        return self.layers[-1] if layer in self.cut else self.held_at(layer)
 
     def left_by(self, order: int) -> int:
         """The tokens that the pruner at this place of the list left, or found where it had nothing to do."""
