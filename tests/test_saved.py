@@ -145,7 +145,9 @@ def test_trained_weights_answer_as_they_did(name: str, bundled: tuple[Any, dict[
         assert answer(model, inputs)["logits"] != pytest.approx(said["logits"], abs=1e-3)
         vtprune.load_weights(model, folder)
         agrees(answer(model, inputs), said)
-    assert config(tmp_path) == config(folder)
+    # A later version may have options besides.
+    (written,), (kept,) = stages(config(tmp_path)), stages(config(folder))
+    assert written | kept == written
     (new, told), (old, said) = read_weights(tmp_path), read_weights(folder)
     assert told == said
     assert {key: tensor.tolist() for key, tensor in new.items()} == {
