@@ -27,7 +27,7 @@ PRUNERS: list[Pruner] = [
     vtprune.HoloV(keep=0.25),
     vtprune.DivPrune(keep=0.25),
     vtprune.CDPruner(keep=0.25),
-    vtprune.PruMerge(plus=True),
+    vtprune.PruMerge(keep=0.3, plus=True),
     vtprune.VisionZip(keep=0.25),
     vtprune.VisionZip(keep=0.25, cls=False),
     vtprune.VisionZip(keep=0.3, merge=False),

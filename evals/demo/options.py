@@ -121,7 +121,8 @@ def options_of(method: str, facts: ModelFacts) -> list[Option]:
             and ((start := tunable.start if own is None else own) is not None)
         ):
             found.append(_slider(field.name, tunable, start, help_))
-        elif types_ & {int, float} and tuple not in types_:
+        elif types_ & {int, float}:
+            # What takes several numbers instead, one a layer, takes one here.
             found.append(Option(field.name, Kind.NUMBER, default, help_))
         elif tuple in types_:
             found.append(Option(field.name, Kind.LAYERS, None, help_))
