@@ -83,7 +83,8 @@ def test_each_control_reaches_its_field_and_leaves_the_others(loaded: Loaded, me
             value = "2, 3"
         if value is None:
             continue
-        before = "schedule=steps" if (method, option.name) == ("fastv", "layers") else ""
+        staged = method in ("fastv", "dart", "vscan") and option.name == "layers"
+        before = "schedule=steps" if staged else ""
         text = changed(method, loaded.facts, before, option.name, value)
         assert text.startswith(before)
         held = getattr(chosen(loaded, method, 50, text).pruner(), option.name)
