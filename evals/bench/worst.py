@@ -28,7 +28,7 @@ def checkerboard(rng: np.random.Generator) -> Image.Image:
     """Black and white fields of 8 pixels: all tokens alike."""
     rows, columns = np.indices((SIDE, SIDE)) // 8
     fields = ((rows + columns) % 2 * 255).astype(np.uint8)
-    return Image.fromarray(fields).convert("RGB")
+    return Image.fromarray(np.stack([fields] * 3, axis=-1))
 
 
 def page(rng: np.random.Generator) -> Image.Image:

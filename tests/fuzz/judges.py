@@ -216,12 +216,15 @@ def _budgets(case: Case, report: vtprune.Report) -> Iterator[str]:
     """What was kept, as the last method counts it, against what it was asked for (its own setting where no keep is
     given is thresholds, or a schedule)."""
     last = case.pruners[-1]
+    # Of these an image may leave all at once, and does not come back.
+    leaves = isinstance(last, vtprune.MuE) or any(isinstance(one, vtprune.VTW) for one in case.pruners)
     for sample in report.samples:
         for image in sample.images:
             lists = [image.kept, *image.kept_per_layer, *image.cached_per_layer]
             if any(tokens != sorted(set(tokens)) or not set(tokens) <= set(range(image.tokens)) for tokens in lists):
                 yield "kept tokens are no ascending indices into their image"
-            if any(not tokens for tokens in image.kept_per_layer) and not isinstance(last, vtprune.MuE):
+            gone = [not tokens for tokens in image.kept_per_layer]
+            if any(gone) and not (leaves and gone == sorted(gone)):
                 yield "a layer keeps nothing of an image"
             if last.keep is None or exceeds(last):
                 continue
