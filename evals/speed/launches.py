@@ -45,6 +45,8 @@ SIDE, TEXT, VOCABULARY, IMAGE = 24, 64, 128, 120
 # A video's placeholder, its frames, and the tokens a side of each.
 VIDEO, FRAMES, FRAME_SIDE = IMAGE + 3, 16, 6
 KEEP = 0.25
+# Methods that are counted at the setting that they have by themselves.
+OWN_SETTING = ("none", "pmod", "gamma_mod", "mue", "random_ltd", "d2o")
 # Lines of code that a detailed table shows for their launches.
 PLACES = 12
 # Where the models' code lies, and vtprune's own.
@@ -284,9 +286,7 @@ def count_all(kind: str, batch: int, methods: list[str]) -> dict[str, Steps]:
     with vtprune.wrapped(model, "none"):
         _warm_up(model, inputs)
     for method in methods:
-        given: dict[str, Any] = (
-            {} if ":" in method or method in ("none", "pmod", "gamma_mod", "d2o") else {"keep": KEEP}
-        )
+        given: dict[str, Any] = {} if ":" in method or method in OWN_SETTING else {"keep": KEEP}
         with vtprune.wrapped(model, method, **given):
             found[method] = count(model, inputs)
     return found

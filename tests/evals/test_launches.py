@@ -56,8 +56,8 @@ BOUNDS = {
     "lazyllm": Bound(1.14, 2, first=1.34, first_reads=4, later=1.34, later_reads=4),
     "d2o": Bound(1.40, 2, first=2.45, first_reads=2),
     "pmod": Bound(1.27, 2),
-    "mue": Bound(1.77, 2),  # each layer behind the exit makes keys and values of what it skips
-    "random_ltd": Bound(1.02, 2),
+    "mue": Bound(1.54, 28),  # each layer is followed by the question whether an image stops
+    "random_ltd": Bound(1.02, 1),
     "gamma_mod": Bound(1.26, 2, first=1.08, later=1.08),
     "flowcut": Bound(1.31, 12),  # ten layers drop by a threshold
     "turbo": Bound(1.79, 2),

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtprune
 from tests.models import make
-from tests.training.tiny_training import ask, load, run
+from tests.training.tiny_training import ask, load, processor, run
 from vtprune.errors import RunError, VTPruneError
 from vtprune.training import TrainConfig
 from vtprune.training.state import FILE, FOLDER
@@ -58,6 +58,22 @@ def test_an_interrupted_run_that_goes_on_equals_one_that_was_not(tmp_path: Path,
     assert logs[0]["curve"] == logs[1]["curve"]
     assert [point["step"] for point in logs[0]["curve"]] == [1, 2, 3, 4]
     assert not (tmp_path / "cut" / FOLDER).exists()
+
+
+def test_random_routing_that_is_interrupted_draws_on_as_it_would_have(tmp_path: Path, monkeypatch: Any) -> None:
+    options: dict[str, Any] = {"method": "random_ltd", "steps": 2, "save_every": 1}
+    run(tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        _stop_before(patch, 1)
+        with pytest.raises(Stopped):
+            run(tmp_path / "cut", **options)
+    trained = run(tmp_path / "cut", **options)
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    inputs = ask(processor())
+    with torch.no_grad():
+        logits = trained.eval()(**inputs).logits
+        assert torch.equal(vtprune.unwrap(trained)(**inputs).logits, logits)
 
 
 def test_what_was_trained_loads_as_any_model_does_and_brings_the_method(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ def image_cosines(states: Tensor, before: Tensor, image: Tensor, count: int) -> 
     channels as one vector; image: (B, n) the number of each token's image, -1 for text. 0 for an image of no tokens.
     """
     states, before = states.float(), before.float()
-    parts = torch.stack(
-        [(one * two).sum(dim=-1) for one, two in ((states, before), (states, states), (before, before))]
+    products = torch.stack(
+        [torch.linalg.vecdot(one, two) for one, two in ((states, before), (states, states), (before, before))]
     )
     own = image[:, None, :] == torch.arange(count, device=image.device)[:, None]
-    dot, *squares = torch.where(own, parts[:, :, None, :], 0.0).sum(dim=-1)
-    lengths = (squares[0].sqrt() * squares[1].sqrt()).clamp(min=torch.finfo(torch.float32).tiny)
-    return (dot / lengths).clamp(min=-1.0, max=1.0)
+    sums = torch.where(own, products[:, :, None, :], 0.0).sum(dim=-1)
+    lengths = sums[1:].sqrt().prod(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    return sums[0] / lengths
 
 
 @register(
@@ -121,12 +121,16 @@ class MuE(InLayers):
         assert tokens.before is not None
         cosines = image_cosines(tokens.hidden, tokens.before, tokens.image, tokens.totals.shape[1])
         stopped = check_scores(cosines, self.name) > self.threshold
-        stopped = stopped | tokens.memory.get(STOPPED, tokens.totals < 1)
+        before: Tensor | None = tokens.memory.get(STOPPED)
+        stopped = stopped if before is None else stopped | before
         tokens.memory[STOPPED] = stopped
+        known = yield stopped
+        if not known.any():
+            return Routes(read=True)
         kept = self._kept(tokens, stopped)
-        *counts, left = (yield torch.cat([kept.sum(dim=1), (~stopped).sum()[None]])).tolist()
+        *counts, running = (yield torch.cat([kept.sum(dim=1), (~stopped & (tokens.totals > 0)).sum()[None]])).tolist()
         routes = Routes(kept, counts=tuple(counts), read=True)
-        if not left:
+        if not running:
             tokens.memory[SETTLED] = routes
         return routes
 
