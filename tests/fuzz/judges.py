@@ -206,7 +206,9 @@ def asked_of(keep: int | float, tokens: int) -> int:
 def exceeds(pruner: Pruner) -> bool:
     """Methods that say of themselves that they may keep more than was asked: VFlowOpt's released code recycles on top
     of it; DART's keeps its pivots on top of it; D2O's spreads the budget over layers that it does not cut, and with
-    text=True counts text too."""
+    text=True counts text too; random-LTD drops in training alone unless it is told otherwise."""
+    if isinstance(pruner, vtprune.RandomLTD) and not pruner.at_test:
+        return True
     released = getattr(pruner, "variant", "") == "released"
     above = isinstance(pruner, vtprune.VFlowOpt | vtprune.DART | vtprune.D2O)
     return (above and released) or getattr(pruner, "text", False) is True

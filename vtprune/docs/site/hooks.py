@@ -46,8 +46,11 @@ FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)\s]+)\)|(?P<image><img src=)\"(?P<source>[^\"]+)\"")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lays the sources out as an installation does, for the reader of docstrings, which follows no links."""
+def on_startup(**_: Any) -> None:
+    """Lays the sources out as an installation does, for the reader of docstrings, which follows no links.
+
+    This comes before any plugin is configured: the reader asks only then which of its folders exist.
+    """
     tree = ROOT / "build" / "docs-source"
     shutil.rmtree(tree, ignore_errors=True)
     for folder, package in PACKAGES.items():
@@ -55,7 +58,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             copy = tree / package / path.relative_to(ROOT / folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
