@@ -12,7 +12,7 @@ from rich.console import Console
 from vtprune.assets import folder_of, title_of
 from vtprune.console.output import notice
 from vtprune.console.progress import Estimate, Steps
-from vtprune.errors import InputError
+from vtprune.errors import InputError, RunError
 from vtprune.evals.bench.cells import FOLDER as CELLS
 from vtprune.evals.bench.grid import Listener, beside, rank, work_through
 from vtprune.evals.bench.results import FILE, MERGING, PLOT, TABLE, Results, other_machine
@@ -78,7 +78,8 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     """Runs the sweep, prints its tables, and returns the content of results.json.
 
     Of a launcher's processes the first one alone prints and writes tables. Raises VTPruneError for a request that
-    cannot be carried out, before anything is computed, and RunError for what goes wrong later.
+    cannot be carried out, before anything is computed, and RunError for what goes wrong later; for settings that could
+    cut no image when all others are there and written.
     """
     if rank():
         console = Console(quiet=True)
@@ -107,9 +108,11 @@ def run_bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         metrics=dict(config.metrics),
     )
     with opened as suite, quiet_untrained():
-        _run(config, suite, results, settings=settings, console=console)
+        uncut = _run(config, suite, results, settings=settings, console=console)
     if rank() == 0:
         _write_outputs(config, results, console)
+    if uncut and not config.lenient:
+        raise RunError("; ".join(f"{name}: {reason}" for name, reason in uncut.items()))
     return results.data
 
 
@@ -147,8 +150,11 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
     return {**same, **{name: value for name, value in later.items() if value is not None}}
 
 
-def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequence[Setting], console: Console) -> None:
-    from vtprune.evals.bench.sweep import Sweep, check_settings
+def _run(
+    config: BenchConfig, suite: Any, results: Results, *, settings: Sequence[Setting], console: Console
+) -> dict[str, str]:
+    """Runs what is missing; answers which settings could cut no image, and why."""
+    from vtprune.evals.bench.sweep import NothingCut, Sweep, check_settings
     from vtprune.evals.lmms.model import VTPrune
     from vtprune.evals.lmms.simple_model import VTPruneSimple
     from vtprune.loading.model import default_batch, load_model
@@ -160,6 +166,7 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
         attn_implementation=config.attn_implementation,
         device_map=config.device_map,
     )
+    uncut: dict[str, str] = {}
     settings, left_out = check_settings(model, processor, settings, lenient=config.lenient)
     untold = {setting.label: setting.untrained for setting in settings if setting.untrained}
     here = {**machine(model), **beside()}
@@ -202,10 +209,20 @@ def _run(config: BenchConfig, suite: Any, results: Results, *, settings: Sequenc
         def ended(setting: Setting, record: dict[str, Any] | None) -> None:
             steps.end(f"{_name(setting)}: {'made by another run' if record is None else _summary(record)}")
 
+        def run(setting: Setting) -> dict[str, Any] | None:
+            try:
+                return sweep.run(setting)
+            except NothingCut as error:
+                uncut[_name(setting)] = str(error)
+                steps.end(f"{_name(setting)}: left out: {error}")
+                return None
+
         listener = Listener(lambda setting: steps.begin(_name(setting)), ended, steps.say)
-        work_through(settings, results, sweep.run, listener)
+        work_through(settings, results, run, listener)
+    results.data["left_out"] = {**results.data["left_out"], **uncut}
     # Written even if nothing was missing, so that the file tells of this run's versions and machine.
     results.save()
+    return uncut
 
 
 def _check_machine(results: Results, here: dict[str, Any]) -> None:

@@ -57,9 +57,10 @@ class Listener:
 
 
 def work_through(
-    settings: Sequence[Setting], results: Results, run: Callable[[Setting], dict[str, Any]], told: Listener
+    settings: Sequence[Setting], results: Results, run: Callable[[Setting], dict[str, Any] | None], told: Listener
 ) -> None:
-    """Runs every setting that is not in `results` and that no other process has taken.
+    """Runs every setting that is not in `results` and that no other process has taken; leaves out one of which `run`
+    makes nothing.
 
     A launcher's first process, and a run that is alone, ends when all of them are there: it waits for what others
     hold, and takes over what they leave unfinished. The launcher's other processes end when nothing is left to take.
@@ -70,11 +71,11 @@ def work_through(
     left = [setting for setting in settings if setting.key() not in results.settings]
     waiting = False
     while left:
-        taken = _pass(left, results, run, told)
+        taken, nothing = _pass(left, results, run, told)
         for setting in left:
             if setting.key() in results.settings and setting not in taken:
                 told.ended(setting, None)
-        left = [setting for setting in left if setting.key() not in results.settings]
+        left = [setting for setting in left if setting.key() not in results.settings and setting not in nothing]
         if taken or not left:
             continue
         if rank():
@@ -87,10 +88,10 @@ def work_through(
 
 
 def _pass(
-    left: Sequence[Setting], results: Results, run: Callable[[Setting], dict[str, Any]], told: Listener
-) -> list[Setting]:
-    """Runs those that can be taken now."""
-    taken = []
+    left: Sequence[Setting], results: Results, run: Callable[[Setting], dict[str, Any] | None], told: Listener
+) -> tuple[list[Setting], list[Setting]]:
+    """Runs those that can be taken now; answers those, and of which of them nothing came."""
+    taken, nothing = [], []
     for setting in left:
         # What smaller pictures save is told beside the pictures as they were.
         if setting.method == DOWNSCALE and Setting(UNPRUNED).key() not in results.settings:
@@ -102,6 +103,10 @@ def _pass(
             if setting.key() in results.settings:
                 continue
             told.begun(setting)
-            told.ended(setting, run(setting))
             taken.append(setting)
-    return taken
+            record = run(setting)
+            if record is None:
+                nothing.append(setting)
+            else:
+                told.ended(setting, record)
+    return taken, nothing

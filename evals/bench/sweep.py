@@ -33,6 +33,10 @@ TIMED_SAMPLES = 6
 SCORELESS = "grid"
 
 
+class NothingCut(RunError):
+    """A setting that could cut no image of all the questions; the message says why."""
+
+
 @dataclass
 class Sweep:
     """A loaded model, the questions, where the results go, and who hears of answers that could not be read back."""
@@ -51,7 +55,8 @@ class Sweep:
         self.whole = self.lm.processor
 
     def run(self, setting: Setting) -> dict[str, Any]:
-        """Evaluates and times one setting, whose cell is held, and writes cell and record; raises RunError."""
+        """Evaluates and times one setting, whose cell is held, and writes cell and record; raises RunError, NothingCut
+        where it pruned nothing."""
         cell = self.results.cell(setting)
         journal = Journal(cell.answers)
         for line in journal.bad:
@@ -140,7 +145,7 @@ class Sweep:
     def _record(self, setting: Setting, raw: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         costs = [sample["cost"] for sample in samples]
         if all(cost.get("kept_whole") for cost in costs):
-            raise RunError(f"no image could be cut to its budget: {costs[0]['kept_whole']}")
+            raise NothingCut(f"no image could be cut to its budget: {costs[0]['kept_whole']}")
         scores = []
         for task, own in raw["samples"].items():
             own = sorted(own, key=lambda sample: sample["doc_id"])
@@ -325,6 +330,8 @@ def _told(setting: Setting) -> Any:
     """Names the setting in whatever goes wrong: on the way it is a failure, no longer bad input."""
     try:
         yield
+    except NothingCut:
+        raise
     except RunError as error:
         raise RunError(f"{setting.label} at keep={setting.keep}: {error}") from error
     except Exception as error:

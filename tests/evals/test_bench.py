@@ -347,6 +347,16 @@ def test_a_method_that_the_model_cannot_take(tmp_path: Path, monkeypatch: pytest
     assert "Left out: flowcut at 25%: needs what this model has not." in result.output
 
 
+def test_a_setting_that_cuts_no_image_is_named_and_the_others_are_run(tmp_path: Path) -> None:
+    result = bench(tmp_path, "--methods", "turbo:layers=1,grid", "--keep", "10")
+    assert result.exit_code == 1
+    assert "no image could be cut to its budget: turbo: 1 encoder layers that halve the tokens" in result.stderr
+    data = read(tmp_path)
+    assert [record["method"] for record in data["settings"].values()] == ["none", "grid"]
+    assert list(data["left_out"]) == ["turbo:layers=1 at 10"]
+    assert "Left out: turbo:layers=1 at 10: no image" in (tmp_path / "table.md").read_text()
+
+
 def test_scores_and_their_errors() -> None:
     assert standard_error([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5 * 0.5 / 4) ** 0.5)
     assert standard_error([1.0]) is None
