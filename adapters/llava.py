@@ -109,6 +109,7 @@ class LlavaAdapter(Adapter):
             group=1,
             source=self.source,
             decoder_width=text.hidden_size,
+            encoder_width=self.model.config.vision_config.hidden_size,
         )
 
     def encoder_projections(self, layer: Any) -> Projections:

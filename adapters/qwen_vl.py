@@ -94,6 +94,7 @@ class Qwen2VLAdapter(Adapter):
             source=self.source,
             decoder_width=text.hidden_size,
             attention_layers=self.attention_layers,
+            encoder_width=config.vision_config.hidden_size,
         )
 
     def encoder_projections(self, layer: Any) -> Projections:

@@ -42,6 +42,8 @@ PRUNERS: list[Pruner] = [
     vtprune.MustDrop(keep=0.5, merge=False),
     vtprune.MustDrop(keep=0.4, merge_threshold=0.1, key_share=0.2),
     vtprune.VScan(keep=0.3, window=2),
+    vtprune.IARED2(keep=0.3),
+    vtprune.IARED2(groups=2),
     vtprune.FastV(),
     vtprune.FastV(keep=0.4, schedule="linear"),
     vtprune.DART(keep=0.4),

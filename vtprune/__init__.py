@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import D2O as D2O
     from vtprune.pruners import DART as DART
     from vtprune.pruners import EVS as EVS
+    from vtprune.pruners import IARED2 as IARED2
     from vtprune.pruners import VTW as VTW
     from vtprune.pruners import CDPruner as CDPruner
     from vtprune.pruners import CoViPAL as CoViPAL

@@ -41,7 +41,7 @@ from vtprune.method.order import check_order
 from vtprune.method.pruner import Pruner, form_for, forms
 from vtprune.method.resolving import folder_of, resolve
 from vtprune.method.sharing import Sharing
-from vtprune.method.stages import acts, encoder_layers, revives
+from vtprune.method.stages import Trained, acts, encoder_layers, revives
 from vtprune.method.states import check_states
 from vtprune.report.generation import Generation
 from vtprune.report.report import Report
@@ -184,6 +184,11 @@ def _wrap_tower(tower: Tower, given: list[Pruner], asked: list[str]) -> TowerWra
             f"{idle} acts before or inside a decoder, and {tower.name} models have none; flowcut, turbo, tome, "
             "visionzip, vispruner and mustdrop act inside the encoder, and vtprune.select runs methods that choose by "
             "features alone"
+        )
+    bringing = next((one.name for one in pruners if isinstance(one, Trained)), None)
+    if bringing is not None:
+        raise VTPruneError(
+            f"{bringing} brings weights that are trained with a decoder behind them, and {tower.name} models have none"
         )
     check_order(pruners)
     kind = TimmHooks if isinstance(tower, TimmTower) else OpenClipHooks

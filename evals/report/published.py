@@ -38,6 +38,7 @@ UNREPORTED = {
     "gamma_mod": "it is trained; printed are changes of averages alone",
     "gemfilter": "its paper measures language models",
     "holitom": "its abstract names a share of FLOPs, not of tokens",
+    "iared2": "printed of classifiers alone",
     "lazyllm": "its paper measures language models",
     "mue": "printed of an encoder-decoder that was trained for it",
     "mustdrop": "no table of it could be read",

@@ -62,6 +62,7 @@ BOUNDS = {
     "flowcut": Bound(1.31, 12),  # ten layers drop by a threshold
     "turbo": Bound(1.79, 2),
     "tome": Bound(1.70, 2),
+    "iared2": Bound(1.06, 2),
 }
 # What compares frames, on a video on Qwen2.5-VL's depth, where the wrapper alone reads back twice.
 ON_VIDEOS = {
@@ -74,7 +75,7 @@ ON_VIDEOS = {
     "frame_skip": Bound(1.03, 2),
 }
 # What the towers that pack images add to read-backs on Qwen2.5-VL: each cut says where windows end.
-PACKED = {"visionzip": 3, "vispruner": 3, "vscan": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40, "tome": 40}
+PACKED = {"visionzip": 3, "vispruner": 3, "vscan": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40, "tome": 40, "iared2": 6}
 
 
 def test_views_launch_nothing_and_everything_else_does() -> None:

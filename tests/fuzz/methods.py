@@ -15,7 +15,7 @@ Options = dict[str, Any]
 
 # Methods by where they act, in the order in which tokens meet them: in the encoder, before the decoder, inside it, in
 # the cache that it leaves.
-ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "tome", "mustdrop", "vscan")
+ENCODER = ("flowcut", "visionzip", "vispruner", "turbo", "tome", "mustdrop", "vscan", "iared2")
 INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
@@ -25,7 +25,7 @@ DECODER = (
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
 # Their own weights, or the gates that they bring, change what is computed even where everything is kept.
-TRAINED = ("pmod", "gamma_mod", "covipal")
+TRAINED = ("pmod", "gamma_mod", "covipal", "iared2")
 # What needs the whole grid cannot come second.
 WHOLE_GRID = ("grid", "pool", "fopru")
 # Nothing else may act inside the decoder, or on its cache, beside these.

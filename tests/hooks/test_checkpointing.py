@@ -23,6 +23,7 @@ TRAINED = [
     vtprune.CoViPAL(keep=9, width=16, heads=2),
     vtprune.CoViPAL(keep=9, width=16, heads=2, relaxation="soft"),
     vtprune.CoViPAL(keep=9, width=16, heads=2, stage="guide"),
+    vtprune.IARED2(keep=0.3),
 ]
 SAMPLE = [
     ("llava-clip", vtprune.Turbo(keep=0.5)),

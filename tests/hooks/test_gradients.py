@@ -29,7 +29,12 @@ SAMPLE = [
     ("llava-clip", vtprune.PMoD(keep=0.6, layers=(2,), schedule="linear")),
     ("llava-siglip", vtprune.PMoD(keep=0.5, reads_skipped=True)),
 ]
-TRAINED = [vtprune.PMoD(), vtprune.GammaMoD(keep=0.6), vtprune.CoViPAL(keep=9, width=16, heads=2, relaxation="soft")]
+TRAINED = [
+    vtprune.PMoD(),
+    vtprune.GammaMoD(keep=0.6),
+    vtprune.CoViPAL(keep=9, width=16, heads=2, relaxation="soft"),
+    vtprune.IARED2(),
+]
 
 
 def _doubled(kind: str, pruner: Pruner) -> tuple[torch.nn.Module, dict[str, Tensor]]:

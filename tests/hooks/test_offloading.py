@@ -21,11 +21,12 @@ METHODS = [
     vtprune.PMoD(keep=0.6),
     vtprune.GammaMoD(keep=0.6),
     vtprune.CoViPAL(keep=9, width=16, heads=2),
+    vtprune.IARED2(keep=0.3),
     vtprune.PyramidDrop(keep=0.4),
     vtprune.GemFilter(keep=0.25),
     vtprune.DART(keep=0.4),
 ]
-BRINGING = METHODS[:3]
+BRINGING = METHODS[:4]
 # Blocks that are loaded as one piece, so that their parts have no weights while the block does not run.
 WHOLE = ["LlamaDecoderLayer", "LlamaAttention", "Qwen2_5_VLDecoderLayer"]
 

@@ -74,7 +74,11 @@ def test_wrapping_leaves_torch_s_random_state_alone(pruner: Pruner) -> None:
     assert all(torch.equal(weight, weights[name]) for name, weight in first.named_parameters())
 
 
-@pytest.mark.parametrize("pruner", [vtprune.PMoD(), vtprune.GammaMoD(), vtprune.CoViPAL(width=16, heads=2)], ids=label)
+@pytest.mark.parametrize(
+    "pruner",
+    [vtprune.PMoD(), vtprune.GammaMoD(), vtprune.CoViPAL(width=16, heads=2), vtprune.IARED2()],
+    ids=label,
+)
 def test_wrapping_seeds_no_device(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
     def seeds(*args: object) -> None:
         raise AssertionError("torch.manual_seed moves the random state of every device")

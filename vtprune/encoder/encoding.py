@@ -300,8 +300,12 @@ class Encoding(ABC):
     def layer(
         self, index: int, kwargs: dict[str, Any], scale: float, budgets: Sequence[int], hidden: Tensor | None
     ) -> EncoderLayer:
-        """What a pruner sees of the layer that just ran; budgets: (B,)."""
-        query, key, value = self.states(kwargs)
+        """What a pruner sees of the layer that just ran, -1: before the first one; budgets: (B,)."""
+        if index < 0:
+            # No layer has run.
+            query = key = value = self.sizes.new_empty(len(self.totals), 0, 0, 0)
+        else:
+            query, key, value = self.states(kwargs)
         return EncoderLayer(
             query=query,
             key=key,
@@ -321,7 +325,7 @@ class Encoding(ABC):
             alive=tuple(self.kept),
             budgets=tuple(budgets),
             unseen=tuple(total - seen for total, seen in zip(self.totals, self.seen, strict=True)),
-            bias=self.key_bias(index),
+            bias=None if index < 0 else self.key_bias(index),
         )
 
     def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:

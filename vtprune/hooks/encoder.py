@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,14 +26,25 @@ from vtprune.method.pruner import forms
 from vtprune.method.stages import InEncoder, Read, encoder_layers, reads
 from vtprune.tensors.attention import full_precision
 
+# Where methods are asked before the first layer.
+BEFORE = -1
+
 
 class EncoderHooks:
     """What happens in the layers of a vision encoder, whatever comes before and behind them."""
 
     def __init__(
-        self, adapter: EncoderSide, plans: Plans, facts: ModelFacts, *, state: ThreadState, taps: Taps
+        self,
+        adapter: EncoderSide,
+        plans: Plans,
+        facts: ModelFacts,
+        *,
+        state: ThreadState,
+        taps: Taps,
+        modules: Mapping[int, nn.Module] = MappingProxyType({}),
     ) -> None:
         self.adapter, self.plans, self.facts, self.state, self.taps = adapter, plans, facts, state, taps
+        self.modules = modules
         pruners = plans.pruners
         self.token = object()
         depth, last = facts.encoder_depth, len(list(adapter.encoder_layers)) - 1
@@ -48,7 +60,8 @@ class EncoderHooks:
         self.reads_last = bool(read & {Read.LAST_LAYER, Read.LAST_LAYER_FLOWS})
         # Layers whose inputs are cut: all of them or none; layers whose q, k and v are read.
         self.prunes = bool(self.scored)
-        self.tapped = {index for index, _, _ in self.scored}
+        self.tapped = {index for index, _, _ in self.scored if index != BEFORE}
+        self.before = any(index == BEFORE for index, _, _ in self.scored)
         self.tapped |= ({depth - 1} if self.reads else set()) | ({last} if self.reads_last else set())
         self.opened = {index for index, _, pruner in self.scored if pruner.before_mlp}
         self.sized = any(pruner.weighs_keys for _, _, pruner in self.scored)
@@ -86,6 +99,8 @@ class EncoderHooks:
 
     def cut(self, index: int, encoding: Encoding, args: Any, kwargs: dict[str, Any]) -> Any:
         """The inputs of a layer, cut to the tokens alive."""
+        if self.before and index == 0 and encoding.is_new(BEFORE, 1):
+            self._decide(encoding, BEFORE, args[0], before_mlp=False)
         if self.prunes:
             args, kwargs = encoding.layer_inputs(index, args, kwargs)
             encoding.note_layer(index, kwargs)
@@ -133,18 +148,21 @@ class EncoderHooks:
 
     def _decide(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> None:
         """Asks the methods that act at this place which tokens go on, and carries it out."""
+        learning = torch.is_grad_enabled()
         with torch.no_grad():
-            chosen = self._chosen(encoding, index, hidden, before_mlp=before_mlp)
+            chosen = self._chosen(encoding, index, hidden, before_mlp=before_mlp, learning=learning)
         if chosen is not None:
             cls = encoding.hidden(hidden)[:, 0] if chosen.cls is not None and encoding.prefix else None
             encoding.apply(chosen, index, cls)
 
-    def _chosen(self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool) -> EncoderSelection | None:
+    def _chosen(
+        self, encoding: Encoding, index: int, hidden: Tensor, *, before_mlp: bool, learning: bool
+    ) -> EncoderSelection | None:
         chosen: EncoderSelection | None = None
         for layer, order, pruner in self.scored:
             if layer != index or pruner.before_mlp != before_mlp:
                 continue
-            one = self._ask(encoding, index, order=order, pruner=pruner, hidden=hidden)
+            one = self._ask(encoding, index, order=order, pruner=pruner, hidden=hidden, learning=learning)
             if one is not None:
                 # Methods that merge have their layers to themselves (see `check_order`); drops add up.
                 chosen = one if chosen is None else EncoderSelection.drop(chosen.keep & one.keep)
@@ -158,7 +176,7 @@ class EncoderHooks:
         return any(not all(encoding.spared(own)) for own in budgets)
 
     def _ask(
-        self, encoding: Encoding, index: int, order: int, pruner: InEncoder, hidden: Tensor
+        self, encoding: Encoding, index: int, order: int, pruner: InEncoder, *, hidden: Tensor, learning: bool
     ) -> EncoderSelection | None:
         plans = [self.plans.of(shown) for shown in encoding.shown]
         # All of one pass are images, or all videos.
@@ -184,7 +202,11 @@ class EncoderHooks:
         layer = encoding.layer(
             index, encoding.arguments, scale=self.adapter.encoder_scale, budgets=budgets, hidden=shown
         )
-        with full_precision(hidden.device), encoding.checks.collecting():
+        module = self.modules.get(order)
+        learning = learning and module is not None and module.training
+        if module is not None:
+            layer = replace(layer, module=module, teach=self.state.lessons.append if learning else None)
+        with torch.set_grad_enabled(learning), full_precision(hidden.device), encoding.checks.collecting():
             answer = acting.prune_encoder(layer)
         if answer is None:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,17 @@ from vtprune.method.plan import Plans
 class FeatureHooks(EncoderHooks):
     """The encoder's side of a wrapped model."""
 
-    def __init__(self, adapter: Adapter, plans: Plans, facts: ModelFacts, *, state: ThreadState, taps: Taps) -> None:
-        super().__init__(adapter, plans, facts, state=state, taps=taps)
+    def __init__(
+        self,
+        adapter: Adapter,
+        plans: Plans,
+        facts: ModelFacts,
+        *,
+        state: ThreadState,
+        taps: Taps,
+        modules: Mapping[int, nn.Module],
+    ) -> None:
+        super().__init__(adapter, plans, facts, state=state, taps=taps, modules=modules)
         self.model = adapter
 
     def features(self, source: Source, original: Callable[..., Any]) -> Callable[..., Any]:

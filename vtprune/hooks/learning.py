@@ -49,7 +49,7 @@ class Teacher:
 
     def open_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a forward of the whole model: nothing is added to its loss so far, and its labels are known."""
-        self.state.loss = None
+        self.state.loss, self.state.lessons = None, []
         if kwargs.get("labels") is not None:
             self.state.labels = kwargs["labels"]
 
@@ -98,7 +98,8 @@ class Lessons(Observer):
         return view
 
     def close(self, run: DecoderRun) -> None:
-        """Leaves with this thread what is added to the loss: routing's, and each method's mean over its images."""
+        """Leaves with this thread what is added to the loss: what was learned in the encoder, routing's, and each
+        method's mean over its images."""
         losses: dict[int, list[Tensor]] = {}
         for one in self._lessons:
             if one.layer is None:
@@ -108,9 +109,10 @@ class Lessons(Observer):
             with full_precision(run.prompt.device):
                 lesson = self._teacher.guided[one.order].lesson(one.scores[left], one.layer)
             losses.setdefault(one.order, []).append(lesson)
-        found = [*self.routing.values(), *(torch.stack(own).mean() for own in losses.values())]
+        state = self._teacher.state
+        found = [*state.lessons, *self.routing.values(), *(torch.stack(own).mean() for own in losses.values())]
         if found:
-            self._teacher.state.loss = torch.stack([loss.to(run.prompt.device) for loss in found]).sum()
+            state.loss = torch.stack([loss.to(run.prompt.device) for loss in found]).sum()
 
     def _layer_of(self, lesson: Lesson) -> int:
         return self._teacher.layer_of[lesson.order]

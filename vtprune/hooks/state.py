@@ -71,6 +71,8 @@ class ThreadState(threading.local):
         # What methods add to the loss of the forward under way, and its labels, if it has any.
         self.loss: Tensor | None = None
         self.labels: Tensor | None = None
+        # What they add to it while images are encoded.
+        self.lessons: list[Tensor] = []
         # The call of `generate` under way, the outermost one.
         self.call: Call | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None

@@ -43,7 +43,7 @@ class Wrapping(Installed):
         self._state = state = ThreadState()
         self._taps = Taps(state.sink)
         plans = Plans(pruners, given)
-        self._encoder = FeatureHooks(adapter, plans, facts, state=state, taps=self._taps)
+        self._encoder = FeatureHooks(adapter, plans, facts, state=state, taps=self._taps, modules=modules)
         self._decoder = DecoderHooks(
             adapter, plans, facts, state,
             sharing=sharing, compact=compact, newlines=newlines, maker=self._encoder.token, modules=modules,

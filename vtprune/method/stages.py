@@ -77,7 +77,8 @@ class InEncoder(Pruner):
 
     @abstractmethod
     def encoder_layers(self) -> tuple[int, ...]:
-        """Encoder layers (of those that feed the features, counted from 0) after which `prune_encoder` is called."""
+        """Encoder layers (of those that feed the features, counted from 0; -1 is before the first one) after which
+        `prune_encoder` is called."""
 
     def encoder_budget(self, tokens: int) -> int:
         """Vision tokens of an image of `tokens` that the stage leaves; images within it are left alone."""
@@ -226,7 +227,7 @@ class InCache(Pruner):
 
 @dataclass(frozen=True)
 class Trained(Pruner):
-    """Brings weights of its own, which are to be trained (p-MoD, gamma-MoD, CoViPAL)."""
+    """Brings weights of its own, which are to be trained (p-MoD, gamma-MoD, CoViPAL, IA-RED^2)."""
 
     # What the method does before they are trained, as a message tells it.
     untrained: ClassVar[str] = ""

@@ -95,6 +95,7 @@ class VisionStream:
 @dataclass(frozen=True)
 class EncoderLayer:
     """One vision-encoder layer after it ran, for a batch of B images, or frames of videos, padded to the same length.
+    Before the first one (index -1) there are hidden states alone, and query, key and value are empty.
 
     query, key, value: (B, H, P + N * group, d), layout as in `LayerSignals`.
     valid: (B, N) bool, False where a row is padding (images in one batch may have fewer tokens left).
@@ -112,6 +113,8 @@ class EncoderLayer:
         laid out as query, key and value; None if no method asks (`Read.HIDDEN`).
     bias: (B, P + N * group) what its attention added to the logits of each key for the tokens that this stands for;
         None where it added nothing, or that is not at hand (it is the logarithm of `sizes`).
+    module: what `Trained.make_module` made, with its weights as they are now, else None; teach: where that module is
+        being trained, takes a loss, a scalar, that is added to the forward's, else None.
     """
 
     query: Tensor
@@ -133,6 +136,8 @@ class EncoderLayer:
     budgets: tuple[int, ...] = ()
     unseen: tuple[int, ...] = ()
     bias: Tensor | None = None
+    module: Any = None
+    teach: Callable[[Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         if not self.alive:

@@ -18,6 +18,7 @@ from vtprune.pruners.gemfilter import GemFilter
 from vtprune.pruners.grid import Grid
 from vtprune.pruners.holitom import HoliTom
 from vtprune.pruners.holov import HoloV
+from vtprune.pruners.iared2 import IARED2
 from vtprune.pruners.lazyllm import LazyLLM
 from vtprune.pruners.mue import MuE
 from vtprune.pruners.mustdrop import MustDrop
@@ -42,6 +43,7 @@ __all__ = [
     "D2O",
     "DART",
     "EVS",
+    "IARED2",
     "VTW",
     "CDPruner",
     "CoViPAL",
