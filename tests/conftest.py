@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from tests.clip_towers import TOWERS
 from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, TOWER_ONLY
 from tests.sampling import Case, sample
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import BeforeDecoder, BetweenLayers, InCache, InEncoder, InLayers
 
 HERE = Path(__file__).parent
+STAGES = (InEncoder, BeforeDecoder, BetweenLayers, InLayers, InCache)
 # Where what differs in a tower is seen.
 OF_TOWERS = ("adapters", "cost", "encoder", "report", "test_oracle.py", "test_properties.py", "test_support.py")
 
@@ -27,19 +30,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _case(item: pytest.Function) -> Case | None:
     """The test's name and its value on each axis, one for each `parametrize`; None where there are not two."""
+    lean = item.get_closest_marker("lean")
+    of = _stages if lean is not None and lean.kwargs.get("by") == "stages" else _name
     marks = list(item.iter_markers("parametrize"))
     if len(marks) < 2:
         return None
     names = [mark.args[0] if isinstance(mark.args[0], str) else ",".join(mark.args[0]) for mark in marks]
     params = item.callspec.params
-    axes = {axis: _value([params[name.strip()] for name in axis.split(",")]) for axis in names}
+    axes = {axis: _value([params[name.strip()] for name in axis.split(",")], of) for axis in names}
     return item.originalname, axes
 
 
-def _value(values: list[object]) -> tuple[str, str]:
-    """What an axis has at a test: its kind, which settings of one method share, and the whole of it."""
-    kinds = [one.name if isinstance(one, Pruner) else one for one in values]
+def _value(values: list[object], of: Callable[[Pruner], object]) -> tuple[str, str]:
+    """What an axis has at a test: its kind, which settings of one method share (or methods of the same stages), and
+    the whole of it."""
+    kinds = [of(one) if isinstance(one, Pruner) else one for one in values]
     return repr(kinds), repr(values)
+
+
+def _name(pruner: Pruner) -> str:
+    return pruner.name
+
+
+def _stages(pruner: Pruner) -> list[str]:
+    return [stage.__name__ for stage in STAGES if isinstance(pruner, stage)]
 
 
 def _is_of_a_tower_elsewhere(item: pytest.Function) -> bool:

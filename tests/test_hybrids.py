@@ -18,8 +18,8 @@ from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InLayers
 from vtprune.report.generation import acts_at
 
-# Every method and these decoders meet in tests/test_support.py.
-pytestmark = pytest.mark.lean
+# Every method and these decoders meet in tests/test_support.py: here one of each place to act is enough.
+pytestmark = pytest.mark.lean(by="stages")
 
 # What the list of all models has with layers, schedules and methods that these decoders have no place for, and why.
 REFUSED: dict[str, tuple[list[Pruner], str]] = {

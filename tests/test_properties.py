@@ -134,6 +134,7 @@ def _traces(model: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.lean(by="stages")
 @every_model
 @every_pruner
 def test_unwrap_leaves_nothing_behind(kind: str, pruner: Pruner) -> None:
@@ -174,6 +175,7 @@ def test_models_with_different_pruners_do_not_disturb_each_other(kind: str) -> N
     assert {len(kept[0]) for kept in _kept(vtprune.report(first))} == {5}
 
 
+@pytest.mark.lean(by="stages")
 @every_model
 @every_pruner
 def test_a_prompt_without_images_is_left_alone(kind: str, pruner: Pruner) -> None:

@@ -75,7 +75,9 @@ ON_VIDEOS = {
     "frame_skip": Bound(1.03, 2),
 }
 # What the towers that pack images add to read-backs on Qwen2.5-VL: each cut says where windows end.
-PACKED = {"visionzip": 3, "vispruner": 3, "vscan": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40, "tome": 40, "iared2": 6}
+PACKED = {
+    "visionzip": 3, "vispruner": 3, "vscan": 3, "mustdrop": 3, "flowcut": 12, "turbo": 40, "tome": 40, "iared2": 6,
+}  # fmt: skip
 
 
 def test_views_launch_nothing_and_everything_else_does() -> None:

@@ -142,6 +142,7 @@ def test_the_evaluation_is_not_among_the_lessons() -> None:
     assert not asked & trained
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_where_it_stopped_and_leaves_a_model(tmp_path: Path) -> None:
     console = Console(quiet=True)
 
@@ -174,6 +175,7 @@ def test_read_outs_learn_nothing_of_their_own() -> None:
     assert set(heads.accuracy(tokens, targets)) == {"shape", "color", "glyph"}
 
 
+@pytest.mark.slow
 def test_the_llavas_four_stages_leave_a_model_that_answers(tmp_path: Path) -> None:
     processor = llava_architecture.build_processor()
     trainer = llava_loop.Trainer(

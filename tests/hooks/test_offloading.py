@@ -49,6 +49,7 @@ def _offloaded(model: Any, way: str, folder: Path) -> Any:
     return dispatch_model(model, {**others, **parts, **layers}, main_device="cpu", offload_dir=str(folder))
 
 
+@pytest.mark.lean
 @pytest.mark.parametrize("way", ["cpu", "whole layers", "disk", "spilled"])
 @pytest.mark.parametrize("wrapped_first", [True, False], ids=["wrapped first", "offloaded first"])
 @pytest.mark.parametrize("pruner", METHODS, ids=label)

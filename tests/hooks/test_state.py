@@ -117,8 +117,8 @@ def test_a_copied_cache_reports_and_decodes_by_itself(kind: str) -> None:
     assert torch.equal(feed(model, twin, [7, 8]), first)
 
 
-@every_model
-def test_an_interrupted_forward_leaves_nothing_behind(kind: str) -> None:
+def test_an_interrupted_forward_leaves_nothing_behind() -> None:
+    kind = "llava-clip"
     inputs = prompt(kind, ROWS[kind][:1])
     model = vtprune.wrap(make(kind), vtprune.FlowCut(keep=6, stages=2))
     layer = model.model.language_model.layers[2].mlp

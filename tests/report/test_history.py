@@ -46,7 +46,7 @@ def _run(kind: str, pruner: Pruner, indices: tuple[int, ...]) -> tuple[vtprune.R
     return vtprune.report(cache), measured, model.config
 
 
-@pytest.mark.lean
+@pytest.mark.lean(by="stages")
 @every_model
 @every_pruner
 def test_bytes_of_one_row_are_the_caches_own_at_every_layer_and_step(kind: str, pruner: Pruner) -> None:
@@ -61,7 +61,7 @@ def test_bytes_of_one_row_are_the_caches_own_at_every_layer_and_step(kind: str, 
         assert step.kv_bytes == sum(held)
 
 
-@pytest.mark.lean
+@pytest.mark.lean(by="stages")
 @every_model
 @every_pruner
 def test_bytes_of_a_ragged_batch_are_the_caches_without_its_padding(kind: str, pruner: Pruner) -> None:

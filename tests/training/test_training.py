@@ -159,7 +159,8 @@ def test_scores_of_half_precision_states_are_computed_in_single_precision() -> N
     assert torch.equal(half.received_attention(), single.received_attention())
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS[1:]] + MODELS[:1])
+@pytest.mark.slow
+@every_model
 def test_a_compiled_model_gives_the_same_logits(kind: str) -> None:
     inputs = prompt(kind, ROWS[kind])
     model = vtprune.wrap(make(kind), EVERYWHERE)
