@@ -22,6 +22,7 @@ from vtprune.errors import FileError
 from vtprune.evals.report.reading import Group
 from vtprune.evals.report.runs import Row
 from vtprune.json_files import first_fault, read_file
+from vtprune.method.texts import parse_method
 
 PUBLISHED = Path(__file__).parents[1] / "published.csv"
 # How the note of a method begins that vtprune does not have.
@@ -95,7 +96,8 @@ COLUMNS = tuple(_Line.__annotations__)
 class Published:
     """A number as it is printed, in percent where it is a share.
 
-    paper: of the method, as an arXiv id; model: an id on Hugging Face; tokens_kept: a count, or a share of all tokens
+    method: its name, with the options that make it a method that is published under another one; paper: of the
+    method, as an arXiv id; model: an id on Hugging Face; tokens_kept: a count, or a share of all tokens
     with a percent sign; task, metric: in the paper's words; value and unpruned_value ("" where it is not said) keep
     their digits, which tell how exact they are; source: the table or the file.
     """
@@ -111,6 +113,11 @@ class Published:
     unpruned_value: str
     source: str
     note: str
+
+    @property
+    def name(self) -> str:
+        """Of the method without its options."""
+        return self.method.partition(":")[0]
 
     @property
     def built(self) -> bool:
@@ -246,7 +253,7 @@ def matches(group: Group, numbers: Sequence[Published]) -> list[Match]:
 
 
 def _matched(group: Group, one: Published) -> list[Match]:
-    rows = [row for row in group.rows if row.method == one.method and _keeps(row, one.tokens_kept)]
+    rows = [row for row in group.rows if _is_of(row, one) and _keeps(row, one.tokens_kept)]
     found = []
     for row in rows:
         ours = _number(row, one, group.unpruned)
@@ -255,6 +262,19 @@ def _matched(group: Group, one: Published) -> list[Match]:
             unpruned = None if full is None else full[0]
             found.append(Match(one, row, *ours, unpruned=unpruned))
     return found or [Match(one)]
+
+
+def _is_of(row: Row, one: Published) -> bool:
+    """Whether a row is the published method: with its options, and without those that make it another one."""
+    if row.method != one.name:
+        return False
+    published = {option for other in known() if other.name == one.name for option in _options(other.method, one.name)}
+    return _options(row.label, one.name) & published == _options(one.method, one.name)
+
+
+def _options(text: str, name: str) -> set[tuple[str, Any]]:
+    """The options of a method's text; a folder's label has none."""
+    return set(parse_method(text)[1]) if text.startswith(f"{name}:") else set()
 
 
 def _keeps(row: Row, wanted: str) -> bool:

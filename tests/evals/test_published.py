@@ -34,8 +34,10 @@ def test_every_row_is_of_its_shape() -> None:
 
 def test_every_method_is_known_or_said_to_be_not_built() -> None:
     own = vtprune.available()
-    wrong = {one.method for one in known() if one.built != (one.method in own)}
+    wrong = {one.method for one in known() if one.built != (one.name in own)}
     assert not wrong
+    for text in {one.method for one in known() if one.built}:
+        vtprune.method.resolving.resolve(text)
 
 
 def test_every_method_without_a_row_is_named_with_the_reason() -> None:
@@ -44,7 +46,7 @@ def test_every_method_without_a_row_is_named_with_the_reason() -> None:
 
 def test_a_row_of_a_built_method_names_that_methods_paper() -> None:
     own = catalogue.own_methods()
-    assert not {(one.method, one.paper) for one in known() if one.built and own[one.method].arxiv != one.paper}
+    assert not {(one.method, one.paper) for one in known() if one.built and own[one.name].arxiv != one.paper}
 
 
 def test_a_mean_is_one_of_benchmarks_that_can_be_run() -> None:
@@ -87,13 +89,15 @@ def published(**changes: str) -> Published:
     return Published(**{**values, **changes})
 
 
-def matched(tmp_path: Path, one: Published, *, kept: float = 64, model: str = LLAVA, **results: Any) -> Match:
-    """The first match of a number with a run of FlowCut, beside the unpruned model."""
+def matched(
+    tmp_path: Path, one: Published, *, kept: float = 64, model: str = LLAVA, method: str = "flowcut", **results: Any
+) -> Match:
+    """The first match of a number with a run of a method, beside the unpruned model."""
     found = results or {"gqa": {"exact_match,none": 0.55, "exact_match_stderr,none": 0.005}}
     full = {task: {name: 1.1 * value for name, value in row.items()} for task, row in found.items()}
     lmms(tmp_path, full, model_args=model, date="20260101_000000")
     pruned = {task: {**row, **costs(kept, 30)} for task, row in found.items()}
-    lmms(tmp_path, pruned, model_args=f"{model},method=flowcut,keep=64", date="20260102_000000")
+    lmms(tmp_path, pruned, model_args=f"{model},method={method},keep=64", date="20260102_000000")
     (group,) = read_all([tmp_path]).groups
     return (matches(group, [one]) or [Match(one)])[0]
 
@@ -130,6 +134,23 @@ def test_a_number_further_off_is_not(tmp_path: Path) -> None:
 )
 def test_another_setting_is_not_run(tmp_path: Path, changes: dict[str, str], options: dict[str, Any]) -> None:
     assert matched(tmp_path, published(**changes), **options).verdict == "not run"
+
+
+@pytest.mark.parametrize(
+    ("method", "run", "met"),
+    [
+        ("prumerge", "prumerge", True),
+        ("prumerge", "prumerge:merge=False", True),
+        ("prumerge", "prumerge:plus=True", False),
+        ("prumerge:plus=True", "prumerge", False),
+        ("prumerge:plus=True", "prumerge:plus=True", True),
+        ("vispruner:important_ratio=1.0", "vispruner:important_ratio=1", True),
+    ],
+)
+def test_options_that_make_another_published_method_are_told_apart(
+    tmp_path: Path, method: str, run: str, met: bool
+) -> None:
+    assert (matched(tmp_path, published(method=method), method=run).ours is not None) == met
 
 
 @pytest.mark.parametrize(("wanted", "kept"), [("64", 64.6), ("11.1%", 64.0)])
