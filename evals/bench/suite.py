@@ -25,6 +25,8 @@ from vtprune.errors import InputError, explain
 from vtprune.evals.lmms.plugin import TASK_FOLDER
 from vtprune.files import write_text, write_with
 
+# Tasks that fetch their pictures from the hub by themselves; of a file they are in a column, as those of others.
+FETCHING = ("gqa",)
 # Kinds of task that are answered by likelihoods.
 LIKELIHOODS = ("loglikelihood", "multiple_choice")
 BUNDLED_TASK = "vtprune_shapes"
@@ -82,6 +84,7 @@ def write_local(folder: Path, task: str, data: Path, manager: Any) -> None:
         "dataset_path": "parquet",
         "dataset_name": None,
         "dataset_kwargs": source,
+        **({"process_docs": None} if task in FETCHING else {}),
     }
     write_text(folder / f"{task}.yaml", yaml.safe_dump(own, sort_keys=False))
 
@@ -100,10 +103,27 @@ def write_sample(folder: Path, task: str, limit: int, seed: int) -> None:
     )
 
 
+def members(names: Sequence[str], manager: Any) -> Iterator[str]:
+    """The tasks of these names, those of groups in their place."""
+    from lmms_eval.utils import load_yaml_config
+
+    for name in names:
+        found = manager.task_index.get(name, {})
+        if found.get("type") != "group":
+            yield name
+            continue
+        own = load_yaml_config(found["yaml_path"], mode="simple").get("task", [])
+        # What a group changes of a task is written in its place.
+        yield from members([one if isinstance(one, str) else str(one.get("task", "")) for one in own], manager)
+
+
 def data_fingerprint(tasks: Sequence[str], data: Path | None = None) -> str:
     """Identifies the bundled questions and those of parquet files; other tasks are known by their names."""
     found = [BUNDLED_TASKS[task] for task in tasks if task in BUNDLED_TASKS and BUNDLED_TASKS[task].is_file()]
-    found += [data / f"{task}.parquet" for task in tasks if data is not None and (data / f"{task}.parquet").is_file()]
+    if data is not None:
+        own = [data / f"{task}.parquet" for task in tasks if task not in BUNDLED_TASKS]
+        # What has no file may be a group, whose tasks' files may be any of them.
+        found += own if all(path.is_file() for path in own) else sorted(data.glob("*.parquet"))
     if not found:
         return ""
     return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:16]
@@ -207,8 +227,6 @@ def open_suite(
             raise InputError(f"tasks: the data of {name} are missing: no file {BUNDLED_TASKS[name]}")
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"include-path: {include_path} is not a folder")
-    if data is not None and not any((data / f"{name}.parquet").is_file() for name in names):
-        raise InputError(f"data: there is none of {', '.join(f'{name}.parquet' for name in names)} in {data}")
     with tempfile.TemporaryDirectory(prefix="vtprune-bench-") as name:
         folder = Path(name)
         os.environ.setdefault("LMMS_EVAL_DATASETS_CACHE", str(folder / "cache"))
@@ -220,9 +238,11 @@ def open_suite(
             folders = [str(TASK_FOLDER)]
         folders += [str(include_path)] if include_path else []
         manager, unknown = _find(names, folders)
-        local = [task for task in names if data is not None and (data / f"{task}.parquet").is_file()]
-        if local and not unknown:
-            assert data is not None
+        if data is not None and not unknown:
+            singles = tuple(members(names, manager))
+            local = [task for task in singles if (data / f"{task}.parquet").is_file()]
+            if not local:
+                raise InputError(f"data: there is none of {', '.join(f'{one}.parquet' for one in singles)} in {data}")
             (folder / "local").mkdir()
             for task in local:
                 write_local(folder / "local", task, data / f"{task}.parquet", manager)

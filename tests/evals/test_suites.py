@@ -38,6 +38,8 @@ STOCK: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "chartqa": ({"answer": TEXT, "type": TEXT}, {"answer": "4", "type": "human_test"}),
     "docvqa_val": ({"answers": TEXTS, "questionId": TEXT}, {"answers": ["red"], "questionId": "1"}),
+    # Its pictures come from the hub; in a file they stand beside the questions.
+    "gqa": ({"answer": TEXT}, {"answer": "red"}),
     "ocrbench": (
         {"answer": TEXTS, "dataset": TEXT, "question_type": TEXT},
         # Every answer holds it, so that each question is right.
@@ -93,6 +95,21 @@ def test_tasks_of_lmms_eval_run_on_files_of_the_same_columns(tmp_path: Path, mon
     # What tasks write for a server lies beside the results, not where the command was given.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "out"]
     assert list(output.glob("cells/*/submissions/textvqa*.json"))
+
+
+def test_a_group_runs_on_files_of_its_tasks(tmp_path: Path) -> None:
+    write_stock(tmp_path, "scienceqa_img")
+    words = ("--tasks", "scienceqa_full", "--methods", "grid", "--keep", "25%", "--max-new-tokens", "3")
+    missing = run(*words, "--data", tmp_path, "--output", tmp_path / "out")
+    assert missing.exit_code == 2
+    assert "cannot load the data of scienceqa_full" in missing.stderr
+    (tmp_path / "scienceqa.parquet").write_bytes((tmp_path / "scienceqa_img.parquet").read_bytes())
+    result = run(*words, "--data", tmp_path, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    for record in found["settings"].values():
+        assert {score["task"] for score in record["scores"]} == {"scienceqa", "scienceqa_img"}
+        assert len(record["answers"]) == 8
 
 
 @pytest.mark.slow
