@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ YES, WHOLE = "yes", "whole"
 ALONE = "a ViT alone"
 INTRODUCTION = """# What runs on what
 
-Written by `make test-all` from what its tests found; every cell was run with all the settings of the method that
+Written by `make test-all` from what its tests found, the rows of one method by `pytest tests/test_support.py -k NAME
+--support adapters/support.md`; every cell was run with all the settings of the method that
 `tests/matrix.py` lists, on tiny models with random weights, with SDPA and eager attention and with both paddings (a
 decoder with linear attention, Qwen3.5's, with padding on the left alone: other padding it would take into its state).
 
@@ -45,10 +47,29 @@ def table(found: Mapping[Cell, str], kinds: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def read(page: str) -> dict[Cell, str]:
+    """What a page says of each cell."""
+    reasons = dict(re.findall(r"^(\d+)\. (.+)$", page, flags=re.MULTILINE))
+    found, kind, shown = {}, "", []
+    for line in page.splitlines():
+        if line.startswith("## "):
+            kind = line.removeprefix("## ")
+        elif line.startswith("| "):
+            first, *texts = [text.strip() for text in line.strip("|").split("|")]
+            if first == "method":
+                shown = texts
+                continue
+            for column, text in zip(shown, texts, strict=True):
+                found[first.strip("`"), kind, column] = reasons[text.strip("[]")] if text.startswith("[") else text
+    return found
+
+
 def write(path: Path, found: Mapping[Cell, Sequence[str]], kinds: Mapping[str, Sequence[str]]) -> None:
-    """Writes the page; raises ValueError, naming the first of them, where a cell was not run or its runs differ."""
+    """Writes the page; methods that were not run keep the rows that they have there. Raises ValueError, naming the
+    first of them, where a cell of another method was not run or its runs differ."""
     methods = sorted({method for method, _, _ in found})
-    cells = {}
+    known = read(path.read_text(encoding="utf-8")) if path.exists() else {}
+    cells = {cell: text for cell, text in known.items() if cell[0] not in methods}
     for method in methods:
         for kind, shown in kinds.items():
             for one in shown:

@@ -37,10 +37,11 @@ NO_PLACE = {
 }
 # Methods that act in the encoder, of a video whose tokens are means of patches; of MustDrop single settings may act.
 POOLED = "refused by name: a token of a video is the mean of several patches, which cannot be dropped by themselves"
-IN_ENCODER = ("flowcut", "turbo", "tome", "visionzip", "vispruner", "mustdrop", "vscan", "test_drops")
+IN_ENCODER = ("flowcut", "turbo", "tome", "visionzip", "vispruner", "mustdrop", "vscan", "iared2", "test_drops")
 # Those of them that drop nothing by itself.
 MERGING = {"mustdrop": "mustdrop:merge_threshold=0.1", "tome": "tome:keep=9"}
 NO_DECODER = "refused by name: it acts before or inside a decoder, and there is none"
+UNTRAINED = "refused by name: it brings weights that are trained with a decoder behind them"
 KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 
 
@@ -188,10 +189,20 @@ def test_the_table_names_a_cell_that_was_not_run_and_one_whose_settings_differ(t
     support.write(page, {**found, ("evs", "qwen", "a video"): ["no frames here"]}, {"qwen": shown})
     assert "| `evs` | whole | [1] |" in page.read_text()
     assert "1. no frames here" in page.read_text()
+    support.write(page, {("grid", "qwen", one): ["yes"] for one in shown}, {"qwen": shown})
+    assert "| `evs` | whole | [1] |\n| `grid` | yes | yes |" in page.read_text()
     with pytest.raises(ValueError, match="evs on qwen, a video: no frames here, yes"):
         support.write(page, {**found, ("evs", "qwen", "a video"): ["yes", "no frames here"]}, {"qwen": shown})
     with pytest.raises(ValueError, match="evs on llava, an image: not run"):
         support.write(page, found, {"qwen": shown, "llava": shown})
+
+
+def test_the_table_is_read_as_it_is_written() -> None:
+    page = (Path(vtprune.adapters.__path__[0]) / "support.md").read_text()
+    kinds: dict[str, list[str]] = {}
+    for _, kind, shown in (cells := support.read(page)):
+        kinds[kind] = [*kinds.get(kind, []), *([] if shown in kinds.get(kind, []) else [shown])]
+    assert support.table(cells, kinds) == page
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -209,6 +220,11 @@ def test_a_tower_alone_runs_what_acts_in_it_and_refuses_the_rest(
             plain = model.encode_image(pixels)
             with vtprune.wrapped(model, method):
                 assert torch.equal(model.encode_image(pixels), plain)
+        elif method == "iared2":
+            with pytest.raises(vtprune.VTPruneError, match="weights that are trained with a decoder"):
+                vtprune.wrap(model, method)
+            says(UNTRAINED)
+            return
         elif method not in IN_ENCODER:
             with pytest.raises(vtprune.VTPruneError, match=r"decoder|image tokens|videos"):
                 vtprune.wrap(model, method)
