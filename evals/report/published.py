@@ -65,6 +65,8 @@ FAMILIES = {
     "llava-onevision-qwen2-7b-ov": "llava-onevision-qwen2-7b-ov-hf",
     "internvl3-8b": "internvl3-8b-hf",
 }
+# What the authors' code does is the published method, too.
+RELEASED = ("variant", "released")
 SHARE, MEAN = "% of unpruned", "mean accuracy"
 
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -265,11 +267,8 @@ def _matched(group: Group, one: Published) -> list[Match]:
 
 
 def _is_of(row: Row, one: Published) -> bool:
-    """Whether a row is the published method: with its options, and without those that make it another one."""
-    if row.method != one.name:
-        return False
-    published = {option for other in known() if other.name == one.name for option in _options(other.method, one.name)}
-    return _options(row.label, one.name) & published == _options(one.method, one.name)
+    """Whether a row is the published method: with the options that it has, and no others but its released variant."""
+    return row.method == one.name and _options(row.label, one.name) - {RELEASED} == _options(one.method, one.name)
 
 
 def _options(text: str, name: str) -> set[tuple[str, Any]]:

@@ -140,7 +140,8 @@ def test_another_setting_is_not_run(tmp_path: Path, changes: dict[str, str], opt
     ("method", "run", "met"),
     [
         ("prumerge", "prumerge", True),
-        ("prumerge", "prumerge:merge=False", True),
+        ("prumerge", "prumerge:merge=False", False),
+        ("flowcut", "flowcut:variant=released", True),
         ("prumerge", "prumerge:plus=True", False),
         ("prumerge:plus=True", "prumerge", False),
         ("prumerge:plus=True", "prumerge:plus=True", True),

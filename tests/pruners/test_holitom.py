@@ -123,6 +123,12 @@ def test_what_moves_stays_where_it_is_attended_to() -> None:
     assert half.kept[:2].max() < 4
 
 
+@pytest.mark.parametrize("keep", [24, 100, 1.0])
+def test_a_video_within_its_budget_stays_whole(keep: int | float) -> None:
+    assert vtprune.HoliTom(keep=keep, tau=-1.0).input_budget(24) == 24
+    assert vtprune.HoliTom(keep=23, tau=-1.0).input_budget(24) is None
+
+
 def test_features_that_are_no_numbers_are_refused() -> None:
     whole = shown()
     whole.features[13] = torch.nan

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import vtprune
+from tests.flop_helper import measured_flops
 from tests.layers import batch_layer, image_states
 from tests.models import ROWS, make, prompt
 from vtprune import IARED2
@@ -145,6 +146,15 @@ def test_agents_that_were_trained_choose_what_the_encoder_looks_at(kind: str) ->
     assert all(
         image.kept == list(range(image.tokens)) for one in vtprune.report(model).samples for image in one.images
     )
+
+
+@pytest.mark.parametrize("keep", [None, 0.3])
+def test_what_the_agents_cost_is_in_the_report(keep: float | None) -> None:
+    kind = "llava-clip"
+    model = vtprune.wrap(make(kind), IARED2(keep=keep))
+    inputs = prompt(kind, ROWS[kind][:1])
+    counted = measured_flops(model, inputs)
+    assert vtprune.report(model).flops == pytest.approx(counted, rel=0.001)
 
 
 def test_the_first_agent_spares_the_first_layer() -> None:

@@ -76,6 +76,11 @@ def test_in_use_everything_is_computed_bit_for_bit() -> None:
         base = model(**inputs).logits
         with vtprune.wrapped(model, RandomLTD()):
             assert torch.equal(model(**inputs).logits, base)
+            notes = [image.notes for one in vtprune.report(model).samples for image in one.images]
+        assert all("random_ltd routes in training alone: here every layer computed everything" in own for own in notes)
+        with vtprune.wrapped(model, RandomLTD(at_test=True)):
+            model(**inputs)
+            assert not any(image.notes for one in vtprune.report(model).samples for image in one.images)
 
 
 def test_at_test_routes_the_same_tokens_again_and_others_by_another_seed() -> None:
@@ -131,5 +136,5 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: s
 
 
 def test_a_mean_that_the_first_and_last_layer_exceed_is_refused() -> None:
-    with pytest.raises(vtprune.VTPruneError, match="cannot keep"):
+    with pytest.raises(vtprune.VTPruneError, match="raise keep, or combine with a method that prunes before"):
         vtprune.wrap(make(KIND), RandomLTD(keep=0.3))

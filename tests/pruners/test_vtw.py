@@ -7,7 +7,7 @@ import torch
 
 import vtprune
 from tests.matrix import at_depth
-from tests.models import ROWS, make, prompt
+from tests.models import ROWS, Row, make, prompt
 
 KIND = "llava-clip"
 
@@ -42,6 +42,14 @@ def test_layers_behind_compute_and_cache_text_alone() -> None:
             for row, sample in zip(inputs["attention_mask"], report.samples, strict=True)]  # fmt: skip
     assert report.kv_tokens_per_layer[-1] == text
     assert all(rows == [0] * len(text) for rows in report.tokens_per_layer[2:])
+
+
+def test_a_prompt_that_ends_with_an_image_that_left_says_where_its_answer_starts() -> None:
+    model = vtprune.wrap(make(KIND), vtprune.VTW(layer=2))
+    with torch.no_grad():
+        model(**prompt(KIND, [Row([5, 0], ROWS[KIND][0].grids, seed=1)]))
+    (note,) = vtprune.report(model).samples[0].images[0].notes
+    assert note == "the prompt ends with this image, which left: the answer starts from the text before it"
 
 
 def test_the_image_may_leave_behind_another_method_and_before_one_that_cuts_caches() -> None:

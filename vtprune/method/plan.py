@@ -43,7 +43,7 @@ class Plan:
         pruner, tokens = self.pruners[order], self.tokens
         if self._spares(pruner):
             return False
-        budgets: list[int | None] = [pruner.budget(tokens), self.entering(order)]
+        budgets: list[int | None] = [pruner.budget(tokens), self.in_encoder(order), self.entering(order)]
         budgets += [self.left(order, layer, tokens) for layer in drop_layers(pruner)]
         budgets += [self.routed(order, layer, tokens) for layer in routed_layers(pruner)]
         return any(budget is None or budget < tokens for budget in budgets)
@@ -72,7 +72,7 @@ class Plan:
         return ""
 
     def in_encoder(self, order: int) -> int:
-        """Tokens that the method's encoder stage leaves."""
+        """Tokens that the method's encoder stage leaves; the fewest where it decides by itself."""
         pruner = self.pruners[order]
         if not isinstance(pruner, InEncoder):
             return self.tokens
@@ -80,10 +80,11 @@ class Plan:
 
     def _in_encoder(self, pruner: InEncoder) -> int:
         budget = pruner.encoder_budget(self.tokens)
+        if asked(pruner) is None and self.units > 1:
+            # What a method decides by itself it decides for each unit.
+            return self.units
         if budget >= self.units:
             return budget
-        if asked(pruner) is None:
-            return self.units
         raise CannotCut(
             f"{pruner.name} prunes inside the vision encoder, where each of {self.units} frames keeps at least one "
             f"token, and {budget} are asked for"
@@ -134,7 +135,9 @@ class Plan:
         orders = range(len(self.pruners))
         entered: int | None = self.tokens
         for order in orders:
-            entered = _least(entered, self.in_encoder(order), self.entering(order))
+            pruner = self.pruners[order]
+            decides = isinstance(pruner, InEncoder) and asked(pruner) is None
+            entered = None if decides else _least(entered, self.in_encoder(order), self.entering(order))
         alive, found = entered, []
         for layer in range(self.pruners[0].model.decoder_depth):
             computed = alive

@@ -266,15 +266,28 @@ class Generation:
         plan, entered = self.plans.of(image.shown), int(image.kept_at(0).numel())
         unmet = [plan.whole(order, entered) for order in range(len(self.pruners))]
         whole = [f"{KEPT_WHOLE}{reason}" for reason in unmet if reason]
-        return [*image.notes, *whole, *evicted, *published, *self._end_notes(image)]
+        return [*image.notes, *whole, *evicted, *published, *self._end_notes(image), *self._idle_notes(image)]
+
+    def _idle_notes(self, image: ImageTrail) -> list[str]:
+        """That a method which routes while a model is trained did nothing here."""
+        plan = self.plans.of(image.shown)
+        skipped = any(image.kept_at(layer).numel() < image.kept_at(0).numel() for layer in range(self.depth))
+        idle = [
+            one.name
+            for order, one in enumerate(plan.pruners)
+            if isinstance(one, InLayers) and one.for_training and plan.acts(order) and not skipped
+        ]
+        return [f"{name} routes in training alone: here every layer computed everything" for name in idle]
 
     def _end_notes(self, image: ImageTrail) -> list[str]:
         """That an answer starts from a token before the prompt's end, where that end is an image whose last token was
         dropped."""
         left = image.alive_at(self.depth)
         ends = image.text_after == 0 and [one for one in self.images if one.key == image.key][-1] is image
-        if not ends or not left.numel() or int(left[-1]) == image.total - 1:
+        if not ends or (left.numel() and int(left[-1]) == image.total - 1):
             return []
+        if not left.numel():
+            return ["the prompt ends with this image, which left: the answer starts from the text before it"]
         return [
             "the prompt ends with this image, and its last token was dropped: the answer starts from token "
             f"{int(left[-1])}, the last one kept"

@@ -194,7 +194,7 @@ class HoliTom(BeforeDecoder, BetweenLayers):
 
     def input_budget(self, tokens: int) -> int | None:
         """None: what stands still decides."""
-        return tokens if self.keep == 1 and isinstance(self.keep, float) else None
+        return tokens if self.budget(tokens) >= tokens else None
 
     @asking
     def select(self, stream: VisionStream) -> Asking[Selection]:

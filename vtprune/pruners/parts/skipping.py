@@ -48,8 +48,9 @@ def check_even(pruner: InLayers) -> None:
 def _out_of_reach(pruner: InLayers, asked: str, least: str) -> str:
     depth = pruner.model.decoder_depth
     dense = depth - len(pruner.routed_layers())
+    more = "route more layers (layers), or " if hasattr(pruner, "layers") else ""
     return (
         f"{pruner.name} cannot keep {asked} on average: the {dense} of {depth} layers that compute everything, and "
-        f"one token in each other, make {least}; raise keep, or route more layers (layers), or combine with a "
-        "method that prunes before the decoder"
+        f"one token in each other, make {least}; raise keep, or {more}combine with a method that prunes before the "
+        "decoder"
     )
