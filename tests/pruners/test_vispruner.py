@@ -144,3 +144,13 @@ def test_scoring_is_one_row_and_the_similarities_of_the_rest() -> None:
     )  # fmt: skip
     assert VisPruner(keep=64).flops(work) == 2 * 577 * 1024 + 2 * 544**2 * 1024
     assert VisPruner(keep=64, important_ratio=1).flops(work) == 2 * 577 * 1024
+
+
+def test_each_round_of_a_large_picture_is_counted() -> None:
+    method = VisPruner(keep=4490, important_ratio=0.0)
+    work = Work(
+        patches=4500, tokens=4500, shown=4490, kept=4490, encoder_width=16, encoder_heads=2, decoder_width=16,
+        decoder_heads=2, prompt=4500, text=0, encoder_patches=(4501,), encoder_layers=(0,), decoder_layers=(),
+    )  # fmt: skip
+    # Eight go in the first round, two in the second.
+    assert method.flops(work) == 2 * 16 * (4501 + 2250 * 2250 + 2246 * 2246)

@@ -12,7 +12,7 @@ import torch
 import vtprune
 from tests.flop_helper import measured_flops
 from tests.matrix import CACHE, DROPS, PRUNERS, label
-from tests.models import MODELS, PAST, ROWS, make, prompt
+from tests.models import MODELS, PAST, ROWS, make, prompt, shown_rows
 from tests.oracle import run_wrapped
 from vtprune.decoder.prompt import real_tokens
 from vtprune.encoder.encoding import EncodedImage
@@ -253,3 +253,20 @@ def test_entries_are_counted_by_the_mask_that_comes_later(method: str) -> None:
     held = [int((cache.layers[-1].slots[row] >= 0).sum()) for row in range(len(rows))]
     hidden = (mask == 0).sum(dim=1).tolist()
     assert entries[-1] == [n - gone for n, gone in zip(held, hidden, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown", "method"),
+    [
+        ("llava-next", "an image", "fopru"),
+        ("llava-next", "an image", "vispruner"),
+        ("llava-onevision", "a video", "fopru"),
+        ("llava-next-video", "a video", "holitom:keep=0.4"),
+    ],
+)
+def test_scoring_counts_what_the_encoder_attends_within_where_tokens_are_not_its_patches(
+    kind: str, shown: str, method: str
+) -> None:
+    model = vtprune.wrap(make(kind), method)
+    counted = measured_flops(model, prompt(kind, shown_rows(kind, shown)[:1]))
+    assert vtprune.report(model).flops == pytest.approx(counted, rel=0.002)

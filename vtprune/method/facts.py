@@ -44,7 +44,8 @@ PUBLISHED = ModelFacts(
 class Work:
     """The sizes that a method's own arithmetic depends on, for one image or video.
 
-    patches: encoder patches of the whole image (N * group); tokens: N vision tokens of the whole image; shown: tokens
+    patches: encoder patches of the whole image (N * group, where tokens are no means of patches, and none is padding);
+    tokens: N vision tokens of the whole image; shown: tokens
     that the encoder left; kept: tokens that enter the decoder; encoder_width, encoder_heads: of the vision tower;
     decoder_width, decoder_heads: of the decoder; prompt: tokens of the row that the decoder sees at layer 0;
     encoder_patches: patches alive in each encoder layer; encoder_layers, decoder_layers: the layers after

@@ -240,7 +240,7 @@ class VisionZip(InEncoder):
             return 0
         patches = work.encoder_patches[max(work.encoder_layers)]
         rows = 1 if work.has_cls else patches // work.units
-        tokens = (patches - work.has_cls) * work.tokens // work.patches
+        tokens = (patches - work.units * work.has_cls) // self.model.group
         targets = self.contextual_count(max(1, work.kept // work.units))
         return (
             2 * rows * patches * work.encoder_width + 2 * tokens * targets * work.encoder_width // work.encoder_heads

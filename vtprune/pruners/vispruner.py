@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,9 +200,19 @@ class VisPruner(InEncoder):
         attention = 2 * rows * patches * work.encoder_width
         if self.important_ratio == 1:
             return attention
-        tokens = (patches - work.has_cls) * work.tokens // work.patches // work.units
-        rest = tokens - self.important_count(max(1, work.kept // work.units))
-        return attention + 2 * work.units * rest**2 * work.encoder_width * work.patches // work.tokens
+        kept, group = max(1, work.kept // work.units), self.model.group
+        # Padding is not among those that are compared.
+        tokens = min((patches // work.units - work.has_cls) // group, work.tokens // work.units)
+        rest = tokens - self.important_count(kept)
+        pairs = rest**2 if fits(rest) else sum(_pairs(rest, kept - self.important_count(kept)))
+        return attention + 2 * work.units * pairs * work.encoder_width * group
+
+
+def _pairs(tokens: int, count: int) -> Iterator[int]:
+    """How many pairs each round compares that computes its own cosines, from so many tokens down to `count`."""
+    while tokens > count:
+        yield (tokens + 1) // 2 * (tokens // 2)
+        tokens -= min(STEP, tokens - count)
 
 
 def _places(valid: Tensor | None, alive: Sequence[int]) -> list[Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -420,8 +421,10 @@ class Generation:
         words, left = self._text_of(key), self._text_left(key)
         text = words - sum(one.encoded.structural for one in images)
         blocks, decoder = self.cost.vision.blocks, self.cost.decoder
-        patches = image.total * self.facts.group
-        alive = [sum(layer) for layer in image.encoded.segments] or [patches + self.facts.has_cls] * blocks.layers
+        # Of everything that the encoder attends within: tokens may be means of patches, and some patches padding.
+        patches, units = math.prod(image.encoded.encoded) * self.facts.group, image.encoded.shown.units
+        alive = [sum(layer) for layer in image.encoded.segments]
+        alive = alive or [patches + units * self.facts.has_cls] * blocks.layers
         total = 0
         for index in range(len(self.pruners)):
             plan = self.plans.of(image.shown)
@@ -442,7 +445,7 @@ class Generation:
                 prompt=words + sum(one.total for one in self.images if one.key == key),
                 text=text,
                 text_after=image.text_after,
-                units=image.encoded.shown.units,
+                units=units,
                 decoder_kv_width=decoder.kv_width,
                 decoder_pairs=self._pairs(key),
                 images=sum(self.plans.of(one.shown).acts(index) for one in images),
