@@ -21,6 +21,8 @@ class EncoderSide(ABC):
     name: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
     notes: ClassVar[str]
+    # Whether a layer puts out the sum of what the norm before its MLP was given and of what the MLP puts out.
+    adds_mlp: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

@@ -26,6 +26,7 @@ class LlavaAdapter(Adapter):
     name = "llava"
     models = ("LlavaForConditionalGeneration",)
     notes = "CLIP tower (CLS attention) or SigLIP tower (no CLS: received attention instead); fixed-size images"
+    adds_mlp = True
     model_types = ("llava",)
 
     @classmethod

@@ -43,6 +43,7 @@ class Qwen2VLAdapter(Adapter):
     name = "qwen2_vl"
     models = ("Qwen2VLForConditionalGeneration",)
     notes = "no CLS token: received attention instead; whole 2x2 merge groups are kept; images and videos"
+    adds_mlp = True
 
     model_types = ("qwen2_vl",)
 

@@ -43,25 +43,25 @@ BOUNDS = {
     "dart": Bound(1.07, 2),
     "divprune": Bound(1.06, 2),
     "cdpruner": Bound(1.08, 2),
-    "visionzip": Bound(1.10, 2),
+    "visionzip": Bound(1.09, 2),
     "vispruner": Bound(1.05, 3),
     "prumerge": Bound(1.05, 3),
     "gemfilter": Bound(1.35, 3),  # the layers before its own run twice, and look at the mask once more
     "pyramid_drop": Bound(1.11, 2),
     "vtw": Bound(1.02, 1),
     "sparsevlm": Bound(1.19, 3),
-    "vscan": Bound(1.14, 2),
+    "vscan": Bound(1.13, 2),
     "vflowopt": Bound(1.14, 4),
     "mustdrop": Bound(1.25, 3),
-    "lazyllm": Bound(1.14, 2, first=1.34, first_reads=4, later=1.34, later_reads=4),
-    "d2o": Bound(1.40, 2, first=2.45, first_reads=2),
+    "lazyllm": Bound(1.14, 2, first=1.34, first_reads=3, later=1.34, later_reads=3),
+    "d2o": Bound(1.38, 2, first=1.91, first_reads=2),
     "pmod": Bound(1.27, 2),
-    "mue": Bound(1.54, 28),  # each layer is followed by the question whether an image stops
+    "mue": Bound(1.42, 27),  # each layer is followed by the question whether an image stops
     "random_ltd": Bound(1.02, 1),
     "gamma_mod": Bound(1.26, 2, first=1.08, later=1.08),
     "flowcut": Bound(1.31, 12),  # ten layers drop by a threshold
-    "turbo": Bound(1.79, 2),
-    "tome": Bound(1.70, 2),
+    "turbo": Bound(1.35, 2),
+    "tome": Bound(1.29, 2),
     "iared2": Bound(1.06, 2),
 }
 # What compares frames, on a video on Qwen2.5-VL's depth, where the wrapper alone reads back twice.

@@ -14,7 +14,7 @@ from vtprune.errors import ScoreError
 from vtprune.evals.speed.launches import counting
 from vtprune.method import asking as module
 from vtprune.method.asking import Asking, asking, read_back, started, together
-from vtprune.method.checks import Checks, check_scores
+from vtprune.method.checks import Checks, answered, check_scores
 
 
 class Chooser:
@@ -136,6 +136,23 @@ def test_many_scores_are_not_held_for_a_message(monkeypatch: pytest.MonkeyPatch)
         check_scores(torch.full((3,), float("inf")), "broken")
     with pytest.raises(ScoreError, match="broken: some of 3 token scores"):
         checks.settle()
+
+
+def test_scores_that_stay_as_they_are_are_looked_at_together_and_with_what_is_asked() -> None:
+    checks, bad = Checks(), torch.tensor([1.0, float("nan")])
+    with counting() as counts, checks.collecting():
+        for _ in range(5):
+            check_scores(torch.ones(3), "fine", still=True)
+        launched = counts.launched - 5  # the ones themselves
+        assert answered(torch.tensor([3, 4])) == [3, 4]
+    assert (launched, counts.read) == (0, 1)
+    with checks.collecting():
+        check_scores(torch.ones(3), "fine", still=True)
+        check_scores(bad, "broken", still=True)
+        with pytest.raises(ScoreError, match="broken: 1 of 2 token scores"):
+            answered(torch.tensor([3]))
+        assert answered(torch.tensor([3])) == [3]
+    assert answered(torch.tensor([5])) == [5]
 
 
 def test_checks_that_wait_are_made_at_once_and_name_the_method() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +18,9 @@ from tests.oracle import STEPS, TOLERANCE, next_tokens, run_wrapped
 from tests.pruners.cache_reference import Reference, Rule
 from tests.streams import few
 from vtprune.method.facts import ModelFacts
+from vtprune.method.views import CachedRow, CacheEntries
 from vtprune.pruners.d2o import (
+    D2O,
     best_of,
     flatness,
     merge_evicted,
@@ -251,12 +255,37 @@ def test_merging_takes_the_mean_of_what_is_alike_enough() -> None:
     keys, values, merged, tau = merge_evicted(key, value, kept, evicted, None)
     first, second = 2 / math.hypot(2, 0.1), 1 / math.hypot(1, 0.1)
     assert tau == pytest.approx((first + second + 0) / 3)
-    assert merged.tolist() == [[1, 1, 0, 0, 0]]
+    assert merged.tolist() == [[1, 1]]
     assert torch.allclose(keys[0, 0], (key[0, 0] + first * key[0, 2]) / 2)
     assert torch.allclose(values[0, 1], (value[0, 1] + second * value[0, 3]) / 2)
     _, _, none, later = merge_evicted(key, value, kept, evicted, 2.0)
     assert later == pytest.approx((2.0 + tau) / 2)
     assert none.sum() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"merge": False}, {"variant": "released"}])
+def test_text_that_stands_among_an_images_entries_changes_nothing_of_them(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    key, value = (torch.randn(2, 12, 4, generator=generator) for _ in range(2))
+    scores = torch.rand(2, 12, generator=generator)
+    images = np.array([0, 0, *[1] * 8, 0, 0])
+    # The same entries, with the two last ones of text among those of the image.
+    order = np.array([0, 1, 2, 3, 10, 4, 5, 6, 11, 7, 8, 9])
+    answers = []
+    for columns in (np.arange(12), order):
+        entries = CacheEntries(key[:, columns], value[:, columns], scores[:, columns], images[columns], 2, {})
+        row = CachedRow((entries,), {2: 0.1}, {1: 8}, first=True)
+        (found,) = D2O(keep=3, **options).evict(row)
+        assert found is not None
+        replace(found, sound=False).check(12)
+        stood = torch.from_numpy(columns)[found.kept]
+        back = stood.argsort(dim=1)
+        wide = back[..., None].expand(-1, -1, 4)
+        parts = found.key.gather(1, wide), found.value.gather(1, wide), found.merged.gather(1, back)
+        answers.append((stood.gather(1, back), *parts))
+    for one, other in zip(*answers, strict=True):
+        assert torch.allclose(one.double(), other.double(), atol=1e-6)
+    assert answers[0][0].shape == (2, 7)
 
 
 @every_model

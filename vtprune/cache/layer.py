@@ -123,8 +123,9 @@ class PrunedLayer(DynamicLayer):
         missing = self.keys.shape[2] - (0 if known is None else known.shape[2])
         if known is not None and not missing:
             return known
-        new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
-        return new if known is None else torch.cat([known, new], dim=2)
+        if known is None:
+            return torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
+        return torch.nn.functional.pad(known, (0, missing))
 
     def cut_heads(
         self, keys: Tensor, values: Tensor, heads: Tensor, *, entries: dict[str, Tensor], real: Sequence[int]

@@ -23,7 +23,7 @@ from vtprune.cache.waiting import (
 from vtprune.decoder.prompt import numbers_in_rows
 from vtprune.decoder.run import DecoderRun, Entering, LayerView, Shaper
 from vtprune.errors import VTPruneError
-from vtprune.method.checks import check_scores
+from vtprune.method.checks import answered, check_scores
 from vtprune.method.choosing import best_of_each
 from vtprune.tensors.compaction import (
     gather_tokens,
@@ -87,13 +87,14 @@ class Revival(Shaper):
         length = self.prompt.offset + self.prompt.length
         self.part = log.places >= 0
         token = torch.arange(count, device=log.places.device).expand(batch, count)
-        # Padding writes to an extra cell, which belongs to no token.
+        # Padding, which a row alone has none of, writes to an extra cell, which belongs to no token.
         index = torch.full((batch, length + 1), count, device=log.places.device)
-        index.scatter_(1, log.places.masked_fill(~self.part, length), token)
-        index[:, length] = count
+        index.scatter_(1, log.places if batch == 1 else log.places.masked_fill(~self.part, length), token)
+        if batch > 1:
+            index[:, length] = count
         self._index, self._rows = index, torch.arange(batch, device=index.device)[:, None]
         self._until = torch.full_like(log.places, len(self.layers), dtype=torch.int16)
-        self._first = self._until.clone()
+        self._first = self._until
 
     def enter(self, run: DecoderRun, index: int, states: Tensor) -> Entering:
         """The input's own tokens, behind those that return."""
@@ -185,7 +186,8 @@ class Revival(Shaper):
         keys = self.layers[index].keys
         assert keys is not None
         # What waits, or takes part, has gradients; which tokens these are has none.
-        weights = check_scores(_attention(query, keys, last + self._width, scale=scale, mask=view.mask), self.name)
+        weights = _attention(query, keys, last + self._width, scale=scale, mask=view.mask)
+        weights = check_scores(weights, self.name, still=True)
         wanted = self._wanted(weights.to(self.part.device), self.layers[index].slots, waiting.limits(self.log.images))
         pool = waiting.tokens
         entries = following.keys.shape[-2] if following.keys is not None else 0
@@ -196,11 +198,12 @@ class Revival(Shaper):
             flew = self._among(landed.places, landed.count)
             left, new = flew & ~wanted, missing & ~flew
             # How many come and how many go depends on the scores: the device is asked for both at once.
-            coming, going = torch.stack([counts, left.sum(dim=1)]).tolist()
+            both = answered(torch.cat([counts, left.sum(dim=1)]))
+            coming, going = both[: len(counts)], both[len(counts) :]
             following.waiting = self._leave(waiting, landed, left, going)
             pool = pool.join(landed)
         else:
-            coming = counts.tolist()
+            coming = answered(counts)
         # What is wanted took part.
         self._until = self._until.masked_fill(self.part ^ wanted, index + 1)
         self._first = self._first.masked_fill(new, index + 1)
@@ -296,8 +299,10 @@ def _attention(query: Tensor, keys: Tensor, columns: Tensor, *, scale: float, ma
     in fp32, mean over heads; mask: (B or 1, 1 or H, Q, K) bool or additive."""
     batch, heads = query.shape[:2]
     last = gather_tokens(query.transpose(1, 2), columns[:, None]).float()
-    grouped = last.reshape(batch, keys.shape[1], heads // keys.shape[1], -1)
-    logits = torch.matmul(grouped * scale, keys.float().transpose(-1, -2)).reshape(batch, heads, -1)
+    grouped = last.reshape(batch * keys.shape[1], heads // keys.shape[1], -1)
+    turned = keys.float().flatten(0, 1).transpose(-1, -2)
+    # Nothing is added to the product.
+    logits = torch.baddbmm(grouped.new_empty(1, 1, 1), grouped, turned, beta=0, alpha=scale).view(batch, heads, -1)
     if mask is not None:
         row = gather_tokens(mask.transpose(1, 2), columns[:, None])[:, 0]
         logits = logits.masked_fill(~row, float("-inf")) if row.dtype == torch.bool else logits + row.float()

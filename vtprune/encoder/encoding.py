@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vtprune.encoder.arrangement import Arrangement, Part, visible_patches
-from vtprune.encoder.merging import Origins, merges_of
-from vtprune.method.answers import EncoderSelection, Merge
+from vtprune.encoder.merging import Averaging, Blanks, Origins, Zeros, merges_of
+from vtprune.method.answers import EncoderSelection, Means, Merge
 from vtprune.method.checks import Checks
 from vtprune.method.kinds import IMAGE, Shown
 from vtprune.method.sharing import shares_by_size
@@ -101,12 +102,23 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Seen:
-    """The tokens that a layer began with: (B,) how many of each image, where they stood (None: in order), and which of
-    them went on (None: all)."""
+    """The tokens that a layer began with: (B,) how many of each image, where they stood (None: in order), and the
+    choice of those that went on (None: all)."""
 
     counts: list[int]
     places: Tensor | None = None
-    left: list[Tensor] | None = None
+    left: EncoderSelection | None = None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Of a layer: what its MLP is given and puts out, of the tokens left; what it puts out itself for all that it
+    began with, and how often that had been written into."""
+
+    merged: Tensor
+    put_out: Tensor | None = None
+    output: Tensor | None = None
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,9 +191,24 @@ class Encoding(ABC):
         self.valid = column[None] < self.total[:, None]
         self.visible = None if visible is None else visible.to(device)
         self.arrangements, self.kind = arrangements, kind
-        self.alive = column.expand(len(grids), -1)
-        self.sizes = self.valid.float()
+        # Whether what comes of this may have gradients; layers that are checkpointed run without them all the same.
+        self.learns = torch.is_grad_enabled()
+        # The tokens that were alive once, and the choices that were made since, which are looked up where they matter.
+        self._once_alive, self._since = column.expand(len(grids), -1), list[EncoderSelection]()
+        # The sizes behind a leading 1, where they are at hand like this.
+        self._led: Tensor | None = None
+        if self.full:
+            self._led = torch.ones(len(grids), 1 + len(column), device=device)
+        self.sizes = self.valid.float() if self._led is None else self._led[:, 1:]
+        # What methods that make means write into, layer by layer.
+        shape = (depth, len(grids), 1 + max(self.totals))
+        self._marks = Blanks(functools.partial(_blank_marks, shape, device))
+        self._sums = Blanks(functools.partial(torch.zeros, shape, device=device))
+        self._zeros = Zeros(depth, alone=self.learns)
+        # Numbers that layers are shown, by what they are.
+        self._numbers: dict[tuple[int, ...], Tensor] = {}
         self.proportional = False
+        self._sum: Sum | None = None
         self.memory: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
         self.arguments: dict[str, Any] = {}
@@ -245,9 +272,13 @@ class Encoding(ABC):
         """(B, P + N * group, D) hidden states of the tokens alive, in raster order."""
 
     @abstractmethod
-    def compact(self, selection: EncoderSelection, order: Tensor, cls: Tensor | None) -> None:
-        """Notes what flows together and that only the columns `order` (B, N'), right-padded, go on; the next
-        module's inputs are changed accordingly. cls: (B, D) vectors of the CLS tokens, if they take places."""
+    def compact(self, selection: EncoderSelection, cls: Tensor | None) -> None:
+        """Notes what flows together and that only what is kept goes on; the next module's inputs are changed
+        accordingly. cls: (B, D) vectors of the CLS tokens, if they take places."""
+
+    @abstractmethod
+    def average(self, change: Averaging, means: Means) -> None:
+        """The same for tokens that become means of one another."""
 
     @abstractmethod
     def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -264,6 +295,42 @@ class Encoding(ABC):
     @abstractmethod
     def mlp_output(self, index: int, states: Tensor) -> Tensor:
         """The output of a layer's MLP for all tokens that the layer began with."""
+
+    @abstractmethod
+    def averages(self, index: int) -> bool:
+        """Whether tokens become means of one another before the MLP of a layer."""
+
+    def hold(self, merged: Tensor) -> None:
+        """Notes these means before a layer's MLP, where the layer puts out the sum of what its MLP is given (before
+        its norm) and puts out."""
+        # Whether somebody wrote into an output can be told of no tensor of inference mode.
+        if not self.learns and not merged.is_inference():
+            self._sum = Sum(merged)
+
+    def hold_output(self, put_out: Tensor | None) -> None:
+        """Notes what the MLP made of them; None where that is not what the layer adds."""
+        if self._sum is not None:
+            self._sum = None if put_out is None else replace(self._sum, put_out=put_out)
+
+    def hold_layer_output(self, output: Tensor) -> None:
+        """Notes what the layer puts out, which has a row for each token that it began with."""
+        if self._sum is not None:
+            self._sum = replace(self._sum, output=output, version=output._version)
+
+    def added(self, states: Tensor) -> Tensor | None:
+        """The input of the next module, cut to the tokens alive, where `states` are what the last layer put out, as it
+        did, or all of it but what leads it: means of x + f, f being alike for all members, are the means of x, and f.
+        """
+        held = self._sum
+        if held is None or held.put_out is None or held.output is None or states._version != held.version:
+            return None
+        if states is held.output:
+            return held.merged + held.put_out
+        rest = held.output[:, self.prefix :]
+        seen = (states.shape, states.stride(), states.storage_offset())
+        if states._base is not held.output or seen != (rest.shape, rest.stride(), rest.storage_offset()):
+            return None
+        return (held.merged + held.put_out)[:, self.prefix :]
 
     @abstractmethod
     def projector_input(self, states: Tensor) -> Tensor:
@@ -311,8 +378,8 @@ class Encoding(ABC):
             key=key,
             value=value,
             valid=self.candidates,
-            total=self.total if self.visible is None else torch.tensor(self.seen, device=self.valid.device),
-            budget=torch.tensor(budgets, device=self.valid.device),
+            total=self.total if self.visible is None else self._on_device(self.seen),
+            budget=self._on_device(budgets),
             index=index,
             depth=self.depth,
             scale=scale,
@@ -326,7 +393,24 @@ class Encoding(ABC):
             budgets=tuple(budgets),
             unseen=tuple(total - seen for total, seen in zip(self.totals, self.seen, strict=True)),
             bias=None if index < 0 else self.key_bias(index),
+            merged=self.merged,
+            blank=functools.partial(self._marks.take, 1 + self.valid.shape[1]),
         )
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        """(B,) numbers that layers are shown, which travel once."""
+        key = tuple(numbers)
+        if key not in self._numbers:
+            self._numbers[key] = torch.tensor(key, device=self.valid.device)
+        return self._numbers[key]
+
+    @property
+    def alive(self) -> Tensor:
+        """(B, N) the tokens alive."""
+        chosen, self._since = self._since, []
+        for selection in chosen:
+            self._once_alive = self._once_alive.gather(1, selection.order)
+        return self._once_alive
 
     def apply(self, selection: EncoderSelection, index: int, cls: Tensor | None) -> None:
         """Carries a selection out after (or inside) layer `index`."""
@@ -335,45 +419,70 @@ class Encoding(ABC):
         counts, merges = list(selection.counts), bool(selection.flows)
         if not merges and counts == self.counts:
             return
-        keep = selection.keep
-        order = torch.sort(keep.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, : max(counts)]
         self._seen = Seen(counts)
         if index == self.depth - 1:
-            self._seen = Seen(self.counts, left=[one[:n] for one, n in zip(order, counts, strict=True)])
-        self.compact(selection, order, cls)
+            self._seen = Seen(self.counts, left=selection)
+        if isinstance(selection, Means) and merges:
+            self._average(selection, index)
+        else:
+            self.compact(selection, cls)
+            if merges or self.origins is not None:
+                self._found_origins().follow(selection, index, merges=merges)
+            self._add_sizes(selection)
         self._named = None
         self.dropped, self.merged = True, self.merged or merges
-        if merges and self.origins is None:
-            self.origins = Origins.start(self.alive, self.valid, max(self.totals))
-        if self.origins is not None:
-            self.origins.follow(selection, order, index, merges=merges)
         for name in ("signals", "last_signals"):
             found = getattr(self, name)
             if found is not None:
-                own = zip(found, order, counts, strict=True)
-                setattr(self, name, [signals.cut(columns[:n]) for signals, columns, n in own])
-        self._cut_columns(selection, order, counts)
+                setattr(self, name, _cut(found, selection.order, counts))
+        self._cut_columns(selection, counts)
 
-    def _cut_columns(self, selection: EncoderSelection, order: Tensor, counts: list[int]) -> None:
-        keep, width = selection.keep, self.valid.shape[1]
-        for name, value in self.memory.items():
-            if value.ndim >= 2 and value.shape[:2] == (keep.shape[0], width):
-                self.memory[name] = gather_tokens(value, order)
+    def _found_origins(self) -> Origins:
+        """Who knows where tokens are, from the first merge on."""
+        if self.origins is None:
+            known = not self.dropped and self.full
+            self.origins = Origins(self.alive) if known else Origins.start(self.alive, self.valid, max(self.totals))
+        return self.origins
+
+    def _average(self, selection: Means, index: int) -> None:
+        """Carries out a selection of means."""
+        before = self._led
+        if before is None:
+            before = torch.nn.functional.pad(self.sizes, (1, 0), value=1.0)
+        assert selection.counts is not None
+        width = 1 + selection.counts[0]
+        # What a gradient is made of later must stay as it is when others of these are written into.
+        sums = before.new_zeros(len(before), width) if self.learns else self._sums.take(width)
+        sums.scatter_add_(1, selection.landing, before)
+        change = Averaging(selection.landing, before if self.merged else None, sums, self._zeros)
+        self.average(change, selection)
+        self._found_origins().average(change, index)
+        self._led, self.sizes = sums, sums[:, 1:]
+
+    def _add_sizes(self, selection: EncoderSelection) -> None:
+        """Adds up what tokens stand for that flow together."""
+        width = self.valid.shape[1]
         if selection.flows and selection.lossless:
             self.sizes = torch.zeros_like(self.sizes).scatter_add_(1, selection.targets, self.sizes)
         elif selection.flows:
             # A last column takes what goes nowhere.
-            sums = self.sizes.new_zeros(keep.shape[0], width + 1)
+            sums = self.sizes.new_zeros(selection.keep.shape[0], width + 1)
             sums.scatter_add_(1, selection.targets.masked_fill(selection.targets < 0, width), self.sizes)
             self.sizes = sums
-        self.sizes = self.sizes.gather(1, order)
+        self._led, self.sizes = None, self.sizes.gather(1, selection.order)
+
+    def _cut_columns(self, selection: EncoderSelection, counts: list[int]) -> None:
+        keep, width = selection.keep, self.valid.shape[1]
+        for name, value in self.memory.items():
+            if value.ndim >= 2 and value.shape[:2] == (keep.shape[0], width):
+                self.memory[name] = gather_tokens(value, selection.order)
         if selection.cls is not None:
             named = self.alive.gather(1, selection.cls.clamp(min=0)[:, None])[:, 0]
             self.cls = torch.where(selection.cls >= 0, named, -1 if self.cls is None else self.cls)
-        self.alive = self.alive.gather(1, order)
+        self._since.append(selection)
         if self.visible is not None:
             # What the decoder does not see goes with the first tokens that a unit loses.
-            self.visible = self.visible.gather(1, order)
+            self.visible = self.visible.gather(1, selection.order)
             own = zip(self.kept, self.counts, counts, strict=True)
             self.kept = [seen if now == before else now for seen, before, now in own]
         else:
@@ -381,22 +490,27 @@ class Encoding(ABC):
         self.counts = counts
         if self.full:
             # Padding stands on the right, so that the first columns were full before.
-            self.valid = self.valid[:, : order.shape[1]]
+            self.valid = self.valid[:, : max(counts)]
         else:
             kept = torch.tensor(counts, device=keep.device)
-            self.valid = torch.arange(order.shape[1], device=keep.device)[None] < kept[:, None]
+            self.valid = torch.arange(max(counts), device=keep.device)[None] < kept[:, None]
 
     @property
     def full(self) -> bool:
         """Whether all images have equally many tokens alive, so that none is padded."""
         return min(self.counts) == max(self.counts)
 
-    def size_bias(self) -> Tensor | None:
-        """(B, N) what attention adds to the logits of each key for the tokens that it stands for, or None."""
+    def size_bias(self, *, led: bool = False) -> Tensor | None:
+        """(B, N) what attention adds to the logits of each key for the tokens that it stands for, or None; led: behind
+        what it adds to that of a CLS token, (B, 1 + N), where there is one."""
         if not self.proportional or not self.merged:
             return None
+        led = led and self.prefix > 0
+        if led and self._led is not None:
+            return self._led.log()
         # Padding stands for no token.
-        return (self.sizes if self.full else self.sizes.clamp(min=1)).log()
+        bias = (self.sizes if self.full else self.sizes.clamp(min=1)).log()
+        return torch.nn.functional.pad(bias, (1, 0)) if led else bias
 
     def key_bias(self, index: int) -> Tensor | None:
         """(B, P + N * group) what the attention of layer `index` added for that, where this layout has it at hand."""
@@ -407,7 +521,7 @@ class Encoding(ABC):
         if self.origins is None:
             return self.alive
         if self._named is None:
-            self._named = self.origins.heaviest(self.alive)
+            self._named = self.origins.heaviest(max(self.counts), None if self.origins.complete else self.alive)
         return self._named
 
     def _image_signals(self, kwargs: dict[str, Any], scale: float, began: Seen | None) -> list[LayerSignals]:
@@ -429,7 +543,8 @@ class Encoding(ABC):
         left = self._seen.left
         if began is None or left is None:
             return signals
-        return [one.cut(columns) for one, columns in zip(signals, left, strict=True)]
+        assert left.counts is not None
+        return _cut(signals, left.order, left.counts)
 
     def note_layer(self, index: int, kwargs: dict[str, Any]) -> None:
         """Records the attention segments of a layer that is about to run, for the accounting."""
@@ -491,14 +606,27 @@ class Encoding(ABC):
         """The image with its merges, its tokens in the order of their new names."""
         assert self.origins is not None
         column = self.origins.column[row, : image.total]
-        owner = torch.where(column >= 0, names[column.clamp(min=0)], column)
-        order = image.alive.argsort()
+        whole = self.origins.whole
+        owner = names[column] if whole else torch.where(column >= 0, names[column.clamp(min=0)], column)
+        alive, order = image.alive.sort()
         signals, last = (None if s is None else s.cut(order) for s in (image.signals, image.last_signals))
         return replace(
-            image, alive=image.alive[order], signals=signals, last_signals=last, owner=owner,
+            image, alive=alive, signals=signals, last_signals=last, owner=owner,
             share=self.origins.share[row, : image.total],
             merged_at=self.origins.layer if isinstance(self.origins.layer, int) else self.origins.layer[row],
         )  # fmt: skip
+
+
+def _blank_marks(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """All True behind a leading False."""
+    marks = torch.ones(shape, dtype=torch.bool, device=device)
+    marks[..., 0] = False
+    return marks
+
+
+def _cut(signals: Sequence[LayerSignals], order: Tensor, counts: Sequence[int]) -> list[LayerSignals]:
+    """The signals of each image's first `counts` (B,) columns of `order` (B, N')."""
+    return [one.cut(columns[:n]) for one, columns, n in zip(signals, order, counts, strict=True)]
 
 
 def joined(units: Sequence[EncodedImage], kind: str) -> EncodedImage:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vtprune.encoder.encoding import Call, Encoding
-from vtprune.encoder.merging import add_rows
-from vtprune.method.answers import EncoderSelection
+from vtprune.encoder.merging import Averaging, Zeros, add_rows
+from vtprune.method.answers import EncoderSelection, Means
+from vtprune.tensors.attention import at_least_single
 from vtprune.tensors.rotary import rotate
 from vtprune.tensors.taps import tapped
 
@@ -28,7 +29,9 @@ SHARED = 4
 
 class GroupChange:
     """What happens to the merge groups of a sequence: group i is added to into[i] (-1: nowhere) with weights[i]
-    (None: nothing flows), then only `stay` (S',), ascending, go on."""
+    (None: nothing flows), then only `stay` (S',), ascending, go on; means: (S,) what each group stands for, and (S',)
+    what the means do that groups become, where all flow into those that stay, in place of `weights`; zeros: what
+    these are summed up in."""
 
     def __init__(
         self,
@@ -38,16 +41,28 @@ class GroupChange:
         weights: Tensor | None = None,
         *,
         device: torch.device,
+        means: tuple[Tensor, Tensor] | None = None,
+        zeros: Zeros | None = None,
     ) -> None:
         self._groups, self._stays, self._goes, self._device = groups, stay, into, device
-        self._weights = weights
+        self._weights, self._means, self._zeros = weights, means, zeros
         self._stay = torch.from_numpy(stay).to(device)
         self._rows: Tensor | None = None
-        if into is not None:
+        if into is not None and means is None:
             self._rows = torch.from_numpy(np.where(into < 0, groups, into)).to(device)
+
+    @property
+    def averages(self) -> bool:
+        """Whether groups become means of one another."""
+        return self._means is not None
 
     def apply(self, groups: Tensor) -> Tensor:
         """(S, g, D) to (S', g, D)."""
+        if self._means is not None and self._zeros is not None:
+            whole = at_least_single(groups)
+            sizes, sums = (one[:, None, None].to(whole) for one in self._means)
+            summed = self._zeros.take(whole, len(sums))
+            return (summed.index_add_(0, self._back.to(groups.device), whole * sizes) / sums).to(groups.dtype)
         if self._rows is not None and self._weights is not None:
             groups = add_rows(groups, self._rows.to(groups.device), self._weights)
         return groups.index_select(0, self._stay.to(groups.device))
@@ -69,12 +84,13 @@ class GroupChange:
 class Cut:
     """How a block's inputs differ from the output of the one before: what changes, which groups of the whole
     sequence are alive, ascending (None: all), the rows of their patches, and what attention adds to the logits of
-    each patch (None: nothing)."""
+    each patch (None: nothing), which is made of that of each token, sizes (B, N)."""
 
     change: GroupChange | None
     alive: NDArray[np.int64] | None
     rows: Tensor | None
     bias: Tensor | None
+    sizes: Tensor | None
 
 
 class PackedEncoding(Encoding):
@@ -114,6 +130,10 @@ class PackedEncoding(Encoding):
     def layout(self) -> Tensor | None:
         return self._places
 
+    def key_bias(self, index: int) -> Tensor | None:
+        bias = self._cuts[index].sizes
+        return None if bias is None else repeat(bias, "b n -> b (n g)", g=self.group)
+
     def hidden(self, states: Tensor) -> Tensor:
         return self._pick(states[None], self._places)[:, 0]
 
@@ -137,39 +157,66 @@ class PackedEncoding(Encoding):
         return values.flatten().index_select(0, torch.from_numpy(self._entry).to(values.device))
 
     def _pick(self, states: Tensor, places: Tensor) -> Tensor:
-        groups = rearrange(states, "h (s g) d -> h s g d", g=self.group)[:, places]
-        return rearrange(groups, "h b n g d -> b h (n g) d")
+        """(H, S * g, d) to (B, H, N * g, d)."""
+        groups = rearrange(states, "h (s g) d -> h s g d", g=self.group).index_select(1, places.flatten())
+        return rearrange(groups, "h (b n) g d -> b h (n g) d", b=len(places))
 
-    def compact(self, selection: EncoderSelection, order: Tensor, cls: Tensor | None) -> None:
-        goes = weights = None
-        if selection.flows:
-            # What is kept flows into itself: one transfer says both.
-            both = torch.stack([selection.keep.long(), selection.targets]).cpu().numpy()
-            keep, into = both[0].astype(bool), both[1]
+    def compact(self, selection: EncoderSelection, cls: Tensor | None) -> None:
+        if not selection.flows:
+            self._cut(selection.keep.cpu().numpy())
+            return
+        # What is kept flows into itself: one transfer says both.
+        both = torch.stack([selection.keep, selection.targets]).cpu().numpy()
+        self._cut(both[0].astype(bool), both[1], weights=self._in_sequence(selection.shares.float()))
+
+    def average(self, change: Averaging, means: Means) -> None:
+        both = torch.stack([means.keep, means.landing[:, 1:]]).cpu().numpy()
+        keep = both[0].astype(bool)
+        order = np.nonzero(keep)[1].reshape(len(keep), -1)
+        sizes = self._in_sequence(self.sizes)
+        self._cut(keep, np.take_along_axis(order, both[1] - 1, axis=1), means=(sizes, change.sums[:, 1:]))
+
+    def _cut(
+        self,
+        keep: NDArray[np.bool_],
+        into: NDArray[np.int64] | None = None,
+        *,
+        weights: Tensor | None = None,
+        means: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Only what `keep` (B, N) says goes on, after everything flowed `into` (B, N) where; weights: (S,) of each
+        group; means: (S,) sizes of each, and (B, N') those of the means that they become."""
+        goes = None
+        if into is not None:
             goes = np.full(len(self._entry), -1, dtype=np.int64)
             for row, count in enumerate(self.counts):
                 stands, target = self._stands[row], into[row, :count]
                 goes[stands[:count]] = np.where(target < 0, -1, stands[np.maximum(target, 0)])
-            weights = self._in_sequence(selection.shares.float())
-        else:
-            keep = selection.keep.cpu().numpy()
         stays = np.zeros(len(self._entry), dtype=bool)
         for row, count in enumerate(self.counts):
             stays[self._stands[row, :count]] = keep[row, :count]
             self._tokens[row] = self._tokens[row][keep[row, :count]]
         stay = np.flatnonzero(stays)
-        self._change = GroupChange(len(stays), stay, goes, weights, device=self.valid.device)
         self._alive = stay if self._alive is None else self._alive[stay]
         rows = self._alive[:, None] * self.group + np.arange(self.group)
         self._rows = torch.from_numpy(rows.ravel()).to(self.valid.device)
         self._where()
+        # The sequence is that of the groups that are left now.
+        ends = None if means is None else (means[0], self._in_sequence(means[1]))
+        self._change = GroupChange(
+            len(stays), stay, goes, weights, device=self.valid.device, means=ends, zeros=self._zeros
+        )
 
     def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if index not in self._cuts:
             change, self._change = self._change, None
-            self._cuts[index] = Cut(change, self._alive, self._rows, self._packed_bias())
+            sizes = self.size_bias()
+            bias = None if sizes is None else self._in_sequence(sizes).repeat_interleave(self.group)
+            self._cuts[index] = Cut(change, self._alive, self._rows, bias=bias, sizes=sizes)
         cut = self._cuts[index]
-        states = self._apply(cut.change, args[0])
+        states, self._sum = None if cut.change is None else self.added(args[0]), None
+        if states is None:
+            states = self._apply(cut.change, args[0])
         if cut.alive is None:
             return (states, *args[1:]), kwargs
         kwargs = dict(kwargs)
@@ -189,11 +236,6 @@ class PackedEncoding(Encoding):
         found = make(shared, cut)
         self._made = [*self._made[1 - SHARED :], (shared, cut.alive, found)]
         return found
-
-    def _packed_bias(self) -> Tensor | None:
-        """(S,) what attention adds to the logits of each patch of the sequence."""
-        bias = self.size_bias()
-        return None if bias is None else self._in_sequence(bias).repeat_interleave(self.group)
 
     def _apply(self, change: GroupChange | None, states: Tensor) -> Tensor:
         return states if change is None else self._ungroup(change.apply(self._groups(states)))
@@ -229,6 +271,9 @@ class PackedEncoding(Encoding):
             # The block's own output is still of the old length: the next block changes it once more.
             self._inside[index] = self._change
 
+    def averages(self, index: int) -> bool:
+        return index in self._inside and self._inside[index].averages
+
     def mlp_input(self, index: int, states: Tensor) -> Tensor:
         return self._apply(self._inside.get(index), states)
 
@@ -238,7 +283,8 @@ class PackedEncoding(Encoding):
         return self._ungroup(self._inside[index].spread(self._groups(states)))
 
     def projector_input(self, states: Tensor) -> Tensor:
-        return self._apply(self._change, states)
+        added = self.added(states)
+        return self._apply(self._change, states) if added is None else added
 
     def projector_output(self, states: Tensor) -> Tensor:
         if not self.dropped:

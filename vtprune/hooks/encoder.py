@@ -121,13 +121,18 @@ class EncoderHooks:
             encoding.hold_layout()
             self._decide(encoding, index, args[0], before_mlp=True)
             encoding.open_mlp(index, args[0])
-        return (encoding.mlp_input(index, args[0]), *args[1:]), kwargs
+        states = encoding.mlp_input(index, args[0])
+        if self.adapter.adds_mlp and encoding.averages(index):
+            encoding.hold(states)
+        return (states, *args[1:]), kwargs
 
     def after_mlp(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Hands what the MLP put out back to every token that the layer's own residual sum is over."""
         encoding, self.state.inside = self.state.inside, None
         if encoding is None or output is None:
             return None
+        # Another hook may change what the MLP hands on.
+        encoding.hold_output(output if len(module._forward_hooks) == 1 else None)
         return encoding.mlp_output(index, output)
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -135,6 +140,8 @@ class EncoderHooks:
         encoding = self.state.leave()
         if not isinstance(encoding, Encoding) or output is None:
             return
+        if isinstance(output, Tensor):
+            encoding.hold_layer_output(output)
         if encoding.is_new(index, 1):
             self._note_signals(encoding, index)
             if index not in self.opened:
@@ -212,13 +219,7 @@ class EncoderHooks:
             return None
         selection = EncoderSelection.drop(answer) if isinstance(answer, Tensor) else answer
         if encoding.visible is not None:
-            hidden = ~encoding.visible
-            selection = replace(
-                selection,
-                keep=selection.keep & encoding.visible,
-                into=None if selection.into is None else selection.into.masked_fill(hidden, -1),
-                lossless=False,
-            )
+            selection = selection.unseen(~encoding.visible)
         if any(whole) or not encoding.full or encoding.visible is not None:
             # An image within its budget is kept whole, whatever the method says of its neighbours.
             selection = selection.sparing(whole, encoding.valid, encoding.counts)

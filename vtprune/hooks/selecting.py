@@ -147,7 +147,7 @@ class Selecting:
             probe = self._probe(prober, recording, order)
             for span in run.spans:
                 self._tell_whole(self.plans.of(span.shown), span, order)
-            acting = [span for span in run.spans if self.plans.of(span.shown).acts(order)]
+            acting = [span for span in run.spans if self._looks(self.plans.of(span.shown), order)]
             streams = [self._stream(run, span, order=order, inputs=inputs) for span in acting]
             if probe is not None:
                 streams = [
@@ -245,6 +245,11 @@ class Selecting:
             a = "a video" if span.image.kind == VIDEO else "an image"
             text = f"{a} of {span.image.total} tokens is {KEPT_WHOLE}{reason}"
             warnings.warn(text, KeptWholeWarning, stacklevel=2)
+
+    @staticmethod
+    def _looks(plan: Plan, order: int) -> bool:
+        """Whether a method looks at the tokens of an image before the decoder, to choose or to remember."""
+        return isinstance(plan.pruners[order], (BeforeDecoder, BetweenLayers)) and plan.acts(order)
 
     def _probe(self, prober: Prober, recording: Recording, order: int) -> Probe | None:
         """The decoder layer that a method selects by, of the prompt as it stands, if there is anything to select."""

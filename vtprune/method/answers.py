@@ -176,6 +176,13 @@ class EncoderSelection:
         return cls(keep, counts=counts, flows=False, sound=True)
 
     @cached_property
+    def order(self) -> Tensor:
+        """(B, N') the columns that are kept, ascending, in front of what pads the shorter rows."""
+        counts = self.keep.sum(dim=1).tolist() if self.counts is None else self.counts
+        places = torch.sort(self.keep.to(torch.uint8), dim=1, descending=True, stable=True).indices
+        return places[:, : max(counts)]
+
+    @cached_property
     def targets(self) -> Tensor:
         """(B, N) `into`, made where it is None."""
         if self.into is not None:
@@ -209,6 +216,20 @@ class EncoderSelection:
         found = (moved | rescaled).any()
         return found if self.cls is None else found | (self.cls >= 0).any()
 
+    def unseen(self, hidden: Tensor) -> EncoderSelection:
+        """The same without the tokens `hidden` (B, N)."""
+        flows = self.into is not None
+        return EncoderSelection(
+            self.keep & ~hidden,
+            self.targets.masked_fill(hidden, -1) if flows else None,
+            self.shares if flows else None,
+            self.cls,
+            counts=self.counts,
+            flows=self.flows,
+            sound=self.sound,
+            keeps_names=self.keeps_names,
+        )
+
     def sparing(self, spared: Sequence[bool], valid: Tensor, alive: Sequence[int]) -> EncoderSelection:
         """The same but for the rows that are `spared` (B,), which keep every `valid` (B, N) token, `alive` (B,) of
         them, as it is."""
@@ -227,6 +248,40 @@ class EncoderSelection:
             sound=self.sound,
             keeps_names=self.keeps_names,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means(EncoderSelection):
+    """The same where no image is padded, equally many tokens of each are kept, and all others flow into these, which
+    become means weighted by the tokens that each member stands for.
+
+    landing: (B, 1 + N) int64, behind a leading 0: which of the kept tokens, counted from 1, each one flows into.
+    sizes: (B, N) those that the layer was shown. `into` and `weights` follow from both, where somebody asks for them.
+    """
+
+    landing: Tensor
+    sizes: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("into", "weights"):
+            # What the base class noted stands in front of what is made below.
+            self.__dict__.pop(name)
+
+    @cached_property  # type: ignore[misc]
+    def into(self) -> Tensor:
+        """(B, N) the column that each token flows into."""
+        return self.order.gather(1, self.landed)
+
+    @cached_property  # type: ignore[misc]
+    def weights(self) -> Tensor:
+        """(B, N) the share of each token in what it flows into."""
+        sums = torch.zeros_like(self.sizes).scatter_add_(1, self.landed, self.sizes)
+        return self.sizes / sums.gather(1, self.landed)
+
+    @cached_property
+    def landed(self) -> Tensor:
+        """(B, N) `landing`, counted from 0."""
+        return self.landing[:, 1:] - 1
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,29 @@ from vtprune.errors import ScoreError
 MOST = 2**18
 
 
+@dataclass(frozen=True)
+class _Check:
+    """method, its scores (None where they are too many to be kept), how many these are, and their extremes, which NaN
+    and infinity show in; None where nobody writes into the scores, so that these can be looked at later."""
+
+    method: str
+    scores: Tensor | None
+    count: int
+    ends: tuple[Tensor, Tensor] | None
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest score."""
+        if self.ends is not None:
+            return self.ends
+        assert self.scores is not None
+        return torch.aminmax(self.scores)
+
+
 class Checks:
     """Checks that wait to be made: of scores that chose tokens already, before anything is answered by them."""
 
     def __init__(self) -> None:
-        # The method, its scores (None where they are too many to be kept), how many they are, and their extremes,
-        # which NaN and infinity show in.
-        self._open: list[tuple[str, Tensor | None, int, tuple[Tensor, Tensor]]] = []
+        self._open: list[_Check] = []
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -40,37 +57,54 @@ class Checks:
         finally:
             _collecting.reset(token)
 
-    def add(self, scores: Tensor, method: str) -> None:
-        """Leaves the scores (any shape) of a method to be checked."""
+    def add(self, scores: Tensor, method: str, *, still: bool = False) -> None:
+        """Leaves the scores (any shape) of a method to be checked; still: that nobody writes into them until then, so
+        that they are looked at together with others."""
         if scores.numel():
             held = scores if scores.numel() <= MOST else None
-            self._open.append((method, held, scores.numel(), torch.aminmax(scores)))
+            ends = None if still and held is not None else torch.aminmax(scores)
+            self._open.append(_Check(method, held, scores.numel(), ends))
 
-    def settle(self) -> None:
-        """Makes the checks; raises ScoreError for the first scores of which one is NaN or infinite."""
+    def settle(self, asked: Tensor | None = None) -> list[int]:
+        """Makes the checks; raises ScoreError for the first scores of which one is NaN or infinite. asked: (n,) counts
+        that Python has to know as well, which are answered: the device is waited for once."""
         found, self._open = self._open, []
         if not found:
-            return
-        device = found[0][3][0].device
-        ends = torch.stack([end.to(device) for *_, both in found for end in both]).tolist()
-        for (method, scores, count, _), low, high in zip(found, ends[::2], ends[1::2], strict=True):
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise _error(scores, method, count)
+            return [] if asked is None else list(map(int, asked.tolist()))
+        known = [end for check in found if check.ends is not None for end in check.ends]
+        waiting = [check.scores for check in found if check.ends is None and check.scores is not None]
+        device = (known or waiting)[0].device
+        if waiting:
+            known += torch.aminmax(torch.cat([scores.flatten().to(device) for scores in waiting]))
+        ends = torch.stack([end.to(device) for end in known])
+        # Counts of tokens are told apart in fp32.
+        told = (ends if asked is None else torch.cat([ends, asked.to(ends)])).tolist()
+        if not all(map(math.isfinite, told)):
+            for check in found:
+                if not all(math.isfinite(end) for end in check.extremes()):
+                    raise _error(check.scores, check.method, check.count)
+        return list(map(int, told[len(known) :]))
 
 
 _collecting: ContextVar[Checks | None] = ContextVar("checks", default=None)
 
 
-def check_scores(scores: Tensor, method: str) -> Tensor:
+def check_scores(scores: Tensor, method: str, *, still: bool = False) -> Tensor:
     """The scores (any shape) in fp32; raises ScoreError if one of them is NaN or infinite, in a forward only once the
-    decoder's last layer ran (`Checks`)."""
+    decoder's last layer ran (`Checks`). still: that nobody writes into the answer until then."""
     scores = scores.float()
     checks = _collecting.get()
     if checks is not None:
-        checks.add(scores.detach(), method)
+        checks.add(scores.detach(), method, still=still)
     elif not bool(torch.isfinite(scores).all()):
         raise _error(scores, method, scores.numel())
     return scores
+
+
+def answered(asked: Tensor) -> list[int]:
+    """The counts (n,) on the host, with which the checks that wait in this forward are made; raises ScoreError."""
+    checks = _collecting.get()
+    return list(map(int, asked.tolist())) if checks is None else checks.settle(asked)
 
 
 def listed(scores: npt.NDArray[np.float32], method: str) -> list[float]:

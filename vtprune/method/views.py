@@ -115,6 +115,8 @@ class EncoderLayer:
         None where it added nothing, or that is not at hand (it is the logarithm of `sizes`).
     module: what `Trained.make_module` made, with its weights as they are now, else None; teach: where that module is
         being trained, takes a loss, a scalar, that is added to the forward's, else None.
+    merged: whether any token may stand for several.
+    blank: hands out (B, 1 + N) bool, all True behind a leading False, to be written into (`marks`).
     """
 
     query: Tensor
@@ -138,6 +140,8 @@ class EncoderLayer:
     bias: Tensor | None = None
     module: Any = None
     teach: Callable[[Tensor], None] | None = None
+    merged: bool = True
+    blank: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.alive:
@@ -148,6 +152,13 @@ class EncoderLayer:
     def full(self) -> bool:
         """Whether no image is padded."""
         return min(self.alive) == self.valid.shape[1]
+
+    def marks(self) -> Tensor:
+        """(B, 1 + N) bool, all True behind a leading False, for the method to write into."""
+        if self.blank is not None:
+            return self.blank()
+        marks = torch.ones_like(self.valid)
+        return torch.nn.functional.pad(marks, (1, 0), value=False)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from vtprune.pruners.parts.checks import check_choice
 from vtprune.pruners.parts.cosines import unit_vectors
 from vtprune.tensors.attention import at_least_single
 
+Ints = npt.NDArray[np.int64]
 # What floats may fall short of a whole number.
 ROUNDING = 1e-6
 
@@ -79,11 +82,12 @@ def shares_out(weights: Sequence[float], most: Sequence[int], total: int) -> lis
     return found
 
 
-def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The columns of the highest `count` of `scores` (H, n) in each head, and those of the others, both ascending;
-    ties go to the lowest column."""
+def best_of(scores: Tensor, count: int, *, ordered: bool = True) -> tuple[Tensor, Tensor]:
+    """The columns of the highest `count` of `scores` (H, n) in each head, ascending, and those of the others, which
+    are ascending if `ordered`; ties go to the lowest column."""
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
+    others = order[:, count:]
+    return order[:, :count].sort(dim=1).values, others.sort(dim=1).values if ordered else others
 
 
 def merge_evicted(
@@ -96,37 +100,33 @@ def merge_evicted(
     by_order: bool = False,
     method: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys and values (H, n, d) in which evicted entries flow into the kept ones that they are most alike.
+    """What evicted entries leave of the kept ones that they are most alike, of keys and values (H, n, d).
 
     kept: (H, m) and evicted: (H, e) columns. m_e is the cosine of an evicted key to the nearest kept key of its head
     (ties: the first). Those with an m_e of at least tau add m_e * k_e and m_e * v_e to a mean with the kept entry's
     own; the others are lost. tau is the mean of all m_e, averaged with the `threshold` before it if there is one.
     by_order: the mean over heads of the j-th evicted entries' m_e decides for all of them.
-    Returns keys, values, how many entries flowed into each column (H, n), and tau.
+    Returns keys and values (H, m, d) of the kept entries, how many entries flowed into each (H, m), and tau.
     """
-    wide = (-1, -1, key.shape[-1])
-    unit = unit_vectors(key, method)
-    cosines = unit.gather(1, evicted[..., None].expand(wide)) @ unit.gather(1, kept[..., None].expand(wide)).mT
-    nearest = cosines.argmax(dim=2)
-    alike = check_scores(cosines.gather(2, nearest[..., None])[..., 0], method)
+    count, width = kept.shape[1], key.shape[-1]
+    states = at_least_single(torch.cat([key, value], dim=2))
+    states = states.gather(1, torch.cat([kept, evicted], dim=1)[..., None].expand(-1, -1, states.shape[-1]))
+    unit = unit_vectors(states[..., :width], method)
+    cosines = unit[:, count:] @ unit[:, :count].mT
+    alike, nearest = cosines.max(dim=2)
+    alike = check_scores(alike, method, still=True)
     average = alike.detach().mean()
     tau = average if threshold is None else (threshold + average) / 2
     decisive = alike.mean(dim=0, keepdim=True).expand_as(alike) if by_order else alike
-    passed = decisive >= tau
+    passed = (decisive >= tau).to(alike)
     # (H, m, e): a product rather than an indexed sum, whose order of additions would not be fixed on a GPU. Counts are
     # whole numbers, which any order sums up alike.
-    weights = torch.zeros_like(cosines.mT).scatter(1, nearest[:, None], (alike * passed)[:, None])
-    arrived = torch.zeros_like(weights[..., 0]).scatter_add(1, nearest, passed.to(weights))
-    merged = arrived.new_zeros(key.shape[:2]).scatter(1, kept, arrived)
-    states = at_least_single(torch.cat([key, value], dim=2))
-    wide = (-1, -1, states.shape[-1])
-    places = kept[..., None].expand(wide)
+    weights = torch.zeros_like(cosines.mT).scatter_(1, nearest[:, None], (alike * passed)[:, None])
+    arrived = torch.zeros_like(weights[..., 0]).scatter_add_(1, nearest, passed)
     # Where nothing arrives, nothing is added and the sum is divided by one.
-    sums = torch.baddbmm(
-        states.gather(1, places), weights.to(states), states.gather(1, evicted[..., None].expand(wide))
-    )
-    states = states.scatter(1, places, sums / (1 + arrived[..., None]))
-    return states[..., : key.shape[-1]], states[..., key.shape[-1] :], merged, tau
+    sums = torch.baddbmm(states[:, :count], weights.to(states), states[:, count:])
+    means = sums / (1 + arrived[..., None])
+    return means[..., :width], means[..., width:], arrived, tau
 
 
 # Entries at the start of the row that text=True never evicts (attention sinks).
@@ -248,30 +248,31 @@ class D2O(InCache):
         if self.text:
             return self._evict_all(row)
         # Layers that share their entries share where an image's are, too.
-        known: dict[tuple[int, int], Tensor] = {}
-        own: dict[int, list[Tensor]] = {number: [] for number in row.totals}
+        known: dict[tuple[int, int], Stretch] = {}
+        own: dict[int, list[Stretch]] = {number: [] for number in row.totals}
         for layer in row.layers:
             for number, found in own.items():
                 key = id(layer.images), number
                 if key not in known:
-                    columns = (layer.images == number).nonzero()[0]
-                    known[key] = torch.from_numpy(columns).to(layer.key.device)
+                    known[key] = Stretch.of((layer.images == number).nonzero()[0], layer.key.device)
                 found.append(known[key])
         sizes = {
-            number: self._sizes(row, [columns.numel() for columns in own[number]], total)
+            number: self._sizes(row, [len(stretch.known) for stretch in own[number]], total)
             for number, total in row.totals.items()
         }
+        every = Every(row)
         return [
-            self._evict_images(layer, [(own[number][order], sizes[number][order]) for number in own])
+            self._evict_images(layer, [(own[number][order], sizes[number][order]) for number in own], every)
             for order, layer in enumerate(row.layers)
         ]
 
-    def _evict_images(self, layer: CacheEntries, images: list[tuple[Tensor, int]]) -> Eviction | None:
-        scores = check_scores(layer.scores, self.name)
-        cut = _Cut(layer, self)
+    def _evict_images(self, layer: CacheEntries, images: list[tuple[Stretch, int]], every: Every) -> Eviction | None:
+        scores = check_scores(layer.scores, self.name, still=True)
+        cut = _Cut(layer, self, every)
         for own, count in images:
-            kept, evicted = best_of(scores[:, own], count)
-            cut.evict(own[kept], own[evicted], None)
+            if count < len(own.known):
+                kept, evicted = best_of(own.values(scores), count, ordered=self.released)
+                cut.evict(own, kept, evicted, None)
         return cut.result({})
 
     def _evict_all(self, row: CachedRow) -> list[Eviction | None]:
@@ -279,17 +280,20 @@ class D2O(InCache):
         if row.first:
             held = [layer.scores.shape[1] for layer in row.layers]
             sizes = self._sizes(row, held, max(held))
-        return [self._evict_oldest(layer, size) for layer, size in zip(row.layers, sizes, strict=True)]
+        every = Every(row)
+        return [self._evict_oldest(layer, size, every) for layer, size in zip(row.layers, sizes, strict=True)]
 
-    def _evict_oldest(self, layer: CacheEntries, size: int) -> Eviction | None:
+    def _evict_oldest(self, layer: CacheEntries, size: int, every: Every) -> Eviction | None:
         scores = check_scores(layer.scores, self.name).clone()
         recent = size // 2
         candidates = scores.shape[1] - recent
         scores[:, :SINKS] = math.inf
         kept, evicted = best_of(scores[:, :candidates], size - recent)
-        window = torch.arange(candidates, scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
-        cut = _Cut(layer, self)
-        tau = cut.evict(torch.cat([kept, window], dim=1), evicted, layer.state.get("threshold"))
+        columns = np.arange(scores.shape[1])
+        window = every.columns(layer)[candidates:].expand(scores.shape[0], -1)
+        cut = _Cut(layer, self, every)
+        whole = Stretch.of(columns, scores.device)
+        tau = cut.evict(whole, torch.cat([kept, window], dim=1), evicted, layer.state.get("threshold"))
         state: dict[str, float | Tensor] = (
             {"size": float(size)} if tau is None else {"size": float(size), "threshold": tau}
         )
@@ -303,47 +307,123 @@ class D2O(InCache):
         return 2 * work.attention_width * sum(work.decoder_pairs[layer] for layer in watched) // work.images
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Some columns of a cache, ascending: `known` on the host; at: the same on the device, or as a slice where they
+    follow each other."""
+
+    known: Ints
+    at: Tensor | slice
+
+    @classmethod
+    def of(cls, known: Ints, device: torch.device) -> Stretch:
+        """Of these columns."""
+        if len(known) and known[-1] - known[0] + 1 == len(known):
+            return cls(known, slice(int(known[0]), int(known[-1]) + 1))
+        return cls(known, torch.from_numpy(known).to(device))
+
+    def values(self, values: Tensor) -> Tensor:
+        """(H, m, ...) those of values (H, n, ...) of all columns."""
+        return values[:, self.at]
+
+    def columns(self, places: Tensor) -> Tensor:
+        """The columns at some places among these."""
+        return places + self.at.start if isinstance(self.at, slice) else self.at[places]
+
+
+class Every:
+    """All columns of the layers of a row, made once for layers that have equally many."""
+
+    def __init__(self, row: CachedRow) -> None:
+        self._most = max((layer.scores.shape[1] for layer in row.layers), default=0)
+        self._made: dict[torch.device, Tensor] = {}
+
+    def columns(self, layer: CacheEntries) -> Tensor:
+        """(n,) those of a layer, ascending."""
+        device = layer.scores.device
+        if device not in self._made:
+            self._made[device] = torch.arange(self._most, device=device)
+        return self._made[device][: layer.scores.shape[1]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The entries that stay of a stretch: their columns (H, m), keys and values (H, m, d), and how many flowed into
+    each (H, m), None for none."""
+
+    stretch: Stretch
+    columns: Tensor
+    key: Tensor
+    value: Tensor
+    merged: Tensor | None = None
+
+
 class _Cut:
     """One layer of one row while its entries leave."""
 
-    def __init__(self, layer: CacheEntries, method: D2O) -> None:
-        self._method, self._key, self._value = method, layer.key, layer.value
-        self._stays = torch.ones(layer.scores.shape, dtype=torch.bool, device=layer.scores.device)
-        self._merged = torch.zeros(layer.scores.shape, device=layer.scores.device)
-        self._left = layer.scores.shape[1]
+    def __init__(self, layer: CacheEntries, method: D2O, every: Every) -> None:
+        self._layer, self._method, self._every = layer, method, every
+        self._parts: list[_Part] = []
 
-    def evict(self, kept: Tensor, evicted: Tensor, threshold: float | None) -> float | Tensor | None:
-        """Takes (H, e) columns out, which may flow into those of `kept`; answers the new threshold."""
+    def evict(self, stretch: Stretch, kept: Tensor, evicted: Tensor, threshold: float | None) -> float | Tensor | None:
+        """Takes (H, e) of the places of a stretch out, which may flow into those `kept` (H, m), all others, ascending;
+        answers the new threshold."""
         if evicted.shape[1] == 0:
             return threshold
-        self._stays.scatter_(1, evicted, False)
-        self._left -= evicted.shape[1]
+        key, value, columns = stretch.values(self._layer.key), stretch.values(self._layer.value), stretch.columns(kept)
         if not self._method.merge:
+            wide = kept[..., None].expand(-1, -1, key.shape[-1])
+            self._parts.append(_Part(stretch, columns, key.gather(1, wide), value.gather(1, wide)))
             return threshold
-        self._key, self._value, merged, tau = merge_evicted(
-            self._key,
-            self._value,
+        key, value, merged, tau = merge_evicted(
+            key,
+            value,
             kept=kept,
             evicted=evicted,
             threshold=threshold,
             by_order=self._method.released,
             method=self._method.name,
         )
-        self._merged += merged
+        self._parts.append(_Part(stretch, columns, key, value, merged=merged))
         return tau
 
     def result(self, state: dict[str, float | Tensor], *, always: bool = False) -> Eviction | None:
         """What is left, None if that is all of it."""
-        if self._left == self._stays.shape[1] and not always:
+        if not self._parts and not always:
             return None
-        stays = self._stays.to(torch.uint8)
-        kept = torch.sort(stays, dim=1, descending=True, stable=True).indices[:, : self._left]
-        rows = torch.arange(len(kept), device=kept.device)[:, None]
-        return Eviction(
-            kept=kept,
-            key=self._key[rows, kept],
-            value=self._value[rows, kept],
-            merged=self._merged.gather(1, kept),
-            state=state,
-            sound=True,
+        pieces, ascending = self._pieces()
+        kept, key, value = (
+            torch.cat([getattr(piece, name) for piece in pieces], dim=1) for name in ("columns", "key", "value")
         )
+        merged = torch.zeros(kept.shape, device=kept.device)
+        start = 0
+        for piece in pieces:
+            stop = start + piece.columns.shape[1]
+            if piece.merged is not None:
+                merged[:, start:stop] = piece.merged
+            start = stop
+        if not ascending:
+            kept, order = kept.sort(dim=1)
+            wide = order[..., None].expand(-1, -1, key.shape[-1])
+            key, value, merged = key.gather(1, wide), value.gather(1, wide), merged.gather(1, order)
+        return Eviction(kept=kept, key=key, value=value, merged=merged, state=state, sound=True)
+
+    def _pieces(self) -> tuple[list[_Part], bool]:
+        """What stays of the stretches and what stands between them, and whether it is in order."""
+        count = self._layer.scores.shape[1]
+        found: list[_Part] = []
+        if not all(isinstance(part.stretch.at, slice) for part in self._parts):
+            gone = np.concatenate([part.stretch.known for part in self._parts])
+            rest = np.setdiff1d(np.arange(count), gone)
+            return [*self._parts, self._untouched(Stretch.of(rest, self._layer.scores.device))], False
+        start = 0
+        for part in sorted(self._parts, key=lambda part: int(part.stretch.known[0])):
+            first = int(part.stretch.known[0])
+            found += [self._untouched(Stretch(np.arange(start, first), slice(start, first))), part]
+            start = first + len(part.stretch.known)
+        return [*found, self._untouched(Stretch(np.arange(start, count), slice(start, count)))], True
+
+    def _untouched(self, stretch: Stretch) -> _Part:
+        layer = self._layer
+        columns = self._every.columns(layer)[stretch.at].expand(len(layer.key), -1)
+        return _Part(stretch, columns, stretch.values(layer.key), stretch.values(layer.value))

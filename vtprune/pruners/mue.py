@@ -19,22 +19,37 @@ from vtprune.pruners.parts.checks import is_number
 
 # Of the image, where the authors caption.
 THETA = 0.99
-# Names of what is noted from layer to layer: which images have stopped, and what is answered once all have.
-STOPPED, SETTLED = "stopped", "settled"
+# Names of what is noted from layer to layer: which images have stopped, and what is answered once all have; which
+# tokens are whose, and how many; and how long the states were that the last layer was asked about.
+STOPPED, SETTLED, OTHERS, HELD, LENGTHS = "stopped", "settled", "others", "held", "lengths"
+
+
+def outside(image: Tensor, count: int) -> Tensor:
+    """(B, count, n) which tokens are none of each image's; image: (B, n) the number of each token's, -1 for text."""
+    return image[:, None, :] != torch.arange(count, device=image.device)[:, None]
+
+
+def image_lengths(states: Tensor, others: Tensor) -> Tensor:
+    """(B, I) the length of the states (B, n, D) of each image, tokens and channels as one vector; others: (B, I, n)
+    which tokens are none of it."""
+    lengths = torch.linalg.vector_norm(states.float(), dim=-1)
+    return torch.linalg.vector_norm(lengths[:, None].masked_fill(others, 0.0), dim=-1)
+
+
+def cosines_of(states: Tensor, before: Tensor, others: Tensor, lengths: Tensor) -> Tensor:
+    """(B, I) the cosine, of each image, between states (B, n, D) and those `before`; lengths: (B, I) the products of
+    both lengths. 0 for an image of no tokens."""
+    products = torch.linalg.vecdot(states.float(), before.float())
+    sums = products[:, None].masked_fill(others, 0.0).sum(dim=-1)
+    return sums / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def image_cosines(states: Tensor, before: Tensor, image: Tensor, count: int) -> Tensor:
     """(B, count) the cosine, of each image, between its states (B, n, D) after a layer and `before` it, tokens and
     channels as one vector; image: (B, n) the number of each token's image, -1 for text. 0 for an image of no tokens.
     """
-    states, before = states.float(), before.float()
-    products = torch.stack(
-        [torch.linalg.vecdot(one, two) for one, two in ((states, before), (states, states), (before, before))]
-    )
-    own = image[:, None, :] == torch.arange(count, device=image.device)[:, None]
-    sums = torch.where(own, products[:, :, None, :], 0.0).sum(dim=-1)
-    lengths = sums[1:].sqrt().prod(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-    return sums[0] / lengths
+    others = outside(image, count)
+    return cosines_of(states, before, others, image_lengths(states, others) * image_lengths(before, others))
 
 
 @register(
@@ -118,21 +133,44 @@ class MuE(InLayers):
         settled: Routes | None = tokens.memory.get(SETTLED)
         if settled is not None:
             return settled
-        assert tokens.before is not None
-        cosines = image_cosines(tokens.hidden, tokens.before, tokens.image, tokens.totals.shape[1])
-        stopped = check_scores(cosines, self.name) > self.threshold
+        stopped = check_scores(self._cosines(tokens), self.name, still=True) > self.threshold
         before: Tensor | None = tokens.memory.get(STOPPED)
         stopped = stopped if before is None else stopped | before
         tokens.memory[STOPPED] = stopped
-        known = yield stopped
+        image, held = tokens.memory.get(HELD, (None, None))
+        if image is tokens.image:
+            known = yield stopped
+        else:
+            # How many tokens each image has, and how many columns are none: known from the first question on.
+            inside = (~tokens.memory[OTHERS][1]).sum(dim=2)
+            told = yield torch.cat([stopped, inside, tokens.text.sum(dim=1, keepdim=True)], dim=1)
+            known, held = told[:, : stopped.shape[1]].astype(bool), told[:, stopped.shape[1] :]
+            tokens.memory[HELD] = tokens.image, held
         if not known.any():
             return Routes(read=True)
-        kept = self._kept(tokens, stopped)
-        *counts, running = (yield torch.cat([kept.sum(dim=1), (~stopped & (tokens.totals > 0)).sum()[None]])).tolist()
-        routes = Routes(kept, counts=tuple(counts), read=True)
-        if not running:
+        running = held[:, :-1] * ~known
+        counts = tuple((running.sum(axis=1) + held[:, -1]).tolist())
+        routes = Routes(self._kept(tokens, stopped), counts=counts, read=True)
+        if not running.any():
             tokens.memory[SETTLED] = routes
         return routes
+
+    @staticmethod
+    def _cosines(tokens: RoutedTokens) -> Tensor:
+        """`image_cosines`, with what is known from the layer before: whose tokens are which, and how long the states
+        were that are now those before."""
+        assert tokens.before is not None
+        memory = tokens.memory
+        image, others = memory.get(OTHERS, (None, None))
+        if image is not tokens.image:
+            others = outside(tokens.image, tokens.totals.shape[1])
+            memory[OTHERS] = tokens.image, others
+        states, length = memory.get(LENGTHS, (None, None))
+        if image is not tokens.image or states is not tokens.before:
+            length = image_lengths(tokens.before, others)
+        now = image_lengths(tokens.hidden, others)
+        memory[LENGTHS] = tokens.hidden, now
+        return cosines_of(tokens.hidden, tokens.before, others, now * length)
 
     @staticmethod
     def _kept(tokens: RoutedTokens, stopped: Tensor) -> Tensor:

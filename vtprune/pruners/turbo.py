@@ -102,9 +102,10 @@ class Turbo(Bipartite):
     def prune_encoder(self, layer: EncoderLayer) -> EncoderSelection:
         """What merges in this layer; raises ScoreError for NaN, VTPruneError for a budget out of reach."""
         value = saliency(layer, sized=self.merge)
-        into, left = self.matched(layer, value, self._coefficient(layer.index))
+        matches, left = self.matched(layer, value, self._coefficient(layer.index))
         if self.merge:
-            return flowing(layer, into, left)
+            return flowing(layer, matches, left)
+        into = matches.into(layer.valid.shape[1])
         keep = into == torch.arange(into.shape[1], device=into.device)
         return EncoderSelection.drop(layer.valid & keep, left)
 

@@ -91,10 +91,14 @@ def attention_sums(
     for start in range(0, query.shape[1], rows):
         some, when = query[:, start : start + rows], asked[start : start + rows]
         end = key.shape[1] if seen is None else seen[start + len(when) - 1]
-        some = rearrange(some.float() * scale, "(k g) q d -> k (g q) d", g=group)
-        logits = rearrange(torch.matmul(some, turned[..., :end]), "k (g q) n -> (k g) q n", g=group)
-        weights = logits.masked_fill_(places[:end] > when[:, None], float("-inf")).softmax(dim=-1)
-        found = weights.sum(dim=1)
+        some = rearrange(some.float(), "(k g) q d -> k (g q) d", g=group)
+        # Nothing is added to the product.
+        logits = torch.baddbmm(some.new_empty(1, 1, 1), some, turned[..., :end], beta=0, alpha=scale)
+        logits = rearrange(logits, "k (g q) n -> (k g) q n", g=group)
+        if seen is None or len(when) > 1:
+            logits.masked_fill_(places[:end] > when[:, None], float("-inf"))
+        weights = logits.softmax(dim=-1)
+        found = weights.sum(dim=1) if len(when) > 1 else weights[:, 0]
         if sums is None and found.shape[1] == key.shape[1]:
             sums = found
             continue

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import CannotCut, VTPruneError
-from vtprune.method.answers import EncoderSelection
+from vtprune.method.answers import EncoderSelection, Means
 from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.pruner import asked
@@ -38,7 +38,52 @@ def after(alive: int, rates: Sequence[int]) -> int:
     return alive
 
 
-def bipartite(
+@dataclass(frozen=True)
+class Matches:
+    """Which of every second token flows into which of the others, of a batch of (B, N) tokens.
+
+    order: (B, n) the places of those that may flow among their own kind, the first `count` (B,) of each image do;
+    partner: (B, M) the place, among the others, of the one that each of them is most like; first: the column that the
+    first of them stands in.
+    """
+
+    order: Tensor
+    partner: Tensor
+    count: Sequence[int]
+    first: int
+
+    @property
+    def halves(self) -> tuple[slice, slice]:
+        """The columns of those that may flow, and those of the others."""
+        return slice(self.first, None, 2), slice(1 - self.first, None, 2)
+
+    def into(self, tokens: int) -> Tensor:
+        """(B, N) int64 where each of so many tokens flows to, those that stay into themselves."""
+        order, count = self.order, self.count
+        batch, device = order.shape[0], order.device
+        into = torch.arange(tokens, device=device)[None]
+        into = into if batch == 1 else into.repeat(batch, 1)
+        partner = 2 * self.partner.gather(1, order) + (1 - self.first)
+        if min(count) != max(count):
+            merges = torch.arange(max(count), device=device) < torch.tensor(count, device=device)[:, None]
+            partner = torch.where(merges, partner, 2 * order + self.first)
+        into[:, self.halves[0]].scatter_(1, order, partner)
+        return into
+
+    def land(self, marks: Tensor) -> Tensor:
+        """(B, 1 + N) behind a leading 0 which of the tokens that stay, counted from 1, each token flows into, where
+        all images merge as many; takes those that do not stay out of `marks` (B, 1 + N), all True behind a False."""
+        flowing, others = self.halves
+        stays = marks[:, 1:][:, flowing]
+        stays.scatter_(1, self.order, False)
+        landing = marks.cumsum(dim=1)
+        places = landing[:, 1:]
+        own, there = places[:, flowing], places[:, others].gather(1, self.partner)
+        torch.where(stays, own, there, out=own)
+        return landing
+
+
+def matched(
     metric: Tensor,
     valid: Tensor | None,
     count: Sequence[int],
@@ -47,15 +92,14 @@ def bipartite(
     method: str,
     value: Tensor | None = None,
     coefficient: float = 0.0,
-) -> Tensor:
-    """(B, N) int64 where each token flows to: `count` (B,) of each image into another one, all others into themselves.
+) -> Matches:
+    """What flows into what, `count` (B,) tokens of each image.
 
     metric: (B, N, d) unit vectors; valid: (B, N) bool, padding on the right, None for none. Every second token from
     the column `first` on may flow into the one of the others whose cosine is highest; those do where that cosine,
     less `coefficient` times their own `value` (B, N) if there is one, is highest. Ties go to the lowest index. Raises
     ScoreError, in the name of `method`, for NaN.
     """
-    batch, tokens = metric.shape[:2]
     a, b = slice(first, None, 2), slice(1 - first, None, 2)
     cosines = torch.matmul(metric[:, a], metric[:, b].transpose(1, 2))
     if valid is not None:
@@ -64,16 +108,17 @@ def bipartite(
     best, partner = cosines.max(dim=-1)
     score = best if value is None else torch.sub(best, value[:, a], alpha=coefficient)
     # What is no number in the values, or in the vectors, is none in the score that is made of them.
-    score = check_scores(score, method) if valid is None else score.masked_fill(~valid[:, a], float("-inf"))
+    if valid is None:
+        score = check_scores(score, method, still=True)
+    else:
+        score = score.masked_fill(~valid[:, a], float("-inf"))
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, : max(count)]
-    into = torch.arange(tokens, device=metric.device)[None]
-    into = into if batch == 1 else into.repeat(batch, 1)
-    partner = 2 * partner.gather(1, order) + (1 - first)
-    if min(count) != max(count):
-        merges = torch.arange(max(count), device=metric.device) < torch.tensor(count, device=metric.device)[:, None]
-        partner = torch.where(merges, partner, 2 * order + first)
-    into[:, a].scatter_(1, order, partner)
-    return into
+    return Matches(order, partner, count, first)
+
+
+def bipartite(metric: Tensor, valid: Tensor | None, count: Sequence[int], *, first: int, method: str) -> Tensor:
+    """(B, N) int64 where each token flows to, by nothing but cosines (`matched`)."""
+    return matched(metric, valid, count, first=first, method=method).into(metric.shape[1])
 
 
 def weighted_mean(keep: Tensor, into: Tensor, sizes: Tensor, valid: Tensor | None) -> EncoderSelection:
@@ -155,17 +200,17 @@ class Bipartite(InEncoder):
 
     def matched(
         self, layer: EncoderLayer, value: Tensor | None = None, coefficient: float = 0.0
-    ) -> tuple[Tensor, tuple[int, ...]]:
-        """Where each token flows to in this layer, (B, N), and how many of each image are left; raises ScoreError for
-        NaN, VTPruneError for a budget out of reach."""
+    ) -> tuple[Matches, tuple[int, ...]]:
+        """What flows into what in this layer, and how many tokens of each image are left; raises ScoreError for NaN,
+        VTPruneError for a budget out of reach."""
         counts = [self._count(layer, *sizes) for sizes in zip(layer.alive, layer.budgets, strict=True)]
         left = tuple(alive - merging for alive, merging in zip(layer.alive, counts, strict=True))
         # With CLS in the first place every second token is at an odd one.
         first = int(layer.prefix > 0)
         valid = None if layer.full else layer.valid
         metric = mean_keys(layer)
-        into = bipartite(metric, valid, counts, first=first, method=self.name, value=value, coefficient=coefficient)
-        return into, left
+        found = matched(metric, valid, counts, first=first, method=self.name, value=value, coefficient=coefficient)
+        return found, left
 
     def _count(self, layer: EncoderLayer, alive: int, budget: int) -> int:
         layers = self.layers or layer.depth
@@ -190,9 +235,17 @@ class Bipartite(InEncoder):
         return total
 
 
-def flowing(layer: EncoderLayer, into: Tensor, left: tuple[int, ...]) -> EncoderSelection:
-    """Each token that is left as the mean of what flows `into` (B, N) it, weighted by the tokens that each stands
-    for; left: (B,) how many these are."""
+def flowing(layer: EncoderLayer, matches: Matches, left: tuple[int, ...]) -> EncoderSelection:
+    """Each token that is left as the mean of what flows into it, weighted by the tokens that each stands for; left:
+    (B,) how many these are."""
+    flows = left != layer.alive
+    if layer.full and min(left) == max(left):
+        marks = layer.marks()
+        landing = matches.land(marks)
+        return Means(
+            marks[:, 1:], counts=left, flows=flows, sound=True, lossless=True, landing=landing, sizes=layer.sizes
+        )
+    into = matches.into(layer.valid.shape[1])
     keep = into == torch.arange(into.shape[1], device=into.device)
     found = weighted_mean(keep, into, layer.sizes, None if layer.full else layer.valid)
-    return replace(found, counts=left, flows=left != layer.alive, sound=True)
+    return replace(found, counts=left, flows=flows, sound=True)

@@ -17,7 +17,11 @@ def unit_vectors(features: Tensor, method: str | None) -> Tensor:
     leaves it to whoever looks at what is made of them: vectors without a finite length are then NaN."""
     features = features.float()
     lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    lengths = lengths.masked_fill(lengths.isinf(), torch.nan) if method is None else check_scores(lengths, method)
+    lengths = (
+        lengths.masked_fill(lengths.isinf(), torch.nan)
+        if method is None
+        else check_scores(lengths, method, still=True)
+    )
     return features / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -13,10 +13,13 @@ from vtprune.tensors.attention import rows_at_once
 
 
 def mean_keys(layer: EncoderLayer) -> Tensor:
-    """(B, N, d) unit vectors: the keys of each token averaged over heads and merged patches; 0 on padding."""
+    """(B, N, d) unit vectors: the keys of each token averaged over heads and merged patches; 0 on padding, and NaN
+    for a mean of no length in a batch without padding."""
     keys = layer.key[:, :, layer.prefix :].float()
     mean = reduce(keys, "b h (n g) d -> b n d", "mean", g=layer.group)
-    mean = mean if layer.full else mean.where(layer.valid[..., None], 0)
+    if layer.full:
+        return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+    mean = mean.where(layer.valid[..., None], 0)
     return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -44,7 +47,7 @@ def _saliency(layer: EncoderLayer, rows: slice | list[int], tokens: int, *, size
     bias = None
     if sized and layer.bias is not None:
         bias = layer.bias[rows, :patches]
-    elif sized:
+    elif sized and layer.merged:
         log = repeat(layer.sizes[rows, :tokens].clamp(min=1).log(), "b n -> b (n g)", g=layer.group)
         bias = torch.nn.functional.pad(log, (layer.prefix, 0))
     received = mean_attention(asks, key, layer.scale, bias)[:, layer.prefix :]
@@ -58,9 +61,14 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None
     """
     batch, heads, count, _ = key.shape
     chunks = query.split(rows_at_once(query.device, batch * heads * count), dim=2)
+    turned = key.flatten(0, 1).transpose(-1, -2)
+    # Without a bias nothing is added.
+    added = (
+        key.new_empty(1, 1, 1) if bias is None else bias.to(key)[:, None].expand(-1, heads, -1).flatten(0, 1)[:, None]
+    )
     parts = []
     for chunk in chunks:
-        logits = torch.matmul(chunk * scale, key.transpose(-1, -2))
-        logits = logits if bias is None else logits + bias[:, None, None]
-        parts.append(reduce(logits.softmax(dim=-1), "b h q n -> b n", "sum" if len(chunks) > 1 else "mean"))
+        logits = torch.baddbmm(added, chunk.flatten(0, 1), turned, beta=0 if bias is None else 1, alpha=scale)
+        weights = logits.softmax(dim=-1).unflatten(0, (batch, heads))
+        parts.append(reduce(weights, "b h q n -> b n", "sum" if len(chunks) > 1 else "mean"))
     return parts[0] if len(parts) == 1 else functools.reduce(Tensor.add, parts) / (heads * query.shape[2])
