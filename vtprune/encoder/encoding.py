@@ -393,6 +393,7 @@ class Encoding(ABC):
             budgets=tuple(budgets),
             unseen=tuple(total - seen for total, seen in zip(self.totals, self.seen, strict=True)),
             bias=None if index < 0 else self.key_bias(index),
+            columns=tuple(self.counts),
             merged=self.merged,
             blank=functools.partial(self._marks.take, 1 + self.valid.shape[1]),
         )

@@ -115,6 +115,8 @@ class EncoderLayer:
         None where it added nothing, or that is not at hand (it is the logarithm of `sizes`).
     module: what `Trained.make_module` made, with its weights as they are now, else None; teach: where that module is
         being trained, takes a loss, a scalar, that is added to the forward's, else None.
+    columns: (B,) how many of its first columns hold a token of the image, one that the decoder never sees included;
+        `alive` where not given.
     merged: whether any token may stand for several.
     blank: hands out (B, 1 + N) bool, all True behind a leading False, to be written into (`marks`).
     """
@@ -138,6 +140,7 @@ class EncoderLayer:
     budgets: tuple[int, ...] = ()
     unseen: tuple[int, ...] = ()
     bias: Tensor | None = None
+    columns: tuple[int, ...] = ()
     module: Any = None
     teach: Callable[[Tensor], None] | None = None
     merged: bool = True
@@ -147,6 +150,8 @@ class EncoderLayer:
         if not self.alive:
             object.__setattr__(self, "alive", tuple(self.valid.sum(dim=1).tolist()))
             object.__setattr__(self, "budgets", tuple(self.budget.tolist()))
+        if not self.columns:
+            object.__setattr__(self, "columns", self.alive)
 
     @property
     def full(self) -> bool:

@@ -216,7 +216,8 @@ class Bipartite(InEncoder):
         layers = self.layers or layer.depth
         rates, remaining = self.rates(layers), layers - layer.index
         if rates is not None:
-            return min(rates[layer.index], alive // 2, max(0, alive - budget))
+            # Of each crop or frame by itself, so that no budget is in its way.
+            return min(rates[layer.index], alive // 2)
         count = count_now(alive, budget, remaining)
         if count > alive // 2:
             raise VTPruneError(
@@ -229,7 +230,7 @@ class Bipartite(InEncoder):
         """In every layer the similarities between the two halves."""
         total = 0
         for layer in work.encoder_layers:
-            tokens = (work.encoder_patches[layer] - work.has_cls) * work.tokens // work.patches
+            tokens = (work.encoder_patches[layer] - work.units * work.has_cls) // self.model.group
             pairs = (tokens // 2) * (tokens - tokens // 2) // work.units
             total += 2 * pairs * work.encoder_width // work.encoder_heads
         return total

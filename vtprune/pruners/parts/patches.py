@@ -25,7 +25,8 @@ def mean_keys(layer: EncoderLayer) -> Tensor:
 
 def saliency(layer: EncoderLayer, *, sized: bool = False) -> Tensor:
     """(B, N) attention that each token gets, fp32, 0 on padding: mean over heads of the CLS row, or without a CLS
-    token mean over heads and patch queries; summed over a token's patches.
+    token mean over heads and patch queries; summed over a token's patches. Tokens that the decoder never sees get and
+    give attention as the others do, and count 0.
 
     sized: whether keys weigh as many tokens as they stand for. Images of one length are taken together, without
     their padding, and queries in chunks: no map of all patches is ever whole.
@@ -33,10 +34,10 @@ def saliency(layer: EncoderLayer, *, sized: bool = False) -> Tensor:
     if layer.full:
         return _saliency(layer, slice(None), layer.alive[0], sized=sized)
     found = layer.key.new_zeros(layer.valid.shape).float()
-    for tokens in sorted(set(layer.alive)):
-        rows = [row for row, alive in enumerate(layer.alive) if alive == tokens]
+    for tokens in sorted(set(layer.columns)):
+        rows = [row for row, held in enumerate(layer.columns) if held == tokens]
         found[rows, :tokens] = _saliency(layer, rows, tokens, sized=sized)
-    return found
+    return found.where(layer.valid, 0)
 
 
 def _saliency(layer: EncoderLayer, rows: slice | list[int], tokens: int, *, sized: bool) -> Tensor:
