@@ -52,6 +52,7 @@ PRUNERS: list[Pruner] = [
     vtprune.SparseVLM(keep=0.4, recycle=False),
     vtprune.SparseVLM(keep=0.5, version=2),
     vtprune.SparseVLM(adaptive_rank=True, scale=2.5),
+    vtprune.SpAtten(keep=0.4),
     vtprune.GemFilter(keep=0.25),
     vtprune.GemFilter(keep=5, layer=4, pooling="grid"),
     vtprune.PMoD(),

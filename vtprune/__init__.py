@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import Random as Random
     from vtprune.pruners import RandomLTD as RandomLTD
     from vtprune.pruners import SparseVLM as SparseVLM
+    from vtprune.pruners import SpAtten as SpAtten
     from vtprune.pruners import ToMe as ToMe
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt

@@ -43,6 +43,7 @@ UNREPORTED = {
     "mustdrop": "no table of it could be read",
     "pmod": "it is trained; no table of it could be read",
     "pyramid_drop": "its README prints savings alone",
+    "spatten": "its paper measures language models",
     "tome": "its paper classifies pictures, and measures no language model",
     "random_ltd": "its paper measures language models and classifiers of images",
     "turbo": "its abstract gives round figures alone",

@@ -20,7 +20,8 @@ INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
 DECODER = (
-    "fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod", "mue", "random_ltd",
+    "fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "spatten", "pmod", "gamma_mod", "mue",
+    "random_ltd",
 )  # fmt: skip
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
@@ -142,6 +143,15 @@ def _vtw(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     return {"layer": rng.randrange(1, shape.depth)} if keep is None else {}
 
 
+def _spatten(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    options: Options = {"accumulate": rng.random() < 0.7}
+    if keep is None:
+        others: list[Options] = [{}, {"last": round(rng.uniform(0.1, 0.9), 2)}, {"schedule": "gpt2_medium"}]
+        return {**options, **rng.choice(others)}
+    staged = _staged(rng, shape, keep, ())
+    return options if staged.get("schedule") == "entropy" else {**options, **staged}
+
+
 def _pmod(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     options: Options = {"variant": rng.choice(["paper", "released"]), "norm": rng.choice(["tanh", "sigmoid"])}
     if keep is not None and rng.random() < 0.5:
@@ -260,6 +270,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "pyramid_drop": _pyramid_drop,
     "sparsevlm": _sparsevlm,
     "lazyllm": _lazyllm,
+    "spatten": _spatten,
     "vtw": _vtw,
     "pmod": _pmod,
     "gamma_mod": _gamma_mod,

@@ -119,7 +119,7 @@ class BeforeDecoder(Pruner):
 @dataclass(frozen=True)
 class BetweenLayers(Pruner):
     """Drops tokens between decoder layers (FastV, DART, PyramidDrop, SparseVLM, LazyLLM, VFlowOpt, VScan,
-    MustDrop)."""
+    MustDrop, SpAtten)."""
 
     # Whose queries `prune_decoder` looks at.
     query: ClassVar[Query] = Query.ALL
@@ -128,6 +128,12 @@ class BetweenLayers(Pruner):
     def layer_reads(self) -> frozenset[Read]:
         """HIDDEN, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, GRID, for `remember`; nothing by default."""
         return NOTHING
+
+    @property
+    def notes(self) -> bool:
+        """Whether `prune_decoder` is asked after each of `drop_layers` up to the last one that drops something, where
+        the budget leaves all as well, so that it may note in `layer.memory` what later layers choose by."""
+        return False
 
     @property
     def revives(self) -> bool:
@@ -153,7 +159,7 @@ class BetweenLayers(Pruner):
     @abstractmethod
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Which tokens of one image go on to the next decoder layer, or None for all; called where the budget is below
-        what the image still has, or left to it."""
+        what the image still has, or left to it, and where it `notes`."""
 
     def cut_caches(self) -> tuple[int, ...]:
         """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""

@@ -29,6 +29,7 @@ from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
 from vtprune.pruners.random_ltd import RandomLTD
 from vtprune.pruners.sparsevlm import SparseVLM
+from vtprune.pruners.spatten import SpAtten
 from vtprune.pruners.tome import ToMe
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
@@ -68,6 +69,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RandomLTD",
+    "SpAtten",
     "SparseVLM",
     "ToMe",
     "Turbo",

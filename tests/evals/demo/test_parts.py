@@ -83,7 +83,7 @@ def test_each_control_reaches_its_field_and_leaves_the_others(loaded: Loaded, me
             value = "2, 3"
         if value is None:
             continue
-        staged = method in ("fastv", "dart", "vscan") and option.name == "layers"
+        staged = method in ("fastv", "dart", "vscan", "spatten") and option.name == "layers"
         before = "schedule=steps" if staged else ""
         text = changed(method, loaded.facts, before, option.name, value)
         assert text.startswith(before)
