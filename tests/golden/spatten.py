@@ -47,7 +47,8 @@ def received(probs: Tensor) -> Tensor:
     place = torch.arange(probs.shape[-1])
     logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
     key = torch.eye(len(place)).expand_as(probs)
-    return attention_sums(logits, key, torch.full_like(place, len(place)), place, 1.0).sum(dim=0)
+    last = torch.full_like(place, len(place))
+    return attention_sums(logits, key, asked=last, places=place, scale=1.0).sum(dim=0)
 
 
 def check_workload(case: Case) -> None:

@@ -56,7 +56,8 @@ def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """(n,) fp32 attention that each token gets from all tokens that see it, summed over rows and heads; query, key:
     (H, n, d) of one sequence under a causal mask."""
     place = torch.arange(key.shape[1], device=key.device)
-    return attention_sums(query, key, place, place, scale, seen=range(1, key.shape[1] + 1)).sum(dim=0)
+    seen = range(1, key.shape[1] + 1)
+    return attention_sums(query, key, asked=place, places=place, scale=scale, seen=seen).sum(dim=0)
 
 
 @register(
