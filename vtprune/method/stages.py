@@ -38,6 +38,9 @@ class Read(Enum):
     GRID = auto()
     # Hidden states of the layer that ran.
     HIDDEN = auto()
+    # Each of `drop_layers` up to the last one that drops something, where the budget leaves all as well: what
+    # `prune_decoder` notes there in `layer.memory` it finds in later layers.
+    EVERY_LAYER = auto()
 
 
 class Query(Enum):
@@ -126,14 +129,9 @@ class BetweenLayers(Pruner):
 
     @property
     def layer_reads(self) -> frozenset[Read]:
-        """HIDDEN, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, GRID, for `remember`; nothing by default."""
+        """HIDDEN, EVERY_LAYER, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, GRID, for `remember`; nothing by
+        default."""
         return NOTHING
-
-    @property
-    def notes(self) -> bool:
-        """Whether `prune_decoder` is asked after each of `drop_layers` up to the last one that drops something, where
-        the budget leaves all as well, so that it may note in `layer.memory` what later layers choose by."""
-        return False
 
     @property
     def revives(self) -> bool:
@@ -159,7 +157,7 @@ class BetweenLayers(Pruner):
     @abstractmethod
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Which tokens of one image go on to the next decoder layer, or None for all; called where the budget is below
-        what the image still has, or left to it, and where it `notes`."""
+        what the image still has, or left to it, and for EVERY_LAYER."""
 
     def cut_caches(self) -> tuple[int, ...]:
         """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""

@@ -14,6 +14,7 @@ from vtprune.method import schedules
 from vtprune.method.answers import Selection
 from vtprune.method.facts import Work
 from vtprune.method.registry import register
+from vtprune.method.stages import NOTHING, Read
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.attending import snapped
 from vtprune.pruners.parts.checks import check_choice, check_share
@@ -111,9 +112,9 @@ class SpAtten(Staged):
         return TABLES.get(self.schedule)
 
     @property
-    def notes(self) -> bool:
-        """Where sums go on from layer to layer."""
-        return self.accumulate
+    def layer_reads(self) -> frozenset[Read]:
+        """Every layer, where sums go on from one to the next."""
+        return frozenset({Read.EVERY_LAYER}) if self.accumulate else NOTHING
 
     @property
     def movable(self) -> bool:
