@@ -59,6 +59,7 @@ PRUNERS: list[Pruner] = [
     vtprune.PMoD(keep=0.6, layers=(2,), schedule="linear"),
     vtprune.VTW(),
     vtprune.VTW(keep=0.4),
+    vtprune.YOPO(mlp=1, keep=0.4),
     vtprune.MuE(theta=0.87),
     vtprune.RandomLTD(at_test=True),
     vtprune.LazyLLM(),

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import DART as DART
     from vtprune.pruners import EVS as EVS
     from vtprune.pruners import VTW as VTW
+    from vtprune.pruners import YOPO as YOPO
     from vtprune.pruners import CDPruner as CDPruner
     from vtprune.pruners import CoViPAL as CoViPAL
     from vtprune.pruners import DivPrune as DivPrune

@@ -47,6 +47,7 @@ UNREPORTED = {
     "tome": "its paper classifies pictures, and measures no language model",
     "random_ltd": "its paper measures language models and classifiers of images",
     "turbo": "its abstract gives round figures alone",
+    "yopo": "it is trained; its README prints shares of FLOPs alone",
     "vtw": "no table of it could be read",
     "vispruner": "its abstract gives round figures alone",
     "vflowopt": "its README gives round figures alone",

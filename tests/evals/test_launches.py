@@ -55,6 +55,7 @@ BOUNDS = {
     "mustdrop": Bound(1.25, 3),
     "lazyllm": Bound(1.14, 2, first=1.34, first_reads=4, later=1.34, later_reads=4),
     "spatten": Bound(1.29, 2),
+    "yopo": Bound(1.09, 1),
     "d2o": Bound(1.40, 2, first=2.45, first_reads=2),
     "pmod": Bound(1.27, 2),
     "mue": Bound(1.54, 28),  # each layer is followed by the question whether an image stops

@@ -20,8 +20,8 @@ INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
 DECODER = (
-    "fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "spatten", "pmod", "gamma_mod", "mue",
-    "random_ltd",
+    "fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "spatten", "yopo", "pmod", "gamma_mod",
+    "mue", "random_ltd",
 )  # fmt: skip
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
@@ -30,7 +30,7 @@ TRAINED = ("pmod", "gamma_mod", "covipal")
 # What needs the whole grid cannot come second.
 WHOLE_GRID = ("grid", "pool", "fopru")
 # Nothing else may act inside the decoder, or on its cache, beside these.
-ALONE_INSIDE = ("lazyllm", "pmod", "gamma_mod", "mue", "random_ltd")
+ALONE_INSIDE = ("lazyllm", "yopo", "pmod", "gamma_mod", "mue", "random_ltd")
 
 
 def draw_pruners(rng: Random, shape: Architecture) -> list[Pruner]:
@@ -152,6 +152,11 @@ def _spatten(rng: Random, shape: Architecture, keep: int | float | None) -> Opti
     return options if staged.get("schedule") == "entropy" else {**options, **staged}
 
 
+def _yopo(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    # Fewer channels are no mask of whole tokens.
+    return {**_vtw(rng, shape, keep), "mlp": 1}
+
+
 def _pmod(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     options: Options = {"variant": rng.choice(["paper", "released"]), "norm": rng.choice(["tanh", "sigmoid"])}
     if keep is not None and rng.random() < 0.5:
@@ -271,6 +276,7 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "sparsevlm": _sparsevlm,
     "lazyllm": _lazyllm,
     "spatten": _spatten,
+    "yopo": _yopo,
     "vtw": _vtw,
     "pmod": _pmod,
     "gamma_mod": _gamma_mod,

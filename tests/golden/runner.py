@@ -30,6 +30,7 @@ from tests.golden import (
     vidcom2,
     visionzip,
     vispruner,
+    yopo,
 )
 from tests.golden.case import Case, Mismatch, UnknownCase
 
@@ -56,6 +57,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "vidcom2": vidcom2.run,
     "visionzip": visionzip.run,
     "vispruner": vispruner.run,
+    "yopo": yopo.run,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection
+from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection, VisionPlan
 from vtprune.method.pruner import Pruner
 from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
@@ -178,6 +178,12 @@ class InLayers(Pruner):
         """Whether `route` may leave text out, as only released code does."""
         return False
 
+    @property
+    def keys_alone(self) -> bool:
+        """Whether tokens that skip a layer and are still read have keys there and values of 0, so that what they are
+        given of attention is lost."""
+        return False
+
     @abstractmethod
     def routed_layers(self) -> tuple[int, ...]:
         """Decoder layers (from 1 on) that `route` is asked about."""
@@ -195,6 +201,20 @@ class InLayers(Pruner):
         """FLOPs of the matrix products that routing adds for each row whose forward brings `tokens` to the decoder,
         with images or without."""
         return 0
+
+
+@dataclass(frozen=True)
+class InAttention(Pruner):
+    """Narrows what decoder layers do with vision while a prompt is read: heads, neighbours, channels of the MLP
+    (YOPO)."""
+
+    @abstractmethod
+    def planned_layers(self) -> tuple[int, ...]:
+        """Decoder layers that do less with vision than the model's own."""
+
+    @abstractmethod
+    def vision_plan(self, layer: int) -> VisionPlan:
+        """What one of them does; the same for all images and prompts."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +276,7 @@ class Guided(Trained):
 
 def acts(pruner: Pruner) -> bool:
     """Whether a pruner has any stage; one without prunes nothing."""
-    return isinstance(pruner, InEncoder | BeforeDecoder | BetweenLayers | InLayers | InCache)
+    return isinstance(pruner, InEncoder | BeforeDecoder | BetweenLayers | InLayers | InAttention | InCache)
 
 
 def encoder_layers(pruner: Pruner) -> tuple[int, ...]:
@@ -284,6 +304,11 @@ def cut_caches(pruner: Pruner) -> tuple[int, ...]:
 def routed_layers(pruner: Pruner) -> tuple[int, ...]:
     """The decoder layers that a pruner routes."""
     return pruner.routed_layers() if isinstance(pruner, InLayers) else ()
+
+
+def planned_layers(pruner: Pruner) -> tuple[int, ...]:
+    """The decoder layers that a pruner plans."""
+    return pruner.planned_layers() if isinstance(pruner, InAttention) else ()
 
 
 def evict_layers(pruner: Pruner) -> tuple[int, ...]:

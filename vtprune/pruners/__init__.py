@@ -38,12 +38,14 @@ from vtprune.pruners.visionzip import VisionZip
 from vtprune.pruners.vispruner import VisPruner
 from vtprune.pruners.vscan import VScan
 from vtprune.pruners.vtw import VTW
+from vtprune.pruners.yopo import YOPO
 
 __all__ = [
     "D2O",
     "DART",
     "EVS",
     "VTW",
+    "YOPO",
     "CDPruner",
     "CoViPAL",
     "DivPrune",
