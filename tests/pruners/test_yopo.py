@@ -171,3 +171,18 @@ def test_nothing_that_reads_the_decoder_stands_beside_it() -> None:
         with pytest.raises(vtprune.VTPruneError, match="yopo changes what decoder layers compute of vision"):
             vtprune.wrap(make("llava-clip"), [YOPO(), other])
     vtprune.wrap(make("llava-clip"), [vtprune.Grid(keep=9), YOPO()])
+
+
+def test_gradients_are_the_same_with_checkpoints_and_flow_through_the_channels_that_are_left(tmp_path: Path) -> None:
+    kind = "llava-clip"
+    inputs, found = prompt(kind, ROWS[kind]), []
+    for checkpoints in (False, True):
+        model = vtprune.wrap(make(kind), YOPO(head_file=heads_of(tmp_path), window=3, layer=4, mlp=4))
+        model.train()
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        model(**inputs, use_cache=False).logits.float().pow(2).mean().backward()
+        found.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-4)
