@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.offloading import loaded
@@ -243,8 +242,10 @@ class Attending:
     def _attended(self, query: Tensor, held: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
         """(B, q, h, d) by the model's own kind of attention."""
         module = self._module
-        own = sys.modules[type(module).__module__].eager_attention_forward
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, own)
+        known = sys.modules[type(module).__module__]
+        attend = known.ALL_ATTENTION_FUNCTIONS.get_interface(
+            module.config._attn_implementation, known.eager_attention_forward
+        )
         dropout = module.attention_dropout if module.training else 0.0
         found: Tensor = attend(module, query, *held, mask, dropout=dropout, scaling=module.scaling)[0]
         return found
