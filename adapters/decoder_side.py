@@ -77,6 +77,11 @@ class DecoderSide(ABC):
         attention: nn.Module = layer.self_attn
         return attention
 
+    def decoder_output(self, layer: Any) -> nn.Module:
+        """The projection of what the heads of one decoder layer find."""
+        output: nn.Module = layer.self_attn.o_proj
+        return output
+
     def decoder_norm(self, layer: Any) -> nn.Module:
         """The norm before the attention of one decoder layer."""
         norm: nn.Module = layer.input_layernorm
@@ -162,14 +167,22 @@ class DecoderSide(ABC):
     def keys_and_values(self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The keys, with rotary embedding, and values (B, KV, n, d) that a decoder layer has of the hidden states
         (B, n, D) before it, as it hands them to its cache; embeddings: (B or 1, n, d) cosines and sines."""
-        attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
         normed = self.decoder_normed(layer)(hidden)
-        with loaded(layer), loaded(attention):
-            key, value = self._split(modules["k"](normed)), self._split(modules["v"](normed))
+        with loaded(layer), loaded(self.decoder_attention(layer)):
+            value = self._split(self.decoder_projections(layer).modules()["v"](normed))
+        return self._keys(layer, normed, embeddings), value
+
+    def keys(self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """The keys (B, KV, n, d) of `keys_and_values` alone."""
+        return self._keys(layer, self.decoder_normed(layer)(hidden), embeddings)
+
+    def _keys(self, layer: Any, normed: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        with loaded(layer), loaded(self.decoder_attention(layer)):
+            key = self._split(self.decoder_projections(layer).modules()["k"](normed))
             norm = self.decoder_norms(layer).modules().get("k")
             key = key if norm is None else norm(key)
         cos, sin = (part.unsqueeze(-3) for part in embeddings)
-        return rotate(key, cos, sin), value
+        return rotate(key, cos, sin)
 
     def projected_query(self, states: Tensor) -> Tensor:
         """(B, n, heads * d) the queries among what their projection puts out: all of it, unless a family says else."""

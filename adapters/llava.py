@@ -111,6 +111,8 @@ class LlavaAdapter(Adapter):
             source=self.source,
             decoder_width=text.hidden_size,
             encoder_width=self.model.config.vision_config.hidden_size,
+            decoder_kv_heads=self.cost.decoder.kv_heads,
+            decoder_mlp_width=self.cost.decoder.mlp_width,
         )
 
     def encoder_projections(self, layer: Any) -> Projections:

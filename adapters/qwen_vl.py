@@ -94,6 +94,8 @@ class Qwen2VLAdapter(Adapter):
             group=self._merge**2,
             source=self.source,
             decoder_width=text.hidden_size,
+            decoder_kv_heads=self.cost.decoder.kv_heads,
+            decoder_mlp_width=self.cost.decoder.mlp_width,
             attention_layers=self.attention_layers,
             encoder_width=config.vision_config.hidden_size,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
@@ -14,10 +14,12 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from vtprune.assets import BUNDLED, folder_of
-from vtprune.errors import FileError, InputError
+from vtprune.errors import FileError, InputError, first_line
 from vtprune.json_files import parse, read_file
 from vtprune.loading.media import Media, read_media
 from vtprune.loading.pictures import SUFFIXES as PICTURES
+from vtprune.loading.prompts import encode, place
+from vtprune.loading.prompts import question as asking
 from vtprune.loading.videos import FRAMES, Video
 from vtprune.loading.videos import SUFFIXES as VIDEOS
 from vtprune.shapes.questions import CATEGORIES, QA, ask
@@ -173,6 +175,16 @@ def read_folder(
         [Sample(name, read_media(folder / name, "data", frames), text) for name, text in part] for part in chosen
     )
     return Calibration(search, held_out, str(folder))
+
+
+def batches(model: Any, processor: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    """One sample at a time, on the model's device; raises InputError for one that the processor refuses."""
+    for sample in samples:
+        try:
+            batch = encode(processor, [asking(sample.media, sample.question)])
+        except Exception as error:
+            raise InputError(f"data: the processor refuses {sample.name}: {first_line(error)}") from error
+        yield place(batch, model)
 
 
 def _listed(folder: Path, question: str) -> list[tuple[str, str]]:

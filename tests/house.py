@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.lmms", "evals.zero_shot"),
     ("evals.speed",),
     ("evals.ask", "evals.bench"),
-    ("evals.arank", "evals.demo", "evals.report", "evals.tune"),
+    ("evals.arank", "evals.calibrate", "evals.demo", "evals.report", "evals.tune"),
     ("cli",),
 )
 # What the floors below find by name, as they find what other packages bring, without a word of what is in it.

@@ -24,7 +24,18 @@ pytestmark = pytest.mark.lean(by="stages")
 # What the list of all models has with layers, schedules and methods that these decoders have no place for, and why.
 REFUSED: dict[str, tuple[list[Pruner], str]] = {
     "tokens return": ([one for one in PRUNERS if one.name == "lazyllm"][:2], "lets tokens return"),
-    "routed layers": ([*[one for one in PRUNERS if isinstance(one, InLayers)], *GATED], "skip decoder layers"),
+    "routed layers": (
+        [
+            *[one for one in PRUNERS if isinstance(one, InLayers) and one.name != "yopo"],
+            *GATED,
+            vtprune.YOPO(mlp=1, variant="released"),
+        ],
+        "skip decoder layers",
+    ),
+    "less attention": (
+        [vtprune.YOPO(mlp=2), vtprune.YOPO(mlp=1, window=3)],
+        "narrows the attention of decoder layers",
+    ),
     "every layer": ([vtprune.FastV(keep=0.4, schedule="linear")], "schedule 'linear' ranks tokens before every"),
     "layers before which tokens drop": ([vtprune.FastV(layers=(3,))], "fastv .*: layers may hold 2, 5, got 3"),
     "by the next layer": (
@@ -41,7 +52,7 @@ NAMES = {type(one) for reason in ("tokens return", "routed layers") for one in R
 def _has_a_place(pruner: Pruner) -> bool:
     """Whether one of the list of all models acts here as it stands."""
     layers, schedule = getattr(pruner, "layers", None), getattr(pruner, "schedule", None)
-    return type(pruner) not in NAMES and schedule != "linear" and layers is None
+    return (type(pruner) not in NAMES or pruner.name == "yopo") and schedule != "linear" and layers is None
 
 
 SUPPORTED: list[Pruner] = [

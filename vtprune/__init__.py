@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import EVS as EVS
     from vtprune.pruners import IARED2 as IARED2
     from vtprune.pruners import VTW as VTW
+    from vtprune.pruners import YOPO as YOPO
     from vtprune.pruners import CDPruner as CDPruner
     from vtprune.pruners import CoViPAL as CoViPAL
     from vtprune.pruners import DivPrune as DivPrune
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import Random as Random
     from vtprune.pruners import RandomLTD as RandomLTD
     from vtprune.pruners import SparseVLM as SparseVLM
+    from vtprune.pruners import SpAtten as SpAtten
     from vtprune.pruners import ToMe as ToMe
     from vtprune.pruners import Turbo as Turbo
     from vtprune.pruners import VFlowOpt as VFlowOpt

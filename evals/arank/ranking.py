@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from vtprune.assets import folder_of, title_of
 from vtprune.console.figures import COLOURS, figure_png
 from vtprune.console.output import notice
 from vtprune.console.progress import Steps
-from vtprune.errors import FileError, InputError, first_line
+from vtprune.errors import FileError, InputError
 from vtprune.evals.arank.ranks import choose, rank_layers
-from vtprune.evals.samples import Calibration, Sample, Wanted, gather
+from vtprune.evals.samples import Calibration, Wanted, batches, gather
 from vtprune.files import (
     held,
     refuse_foreign,
@@ -31,12 +31,7 @@ from vtprune.files import (
 from vtprune.json_files import read_json
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import is_local, load_model
-from vtprune.loading.prompts import (
-    check_text,
-    encode,
-    place,
-    question,
-)
+from vtprune.loading.prompts import check_text
 from vtprune.method.texts import show
 from vtprune.pruners import GammaMoD
 
@@ -117,7 +112,7 @@ def _rank(config: ARankConfig, plot: Path, gathered: Calibration, console: Conso
             steps.end(f"attention maps of {samples[steps.made].name}")
             steps.begin("attention maps")
 
-        ranks = rank_layers(model, _batches(model, processor, samples), ranked)
+        ranks = rank_layers(model, batches(model, processor, samples), ranked)
     layers = choose(ranks, count=count, share=config.share)
     name = title_of(config.model)
     data = {
@@ -146,16 +141,6 @@ def _samples(config: ARankConfig, console: Console) -> Calibration:
     if len(found.search) < config.samples:
         notice(console, f"{config.data} holds {len(found.search)} of the {config.samples} samples")
     return found
-
-
-def _batches(model: Any, processor: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """One sample at a time, on the model's device."""
-    for sample in samples:
-        try:
-            batch = encode(processor, [question(sample.media, sample.question)])
-        except Exception as error:
-            raise InputError(f"data: the processor refuses {sample.name}: {first_line(error)}") from error
-        yield place(batch, model)
 
 
 def _table(ranks: Sequence[float], layers: Sequence[int]) -> Table:

@@ -54,6 +54,8 @@ BOUNDS = {
     "vflowopt": Bound(1.14, 4),
     "mustdrop": Bound(1.25, 3),
     "lazyllm": Bound(1.14, 2, first=1.34, first_reads=3, later=1.34, later_reads=3),
+    "spatten": Bound(1.29, 2),
+    "yopo": Bound(1.09, 1),
     "d2o": Bound(1.38, 2, first=1.91, first_reads=2),
     "pmod": Bound(1.27, 2),
     "mue": Bound(1.42, 27),  # each layer is followed by the question whether an image stops

@@ -219,7 +219,7 @@ def _budgets(case: Case, report: vtprune.Report) -> Iterator[str]:
     given is thresholds, or a schedule)."""
     last = case.pruners[-1]
     # Of these an image may leave all at once, and does not come back.
-    leaves = isinstance(last, vtprune.MuE) or any(isinstance(one, vtprune.VTW) for one in case.pruners)
+    leaves = isinstance(last, vtprune.MuE) or any(isinstance(one, vtprune.VTW | vtprune.YOPO) for one in case.pruners)
     for sample in report.samples:
         for image in sample.images:
             lists = [image.kept, *image.kept_per_layer, *image.cached_per_layer]

@@ -20,7 +20,8 @@ INPUT = (
     "random", "grid", "pool", "fopru", "holov", "divprune", "cdpruner", "prumerge", "vflowopt", "gemfilter", "covipal",
 )  # fmt: skip
 DECODER = (
-    "fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "pmod", "gamma_mod", "mue", "random_ltd",
+    "fastv", "dart", "pyramid_drop", "sparsevlm", "vtw", "lazyllm", "spatten", "yopo", "pmod", "gamma_mod",
+    "mue", "random_ltd",
 )  # fmt: skip
 CACHE = ("d2o",)
 PLACES = (ENCODER, INPUT, DECODER, CACHE)
@@ -29,7 +30,7 @@ TRAINED = ("pmod", "gamma_mod", "covipal", "iared2")
 # What needs the whole grid cannot come second.
 WHOLE_GRID = ("grid", "pool", "fopru")
 # Nothing else may act inside the decoder, or on its cache, beside these.
-ALONE_INSIDE = ("lazyllm", "pmod", "gamma_mod", "mue", "random_ltd")
+ALONE_INSIDE = ("lazyllm", "yopo", "pmod", "gamma_mod", "mue", "random_ltd")
 
 
 def draw_pruners(rng: Random, shape: Architecture) -> list[Pruner]:
@@ -140,6 +141,20 @@ def _lazyllm(rng: Random, shape: Architecture, keep: int | float | None) -> Opti
 
 def _vtw(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
     return {"layer": rng.randrange(1, shape.depth)} if keep is None else {}
+
+
+def _spatten(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    options: Options = {"accumulate": rng.random() < 0.7}
+    if keep is None:
+        others: list[Options] = [{}, {"last": round(rng.uniform(0.1, 0.9), 2)}, {"schedule": "gpt2_medium"}]
+        return {**options, **rng.choice(others)}
+    staged = _staged(rng, shape, keep, ())
+    return options if staged.get("schedule") == "entropy" else {**options, **staged}
+
+
+def _yopo(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
+    # Fewer channels are no mask of whole tokens.
+    return {**_vtw(rng, shape, keep), "mlp": 1}
 
 
 def _pmod(rng: Random, shape: Architecture, keep: int | float | None) -> Options:
@@ -260,6 +275,8 @@ OPTIONS: dict[str, Callable[[Random, Architecture, int | float | None], Options]
     "pyramid_drop": _pyramid_drop,
     "sparsevlm": _sparsevlm,
     "lazyllm": _lazyllm,
+    "spatten": _spatten,
+    "yopo": _yopo,
     "vtw": _vtw,
     "pmod": _pmod,
     "gamma_mod": _gamma_mod,

@@ -25,11 +25,13 @@ from tests.golden import (
     prumerge,
     pyramiddrop,
     sparsevlm,
+    spatten,
     tome,
     vflowopt,
     vidcom2,
     visionzip,
     vispruner,
+    yopo,
 )
 from tests.golden.case import Case, Mismatch, UnknownCase
 
@@ -51,11 +53,13 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "prumerge": prumerge.run,
     "pyramiddrop": pyramiddrop.run,
     "sparsevlm": sparsevlm.run,
+    "spatten": spatten.run,
     "tome": tome.run,
     "vflowopt": vflowopt.run,
     "vidcom2": vidcom2.run,
     "visionzip": visionzip.run,
     "vispruner": vispruner.run,
+    "yopo": yopo.run,
 }
 
 

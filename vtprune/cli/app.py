@@ -9,6 +9,7 @@ import typer
 from vtprune.cli.arank import arank
 from vtprune.cli.ask import ask
 from vtprune.cli.bench import bench
+from vtprune.cli.calibrate import calibrate
 from vtprune.cli.demo import demo
 from vtprune.cli.list import list_methods
 from vtprune.cli.lmms_eval import SETTINGS, lmms_eval
@@ -63,6 +64,7 @@ app.command(name="list")(list_methods)
 app.command(name="lmms-eval", context_settings=SETTINGS)(lmms_eval)
 app.command()(report)
 app.command()(arank)
+app.command()(calibrate)
 app.command()(train)
 app.command()(demo)
 

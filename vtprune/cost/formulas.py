@@ -5,12 +5,12 @@ cost.md says line by line what is counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from vtprune.cost.sizes import Alive, ModelCost, TransformerCost, count
+from vtprune.cost.sizes import Alive, ModelCost, PlannedTokens, TransformerCost, count
 from vtprune.errors import VTPruneError
 
 # Matrices of the MLP in the two published formulas for a decoder layer, n(4d^2) + 2n^2 d + matrices * ndm.
@@ -64,10 +64,13 @@ def prefill_flops(
     projector_tokens: int | None = None,
     plane_tokens: int | None = None,
     read_tokens_per_layer: int | Sequence[int] = 0,
+    keys_alone: bool = False,
+    planned: Mapping[int, PlannedTokens] | None = None,
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
-    """`vtprune.flops` of a model whose sizes are known."""
+    """`vtprune.flops` of a model whose sizes are known; keys_alone: whether tokens that are only read have no values;
+    planned: the layers that do less with vision tokens."""
     if convention not in CONVENTIONS:
         raise VTPruneError(f"convention is one of {', '.join(CONVENTIONS)}, got {convention!r}")
     decoder = model.decoder
@@ -103,7 +106,13 @@ def prefill_flops(
     return FlopsBreakdown(
         vision_tower=2 * sum(model.vision.image_macs(g, a, m) for g, a, m in zip(grids, alive, mlp, strict=True)),
         projector=2 * model.projector_macs * projected,
-        decoder=2 * sum(decoder.macs_at(layer, n, r) for layer, (n, r) in enumerate(zip(lengths, read, strict=True))),
+        decoder=2
+        * sum(
+            decoder.planned_macs(text[layer], vision[layer], planned[layer])
+            if planned and layer in planned
+            else decoder.macs_at(layer, lengths[layer], read[layer], values=not keys_alone)
+            for layer in range(decoder.layers)
+        ),
         head=2 * model.head_macs * count("logits", logits),
         scoring=count("scoring", scoring),
     )

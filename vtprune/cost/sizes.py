@@ -103,13 +103,27 @@ class TransformerCost:
         through = sum(segments) if mlp_tokens is None else mlp_tokens
         return sum(segments) * projections + through * self._mlp + scores_and_values
 
-    def macs_at(self, layer: int, tokens: int, read: int = 0) -> int:
+    def macs_at(self, layer: int, tokens: int, read: int = 0, *, values: bool = True) -> int:
         """Multiply-accumulates of layer `layer` for a row of `tokens`, which also attend to `read` others: these cost
-        a layer with attention their keys and values, and nothing else."""
+        a layer with attention their keys and, unless these are 0, `values`, and nothing else."""
         if layer not in self.states:
-            return self.layer_macs((tokens,)) + 2 * read * (self.width * self.kv_width + tokens * self.query_width)
+            made = self.width * self.kv_width * (1 + values)
+            return self.layer_macs((tokens,)) + read * (made + 2 * tokens * self.query_width)
         assert self.delta is not None
         return self.delta.macs(self.width, tokens) + tokens * self._mlp
+
+    def planned_macs(self, text: int, vision: int, plan: PlannedTokens) -> int:
+        """Multiply-accumulates of a layer with attention that computes `vision` tokens by a plan beside `text`."""
+        share, size = self.heads // self.kv_heads, self.head_size
+        reading = plan.heads * share * size
+        keys = text + vision + plan.past
+        projections = text * self.width * 2 * (self.query_width + self.kv_width)
+        projections += vision * self.width * (2 * reading + self.kv_width + plan.heads * size)
+        own = sum(tokens * seen for tokens, seen in plan.seen) if plan.seen else vision * keys
+        attention = 2 * reading * (text * keys + own) + 2 * (self.query_width - reading) * text * keys
+        whole = plan.mlp_width == self.mlp_width
+        mlp = self._mlp if whole else self.width * self.mlp_matrices * plan.mlp_width
+        return projections + attention + text * self._mlp + vision * mlp
 
     @property
     def _asking_width(self) -> int:
@@ -131,6 +145,18 @@ class TransformerCost:
         attention_to_past = 2 * self.query_width * tokens * sum(past[:layer])
         read = self.width * (self._asking_width + tokens * self.kv_width)
         return sum(self.macs_at(index, tokens) for index in range(layer)) + attention_to_past + read
+
+
+@dataclass(frozen=True)
+class PlannedTokens:
+    """What one layer does with the vision tokens that it computes: how many of its key-value heads read vision and how
+    many channels its MLP has for it. seen: for each image with a window, its tokens and the keys that each of them
+    attends to; () where they attend as the model has it. past: entries of the cache that all tokens attend to."""
+
+    heads: int
+    mlp_width: int
+    seen: tuple[tuple[int, int], ...] = ()
+    past: int = 0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class ImageSpan:
     talk: int = 0
     layers: list[Tensor] = field(default_factory=list)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
+    seen: dict[int, int] = field(default_factory=dict)
     structural: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     gone: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     share: int | None = None

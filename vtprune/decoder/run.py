@@ -30,6 +30,7 @@ from vtprune.errors import VTPruneError
 from vtprune.method.answers import Selection
 from vtprune.method.checks import Checks
 from vtprune.method.kinds import VIDEO
+from vtprune.tensors.apart import Apart
 from vtprune.tensors.compaction import (
     biased_mask,
     fill_index,
@@ -193,6 +194,9 @@ class DecoderRun:
         # What layers put out before something was added, where the model's own records say that; else None.
         self.bare: dict[int, Tensor] | None = None
         self._front: Tensor | None = None
+        # What the layer entered last computes; the last answer of `apart`, and of which places it is.
+        self.given = Layout()
+        self._apart: tuple[Tensor | None, Apart] | None = None
         self.alive: Tensor | None = None
         self.bias: Tensor | None = None
         self._observed = -1
@@ -327,6 +331,24 @@ class DecoderRun:
             self._counted = key, [self._before(row, self.prompt.length, key) for row in range(self.prompt.batch)]
         return self._counted[1]
 
+    def before(self, span: ImageSpan, kept: Sequence[int]) -> int:
+        """Tokens of this input that are alive before an image, where so many of each image are."""
+        return self._before(span.row, span.first, kept)
+
+    def apart(self, kept: Sequence[int]) -> Apart:
+        """The tokens that the layer entered last is given, vision apart from all else, where it has so many of each
+        image; the same for layers with the same tokens."""
+        places, known = self.given.places, self._apart
+        if known is None or known[0] is not places:
+            counts = [0] * self.prompt.batch
+            for span, count in zip(self.spans, kept, strict=True):
+                counts[span.row] += count
+            vision = torch.from_numpy(self._vision[0]).to(self.prompt.device)
+            if places is not None:
+                vision = vision.gather(1, places.clamp(min=0)) & (places >= 0)
+            known = self._apart = places, Apart.of(vision, counts)
+        return known[1]
+
     def drop(self, span: ImageSpan, selection: Selection) -> None:
         """Keeps only the selected ones of the tokens that the span still has, from the next layer on."""
         left = selection.kept.to(span.kept.device)
@@ -449,7 +471,7 @@ class DecoderRun:
     def layer_inputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The inputs of decoder layer `index`, cut to the tokens that it computes, with this layer's own mask."""
         entering = self.shaper.enter(self, index, args[0] if args else kwargs["hidden_states"])
-        layout = entering.layout
+        layout = self.given = entering.layout
         self._front = None if entering.front is None else entering.front.places
         slots, ragged = self._announce(index, entering)
         given = kwargs.get("attention_mask")

@@ -29,6 +29,7 @@ from vtprune.decoder.run import DecoderRun, Observer
 from vtprune.decoder.states import check_padding
 from vtprune.encoder.encoding import EncodedImage
 from vtprune.errors import VTPruneError
+from vtprune.hooks.attention import PlannedLayers
 from vtprune.hooks.checkpoints import Checkpoints, drops_cache
 from vtprune.hooks.eviction import Evictor
 from vtprune.hooks.learning import Teacher
@@ -40,7 +41,7 @@ from vtprune.hooks.returning import Leaving, Returning
 from vtprune.hooks.routing import RoutedLayers
 from vtprune.hooks.scoring import DecoderScoring
 from vtprune.hooks.selecting import Dropping, Inputs, Selecting, by_prompt
-from vtprune.hooks.state import FRAME, RUN, Frame, ThreadState
+from vtprune.hooks.state import FRAME, PLAN, RUN, Frame, ThreadState
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
 from vtprune.method.sharing import Sharing
@@ -72,6 +73,7 @@ class DecoderHooks:
         self.teacher = Teacher(pruners, scoring=scoring, state=state)
         self.tapped = self._selecting.read | self._evictor.watched | self.teacher.layers
         self._returning = Returning(adapter, pruners, self.tapped)
+        self.planned = PlannedLayers(adapter, pruners, self._plans, state)
         self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)
         # Layers after which the decoder adds something to vision tokens.
         self.adding = frozenset(range(len(adapter.plane_mergers)))
@@ -290,7 +292,9 @@ class DecoderHooks:
             self.state.enter(run)
         if run is None:
             return None
-        return run.layer_inputs(index, args, kwargs)
+        args, kwargs = run.layer_inputs(index, args, kwargs)
+        planned = self.planned.at(run, index)
+        return args, kwargs if planned is None else {**kwargs, PLAN: planned}
 
     def after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Shows a layer to those who watch the forward, in the order of `_observers`."""

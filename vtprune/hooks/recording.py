@@ -99,7 +99,7 @@ class Recording(Observer):
     def close(self, run: DecoderRun) -> None:
         """Notes what is left of the images, and what the cache holds."""
         for span, trail in self._of.items():
-            trail.layers, trail.memories = span.layers, span.memories
+            trail.layers, trail.memories, trail.seen = span.layers, span.memories, span.seen
         generation, recorder = self._generation, self._recorder
         assert generation is not None
         if run.prompt.offset > 0 and not run.spans:

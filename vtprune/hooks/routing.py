@@ -81,6 +81,10 @@ class RoutedLayers:
         """What a layer's own projections make of the states (B, s, D) of tokens that skip it."""
         return self.adapter.keys_and_values(self._modules[index], states, embeddings)
 
+    def keys(self, index: int, states: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """The keys alone of these."""
+        return self.adapter.keys(self._modules[index], states, embeddings)
+
     def routed_forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of a layer for the tokens that it computes; the others come back as they were."""
         routing = self._under_way()
@@ -195,6 +199,9 @@ class Routing(Shaper):
         if packed is None or packed.read is None or self._turned is None:
             return ()
         states = gather_tokens(packed.states, packed.read.columns)
+        if self._pruner.keys_alone:
+            key = self._of.keys(index, states, self._turned)
+            return key, torch.zeros_like(key), packed.read.order
         return (*self._of.keys_and_values(index, states, self._turned), packed.read.order)
 
     def known(self, states: Tensor) -> Tensor | None:

@@ -22,6 +22,8 @@ RUN = "vtprune_run"
 GATE = "vtprune_gate"
 # The arguments that carry keys and values of tokens that skip a routed layer to its attention, and where these stand.
 READ = ("vtprune_read_keys", "vtprune_read_values", "vtprune_read_order")
+# The argument that carries what a planned layer does with vision to its attention, which runs before its MLP.
+PLAN = "vtprune_plan"
 # The argument that carries a forward's Frame to the decoder.
 FRAME = "vtprune_frame"
 
@@ -68,6 +70,8 @@ class ThreadState(threading.local):
         self.encoding: Encoding | None = None
         # What the output of the next MLP is multiplied by.
         self.gate: Tensor | None = None
+        # What the next MLP does with vision.
+        self.planned: Any = None
         # What methods add to the loss of the forward under way, and its labels, if it has any.
         self.loss: Tensor | None = None
         self.labels: Tensor | None = None

@@ -132,6 +132,12 @@ class Wrapping(Installed):
                 self.override(norm, "forward", functools.partial(routing.norm_forward, norm.forward))
                 self.before(adapter.decoder_attention(layer), routing.before_attention)
                 self.after(adapter.decoder_mlp(layer), routing.after_mlp)
+            if index in hooks.planned.layers:
+                attention, mlp = adapter.decoder_attention(layer), adapter.decoder_mlp(layer)
+                attending = functools.partial(hooks.planned.attention_forward, index, attention.forward)
+                # What calls it asks its signature under which name it takes a cache.
+                self.override(attention, "forward", functools.update_wrapper(attending, attention.forward))
+                self.override(mlp, "forward", functools.partial(hooks.planned.mlp_forward, mlp, mlp.forward))
             if index in hooks.adding:
                 self.override(layer, "forward", functools.partial(hooks.adding_forward, index, layer.forward))
         self.before(adapter.model, teacher.open_loss)

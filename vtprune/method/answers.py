@@ -146,6 +146,29 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class VisionPlan:
+    """What one decoder layer does with the vision tokens of a prompt; text is computed as ever.
+
+    heads: the key-value heads, ascending, that read vision, with the query heads that share each; None: all. For the
+    others vision tokens have neither queries nor values, but keys: what text gives them there is lost, as in a
+    softmax whose values are 0. window: vision tokens attend to those of their own image whose row and column are each
+    at most (window - 1) // 2 away, and to everything before the image; None: as the model attends. causal: whether
+    they see no later token of the image even so. mlp: how many of the first channels of the MLP vision tokens go
+    through; None: all.
+    """
+
+    heads: tuple[int, ...] | None = None
+    window: int | None = None
+    causal: bool = False
+    mlp: int | None = None
+
+    @property
+    def attends(self) -> bool:
+        """Whether it changes the layer's attention."""
+        return self.heads is not None or self.window is not None
+
+
+@dataclass(frozen=True)
 class EncoderSelection:
     """Which tokens of a batch of images go on after an encoder layer, and what flows into them.
 

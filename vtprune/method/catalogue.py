@@ -21,6 +21,7 @@ STAGES = {
     "BeforeDecoder": "before decoder",
     "BetweenLayers": "decoder",
     "InLayers": "decoder, routed",
+    "InAttention": "decoder, attention and MLP",
     "InCache": "cache",
 }
 

@@ -13,9 +13,10 @@ class ModelFacts:
     has_cls: whether the vision encoder has a CLS token; encoder_depth: encoder layers that feed the features;
     decoder_depth: decoder layers; group: encoder patches that form one vision token; source: the folder or hub
     id that the model came from, "" if it is not known; first: whether no other method acts before this one;
-    decoder_width, encoder_width: size of the decoder's and the encoder's hidden states; attention_layers: the decoder
-    layers with attention, None where all have it (those without fold their tokens into a state, and nothing can be
-    read of what they attend to).
+    decoder_width, encoder_width: size of the decoder's and the encoder's hidden states; decoder_kv_heads,
+    decoder_mlp_width: the decoder's key-value heads, the channels of its MLP; attention_layers: the decoder layers
+    with attention, None where all have it (those without fold their tokens into a state, and nothing can be read of
+    what they attend to).
     """
 
     has_cls: bool
@@ -27,6 +28,8 @@ class ModelFacts:
     decoder_width: int = 0
     attention_layers: tuple[int, ...] | None = None
     encoder_width: int = 0
+    decoder_kv_heads: int = 0
+    decoder_mlp_width: int = 0
 
     @property
     def readable(self) -> tuple[int, ...]:
@@ -36,7 +39,14 @@ class ModelFacts:
 
 # What a method answers for before it meets a model: LLaVA-1.5-7B, on which most papers report.
 PUBLISHED = ModelFacts(
-    has_cls=True, encoder_depth=23, decoder_depth=32, group=1, decoder_width=4096, encoder_width=1024
+    has_cls=True,
+    encoder_depth=23,
+    decoder_depth=32,
+    group=1,
+    decoder_width=4096,
+    encoder_width=1024,
+    decoder_kv_heads=32,
+    decoder_mlp_width=11008,
 )
 
 

@@ -15,6 +15,7 @@ from vtprune.method.stages import (
     drop_layers,
     encoder_layers,
     evict_layers,
+    planned_layers,
     probe_layer,
     reads,
     revives,
@@ -50,7 +51,7 @@ def _start(pruner: Pruner) -> int:
         return 0
     if evict_layers(pruner):
         return 3
-    return 2 if drop_layers(pruner) and not isinstance(pruner, BeforeDecoder) else 1
+    return 2 if (drop_layers(pruner) or planned_layers(pruner)) and not isinstance(pruner, BeforeDecoder) else 1
 
 
 def _check_budgets(first: Pruner, second: Pruner) -> None:
@@ -108,6 +109,11 @@ def _check_routes(first: Pruner, second: Pruner) -> None:
             or routed_layers(other)
             or probe_layer(other) is not None
         )
+        if planned_layers(one) and (acts_inside or planned_layers(other)):
+            raise VTPruneError(
+                f"{one.name} changes what decoder layers compute of vision, which {other.name} reads or routes beside "
+                "it; combine it with methods that act in the encoder or before the decoder"
+            )
         if routed_layers(one) and acts_inside:
             raise VTPruneError(
                 f"{one.name} decides at each of its decoder layers what they compute, so {other.name} cannot choose "

@@ -16,6 +16,7 @@ from vtprune.method.stages import (
     InCache,
     InEncoder,
     InLayers,
+    Read,
     drop_layers,
     routed_layers,
 )
@@ -114,8 +115,11 @@ class Plan:
         return _met(entered, partial(pruner.drop_budget, self.tokens, layer, entered))
 
     def asks(self, order: int, layer: int, entered: int, *, alive: int) -> bool:
-        """Whether the method has to say which tokens go on after a decoder layer."""
-        budget = self.left(order, layer, entered)
+        """Whether the method has to say which tokens go on after a decoder layer, or to note what it needs for a later
+        one."""
+        budget, pruner = self.left(order, layer, entered), self.pruners[order]
+        if isinstance(pruner, BetweenLayers) and Read.EVERY_LAYER in pruner.layer_reads:
+            budget = self.left(order, pruner.drop_layers()[-1], entered)
         return budget is None or budget < alive
 
     def routed(self, order: int, layer: int, entered: int) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection
+from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection, VisionPlan
 from vtprune.method.pruner import Pruner
 from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
@@ -38,6 +38,9 @@ class Read(Enum):
     GRID = auto()
     # Hidden states of the layer that ran.
     HIDDEN = auto()
+    # Each of `drop_layers` up to the last one that drops something, where the budget leaves all as well: what
+    # `prune_decoder` notes there in `layer.memory` it finds in later layers.
+    EVERY_LAYER = auto()
 
 
 class Query(Enum):
@@ -120,14 +123,15 @@ class BeforeDecoder(Pruner):
 @dataclass(frozen=True)
 class BetweenLayers(Pruner):
     """Drops tokens between decoder layers (FastV, DART, PyramidDrop, SparseVLM, LazyLLM, VFlowOpt, VScan,
-    MustDrop)."""
+    MustDrop, SpAtten)."""
 
     # Whose queries `prune_decoder` looks at.
     query: ClassVar[Query] = Query.ALL
 
     @property
     def layer_reads(self) -> frozenset[Read]:
-        """HIDDEN, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, GRID, for `remember`; nothing by default."""
+        """HIDDEN, EVERY_LAYER, for `prune_decoder`; ENCODER, LAST_LAYER, PICTURE, GRID, for `remember`; nothing by
+        default."""
         return NOTHING
 
     @property
@@ -154,7 +158,7 @@ class BetweenLayers(Pruner):
     @abstractmethod
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """Which tokens of one image go on to the next decoder layer, or None for all; called where the budget is below
-        what the image still has, or left to it."""
+        what the image still has, or left to it, and for EVERY_LAYER."""
 
     def cut_caches(self) -> tuple[int, ...]:
         """Decoder layers whose cache is cut, after the prefill, to the vision tokens that the last layer left."""
@@ -175,6 +179,12 @@ class InLayers(Pruner):
         """Whether `route` may leave text out, as only released code does."""
         return False
 
+    @property
+    def keys_alone(self) -> bool:
+        """Whether tokens that skip a layer and are still read have keys there and values of 0, so that what they are
+        given of attention is lost."""
+        return False
+
     @abstractmethod
     def routed_layers(self) -> tuple[int, ...]:
         """Decoder layers (from 1 on) that `route` is asked about."""
@@ -192,6 +202,20 @@ class InLayers(Pruner):
         """FLOPs of the matrix products that routing adds for each row whose forward brings `tokens` to the decoder,
         with images or without."""
         return 0
+
+
+@dataclass(frozen=True)
+class InAttention(Pruner):
+    """Narrows what decoder layers do with vision while a prompt is read: heads, neighbours, channels of the MLP
+    (YOPO)."""
+
+    @abstractmethod
+    def planned_layers(self) -> tuple[int, ...]:
+        """Decoder layers that do less with vision than the model's own."""
+
+    @abstractmethod
+    def vision_plan(self, layer: int) -> VisionPlan:
+        """What one of them does; the same for all images and prompts."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +277,7 @@ class Guided(Trained):
 
 def acts(pruner: Pruner) -> bool:
     """Whether a pruner has any stage; one without prunes nothing."""
-    return isinstance(pruner, InEncoder | BeforeDecoder | BetweenLayers | InLayers | InCache)
+    return isinstance(pruner, InEncoder | BeforeDecoder | BetweenLayers | InLayers | InAttention | InCache)
 
 
 def encoder_layers(pruner: Pruner) -> tuple[int, ...]:
@@ -281,6 +305,11 @@ def cut_caches(pruner: Pruner) -> tuple[int, ...]:
 def routed_layers(pruner: Pruner) -> tuple[int, ...]:
     """The decoder layers that a pruner routes."""
     return pruner.routed_layers() if isinstance(pruner, InLayers) else ()
+
+
+def planned_layers(pruner: Pruner) -> tuple[int, ...]:
+    """The decoder layers that a pruner plans."""
+    return pruner.planned_layers() if isinstance(pruner, InAttention) else ()
 
 
 def evict_layers(pruner: Pruner) -> tuple[int, ...]:

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 
 from vtprune.errors import UnsupportedModelError
 from vtprune.method.pruner import Pruner
-from vtprune.method.stages import Guided, InCache, evict_layers, probe_layer, read_layers, revives, routed_layers
+from vtprune.method.stages import (
+    Guided,
+    InCache,
+    evict_layers,
+    planned_layers,
+    probe_layer,
+    read_layers,
+    revives,
+    routed_layers,
+)
 
 
 def check_states(pruners: list[Pruner]) -> None:
@@ -25,6 +34,11 @@ def check_states(pruners: list[Pruner]) -> None:
             raise UnsupportedModelError(
                 f"{pruner.name} has tokens skip decoder layers and go on after them; what a skipped token would mean "
                 "to the state of a linear-attention layer, of which this decoder has some, nobody has defined"
+            )
+        if planned_layers(pruner):
+            raise UnsupportedModelError(
+                f"{pruner.name} narrows the attention of decoder layers, and most layers of this decoder have none to "
+                "be narrowed (linear attention)"
             )
         wrong = sorted(set(_read(pruner)) - set(pruner.model.readable))
         if wrong:

@@ -180,7 +180,8 @@ class DecoderLayer:
     budget: tokens to keep at the most from here on; N where the method decides.
     index: 0-based index of the layer that ran; depth: number of decoder layers.
     text: (T,) places in 0 .. n - 1 of the row's text tokens.
-    memory: what the pruner's own `remember` answered, for these N tokens.
+    memory: what the pruner's own `remember` answered, for these N tokens; what `prune_decoder` puts there is found in
+        later layers, tensors of (N, ...) cut to the tokens that are left then.
     entered: tokens of the image that entered the decoder; processed: the sum over layers 0 .. index of the tokens of
         the image that they processed.
     hidden: (n, D) hidden states after the layer, if the method asks for them (`Read.HIDDEN`); final_norm: the norm

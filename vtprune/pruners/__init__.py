@@ -30,6 +30,7 @@ from vtprune.pruners.pyramid_drop import PyramidDrop
 from vtprune.pruners.random import Random
 from vtprune.pruners.random_ltd import RandomLTD
 from vtprune.pruners.sparsevlm import SparseVLM
+from vtprune.pruners.spatten import SpAtten
 from vtprune.pruners.tome import ToMe
 from vtprune.pruners.turbo import Turbo
 from vtprune.pruners.vflowopt import VFlowOpt
@@ -38,6 +39,7 @@ from vtprune.pruners.visionzip import VisionZip
 from vtprune.pruners.vispruner import VisPruner
 from vtprune.pruners.vscan import VScan
 from vtprune.pruners.vtw import VTW
+from vtprune.pruners.yopo import YOPO
 
 __all__ = [
     "D2O",
@@ -45,6 +47,7 @@ __all__ = [
     "EVS",
     "IARED2",
     "VTW",
+    "YOPO",
     "CDPruner",
     "CoViPAL",
     "DivPrune",
@@ -70,6 +73,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RandomLTD",
+    "SpAtten",
     "SparseVLM",
     "ToMe",
     "Turbo",

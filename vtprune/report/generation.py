@@ -14,17 +14,19 @@ from transformers.cache_utils import Cache
 from vtprune.cache.books import CacheLayer, books
 from vtprune.cache.waiting import VisionLog
 from vtprune.cost.formulas import FlopsBreakdown, cache_bytes, prefill_flops
-from vtprune.cost.sizes import ModelCost
+from vtprune.cost.sizes import ModelCost, PlannedTokens
 from vtprune.method.answers import KEPT_WHOLE
 from vtprune.method.facts import Work
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import (
     BeforeDecoder,
+    InAttention,
     InLayers,
     drop_layers,
     encoder_layers,
     evict_layers,
+    planned_layers,
     probe_layer,
     routed_layers,
 )
@@ -309,6 +311,7 @@ class Generation:
             grids = [image.encoded.encoded for image in fresh]
             text, whole = self._text_of(key), sum(image.total for image in images)
             words, own, past = self._text_per_layer(key), self._own(key, held), self._past(key, held)
+            planned = {layer: one for layer, one in self._planned(key, past).items() if own[layer]}
             alone = prefill_flops(
                 self.cost,
                 own,
@@ -319,6 +322,8 @@ class Generation:
                 projector_tokens=sum(image.encoded.projected for image in fresh),
                 plane_tokens=sum(sum(image.encoded.planes) for image in fresh),
                 read_tokens_per_layer=self._read(key),
+                keys_alone=any(isinstance(pruner, InLayers) and pruner.keys_alone for pruner in self.pruners),
+                planned=planned,
                 scoring=sum(self._scoring(images, place) for place in range(len(images)))
                 + self._probes(key, past)
                 + sum(pruner.row_flops(own[0] + words[0]) for pruner in self.pruners if isinstance(pruner, InLayers)),
@@ -332,11 +337,29 @@ class Generation:
             )
             if any(past):
                 before = held.whole[key[0]] - whole - text
-                alone = self._attend(alone, [v + t for v, t in zip(own, words, strict=True)], past)
+                # A planned layer counts what it attends to in the cache itself.
+                queries = [0 if n in planned else own[n] + words[n] for n in range(self.depth)]
+                alone = self._attend(alone, queries, past)
                 unpruned = self._attend(unpruned, [whole + text] * self.depth, self._in_entries([before] * self.depth))
             pruned[key[0]].append(alone)
             full[key[0]].append(unpruned)
         return [(_sum(own), _sum(whole)) for own, whole in zip(pruned, full, strict=True)]
+
+    def _planned(self, key: tuple[int, int], past: list[int]) -> dict[int, PlannedTokens]:
+        """What planned layers do with the vision tokens that this turn brought to a conversation."""
+        decoder, found = self.cost.decoder, {}
+        for pruner in self.pruners:
+            for layer in planned_layers(pruner):
+                assert isinstance(pruner, InAttention)
+                plan = pruner.vision_plan(layer)
+                own = [image for image in self._new(key) if layer in image.seen]
+                found[layer] = PlannedTokens(
+                    heads=decoder.kv_heads if plan.heads is None else len(plan.heads),
+                    mlp_width=decoder.mlp_width if plan.mlp is None else plan.mlp,
+                    seen=tuple((int(one.kept_at(layer).numel()), one.seen[layer] + past[layer]) for one in own),
+                    past=past[layer],
+                )
+        return found
 
     def _keys(self) -> list[tuple[int, int]]:
         """Row and number of every conversation of this turn."""
@@ -502,6 +525,8 @@ def acts_at(pruner: Pruner, asked: list[int]) -> str:
     if isinstance(pruner, BeforeDecoder):
         places.append("before decoder" if probed is None else f"before decoder, by decoder layer {probed}")
     places += [f"in decoder layers {', '.join(map(str, routed))}, routed"] if routed else []
+    planned = planned_layers(pruner)
+    places += [f"in decoder layers {planned[0]} to {planned[-1]}, attention and MLP"] if planned else []
     places += [f"after decoder layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"] if layers else []
     places += [f"cache{'s' * (len(evicted) > 1)} of layers {', '.join(map(str, evicted))}"] if evicted else []
     return "; ".join(places) or "nowhere"

@@ -106,6 +106,7 @@ class ImageTrail:
     asked: dict[int, list[int]] = field(default_factory=dict)
     probed: dict[int, int] = field(default_factory=dict)
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)
+    seen: dict[int, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     text_after: int = 0
     share: int | None = None

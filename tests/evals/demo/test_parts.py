@@ -52,7 +52,7 @@ def finished(models: Models, *settings: Setting) -> list[Finished]:
 @every_method
 def test_each_field_of_a_method_is_a_control_with_a_line_of_help(loaded: Loaded, method: str) -> None:
     found = {option.name: option for option in options_of(method, loaded.facts)}
-    elsewhere = {"keep", "keep_video", "_for_videos", "model", "clip"}
+    elsewhere = {"keep", "keep_video", "_for_videos", "model", "clip", "head_file"}
     fields = {field.name for field in dataclasses.fields(pruner_class(method))} - elsewhere
     assert set(found) == fields
     for option in found.values():
@@ -83,7 +83,7 @@ def test_each_control_reaches_its_field_and_leaves_the_others(loaded: Loaded, me
             value = "2, 3"
         if value is None:
             continue
-        staged = method in ("fastv", "dart", "vscan") and option.name == "layers"
+        staged = method in ("fastv", "dart", "vscan", "spatten") and option.name == "layers"
         before = "schedule=steps" if staged else ""
         text = changed(method, loaded.facts, before, option.name, value)
         assert text.startswith(before)
