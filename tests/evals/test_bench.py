@@ -496,7 +496,9 @@ def test_without_a_terminal_every_setting_has_a_line_before_the_next_one_begins(
 def test_the_short_list_has_the_baselines_and_every_stage_and_is_no_everything() -> None:
     names = ("none", *SHORT_METHODS, "pmod")
     stages = {part for name in names for part in vtprune.available()[name].stage.split(", ")}
-    assert stages == {part for info in own_methods().values() for part in info.stage.split(", ")}
+    # YOPO alone changes layers, and means little on a model that was not trained for it.
+    others = {part for info in own_methods().values() for part in info.stage.split(", ")}
+    assert stages == others - {"attention and MLP"}
     assert {"random", "grid"} < set(SHORT_METHODS)
     per_stage = Counter(vtprune.available()[name].stage for name in SHORT_METHODS[2:])
     assert max(per_stage.values()) <= 2

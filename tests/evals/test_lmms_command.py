@@ -43,7 +43,7 @@ def test_bundled_tasks_are_found_beside_those_of_a_folder(tmp_path: Path) -> Non
 def test_a_run_that_failed_ends_with_its_reason_and_a_status(tmp_path: Path) -> None:
     done = run(tmp_path, "--tasks", "vtprune_shapes", "--limit", "1", "--model_args=method=gird")
     assert done.returncode == 1
-    assert "vtprune: the evaluation failed: unknown pruner 'gird'; did you mean 'grid'?" in done.stderr
+    assert "vtprune: the evaluation failed: unknown pruner 'gird'; did you mean 'grid'" in done.stderr
 
 
 @pytest.mark.slow

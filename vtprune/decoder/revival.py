@@ -87,11 +87,10 @@ class Revival(Shaper):
         length = self.prompt.offset + self.prompt.length
         self.part = log.places >= 0
         token = torch.arange(count, device=log.places.device).expand(batch, count)
-        # Padding, which a row alone has none of, writes to an extra cell, which belongs to no token.
+        # Padding, which also a row has that was once one of several, writes to an extra cell, which belongs to no token.
         index = torch.full((batch, length + 1), count, device=log.places.device)
-        index.scatter_(1, log.places if batch == 1 else log.places.masked_fill(~self.part, length), token)
-        if batch > 1:
-            index[:, length] = count
+        index.scatter_(1, log.places.masked_fill(~self.part, length), token)
+        index[:, length] = count
         self._index, self._rows = index, torch.arange(batch, device=index.device)[:, None]
         self._until = torch.full_like(log.places, len(self.layers), dtype=torch.int16)
         self._first = self._until
