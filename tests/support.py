@@ -66,15 +66,26 @@ def read(page: str) -> dict[Cell, str]:
 
 def write(path: Path, found: Mapping[Cell, Sequence[str]], kinds: Mapping[str, Sequence[str]]) -> None:
     """Writes the page; methods that were not run keep the rows that they have there. Raises ValueError, naming the
-    first of them, where a cell of another method was not run or its runs differ."""
-    methods = sorted({method for method, _, _ in found})
+    first of them, where a cell of another method was not run or its runs differ, once the others are written."""
+    ran = {method for method, _, _ in found}
     known = read(path.read_text(encoding="utf-8")) if path.exists() else {}
-    cells = {cell: text for cell, text in known.items() if cell[0] not in methods}
-    for method in methods:
-        for kind, shown in kinds.items():
-            for one in shown:
-                said = set(found.get((method, kind, one), ()))
-                if len(said) != 1:
-                    raise ValueError(f"{method} on {kind}, {one}: {', '.join(sorted(said)) or 'not run'}")
-                cells[method, kind, one] = said.pop()
-    path.write_text(table(cells, kinds), encoding="utf-8")
+    said = {cell: {text} for cell, text in known.items() if cell[0] not in ran} | {
+        cell: set(texts) for cell, texts in found.items()
+    }
+    cells: dict[Cell, str] = {}
+    wrong: list[str] = []
+    for method in sorted({method for method, _, _ in said}):
+        own = {(method, kind, one): said.get((method, kind, one), set()) for kind in kinds for one in kinds[kind]}
+        unlike = [cell for cell, texts in own.items() if len(texts) != 1]
+        wrong += [
+            f"{method} on {kind}, {one}: {', '.join(sorted(own[method, kind, one])) or 'not run'}"
+            for _, kind, one in unlike
+        ]
+        if not unlike:
+            cells |= {cell: texts.pop() for cell, texts in own.items()}
+        elif all(cell in known for cell in own):
+            cells |= {cell: known[cell] for cell in own}
+    if cells:
+        path.write_text(table(cells, kinds), encoding="utf-8")
+    if wrong:
+        raise ValueError(wrong[0])

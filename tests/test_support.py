@@ -29,6 +29,7 @@ UNMASKED = CACHE + GATED
 NO_VIDEOS = "the family takes images alone: a video is refused by name"
 # Methods that a decoder with linear attention has no place for; of others it may refuse single settings.
 NO_PLACE = {
+    "spatten": "refused by name: it ranks tokens before every layer, and most layers have no attention to rank by",
     "lazyllm": "refused by name: a state that tokens have left cannot be opened again for those that return",
     "pmod": "refused by name: what a token that skips a layer leaves in its state is not defined",
     "mue": "refused by name: what a token that skips a layer leaves in its state is not defined",
@@ -189,7 +190,10 @@ def test_the_table_names_a_cell_that_was_not_run_and_one_whose_settings_differ(t
     support.write(page, {**found, ("evs", "qwen", "a video"): ["no frames here"]}, {"qwen": shown})
     assert "| `evs` | whole | [1] |" in page.read_text()
     assert "1. no frames here" in page.read_text()
-    support.write(page, {("grid", "qwen", one): ["yes"] for one in shown}, {"qwen": shown})
+    grid = {("grid", "qwen", one): ["yes"] for one in shown}
+    with pytest.raises(ValueError, match="pool on qwen, a video: not run"):
+        support.write(page, {**grid, ("pool", "qwen", "an image"): ["yes"]}, {"qwen": shown})
+    # What was run is written all the same.
     assert "| `evs` | whole | [1] |\n| `grid` | yes | yes |" in page.read_text()
     with pytest.raises(ValueError, match="evs on qwen, a video: no frames here, yes"):
         support.write(page, {**found, ("evs", "qwen", "a video"): ["yes", "no frames here"]}, {"qwen": shown})

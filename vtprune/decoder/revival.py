@@ -87,7 +87,7 @@ class Revival(Shaper):
         length = self.prompt.offset + self.prompt.length
         self.part = log.places >= 0
         token = torch.arange(count, device=log.places.device).expand(batch, count)
-        # Padding, which also a row has that was once one of several, writes to an extra cell, which belongs to no token.
+        # Padding, which a row that was once one of several has too, writes to an extra cell, which is of no token.
         index = torch.full((batch, length + 1), count, device=log.places.device)
         index.scatter_(1, log.places.masked_fill(~self.part, length), token)
         index[:, length] = count
