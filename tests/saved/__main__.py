@@ -52,7 +52,7 @@ TEXTS = (
 )
 LISTS = ([Drops(encoder=(0, 2)), vtprune.FastV(keep=0.3)],)
 # Small, so that the files are.
-BRINGING = (vtprune.PMoD(), vtprune.GammaMoD(), vtprune.CoViPAL(keep=0.4, width=16, heads=2))
+BRINGING = (vtprune.PMoD(), vtprune.GammaMoD(), vtprune.CoViPAL(keep=0.4, width=16, heads=2), vtprune.IARED2(keep=0.3))
 SPREAD = 0.3
 # Rows of the bundled evaluation set whose pictures are asked about, and how far noise moves their pixels: no two
 # patches are then alike, so that no choice hangs on the last digit of a score.
