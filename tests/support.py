@@ -34,7 +34,9 @@ def table(found: Mapping[Cell, str], kinds: Mapping[str, Sequence[str]]) -> str:
     """The page; found: by method, family and kind of prompt what its tests said, YES, WHOLE or a reason; kinds: the
     columns of each family's table."""
     methods = sorted({method for method, _, _ in found})
-    reasons = list(dict.fromkeys(text for text in found.values() if text not in (YES, WHOLE)))
+    # In the order in which the page tells them.
+    texts = [found[method, kind, one] for kind, shown in kinds.items() for method in methods for one in shown]
+    reasons = list(dict.fromkeys(text for text in texts if text not in (YES, WHOLE)))
     lines = [INTRODUCTION]
     for kind, shown in kinds.items():
         lines += [f"## {kind}", "", "| method | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
