@@ -87,10 +87,10 @@ class Revival(Shaper):
         length = self.prompt.offset + self.prompt.length
         self.part = log.places >= 0
         token = torch.arange(count, device=log.places.device).expand(batch, count)
-        # Padding, which a row that was once one of several has too, writes to an extra cell, which is of no token.
-        index = torch.full((batch, length + 1), count, device=log.places.device)
-        index.scatter_(1, log.places.masked_fill(~self.part, length), token)
-        index[:, length] = count
+        # Padding (-1), which a row that was once one of several has too, writes to a cell that nobody reads; the last
+        # one is of no token.
+        index = torch.full((batch, length + 2), count, device=log.places.device)
+        index.scatter_(1, log.places % (length + 1), token)
         self._index, self._rows = index, torch.arange(batch, device=index.device)[:, None]
         self._until = torch.full_like(log.places, len(self.layers), dtype=torch.int16)
         self._first = self._until
@@ -158,7 +158,7 @@ class Revival(Shaper):
 
     def _tokens(self, slots: Tensor | None, entries: int) -> Tensor:
         """(B, K) which of the log's tokens each entry of a layer is, V for text and padding."""
-        # Padding, at -1, reads the extra cell.
+        # Padding, at -1, reads the last cell.
         return self._index[:, :entries] if slots is None else self._index[self._rows, slots]
 
     def _among(self, slots: Tensor | None, entries: int) -> Tensor:
