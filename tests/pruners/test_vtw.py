@@ -52,6 +52,18 @@ def test_a_prompt_that_ends_with_an_image_that_left_says_where_its_answer_starts
     assert note == "the prompt ends with this image, which left: the answer starts from the text before it"
 
 
+@pytest.mark.parametrize("rows", [[Row([0, 0], [(6, 6)])], [Row([0, 0], [(6, 6)]), Row([2, 4], [(6, 6)])]])
+def test_a_row_that_is_an_image_and_no_text_is_refused_by_name(rows: list[Row]) -> None:
+    model, inputs = make(KIND), prompt(KIND, rows)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        vtprune.wrap(model, vtprune.VTW(layer=2))
+        with pytest.raises(vtprune.VTPruneError, match=r"vtw takes the whole image out, and row 0 .* give it text"):
+            model(**inputs)
+        # What it left behind disturbs nothing.
+        assert torch.equal(vtprune.unwrap(model)(**inputs).logits, expected)
+
+
 def test_the_image_may_leave_behind_another_method_and_before_one_that_cuts_caches() -> None:
     model = vtprune.wrap(make(KIND), [vtprune.Grid(keep=9), vtprune.VTW(layer=3), vtprune.D2O(keep=4)])
     with torch.no_grad():

@@ -68,8 +68,8 @@ class Dropping:
     ) -> None:
         """Keeps of an image what the pruner at place `order` of the list answered, from decoder layer `layer` on.
 
-        Raises VTPruneError for an answer that is none, or that keeps more than the budget (None: the method
-        decides).
+        Raises VTPruneError for an answer that is none, that keeps more than the budget (None: the method decides), or
+        that leaves a row without any token.
         """
         if selection is None:
             return
@@ -83,6 +83,11 @@ class Dropping:
         if budget is not None and selection.kept.numel() > budget and not selection.learns:
             raise VTPruneError(f"{pruner.name} kept {selection.kept.numel()} tokens of a budget of {budget}")
         run.drop(span, selection)
+        if not selection.kept.numel() and not run.row_counts()[span.row]:
+            raise VTPruneError(
+                f"{pruner.name} takes the whole image out, and row {span.row} of the input has nothing else; give it "
+                "text"
+            )
         self.lessons.enrol(span, before, selection, order=order)
         self.recording.dropped(span, before, selection, order=order, name=pruner.name, layer=layer)
 
