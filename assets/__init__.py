@@ -14,6 +14,14 @@ SHAPES_MORE = {part: ASSETS / "shapes_more" / f"{part}.parquet" for part in PART
 EXAMPLE_IMAGE = ASSETS / "example.png"
 # The same model trained on with a method that brings weights; `vtprune bench` runs them beside the others.
 TRAINED = (ASSETS / "tiny-llava-pmod",)
+# What `vtprune calibrate` found of the bundled models, beside them.
+CALIBRATIONS = {name: ASSETS / f"{name}-auto" for name in BUNDLED}
+
+
+def calibration_of(source: str) -> Path | None:
+    """The folder with the calibration of a bundled model that was loaded from `source`; None for any other."""
+    name = next((name for name, folder in BUNDLED.items() if source and Path(source) == folder), None)
+    return CALIBRATIONS[name] if name is not None and CALIBRATIONS[name].is_dir() else None
 
 
 def folder_of(model: str | None) -> str:
@@ -33,6 +41,7 @@ def title_of(model: str | None) -> str:
 __all__ = [
     "ASSETS",
     "BUNDLED",
+    "CALIBRATIONS",
     "EXAMPLE_IMAGE",
     "PARTS",
     "SHAPES_EVAL",
@@ -40,6 +49,7 @@ __all__ = [
     "TINY_LLAVA",
     "TINY_QWEN",
     "TRAINED",
+    "calibration_of",
     "folder_of",
     "title_of",
 ]

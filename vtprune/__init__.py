@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vtprune.cost.formulas import FlopsBreakdown as FlopsBreakdown
     from vtprune.downscaling import downscale as downscale
     from vtprune.errors import KeptWholeWarning as KeptWholeWarning
+    from vtprune.errors import PromiseWarning as PromiseWarning
     from vtprune.errors import ScoreError as ScoreError
     from vtprune.errors import UncheckedBaseWarning as UncheckedBaseWarning
     from vtprune.errors import UnknownPrunerError as UnknownPrunerError
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from vtprune.method.selecting import select as select
     from vtprune.method.stages import BeforeDecoder as BeforeDecoder
     from vtprune.method.stages import BetweenLayers as BetweenLayers
+    from vtprune.method.stages import Growing as Growing
     from vtprune.method.stages import Guided as Guided
     from vtprune.method.stages import InCache as InCache
     from vtprune.method.stages import InEncoder as InEncoder
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from vtprune.pruners import IARED2 as IARED2
     from vtprune.pruners import VTW as VTW
     from vtprune.pruners import YOPO as YOPO
+    from vtprune.pruners import Auto as Auto
     from vtprune.pruners import CDPruner as CDPruner
     from vtprune.pruners import CoViPAL as CoViPAL
     from vtprune.pruners import DivPrune as DivPrune

@@ -31,6 +31,10 @@ class KeptWholeWarning(UserWarning):
     """An image cannot be cut to its budget by the method that it was given, and goes through the model whole."""
 
 
+class PromiseWarning(UserWarning):
+    """What was promised of answers does not hold for what is asked: it was calibrated with something else."""
+
+
 class UnknownPrunerError(VTPruneError, KeyError):
     """No pruner is registered under that name."""
 

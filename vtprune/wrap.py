@@ -18,9 +18,11 @@ from transformers.cache_utils import Cache
 from vtprune.adapters import adapter_for, core_model, tower_for
 from vtprune.adapters.timm import TimmTower
 from vtprune.adapters.tower import Tower
+from vtprune.assets import calibration_of
 from vtprune.cache.names import GENERATION
 from vtprune.errors import UntrainedWarning, VTPruneError
 from vtprune.hooks.installing import Installed
+from vtprune.hooks.levels import check_levels, check_origin
 from vtprune.hooks.newlines import POLICIES
 from vtprune.hooks.open_clip_tower import OpenClipHooks
 from vtprune.hooks.timm_tower import TimmHooks
@@ -36,12 +38,13 @@ from vtprune.hooks.weights import (
 )
 from vtprune.hooks.wrapping import Wrapping
 from vtprune.method import config
+from vtprune.method.growth import Growth
 from vtprune.method.kinds import VIDEO
 from vtprune.method.order import check_order
 from vtprune.method.pruner import Pruner, form_for, forms
 from vtprune.method.resolving import folder_of, resolve
 from vtprune.method.sharing import Sharing
-from vtprune.method.stages import Trained, acts, encoder_layers, revives
+from vtprune.method.stages import Growing, Trained, acts, encoder_layers, revives
 from vtprune.method.states import check_states
 from vtprune.report.generation import Generation
 from vtprune.report.report import Report
@@ -110,6 +113,13 @@ def _wrap(
     if newlines not in POLICIES:
         raise VTPruneError(f"newlines is one of {', '.join(map(repr, POLICIES))}, got {newlines!r}")
     given = resolve(pruner, **options)
+    growth: Growth | None = None
+    if any(isinstance(one, Growing) for one in given):
+        if tower_for(model) is not None:
+            raise VTPruneError(f"{given[0].name} compares answers, and a vision encoder alone gives none")
+        growing = _growing(given, core, folder_of(pruner), sharing)
+        given, growth = [growing], growing.growth()
+        check_origin(growth, core, growing.name)
     tower = tower_for(model)
     if tower is not None:
         own = (
@@ -125,9 +135,9 @@ def _wrap(
     facts = adapter.facts()
     # What cannot be accounted for is refused now, not when a report is asked for.
     adapter.sizes(core.config)
+    unbound = given if growth is None else [growth.method]
     # Stages that do nothing come before no method.
-    acting = [index for index, one in enumerate(given) if acts(one)]
-    unbound = given
+    acting = [index for index, one in enumerate(unbound) if acts(one)]
     if sharing is not None:
         sharing.check(given)
         unbound = [sharing.base(one) for one in given]
@@ -136,6 +146,8 @@ def _wrap(
     if any(len(forms(one)) > 1 for one in pruners):
         check_order([form_for(one, VIDEO) for one in pruners])
     check_states(pruners)
+    if growth is not None:
+        check_levels(growth, pruners[0])
     adapter.check_stages(encoder=any(encoder_layers(one) for one in pruners))
     if positions == "compact" and not adapter.renumbers:
         raise VTPruneError(
@@ -163,13 +175,28 @@ def _wrap(
     # Not through setattr: nothing of the wrapping may end in the model's state dict or module tree, but for the
     # weights that a method brings, which are trained and moved with it.
     wrapping = Wrapping(
-        adapter, pruners, facts, compact=compact, given=given, modules=modules, sharing=sharing, newlines=newlines
-    )
+        adapter, pruners, facts, compact=compact, given=given, modules=modules, sharing=sharing, newlines=newlines,
+        growth=growth,
+    )  # fmt: skip
     core.__dict__[ATTRIBUTE] = wrapping
     attach(core, modules)
     if modules:
         wrapping.override(core, "save_pretrained", _saving(core, core.save_pretrained))
     return model
+
+
+def _growing(given: list[Pruner], core: Any, folder: Path | None, sharing: Sharing | None) -> Growing:
+    """The only method, which grows, with what it goes by: in its own folder, or among what the model comes with."""
+    growing = given[0]
+    if not isinstance(growing, Growing) or len(given) > 1:
+        names = " and ".join(one.name for one in given)
+        raise VTPruneError(
+            f"{names} do not go together: a method that runs another one at several levels stands alone"
+        )
+    if sharing is not None:
+        raise VTPruneError(f"{growing.name} finds out how much to keep; leave keep_prompt out")
+    own = calibration_of(str(getattr(core.config, "_name_or_path", "") or "")) if folder is None else folder
+    return growing if own is None else growing.at(own)
 
 
 def _wrap_tower(tower: Tower, given: list[Pruner], asked: list[str]) -> TowerWrapping:

@@ -1,1 +1,2 @@
-"""`vtprune calibrate`: which heads of a decoder read vision, measured on samples without labels."""
+"""`vtprune calibrate`: what a model is measured for, on samples without labels: how few tokens answer as the whole
+model does (auto), and which heads read vision (yopo)."""

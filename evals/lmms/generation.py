@@ -86,14 +86,15 @@ class StopWhen(StoppingCriteria):
         return torch.full((len(input_ids),), self.asked(), device=input_ids.device)
 
 
-def _end_tokens(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
+    """The tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         return set()
     return {ends} if isinstance(ends, int) else set(ends)
 
 
-def _until_end(ids: list[int], ends: set[int]) -> int:
+def until_end(ids: list[int], ends: set[int]) -> int:
     """How many tokens the row generated, its end token included."""
     return next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
 
@@ -174,8 +175,8 @@ def answer_batch(
         **({} if streamer is None else {"streamer": streamer}),
     )
     texts = tokenizer.batch_decode(found.rows, skip_special_tokens=True)
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     return [
-        Answer(cut(text, stops), length, _until_end(row, ends), seconds=found.seconds, cost=cost)
+        Answer(cut(text, stops), length, until_end(row, ends), seconds=found.seconds, cost=cost)
         for text, length, row, cost in zip(texts, found.lengths, found.rows, found.costs, strict=True)
     ]

@@ -30,7 +30,7 @@ class Recorder:
         self.last: Generation | None = None
         self.state = state
         self._adapter, self._plans, self._facts = adapter, plans, facts
-        self._asked = [asked(pruner) if sharing is None else sharing.keep for pruner in plans.pruners]
+        self._sharing = sharing
 
     def open(self, run: DecoderRun) -> Recording:
         """The record of one forward."""
@@ -50,10 +50,11 @@ class Recorder:
             # Rows may have been reordered or repeated since; from here on they count as they stand.
             earlier = still_there(known.images, known.origins(origins(run.layers)), prompt.offset)
             number_rows(run)
+        plans = self._plans.now()
         generation = Generation(
             cost=self._adapter.cost,
-            plans=self._plans,
-            asked=self._asked,
+            plans=plans,
+            asked=[asked(one) if self._sharing is None else self._sharing.keep for one in plans.pruners],
             facts=self._facts,
             depth=self._facts.decoder_depth,
             dtype=next(iter(self._adapter.language_model.parameters())).dtype,

@@ -77,6 +77,8 @@ class ThreadState(threading.local):
         self.labels: Tensor | None = None
         # What they add to it while images are encoded.
         self.lessons: list[Tensor] = []
+        # What is kept in place of the methods' own keep, where one runs at several levels.
+        self.level: int | float | None = None
         # The call of `generate` under way, the outermost one.
         self.call: Call | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None
@@ -92,6 +94,15 @@ class ThreadState(threading.local):
     @frame.setter
     def frame(self, frame: Frame) -> None:
         self._frame = weakref.ref(frame)
+
+    @contextmanager
+    def at_level(self, level: int | float) -> Iterator[None]:
+        """Runs this thread's forwards at a level within the block."""
+        outer, self.level = self.level, level
+        try:
+            yield
+        finally:
+            self.level = outer
 
     def enter(self, run: Encoding | DecoderRun | None) -> None:
         """Notes that a tapped layer of this run is about to run."""

@@ -11,11 +11,13 @@ from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder import DecoderHooks
 from vtprune.hooks.features import FeatureHooks
 from vtprune.hooks.generate import GenerateHooks
+from vtprune.hooks.growing import GrowingHooks
 from vtprune.hooks.installing import Installed
 from vtprune.hooks.records import expanding
 from vtprune.hooks.state import ThreadState
 from vtprune.hooks.taps import Taps
 from vtprune.method.facts import ModelFacts
+from vtprune.method.growth import Growth
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.sharing import Sharing
@@ -37,17 +39,22 @@ class Wrapping(Installed):
         modules: dict[int, nn.Module],
         sharing: Sharing | None = None,
         newlines: str = "keep",
+        growth: Growth | None = None,
     ) -> None:
         super().__init__(pruners, given, modules)
         self.sharing, self.newlines = sharing, newlines
         self._state = state = ThreadState()
         self._taps = Taps(state.sink)
-        plans = Plans(pruners, given)
+        plans = Plans(pruners, given if growth is None else [growth.method], lambda: state.level)
         self._encoder = FeatureHooks(adapter, plans, facts, state=state, taps=self._taps, modules=modules)
         self._decoder = DecoderHooks(
             adapter, plans, facts, state,
             sharing=sharing, compact=compact, newlines=newlines, maker=self._encoder.token, modules=modules,
         )  # fmt: skip
+        self._growing: GrowingHooks | None = None
+        if growth is not None:
+            self.name = "+".join(one.name for one in given)
+            self._growing = GrowingHooks(adapter, growth, state, recorder=self._decoder.recorder, name=self.name)
         try:
             self.refuse_copies(adapter.model)
             self._install_taps(adapter)
@@ -72,7 +79,11 @@ class Wrapping(Installed):
         return self._decoder.recorder.last
 
     def report(self) -> Report | None:
-        return None if self.generation is None else self.generation.build()
+        last = self.generation
+        if last is None:
+            return None
+        grown = None if self._growing is None else self._growing.last
+        return grown.build() if grown is not None and grown.last is last else last.build()
 
     def remove(self) -> None:
         self._taps.remove()
@@ -118,7 +129,10 @@ class Wrapping(Installed):
         self.before(adapter.language_model, hooks.open_decoder)
         self.after(adapter.language_model, hooks.close_decoder)
         asked = GenerateHooks(self._state, None if hooks.reads_all is None else hooks.reads_all.name)
-        self.override(adapter.model, "generate", asked.generate(adapter.model.generate))
+        generate = asked.generate(adapter.model.generate)
+        self.override(
+            adapter.model, "generate", generate if self._growing is None else self._growing.generate(generate)
+        )
         self.override(adapter.model, "_expand_multimodal_outputs", expanding(adapter.model._expand_multimodal_outputs))
         guesses = asked.candidate_generator(adapter.model._get_candidate_generator)
         self.override(adapter.model, "_get_candidate_generator", guesses)

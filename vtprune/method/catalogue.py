@@ -23,6 +23,7 @@ STAGES = {
     "InLayers": "decoder, routed",
     "InAttention": "decoder, attention and MLP",
     "InCache": "cache",
+    "Growing": "generation",
 }
 
 

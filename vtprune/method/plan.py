@@ -155,22 +155,48 @@ class Plan:
 class Plans:
     """The plans of one wrapped model, by what is shown.
 
-    pruners: bound to the model; given: as they were before that, for images that share a budget.
+    pruners: bound to the model; given: as they were before that, for images that share a budget, and for levels;
+    level: what is kept instead of the methods' own keep in the forward under way, None: their own.
     """
 
-    def __init__(self, pruners: Sequence[Pruner], given: Sequence[Pruner] = ()) -> None:
-        self.pruners, self._given = tuple(pruners), tuple(given)
+    def __init__(
+        self,
+        pruners: Sequence[Pruner],
+        given: Sequence[Pruner] = (),
+        level: Callable[[], int | float | None] = lambda: None,
+    ) -> None:
+        self.pruners, self._given, self._level = tuple(pruners), tuple(given), level
         self._known: dict[Shown, Plan] = {}
+        # 1, a token, is not 1.0, the whole.
+        self._levels: dict[tuple[type, int | float], Plans] = {}
 
     def of(self, shown: Shown) -> Plan:
         """The plan of an image or a video."""
+        level = self._level()
+        if level is not None:
+            return self.at(level).of(shown)
         if shown not in self._known:
             own = tuple(form_for(pruner, shown.kind) for pruner in self.pruners)
             if shown.keep is not None:
-                pairs = zip(self._given, self.pruners, strict=True)
-                own = tuple(replace(one, keep=shown.keep).bind(bound.model) for one, bound in pairs)
+                own = self._kept(shown.keep)
             self._known[shown] = Plan(own, shown.tokens, shown.units, shown.kind)
         return self._known[shown]
+
+    def now(self) -> Plans:
+        """The plans of the forward under way, for whoever asks when it is over."""
+        level = self._level()
+        return self if level is None else self.at(level)
+
+    def at(self, level: int | float) -> Plans:
+        """The plans at a level; one of 1.0 keeps everything."""
+        key = type(level), level
+        if key not in self._levels:
+            self._levels[key] = Plans(self._kept(level), self._given)
+        return self._levels[key]
+
+    def _kept(self, keep: int | float) -> tuple[Pruner, ...]:
+        pairs = zip(self._given, self.pruners, strict=True)
+        return tuple(replace(one, keep=keep).bind(bound.model) for one, bound in pairs)
 
 
 def _met(whole: int, budget: Callable[[], T]) -> T | int:

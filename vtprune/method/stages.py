@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection, VisionPlan
+from vtprune.method.growth import Growth
 from vtprune.method.pruner import Pruner
 from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
@@ -57,6 +59,20 @@ class Query(Enum):
 
 
 NOTHING: frozenset[Read] = frozenset()
+
+
+@dataclass(frozen=True)
+class Growing(Pruner):
+    """Runs another method at rising budgets until an answer is sure enough (auto). It stands alone, and is never
+    bound: what meets the model is the other method."""
+
+    @abstractmethod
+    def growth(self) -> Growth:
+        """The other method, its levels, and when an answer is given; raises VTPruneError where nothing says that."""
+
+    @abstractmethod
+    def at(self, folder: Path) -> Growing:
+        """The same with what it goes by in this folder, where it says none itself."""
 
 
 @dataclass(frozen=True)

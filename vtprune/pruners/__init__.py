@@ -1,5 +1,6 @@
 """The methods, one file each; importing this package registers them all."""
 
+from vtprune.pruners.auto import Auto
 from vtprune.pruners.cdpruner import CDPruner
 from vtprune.pruners.covipal import CoViPAL
 from vtprune.pruners.d2o import D2O
@@ -48,6 +49,7 @@ __all__ = [
     "IARED2",
     "VTW",
     "YOPO",
+    "Auto",
     "CDPruner",
     "CoViPAL",
     "DivPrune",

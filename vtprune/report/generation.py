@@ -253,6 +253,7 @@ class Generation:
             flops=flops[0].total,
             flops_full=flops[1].total,
             scoring_flops=flops[0].scoring,
+            encoder_flops=flops[0].vision_tower + flops[0].projector,
             kv_bytes_prefill=self._bytes_of_row(before.entries, row),
             kv_bytes_prefill_full=self._bytes_of_row(before.unpruned, row),
             kv_bytes=self._bytes_of_row(self._now.entries, row),

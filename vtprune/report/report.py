@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,7 +95,9 @@ class ImageReport:
 class SampleReport:
     """One row of the (expanded) batch, and what it costs alone: FLOPs and bytes as in `Report`, which sums them up.
 
-    Beams of one row share its images: the encoder's FLOPs are the first one's.
+    Beams of one row share its images: the encoder's FLOPs are the first one's. encoder_flops: of `flops`, those of the
+    tower and the projector. attempts: the keeps that were tried, where a method runs at several levels; the answer is
+    that of the last one, of which counts and bytes are, while FLOPs are of all.
     """
 
     images: list[ImageReport]
@@ -102,6 +105,8 @@ class SampleReport:
     flops: int = 0
     flops_full: int = 0
     scoring_flops: int = 0
+    encoder_flops: int = 0
+    attempts: list[int | float] = field(default_factory=list)
     kv_bytes_prefill: int = 0
     kv_bytes_prefill_full: int = 0
     kv_bytes: int = 0
@@ -182,6 +187,10 @@ class Report:
             ]
         else:
             lines.append(f"{flops} in the vision encoder")
+        tried = Counter(sample.attempts[-1] for sample in self.samples if sample.attempts)
+        if tried:
+            rows = ", ".join(f"{count} at keep={keep}" for keep, count in sorted(tried.items()))
+            lines.append(f"rows answered: {rows}")
         noted = sum(bool(image.kept_whole) for image in images)
         if noted:
             lines.append(f"kept whole: {noted} of {len(images)} {several}, see their notes")

@@ -1,4 +1,4 @@
-"""`vtprune calibrate`: the file that says which heads of a model read vision."""
+"""`vtprune calibrate yopo`: the file that says which heads of a model read vision."""
 
 from __future__ import annotations
 
@@ -24,14 +24,11 @@ from vtprune.method.texts import show
 from vtprune.pruners import YOPO
 from vtprune.pruners.yopo import HEADS
 
-METHODS = ("yopo",)
-
 
 @dataclass(frozen=True)
-class CalibrateConfig:
+class HeadsConfig:
     """What to measure, and by which rule heads stay."""
 
-    method: str
     output: Path
     threshold: float = 0.077
     agree: float = 0.4
@@ -45,13 +42,11 @@ class CalibrateConfig:
     dtype: str = "auto"
 
 
-def run_calibrate(config: CalibrateConfig, console: Console) -> dict[str, Any]:
+def run_heads(config: HeadsConfig, console: Console) -> dict[str, Any]:
     """Measures the heads, and returns the content of the file that it writes.
 
     Raises VTPruneError for a request that cannot be carried out.
     """
-    if config.method not in METHODS:
-        raise InputError(f"method: {', '.join(METHODS)} is calibrated, got {config.method}")
     if config.threshold < 0 or not 0 <= config.agree < 1:
         raise InputError(
             f"threshold is at least 0 and agree a share from 0 to below 1, got {config.threshold} and {config.agree}"

@@ -1,0 +1,104 @@
+"""`vtprune calibrate --check`: whether what was promised holds on other samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from vtprune.assets import folder_of
+from vtprune.console.output import notice
+from vtprune.console.progress import Steps
+from vtprune.errors import InputError
+from vtprune.evals.calibrate.agreement import identity_of
+from vtprune.evals.calibrate.answers import Answers, Heard, table_of
+from vtprune.evals.calibrate.asked import Source
+from vtprune.files import held
+from vtprune.loading.environment import prepare_environment
+from vtprune.loading.model import default_batch, is_local, load_model
+from vtprune.method.config import load_config
+from vtprune.pruners import Auto
+from vtprune.pruners.auto.calibration import read_calibration
+from vtprune.pruners.auto.risk import mean_by, p_value
+
+# Drawn samples are those of a seed, which is none that a calibration is likely to have had.
+APART = 1_000_003
+# How unlikely the disagreement has to be under the promise before it counts as broken.
+DOUBT = 0.05
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """The folder of a calibration, and the samples that it is checked on."""
+
+    folder: Path
+    source: Source
+    samples: int
+    seed: int
+    model: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    batch_size: int | None = None
+
+
+def run_check(config: CheckConfig, console: Console) -> bool:
+    """Whether the answers differ no more often than was promised, as far as so many samples can tell.
+
+    Raises VTPruneError for a folder without a calibration, and for a model or options that it is not of.
+    """
+    found = load_config(config.folder)
+    if not isinstance(found, Auto):
+        raise InputError(f"check: {config.folder} holds no calibration of auto; give the folder of an earlier one")
+    data = read_calibration(config.folder)
+    auto = found.at(config.folder)
+    seed = config.seed + (APART if config.source.data is None else 0)
+    asked = config.source.split(config.samples, 0, seed, lambda text: notice(console, text)).tuning
+    with held(config.folder):
+        prepare_environment(offline=is_local(folder_of(config.model)))
+        model, processor = load_model(
+            config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
+        )
+        answers = Answers(
+            model,
+            processor,
+            config.folder,
+            identity=identity_of(model, processor),
+            batch=config.batch_size or default_batch(model),
+        )
+        with Steps(console, "settings", 2, parts="answers") as steps:
+            steps.begin("the whole model", len(asked))
+            whole = answers.of(None, asked, lambda count: steps.part(count))
+            steps.end("the whole model")
+            steps.begin("auto", len(asked))
+            forced = whole if data["loss"] == "tokens" else None
+            own = answers.of(auto, asked, lambda count: steps.part(count), forced=forced)
+            steps.end("auto")
+    table = table_of(asked, [own], whole, data["loss"])
+    return _tell(mean_by(table.pictures, table.losses)[:, 0], auto, own, whole=whole, console=console)
+
+
+def _tell(losses: np.ndarray, auto: Auto, own: Sequence[Heard], *, whole: Sequence[Heard], console: Console) -> bool:
+    """Says what was seen, and what follows."""
+    level = 1 - auto.agreement
+    chance = p_value(1 - losses, auto.agreement)
+    flops = sum(one["flops"] for one in own) / sum(one["flops"] for one in whole)
+    kv = sum(one["kv"] for one in own) / sum(one["kv"] for one in whole)
+    console.print(
+        f"{losses.mean():.2%} of the answers about {len(losses)} pictures differ, {level:.2%} were promised at most; "
+        f"FLOPs {flops:.1%}, KV cache {kv:.1%} of the whole model's",
+        highlight=False,
+        soft_wrap=True,
+    )
+    holds = losses.mean() <= level or chance >= DOUBT
+    if losses.mean() <= level:
+        text = "within the promise"
+    elif holds:
+        text = f"above the promise by chance, as it seems (p = {chance:.2f}); more samples could tell"
+    else:
+        text = f"the promise does not hold on these samples (p = {chance:.2g}): calibrate on samples like them"
+    console.print(text, highlight=False, style=None if holds else "bold")
+    return bool(holds)
