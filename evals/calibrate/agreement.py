@@ -38,10 +38,10 @@ from vtprune.pruners.auto.calibration import (
     FORMAT,
     VERSION,
     CalibrationFile,
-    Settled,
     to_file,
 )
 from vtprune.pruners.auto.ladder import Table, best_ladder
+from vtprune.pruners.auto.promise import Settled
 from vtprune.pruners.auto.risk import check_level
 
 # What is tried where nothing is named: a method of each kind that did best on the bundled questions, and a dull one.
@@ -121,7 +121,7 @@ def run_agreement(config: AgreementConfig, console: Console) -> Settled:
         auto = replace(auto, promise=settled.promise.to_dict())
         save_config(auto, config.output)
         write_plot(config.output, settled, data)
-    tell_promise(settled, show(chosen.pruner), console)
+    tell_promise(settled, show(replace(chosen.pruner, keep=None)), console)
     notice(console, f"wrote {config.output}")
     console.print(f'vtprune.wrap(model, "{_as_text(config.output)}")', style="dim", highlight=False)
     return settled

@@ -13,7 +13,8 @@ from rich.table import Table as Shown
 
 from vtprune.console.figures import COLOURS, GREY, figure_png, plain
 from vtprune.files import write_bytes
-from vtprune.pruners.auto.calibration import CalibrationFile, Settled, table_of
+from vtprune.pruners.auto.calibration import CalibrationFile, table_of
+from vtprune.pruners.auto.promise import Settled
 from vtprune.pruners.auto.risk import crc_bound, mean_by, monotone
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def tell_promise(settled: Settled, method: str, console: Console) -> None:
             highlight=False,
         )
     for task, own in promise.by_task.items():
-        text = f"{task}: {own['risk']:.2%} of {own['samples']:.0f} differed, bound {own['bound']:.2%}"
+        text = f"{task}: {own['risk']:.2%} of {own['pictures']:.0f} pictures differed, bound {own['bound']:.2%}"
         console.print(text, highlight=False)
 
 

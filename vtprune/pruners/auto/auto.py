@@ -10,7 +10,8 @@ from vtprune.errors import InputError, VTPruneError
 from vtprune.method.growth import Growth, Origin
 from vtprune.method.registry import create_checked, register
 from vtprune.method.stages import Growing
-from vtprune.pruners.auto.calibration import CalibrationFile, Settled, read_calibration, settle
+from vtprune.pruners.auto.calibration import CalibrationFile, read_calibration, settle
+from vtprune.pruners.auto.promise import Settled
 from vtprune.pruners.parts.checks import check_choice, is_number
 
 HOW = "run `vtprune calibrate --model MODEL --data FOLDER`, and wrap the model with the folder that it writes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,12 @@ from typing_extensions import TypedDict
 
 from vtprune.errors import FileError, InputError
 from vtprune.json_files import read_json
-from vtprune.pruners.auto.ladder import Outcome, Table, best_ladder, fixed
-from vtprune.pruners.auto.risk import (
-    check_level,
-    conformal,
-    crc_bound,
-    learn_then_test,
-    ltt_bound,
-    monotone,
-)
+from vtprune.pruners.auto.ladder import Table, best_ladder
+from vtprune.pruners.auto.promise import Settled, prove
 
 CALIBRATION_NAME = "calibration.json"
 FORMAT, VERSION = "vtprune-calibration", 1
 WHAT = "a calibration as `vtprune calibrate` writes it"
-CONFORMAL = "conformal risk control, in expectation"
-TESTED = "learn-then-test, with confidence"
 
 Row = list[FiniteFloat]
 
@@ -67,64 +57,6 @@ class CalibrationFile(TypedDict):
 
 
 CALIBRATION = TypeAdapter(CalibrationFile)
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What a setting is vouched for.
-
-    agreement: the least share of answers that are the whole model's; confidence: with which probability over
-    calibrations, None: in expectation; theorem: which one says so; task: of which task it is alone, "" for all;
-    pictures, samples: those that it was calibrated with; risk: the share of their answers that differed; bound: the
-    theorem's, at most 1 - agreement; flops, kv: mean shares of the whole model's, all attempts counted; uneven: the
-    share of pictures of which a more careful setting would have lost what this one kept; levels: how many samples each
-    keep answered; by_task: risk, bound and samples of each task, where there are several.
-    """
-
-    agreement: float
-    confidence: float | None
-    theorem: str
-    task: str
-    pictures: int
-    samples: int
-    risk: float
-    bound: float
-    flops: float
-    kv: float
-    uneven: float
-    levels: dict[str, int]
-    by_task: dict[str, dict[str, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """One sentence."""
-        of = f" of {self.task}" if self.task else ""
-        sure = "in expectation" if self.confidence is None else f"with a confidence of {self.confidence:g}"
-        return (
-            f"at least {self.agreement:.4g} of the answers{of} are the whole model's, {sure} "
-            f"({self.theorem.partition(',')[0]}: {self.risk:.2%} differed of {self.samples} samples, "
-            f"bound {self.bound:.2%})"
-        )
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A setting and what is promised of it.
-
-    levels: keeps to try one after another, the last one 1.0 unless it answers everything; threshold, score: how sure
-    the first token of an answer has to be, by which score; outcome, chosen: what all settings would have done with the
-    calibration's samples, and the place of this one.
-    """
-
-    levels: tuple[int | float, ...]
-    threshold: float
-    score: str
-    promise: Promise
-    outcome: Outcome
-    chosen: int
 
 
 def read_calibration(folder: Path) -> CalibrationFile:
@@ -172,12 +104,9 @@ def settle(
 ) -> Settled:
     """The cheapest setting of a calibrated method that keeps `agreement`, as far as this can be proved.
 
-    Where it must hold for each of several tasks, the most careful of their settings is taken (conformal risk control,
-    proposition 5); task: that of one alone. Where nothing but the whole model can be vouched for, it is the setting.
-    Raises InputError for too few samples, and for a task that was not calibrated.
+    Levels are chosen on the samples for that, and `prove` has the others. task: that of one task alone. Raises
+    InputError for too few samples, and for a task that was not calibrated.
     """
-    level = 1 - agreement
-    delta = None if confidence is None else 1 - confidence
     tuning, table = table_of(data["tuning"]), table_of(data["calibration"])
     if task is not None:
         known = sorted(set(table.tasks.tolist()))
@@ -187,71 +116,8 @@ def settle(
         table = table.where(table.tasks == task)
         own = tuning.where(tuning.tasks == task)
         tuning = own if len(own) else tuning
-    keeps: list[int | float] = list(data["keeps"])
-    if adaptive:
-        ladder, _ = best_ladder(tuning, level, shared=data["shared"])
-        outcome = ladder.outcome(table, shared=data["shared"])
-    else:
-        outcome = fixed(table)
-    parts = {str(name): table.tasks == name for name in np.unique(table.tasks)}
-    chosen = max(_choose(outcome, table, some, level, delta, name) for name, some in parts.items())
-    promise = _promise(outcome, table, chosen, keeps, agreement=agreement, confidence=confidence, task=task)
-    whole = chosen == outcome.losses.shape[1] - 1
-    if whole:
-        return Settled((1.0,), 0.0, "probability", promise, outcome, chosen)
-    if not adaptive:
-        return Settled((keeps[chosen],), 0.0, "probability", promise, outcome, chosen)
-    threshold = float(ladder.thresholds[chosen])
-    rungs: tuple[int | float, ...] = tuple(keeps[place] for place in ladder.levels)
-    return Settled((*rungs, 1.0), threshold, ladder.score, promise, outcome, chosen)
-
-
-def _choose(outcome: Outcome, table: Table, some: np.ndarray, level: float, delta: float | None, task: str) -> int:
-    """The setting of the samples that (n,) bool says, those of one task."""
-    losses = Outcome(*(values[some] for values in vars(outcome).values())).by_picture(table.pictures[some])
-    check_level(level, delta, len(losses), f" of {task}" if task else "")
-    if delta is None:
-        return conformal(monotone(losses), level)
-    return learn_then_test(losses, level, delta)
-
-
-def _promise(
-    outcome: Outcome,
-    table: Table,
-    chosen: int,
-    keeps: list[int | float],
-    *,
-    agreement: float,
-    confidence: float | None,
-    task: str | None,
-) -> Promise:
-    losses = outcome.by_picture(table.pictures)
-    smooth = monotone(losses)
-    names = [*(f"{keep:g}" for keep in keeps), "1"]
-    taken, counts = np.unique(outcome.taken[:, chosen], return_counts=True)
-
-    def bound(of: np.ndarray) -> float:
-        if confidence is None:
-            return float(crc_bound(monotone(of))[chosen])
-        return ltt_bound(of[:, chosen], 1 - confidence)
-
-    by_task = {}
-    for name in np.unique(table.tasks).tolist():
-        some = table.tasks == name
-        own = Outcome(*(values[some] for values in vars(outcome).values())).by_picture(table.pictures[some])
-        by_task[name] = {"samples": int(some.sum()), "risk": float(own[:, chosen].mean()), "bound": bound(own)}
-    return Promise(
-        agreement=agreement,
-        confidence=confidence,
-        theorem=CONFORMAL if confidence is None else TESTED,
-        task=task or "",
-        pictures=len(losses),
-        samples=len(table),
-        risk=float(losses[:, chosen].mean()),
-        bound=bound(losses),
-        flops=float(outcome.flops[:, chosen].sum() / table.flops[:, -1].sum()),
-        kv=float(outcome.kv[:, chosen].sum() / table.kv[:, -1].sum()),
-        uneven=float((smooth[:, chosen] > losses[:, chosen]).mean()),
-        levels={names[level]: int(count) for level, count in zip(taken, counts, strict=True)},
-        by_task=by_task if len(by_task) > 1 else {},
+    shared = data["shared"]
+    ladder = best_ladder(tuning, 1 - agreement, shared=shared)[0] if adaptive else None
+    return prove(
+        table, data["keeps"], ladder, shared=shared, agreement=agreement, confidence=confidence, task=task or ""
     )

@@ -1,0 +1,240 @@
+"""Whether promises are kept: `python -m vtprune.evals.calibrate.trial` calibrates on drawn questions, and looks.
+
+Every setting is chosen and proved on its own samples, several times over, and then judged on fresh ones; random splits
+of all stored answers say how often a promise with a confidence is broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table as Shown
+
+from vtprune.adapters import adapter_for
+from vtprune.assets import folder_of, title_of
+from vtprune.console.output import notice, one_line_errors, open_console
+from vtprune.console.progress import Steps
+from vtprune.evals.calibrate.agreement import KEEPS, METHODS, identity_of
+from vtprune.evals.calibrate.answers import Answers, Heard, table_of
+from vtprune.evals.calibrate.asked import Asked, Source
+from vtprune.files import held, write_json
+from vtprune.loading.environment import prepare_environment
+from vtprune.loading.model import default_batch, is_local, load_model
+from vtprune.method.pruner import Pruner
+from vtprune.method.registry import create
+from vtprune.method.stages import encoder_layers
+from vtprune.pruners.auto.ladder import Ladder, Table, best_ladder, cost_at, fixed
+from vtprune.pruners.auto.promise import Settled, prove
+
+RESULTS = "trial.json"
+AGREEMENTS, SIZES, CONFIDENCE = (0.95, 0.98, 0.99), (500, 1000), 0.95
+TUNING, FRESH, MOST = 200, 2000, 16
+# The drawn questions that settings are chosen on have seeds of their own; all others are of one.
+POOL = 424_243
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a setting is proved, and whether it grows."""
+
+    name: str
+    confidence: float | None
+    adaptive: bool
+
+
+RULES = (
+    Rule("auto, in expectation", None, True),
+    Rule("one keep, in expectation", None, False),
+    Rule(f"auto, {CONFIDENCE:.0%} sure", CONFIDENCE, True),
+    Rule(f"one keep, {CONFIDENCE:.0%} sure", CONFIDENCE, False),
+)
+
+
+class Bank:
+    """The answers of one model to drawn questions, asked for when somebody looks."""
+
+    def __init__(self, model: Any, answers: Answers, methods: Sequence[str], *, console: Console) -> None:
+        self.answers, self.console = answers, console
+        self.pruners = {name: create(name, keep=KEEPS[-1]) for name in methods}
+        facts = adapter_for(model).facts()
+        self.shared = {name: not encoder_layers(one.bind(facts)) for name, one in self.pruners.items()}
+        self._tables: dict[tuple[str, str], Table] = {}
+        self._ladders: dict[tuple[str, int, float], Ladder] = {}
+
+    def table(self, what: str, name: str, asked: Sequence[Asked]) -> Table:
+        """What a method's levels did with questions; what: which ones these are."""
+        key = what, name
+        if key not in self._tables:
+            with Steps(self.console, "settings", len(KEEPS) + 1, parts="answers") as steps:
+                whole = self._ask(steps, f"{what}: the whole model", None, asked)
+                levels = [
+                    self._ask(steps, f"{what}: {name} at {keep:g}", create(name, keep=keep), asked) for keep in KEEPS
+                ]
+            self._tables[key] = table_of(asked, levels, whole, "answer")
+        return self._tables[key]
+
+    def ladder(self, name: str, tuning: Table, level: float) -> Ladder:
+        """The levels that are chosen on these samples."""
+        key = name, id(tuning), level
+        if key not in self._ladders:
+            self._ladders[key] = best_ladder(tuning, level, shared=self.shared[name])[0]
+        return self._ladders[key]
+
+    def _ask(self, steps: Steps, name: str, pruner: Pruner | None, asked: Sequence[Asked]) -> list[Heard]:
+        steps.begin(name, len(asked))
+        found = self.answers.of(pruner, asked, lambda count: steps.part(count))
+        steps.end(name)
+        return found
+
+
+def _cheapest(bank: Bank, tables: dict[str, Table], level: float, *, adaptive: bool) -> str:
+    """The method whose best setting costs least on the samples for that."""
+
+    def cost(name: str) -> float:
+        if adaptive:
+            return best_ladder(tables[name], level, shared=bank.shared[name])[1]
+        return cost_at(fixed(tables[name]), tables[name].pictures, level)
+
+    return min(tables, key=cost)
+
+
+def _part(table: Table, places: np.ndarray) -> Table:
+    some = np.zeros(len(table), dtype=bool)
+    some[places] = True
+    return table.where(some)
+
+
+def run_trial(
+    output: Path, console: Console, *, model_name: str | None, seeds: int, splits: int, methods: Sequence[str]
+) -> dict[str, Any]:
+    """Runs everything, prints the tables, and returns the content of trial.json."""
+    source = Source(model=model_name, max_new_tokens=MOST)
+    size = max(SIZES)
+    tuning = [source.split(TUNING, 0, seed, lambda text: None).tuning for seed in range(seeds)]
+    pool = source.split(0, seeds * size + FRESH, POOL, lambda text: None).calibration
+    with held(output):
+        prepare_environment(offline=is_local(folder_of(model_name)))
+        model, processor = load_model(model_name)
+        answers = Answers(model, processor, output, identity=identity_of(model, processor), batch=default_batch(model))
+        bank = Bank(model, answers, methods, console=console)
+        searched = [
+            {name: bank.table(f"seed {seed}", name, asked) for name in methods} for seed, asked in enumerate(tuning)
+        ]
+        rows = []
+        for agreement in AGREEMENTS:
+            for count in SIZES:
+                for rule in RULES:
+                    rows.append(_row(bank, searched, pool, agreement=agreement, count=count, rule=rule, splits=splits))
+    data = {"model": title_of(model_name), "methods": list(methods), "keeps": list(KEEPS), "rows": rows}
+    write_json(output / RESULTS, data)
+    _tell(data, console)
+    notice(console, f"wrote {output / RESULTS}")
+    return data
+
+
+def _row(
+    bank: Bank,
+    searched: Sequence[dict[str, Table]],
+    pool: Sequence[Asked],
+    *,
+    agreement: float,
+    count: int,
+    rule: Rule,
+    splits: int,
+) -> dict[str, Any]:
+    """One promise: each seed's setting on the fresh samples, and random splits with the first seed's method."""
+    level, size = 1 - agreement, max(SIZES)
+    fresh = np.arange(len(searched) * size, len(pool))
+    seen = []
+    for seed, tables in enumerate(searched):
+        name = _cheapest(bank, tables, level, adaptive=rule.adaptive)
+        whole = bank.table("pool", name, pool)
+        own = _part(whole, np.arange(seed * size, seed * size + count))
+        settled = _settled(bank, name, tables[name], own, agreement=agreement, rule=rule)
+        seen.append({"method": name, **_judged(bank, name, settled, _part(whole, fresh))})
+    name = str(seen[0]["method"])
+    whole, rng = bank.table("pool", name, pool), np.random.default_rng(0)
+    risks = []
+    for _ in range(splits):
+        order = rng.permutation(len(pool))
+        own, rest = _part(whole, order[:count]), _part(whole, order[count:])
+        settled = _settled(bank, name, searched[0][name], own, agreement=agreement, rule=rule)
+        risks.append(_judged(bank, name, settled, rest)["risk"])
+    return {
+        "agreement": agreement,
+        "samples": count,
+        "rule": rule.name,
+        "seeds": seen,
+        "splits": {
+            "count": splits,
+            "mean_risk": float(np.mean(risks)),
+            "broken": float(np.mean(np.array(risks) > level)),
+        },
+    }
+
+
+def _settled(bank: Bank, name: str, tuning: Table, own: Table, *, agreement: float, rule: Rule) -> Settled:
+    ladder = bank.ladder(name, tuning, 1 - agreement) if rule.adaptive else None
+    return prove(own, KEEPS, ladder, shared=bank.shared[name], agreement=agreement, confidence=rule.confidence)
+
+
+def _judged(bank: Bank, name: str, settled: Settled, table: Table) -> dict[str, Any]:
+    found = settled.on(table, KEEPS, shared=bank.shared[name])
+    return {
+        "levels": list(settled.levels),
+        "bound": settled.promise.bound,
+        "risk": float(found.losses.mean()),
+        "flops": float(found.flops.sum() / table.flops[:, -1].sum()),
+        "kv": float(found.kv.sum() / table.kv[:, -1].sum()),
+    }
+
+
+def _tell(data: dict[str, Any], console: Console) -> None:
+    table = Shown(title=f"Answers that differ, % ({data['model']}, means over seeds)", title_justify="left")
+    for heading in (
+        "promised",
+        "samples",
+        "rule",
+        "fresh: mean",
+        "worst seed",
+        "splits: mean",
+        "broken",
+        "FLOPs",
+        "KV",
+        "methods",
+    ):
+        table.add_column(heading, justify="left" if heading in ("rule", "methods") else "right")
+    for row in data["rows"]:
+        risks = [100 * one["risk"] for one in row["seeds"]]
+        flops, kv = (100 * np.mean([one[name] for one in row["seeds"]]) for name in ("flops", "kv"))
+        table.add_row(
+            f"{100 * (1 - row['agreement']):.0f}", str(row["samples"]), row["rule"],
+            f"{np.mean(risks):.2f}", f"{max(risks):.2f}",
+            f"{100 * row['splits']['mean_risk']:.2f}", f"{100 * row['splits']['broken']:.1f}%",
+            f"{flops:.1f}%", f"{kv:.1f}%", ", ".join(sorted({one["method"] for one in row["seeds"]})),
+        )  # fmt: skip
+    console.print(table)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The folder for answers and trial.json.")] = Path("trial"),
+    model: Annotated[str | None, typer.Option(help="tiny-llava or tiny-qwen.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Calibrations, each on samples of its own.")] = 5,
+    splits: Annotated[int, typer.Option(min=1, help="Random splits of all answers.")] = 200,
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
+) -> None:
+    """Calibrate a bundled model several times, and see how often its answers differ on fresh questions."""
+    with one_line_errors(False):
+        run_trial(
+            output, open_console(), model_name=model, seeds=seeds, splits=splits, methods=tuple(methods.split(","))
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
