@@ -23,7 +23,7 @@ from vtprune.method.registry import (
     read_options,
 )
 from vtprune.method.resolving import resolve
-from vtprune.method.stages import BeforeDecoder, InLayers, Trained
+from vtprune.method.stages import BeforeDecoder, Growing, InLayers, Trained
 from vtprune.method.texts import Stage, parse_entry
 from vtprune.pruners.parts.staged import Dropping
 
@@ -107,6 +107,11 @@ class Setting:
     def method_source(self) -> str | list[Pruner]:
         """What `vtprune.wrap` takes: the folder with the weights, or the pruners."""
         return self.folder or self.pruners()
+
+    @property
+    def finds_keep(self) -> bool:
+        """Whether the method finds out itself how much to keep, image by image."""
+        return self.method != DOWNSCALE and any(isinstance(one, Growing) for one in self.pruners())
 
     @property
     def own_model(self) -> str:
@@ -221,17 +226,24 @@ def build_settings(methods: Sequence[str], keeps: Iterable[int | float]) -> list
 def takes_keep(method: str) -> bool:
     """Whether an entry of `--methods` leaves open how much is kept; raises InputError for what cannot be read."""
     last = parse_entry(method)[-1]
-    return not last.folder and last.name != UNPRUNED and "keep" not in dict(last.options)
+    return not last.folder and last.name != UNPRUNED and not grows(last.name) and "keep" not in dict(last.options)
+
+
+def grows(method: str) -> bool:
+    """Whether a method finds out how much to keep."""
+    return method != DOWNSCALE and issubclass(pruner_class(method), Growing)
 
 
 def _single(stage: Stage, keeps: Sequence[int | float]) -> list[Setting]:
-    """A method at every keep, or at its own."""
+    """A method at every keep, or at its own; once if it finds out how much to keep."""
     options = read_options(UNPRUNED if stage.name == DOWNSCALE else stage.name, dict(stage.options))
     own = [options.pop("keep")] if "keep" in options else []
     if stage.name == UNPRUNED:
         if own not in ([], [None], [1.0]) or (own == [1] and type(own[0]) is int):
             raise InputError(f"keep: {UNPRUNED} prunes nothing, so keep={own[0]!r} would not be met")
         return []
+    if grows(stage.name):
+        return [Setting(stage.name, None, tuple(options.items()))]
     return [Setting(stage.name, keep, tuple(options.items())) for keep in own or keeps]
 
 

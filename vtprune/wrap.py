@@ -117,7 +117,7 @@ def _wrap(
     if any(isinstance(one, Growing) for one in given):
         if tower_for(model) is not None:
             raise VTPruneError(f"{given[0].name} compares answers, and a vision encoder alone gives none")
-        growing = _growing(given, core, folder_of(pruner), sharing)
+        growing = _growing(given, adapter_for(model).source, sharing)
         given, growth = [growing], growing.growth()
         check_origin(growth, core, growing.name)
     tower = tower_for(model)
@@ -185,8 +185,8 @@ def _wrap(
     return model
 
 
-def _growing(given: list[Pruner], core: Any, folder: Path | None, sharing: Sharing | None) -> Growing:
-    """The only method, which grows, with what it goes by: in its own folder, or among what the model comes with."""
+def _growing(given: list[Pruner], source: str, sharing: Sharing | None) -> Growing:
+    """The only method, which grows, with what it goes by: its own, or what the model, of this source, comes with."""
     growing = given[0]
     if not isinstance(growing, Growing) or len(given) > 1:
         names = " and ".join(one.name for one in given)
@@ -195,7 +195,7 @@ def _growing(given: list[Pruner], core: Any, folder: Path | None, sharing: Shari
         )
     if sharing is not None:
         raise VTPruneError(f"{growing.name} finds out how much to keep; leave keep_prompt out")
-    own = calibration_of(str(getattr(core.config, "_name_or_path", "") or "")) if folder is None else folder
+    own = calibration_of(source)
     return growing if own is None else growing.at(own)
 
 

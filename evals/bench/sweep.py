@@ -209,7 +209,7 @@ class Sweep:
         if setting.method == DOWNSCALE:
             return self._time_smaller(inputs)
         pruners: dict[str, Any] = {"unpruned": None, "ours": setting.method_source}
-        scored = setting.method not in (UNPRUNED, SCORELESS) and SCORELESS in available()
+        scored = setting.method not in (UNPRUNED, SCORELESS) and SCORELESS in available() and not setting.finds_keep
         if scored:
             pruners["scoreless"] = create(SCORELESS, keep=setting.keep)
         times = measure_prefill(self.lm.model, inputs, pruners)

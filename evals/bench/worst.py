@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vtprune
 from vtprune.loading.prompts import encode, place, question
+from vtprune.method.stages import Growing
+from vtprune.wrap import methods_of
 
 # Pixels of a side; models of one size resize it.
 SIDE = 336
@@ -64,11 +66,16 @@ PICTURES: dict[str, Callable[[np.random.Generator], Image.Image]] = {
 
 @torch.inference_mode()
 def hard_costs(model: Any, processor: Any) -> dict[str, dict[str, float]]:
-    """By picture the FLOPs of a wrapped model's prefill, those of the unpruned one, and the vision tokens kept."""
-    found = {}
+    """By picture the FLOPs of a wrapped model's prefill (of all attempts of a method that makes several), those of the
+    unpruned one, and the vision tokens kept."""
+    found, grows = {}, any(isinstance(one, Growing) for one in methods_of(model))
     for name, draw in PICTURES.items():
         chat = question(draw(np.random.default_rng(0)), QUESTION)
-        model(**place(encode(processor, [chat]), model), use_cache=True, logits_to_keep=1)
+        inputs = place(encode(processor, [chat]), model)
+        if grows:
+            model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+        else:
+            model(**inputs, use_cache=True, logits_to_keep=1)
         report = vtprune.report(model)
         found[name] = {"flops": report.flops, "flops_full": report.flops_full, "kept": report.kept_tokens}
     return found

@@ -20,7 +20,7 @@ from vtprune.errors import InputError, RunError, VTPruneError, first_line
 from vtprune.evals.calibrate.answers import LOSSES, Answers, Heard, table_of
 from vtprune.evals.calibrate.asked import Asked, Source, Split
 from vtprune.evals.calibrate.outputs import tell_candidates, tell_promise, write_plot
-from vtprune.files import held, write_json
+from vtprune.files import held, write_text
 from vtprune.hooks.base_sample import sample_base
 from vtprune.hooks.levels import unfit
 from vtprune.hooks.weights import SUBMODULE
@@ -116,7 +116,7 @@ def run_agreement(config: AgreementConfig, console: Console) -> Settled:
         run = _Run(config, model, answers, split, console=console)
         chosen = run.choose(pruners)
         data = run.calibrate(chosen, processor)
-        write_json(config.output / CALIBRATION_NAME, data)
+        write_text(config.output / CALIBRATION_NAME, json.dumps(data) + "\n")
         settled = auto.settled(data)
         auto = replace(auto, promise=settled.promise.to_dict())
         save_config(auto, config.output)
@@ -224,7 +224,7 @@ class _Run:
         table = table_of(self.split.tuning, levels, whole, self.config.loss)
         shared = not encoder_layers(pruner.bind(adapter_for(self.model).facts()))
         _, cost = best_ladder(table, level, shared=shared)
-        return Candidate(pruner, tuple(self.keeps), table, shared, cost)
+        return Candidate(pruner, tuple(self.keeps), table, shared=shared, cost=cost)
 
     def calibrate(self, chosen: Candidate, processor: Any) -> CalibrationFile:
         """The chosen method at every level on the other samples, and all that is known of it."""

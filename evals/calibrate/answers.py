@@ -170,29 +170,21 @@ class Answers:
         ends = end_tokens(self.model)
         rows = [row[: until_end(row, ends)] for row in found.rows]
         texts = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        sure, lead = first.probability.tolist(), first.margin.tolist()
         return [
             Heard(
                 key=key,
-                text=cut(text, generation.stops),
-                ids=row,
-                probability=sure,
-                margin=lead,
-                flops=sample.flops,
-                encoder=sample.encoder_flops,
-                kv=sample.kv_bytes_prefill,
-                tokens=sum(image.tokens for image in sample.images),
-                share=share,
+                text=cut(texts[at], generation.stops),
+                ids=rows[at],
+                probability=sure[at],
+                margin=lead[at],
+                flops=report.samples[at].flops,
+                encoder=report.samples[at].encoder_flops,
+                kv=report.samples[at].kv_bytes_prefill,
+                tokens=sum(image.tokens for image in report.samples[at].images),
+                share=shares[at],
             )
-            for key, text, row, sure, lead, sample, share in zip(
-                keys,
-                texts,
-                rows,
-                first.probability.tolist(),
-                first.margin.tolist(),
-                report.samples,
-                shares,
-                strict=True,
-            )
+            for at, key in enumerate(keys)
         ]
 
 

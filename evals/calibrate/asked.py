@@ -75,7 +75,7 @@ class Source:
             if value is not None:
                 raise InputError(f"{name}: --{name} goes with pictures or videos of your own (--data FOLDER)")
         names = [name.strip() for name in self.data.split(",") if name.strip()]
-        return _of_tasks(list(self._of_suite(names)), tuning, calibration, seed, self.data)
+        return _dealt(list(self._of_suite(names)), tuning, calibration, seed=seed, source=self.data)
 
     def _of_samples(self, wanted: Wanted, tell: Callable[[str], None]) -> Split:
         folder = None if self.data is None else Path(self.data)
@@ -113,7 +113,7 @@ class Source:
             yield Asked(sample, _picture(picture), generation, name)
 
 
-def _of_tasks(asked: list[Asked], tuning: int, calibration: int, seed: int, source: str) -> Split:
+def _dealt(asked: list[Asked], tuning: int, calibration: int, *, seed: int, source: str) -> Split:
     """Pictures are dealt to both sides, the share of each as was asked for."""
     rng = np.random.default_rng(seed)
     pictures = list(dict.fromkeys(one.picture for one in asked))

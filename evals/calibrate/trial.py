@@ -33,8 +33,8 @@ from vtprune.pruners.auto.ladder import Ladder, Table, best_ladder, cost_at, fix
 from vtprune.pruners.auto.promise import Settled, prove
 
 RESULTS = "trial.json"
-AGREEMENTS, SIZES, CONFIDENCE = (0.95, 0.98, 0.99), (500, 1000), 0.95
-TUNING, FRESH, MOST = 200, 2000, 16
+AGREEMENTS, CONFIDENCE = (0.95, 0.98, 0.99), 0.95
+TUNING, MOST = 200, 16
 # The drawn questions that settings are chosen on have seeds of their own; all others are of one.
 POOL = 424_243
 
@@ -110,14 +110,25 @@ def _part(table: Table, places: np.ndarray) -> Table:
     return table.where(some)
 
 
-def run_trial(
-    output: Path, console: Console, *, model_name: str | None, seeds: int, splits: int, methods: Sequence[str]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TrialConfig:
+    """How much is tried: calibrations of each of some sizes, fresh samples, random splits of all of them, methods."""
+
+    model: str | None
+    seeds: int
+    sizes: tuple[int, ...]
+    fresh: int
+    splits: int
+    methods: tuple[str, ...]
+
+
+def run_trial(output: Path, console: Console, config: TrialConfig) -> dict[str, Any]:
     """Runs everything, prints the tables, and returns the content of trial.json."""
+    model_name, seeds, methods = config.model, config.seeds, config.methods
     source = Source(model=model_name, max_new_tokens=MOST)
-    size = max(SIZES)
+    size = max(config.sizes)
     tuning = [source.split(TUNING, 0, seed, lambda text: None).tuning for seed in range(seeds)]
-    pool = source.split(0, seeds * size + FRESH, POOL, lambda text: None).calibration
+    pool = source.split(0, seeds * size + config.fresh, POOL, lambda text: None).calibration
     with held(output):
         prepare_environment(offline=is_local(folder_of(model_name)))
         model, processor = load_model(model_name)
@@ -128,9 +139,9 @@ def run_trial(
         ]
         rows = []
         for agreement in AGREEMENTS:
-            for count in SIZES:
+            for count in config.sizes:
                 for rule in RULES:
-                    rows.append(_row(bank, searched, pool, agreement=agreement, count=count, rule=rule, splits=splits))
+                    rows.append(_row(bank, searched, pool, agreement=agreement, count=count, rule=rule, config=config))
     data = {"model": title_of(model_name), "methods": list(methods), "keeps": list(KEEPS), "rows": rows}
     write_json(output / RESULTS, data)
     _tell(data, console)
@@ -146,10 +157,10 @@ def _row(
     agreement: float,
     count: int,
     rule: Rule,
-    splits: int,
+    config: TrialConfig,
 ) -> dict[str, Any]:
     """One promise: each seed's setting on the fresh samples, and random splits with the first seed's method."""
-    level, size = 1 - agreement, max(SIZES)
+    level, size, splits = 1 - agreement, max(config.sizes), config.splits
     fresh = np.arange(len(searched) * size, len(pool))
     seen = []
     for seed, tables in enumerate(searched):
@@ -213,12 +224,13 @@ def _tell(data: dict[str, Any], console: Console) -> None:
     for row in data["rows"]:
         risks = [100 * one["risk"] for one in row["seeds"]]
         flops, kv = (100 * np.mean([one[name] for one in row["seeds"]]) for name in ("flops", "kv"))
-        table.add_row(
+        cells = (
             f"{100 * (1 - row['agreement']):.0f}", str(row["samples"]), row["rule"],
             f"{np.mean(risks):.2f}", f"{max(risks):.2f}",
             f"{100 * row['splits']['mean_risk']:.2f}", f"{100 * row['splits']['broken']:.1f}%",
             f"{flops:.1f}%", f"{kv:.1f}%", ", ".join(sorted({one["method"] for one in row["seeds"]})),
         )  # fmt: skip
+        table.add_row(*cells)
     console.print(table)
 
 
@@ -226,14 +238,22 @@ def main(
     output: Annotated[Path, typer.Option(help="The folder for answers and trial.json.")] = Path("trial"),
     model: Annotated[str | None, typer.Option(help="tiny-llava or tiny-qwen.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Calibrations, each on samples of its own.")] = 5,
+    sizes: Annotated[str, typer.Option(help="Samples of a calibration, separated by commas.")] = "500,1000",
+    fresh: Annotated[int, typer.Option(min=1, help="Samples that all of them are judged on.")] = 2000,
     splits: Annotated[int, typer.Option(min=1, help="Random splits of all answers.")] = 200,
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
 ) -> None:
     """Calibrate a bundled model several times, and see how often its answers differ on fresh questions."""
     with one_line_errors(False):
-        run_trial(
-            output, open_console(), model_name=model, seeds=seeds, splits=splits, methods=tuple(methods.split(","))
+        config = TrialConfig(
+            model,
+            seeds,
+            tuple(map(int, sizes.split(","))),
+            fresh=fresh,
+            splits=splits,
+            methods=tuple(methods.split(",")),
         )
+        run_trial(output, open_console(), config)
 
 
 if __name__ == "__main__":

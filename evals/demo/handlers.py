@@ -102,10 +102,12 @@ class Handlers:
         """The plot and the table below it."""
         with logged("curve", _what(name, how, share, extra)):
             loaded = self.models[name]
-            if chosen(loaded, how, share, extra).folder:
-                raise InputError(
-                    "method: as trained it keeps what it was trained to, so nothing is to be drawn; choose another"
+            setting = chosen(loaded, how, share, extra)
+            if setting.folder or setting.finds_keep:
+                own = (
+                    "as trained it keeps what it was trained to" if setting.folder else f"{how} finds its keep itself"
                 )
+                raise InputError(f"method: {own}, so nothing is to be drawn; choose another")
             opened = media_of(path, video)
             for now in curve(self.models, name, opened, text, setting=lambda kept: chosen(loaded, how, kept, extra)):
                 yield frame(now), points(now)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from vtprune.assets import calibration_of
 from vtprune.errors import InputError, VTPruneError
 from vtprune.evals.demo.models import Loaded
-from vtprune.evals.settings import Setting, all_methods, for_videos_alone
+from vtprune.evals.settings import Setting, all_methods, for_videos_alone, grows
 from vtprune.loading.prompts import takes_videos
 from vtprune.method.catalogue import methods
 from vtprune.method.facts import ModelFacts
@@ -78,10 +79,12 @@ def choosable() -> list[str]:
 
 
 def choosable_on(loaded: Loaded) -> list[str]:
-    """The same, and where a model takes videos those that compare frames."""
+    """The same but for those that were not calibrated on a model, and where it takes videos those that compare
+    frames."""
+    found = [name for name in choosable() if not grows(name) or calibration_of(loaded.source) is not None]
     if not takes_videos(loaded.processor):
-        return choosable()
-    return [*choosable(), *(name for name in available() if for_videos_alone(name))]
+        return found
+    return [*found, *(name for name in available() if for_videos_alone(name))]
 
 
 def as_trained(loaded: Loaded) -> str:
@@ -226,7 +229,7 @@ def chosen(loaded: Loaded, method: str, keep: float, options: str | None = "") -
         option = allowed[name]
         if option.kind is Kind.SLIDER and isinstance(value, int | float) and not option.low <= value <= option.high:
             raise InputError(f"options: {name} is chosen from {option.low:g} to {option.high:g} here, got {value!r}")
-    setting = Setting(method, keep / 100, tuple(given.items()))
+    setting = Setting(method, None if grows(method) else keep / 100, tuple(given.items()))
     try:
         create(method, keep=setting.keep, **given)
     except TypeError as error:
@@ -237,5 +240,6 @@ def chosen(loaded: Loaded, method: str, keep: float, options: str | None = "") -
 def about(method: str) -> str:
     """The paper, and where the method acts."""
     info = methods()[method]
+    found = " It finds out how much to keep, whatever is chosen below, so that as many answers as agreement says stay "
     paper = f"{info.paper} ([arXiv {info.arxiv}](https://arxiv.org/abs/{info.arxiv}))" if info.arxiv else info.paper
-    return f"{paper or 'A baseline'}. Acts: {info.stage}."
+    return f"{paper or 'A baseline'}. Acts: {info.stage}.{found + 'as they are.' if grows(method) else ''}"

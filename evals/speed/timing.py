@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 import vtprune
 from vtprune.evals.lmms.generation import synchronise
 from vtprune.loading.prompts import place
+from vtprune.method.resolving import resolve
+from vtprune.method.stages import Growing
 
 ROUNDS = 4
 
@@ -42,9 +44,27 @@ class PrefillTimes:
 @torch.inference_mode()
 def prefill_seconds(model: Any, inputs: Any) -> float:
     """Seconds of one forward pass over a prompt, to the logits of its last token."""
+
+    def run() -> None:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+
+    return _seconds(model, run)
+
+
+@torch.inference_mode()
+def first_token_seconds(model: Any, inputs: Any) -> float:
+    """Seconds to the first token of an answer: of a method that reads a prompt several times, of all its attempts."""
+
+    def run() -> None:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+
+    return _seconds(model, run)
+
+
+def _seconds(model: Any, run: Callable[[], None]) -> float:
     synchronise(model.device)
     start = time.perf_counter()
-    model(**inputs, use_cache=True, logits_to_keep=1)
+    run()
     synchronise(model.device)
     return time.perf_counter() - start
 
@@ -53,14 +73,16 @@ def measure_prefill(
     model: Any, inputs: Sequence[Any], pruners: Mapping[str, Any], rounds: int = ROUNDS
 ) -> PrefillTimes:
     """Times each prompt at batch 1 under each pruner in turn; None is the model as it came, unwrapped; else what
-    `vtprune.wrap` takes."""
+    `vtprune.wrap` takes. Where one of them grows, all are timed to the first token of `generate`."""
+    grows = any(isinstance(one, Growing) for given in pruners.values() if given is not None for one in resolve(given))
+    timed = first_token_seconds if grows else prefill_seconds
     placed = [place(one, model) for one in inputs]
     times: dict[str, list[float]] = {name: [] for name in pruners}
     for turn in range(rounds + 1):
         for one in placed if turn else placed[:1]:
             for name, pruner in pruners.items():
                 with nullcontext() if pruner is None else vtprune.wrapped(model, pruner):
-                    seconds = prefill_seconds(model, one)
+                    seconds = timed(model, one)
                 if turn:  # turn 0 only warms up
                     times[name].append(1000 * seconds)
     return PrefillTimes(times)

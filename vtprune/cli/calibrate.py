@@ -20,7 +20,7 @@ from vtprune.cli.options import (
 )
 from vtprune.console.output import one_line_errors, open_console
 
-PROMISE, TRIED, HEADS = "Promise (auto)", "What is tried (auto)", "Heads (yopo)"
+PROMISE, TRIED, RULE = "Promise (auto)", "What is tried (auto)", "Heads (yopo)"
 
 
 def calibrate(
@@ -88,7 +88,7 @@ def calibrate(
         typer.Option(
             help="A head reads vision in a sample where it gives it more than this times the rest.",
             show_default="0.077",
-            rich_help_panel=HEADS,
+            rich_help_panel=RULE,
         ),
     ] = None,
     agree: Annotated[
@@ -96,7 +96,7 @@ def calibrate(
         typer.Option(
             help="It is kept if it does in more than this share of the samples.",
             show_default="0.4",
-            rich_help_panel=HEADS,
+            rich_help_panel=RULE,
         ),
     ] = None,
     model: Model = None,
@@ -151,6 +151,7 @@ def calibrate(
     """
     with one_line_errors(traceback):
         from vtprune.errors import InputError
+        from vtprune.evals.calibrate import AGREEMENT, HEADS
 
         promised: dict[str, Any] = {
             "agreement": agreement,
@@ -173,10 +174,10 @@ def calibrate(
             if given is not None:
                 raise InputError(f"{given}: --{given} {why}; leave it out")
 
-        if method == "yopo":
+        if method == HEADS:
             from vtprune.evals.calibrate.head_file import HeadsConfig, run_heads
 
-            refuse({**promised, **tried, **asked, "check": check}, "goes with auto")
+            refuse({**promised, **tried, **asked, "check": check}, f"goes with {AGREEMENT}")
             run_heads(
                 HeadsConfig(
                     output=output or Path("heads.json"),
@@ -194,11 +195,11 @@ def calibrate(
                 console,
             )
             return
-        if method != "auto":
-            raise InputError(f"method: auto and yopo are calibrated, got {method}")
+        if method != AGREEMENT:
+            raise InputError(f"method: {AGREEMENT} and {HEADS} are calibrated, got {method}")
         from vtprune.evals.calibrate.asked import Source
 
-        refuse(heads, "goes with yopo")
+        refuse(heads, f"goes with {HEADS}")
         source = Source(
             data,
             question,

@@ -17,7 +17,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from vtprune.adapters.base import Adapter
-from vtprune.cache.adopting import logical_length
+from vtprune.cache.adopting import cache_in, logical_length
 from vtprune.errors import PromiseWarning, VTPruneError
 from vtprune.hooks.recording import Recorder
 from vtprune.hooks.records import RECORD
@@ -116,7 +116,7 @@ class HeldStreamer(BaseStreamer):
         self.doubt, self._fresh, self._waiting = doubt, True, []
 
     def put(self, value: Any) -> None:
-        """The prompt first, then tokens; the first of these waits until it is known to be sure."""
+        """The prompt first, then tokens, the first of which may come before it is known to be sure."""
         if self._fresh:
             self._fresh = False
             if not self._prompted:
@@ -124,16 +124,17 @@ class HeldStreamer(BaseStreamer):
                 self.streamer.put(value)
             return
         self._waiting.append(value)
-        if self.doubt is not None and self.doubt.refused is not None:
-            self._hand_on()
+        self._hand_on()
 
     def end(self) -> None:
         """The attempt's end, which is the answer's unless it was refused."""
-        if self.doubt is None or not self.doubt.vain:
-            self._hand_on()
+        self._hand_on()
+        if self.doubt is not None and not self.doubt.vain:
             self.streamer.end()
 
     def _hand_on(self) -> None:
+        if self.doubt is None or self.doubt.refused is None or self.doubt.vain:
+            return
         for value in self._waiting:
             self.streamer.put(value)
         self._waiting = []
@@ -173,6 +174,10 @@ class GrowingHooks:
             given = {**given, **given.pop("kwargs", {})}
             if self.state.level is not None or not self._shows(given):
                 return original(**given)
+            if given.get("logits_processor"):
+                # They may count what they see, and answers are not the model's own.
+                self._warn("logits_processor", f"such answers are given at keep={self.growth.fixed!r}", "...")
+                return original(**given)
             self._check(given)
             return self._grow(original, given)
 
@@ -183,13 +188,13 @@ class GrowingHooks:
         return any(one is not None for one in pixels) or bool(given.get("mm_encoder_outputs"))
 
     def _grow(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
-        growth, cache = self.growth, given.get("past_key_values")
+        growth, cache = self.growth, cache_in(given)
         size = len(_text(given)[1])
         # What the caller holds is of the batch as a whole.
         together = cache is not None or bool(self._config(given).return_dict_in_generate)
         streamer = given.pop("streamer", None)
         held = None if streamer is None else HeldStreamer(streamer)
-        processors = list(given.pop("logits_processor", None) or ())
+        given.pop("logits_processor", None)
         others = list(given.pop("stopping_criteria", None) or ())
         before = 0 if cache is None else logical_length(cache)
         rows, attempts, found, shown = list(range(size)), [], {}, None
@@ -207,7 +212,7 @@ class GrowingHooks:
                     held.begin(doubt)
                 output = original(
                     **self._of_rows(given, shown, rows, size),
-                    logits_processor=LogitsProcessorList([*processors, first]),
+                    logits_processor=LogitsProcessorList([first]),
                     stopping_criteria=StoppingCriteriaList([doubt]),
                     **({} if held is None else {"streamer": held}),
                 )
@@ -303,9 +308,9 @@ class GrowingHooks:
         origin = self.growth.origin
         if origin is None:
             return
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if cache is not None and logical_length(cache):
-            self._warn("past_key_values", "it was calibrated with first turns", "an earlier turn")
+            self._warn("a cache", "it was calibrated with first turns", "an earlier turn")
         for name, idle in IDLE.items():
             asked, known = getattr(config, name, None), origin.generation.get(name)
             if asked not in idle and asked != known:

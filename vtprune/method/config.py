@@ -12,6 +12,7 @@ from vtprune.errors import VTPruneError
 from vtprune.files import write_text
 from vtprune.method.pruner import Pruner
 from vtprune.method.registry import create_checked
+from vtprune.method.stages import Growing
 
 CONFIG_NAME = "vtprune_config.json"
 # Beside it, the weights of methods that bring some.
@@ -62,7 +63,8 @@ def save_config(pruner: Pruner | Sequence[Pruner], folder: str | os.PathLike[str
 
 
 def load_config(folder: str | os.PathLike[str]) -> PrunerOrList:
-    """The pruner, or list of pruners, that `save_config` wrote into `folder`.
+    """The pruner, or list of pruners, that `save_config` wrote into `folder`; one that goes by other files finds them
+    there.
 
     Raises VTPruneError, naming the file, if it is missing, unreadable, not JSON, cut short, of an unknown
     version, or holds an unknown method, an unknown option or a value of the wrong type.
@@ -81,9 +83,10 @@ def load_config(folder: str | os.PathLike[str]) -> PrunerOrList:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise VTPruneError(f'{path} is not a vtprune config: no "format": "{FORMAT}"')
     try:
-        return from_dict(data)
+        found = from_dict(data)
     except VTPruneError as error:
         raise VTPruneError(f"{path}: {error}") from error
+    return found.at(path.parent) if isinstance(found, Growing) else found
 
 
 def _unpack(data: dict[str, Any]) -> object:

@@ -10,7 +10,7 @@ from vtprune.errors import InputError, VTPruneError
 from vtprune.method.growth import Growth, Origin
 from vtprune.method.registry import create_checked, register
 from vtprune.method.stages import Growing
-from vtprune.pruners.auto.calibration import CalibrationFile, read_calibration, settle
+from vtprune.pruners.auto.calibration import CALIBRATION_NAME, CalibrationFile, read_calibration, settle
 from vtprune.pruners.auto.promise import Settled
 from vtprune.pruners.parts.checks import check_choice, is_number
 
@@ -63,8 +63,10 @@ class Auto(Growing):
         check_choice(self.name, "adaptive", self.adaptive, (True, False))
 
     def at(self, folder: Path) -> Auto:
-        """The same with its calibration in a folder, unless it names one."""
-        return self if self.calibration is not None else replace(self, calibration=str(folder.resolve()))
+        """The same with the calibration that lies in a folder, unless it names one."""
+        if self.calibration is not None or not (folder / CALIBRATION_NAME).is_file():
+            return self
+        return replace(self, calibration=str(folder.resolve()))
 
     def growth(self) -> Growth:
         """Raises InputError where there is no calibration, or one that cannot vouch for this."""

@@ -18,7 +18,7 @@ CALIBRATION_NAME = "calibration.json"
 FORMAT, VERSION = "vtprune-calibration", 1
 WHAT = "a calibration as `vtprune calibrate` writes it"
 
-Row = list[FiniteFloat]
+Row = list[FiniteFloat | int]
 
 
 class TableFile(TypedDict):
@@ -85,8 +85,13 @@ def _check_table(table: TableFile, levels: int, path: Path, name: str) -> None:
 
 
 def to_file(table: Table) -> TableFile:
-    """A table as it is written down."""
-    return {name: values.tolist() for name, values in vars(table).items()}  # type: ignore[return-value]
+    """A table as it is written down: numbers that were fp32 with the digits that tell them apart."""
+    found = {name: values.tolist() for name, values in vars(table).items()}
+    for name in ("probability", "margin", "losses"):
+        found[name] = [[float(f"{value:.9g}") for value in row] for row in found[name]]
+    for name in ("flops", "encoder", "kv"):
+        found[name] = [[round(value) for value in row] for row in found[name]]
+    return found  # type: ignore[return-value]
 
 
 def table_of(data: TableFile) -> Table:

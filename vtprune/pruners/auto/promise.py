@@ -75,11 +75,11 @@ class Settled:
     """
 
     levels: tuple[int | float, ...]
-    threshold: float
-    score: str
     promise: Promise
     outcome: Outcome
     chosen: int
+    threshold: float = 0.0
+    score: str = SCORES[0]
 
     def on(self, table: Table, keeps: Sequence[int | float], *, shared: bool) -> Outcome:
         """What it does with other samples: the only place of each row."""
@@ -117,11 +117,12 @@ def prove(
         chosen = max(chosen, own)
     promise = _promise(outcome, table, chosen, keeps, agreement=agreement, confidence=confidence, task=task)
     if chosen == outcome.losses.shape[1] - 1:
-        return Settled((1.0,), 0.0, SCORES[0], promise, outcome, chosen)
+        return Settled((1.0,), promise, outcome, chosen)
     if ladder is None:
-        return Settled((keeps[chosen],), 0.0, SCORES[0], promise, outcome, chosen)
-    rungs: tuple[int | float, ...] = tuple(keeps[place] for place in ladder.levels)
-    return Settled((*rungs, 1.0), float(ladder.thresholds[chosen]), ladder.score, promise, outcome, chosen)
+        return Settled((keeps[chosen],), promise, outcome, chosen)
+    levels = (*(keeps[place] for place in ladder.levels), 1.0)
+    threshold = float(ladder.thresholds[chosen])
+    return Settled(levels, promise, outcome, chosen, threshold=threshold, score=ladder.score)
 
 
 def _by_task(outcome: Outcome, table: Table) -> dict[str, np.ndarray]:

@@ -1,0 +1,272 @@
+"""`generate` at rising levels: each row is answered as its level alone answers, and everything that ran is counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import vtprune
+from tests.models import CROPPED, PAST, ROWS, VIDEOS, Row, make, prompt
+from vtprune.errors import PromiseWarning
+from vtprune.hooks.base_sample import sample_base
+from vtprune.hooks.growing import FirstToken
+from vtprune.method.growth import Growth, Origin
+from vtprune.method.registry import create
+from vtprune.method.stages import Growing
+
+LEVELS, TOKENS = (0.3, 0.5, 1.0), 4
+GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "num_beams": 1}
+
+
+@dataclass(frozen=True)
+class Given(Growing):
+    """A growing method whose levels and threshold are those of a test."""
+
+    method: str = "grid"
+    threshold: float = 0.0
+    score: str = "probability"
+    origin: Any = None
+    default_keep = None
+    info = vtprune.PrunerInfo("given", stage="generation")
+
+    def growth(self) -> Growth:
+        inner = create(self.method, keep=LEVELS[1])
+        return Growth(inner, LEVELS, threshold=self.threshold, score=self.score, fixed=LEVELS[1], origin=self.origin)
+
+    def at(self, folder: Path) -> Given:
+        return self
+
+
+def between(kind: str, inputs: dict[str, Tensor], method: str, score: str = "probability") -> float:
+    """A threshold that about half of the rows pass at the first level."""
+    first = FirstToken()
+    with vtprune.wrapped(make(kind), method, keep=LEVELS[0]) as model:
+        model.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([first]))
+    found = sorted(getattr(first, score).tolist())
+    return (found[len(found) // 2 - 1] + found[len(found) // 2]) / 2
+
+
+def alone(kind: str, inputs: dict[str, Tensor], method: str) -> dict[float, tuple[Tensor, vtprune.Report]]:
+    """What each level answers by itself."""
+    found = {}
+    for level in LEVELS:
+        with vtprune.wrapped(make(kind), method, keep=level) as model:
+            found[level] = model.generate(**inputs, **GREEDY), vtprune.report(model)
+    return found
+
+
+@pytest.mark.parametrize("method", ["grid", "visionzip", "flowcut", "fastv", "gemfilter"])
+@pytest.mark.parametrize("kind", ["llava-clip", "qwen2.5-vl", "qwen3-vl"])
+def test_each_row_is_answered_as_its_level_alone_answers(kind: str, method: str) -> None:
+    inputs = prompt(kind, ROWS[kind])
+    known = alone(kind, inputs, method)
+    shared = method not in ("visionzip", "flowcut")
+    model = vtprune.wrap(make(kind), Given(method=method, threshold=between(kind, inputs, method)))
+    answers, report = model.generate(**inputs, **GREEDY), vtprune.report(model)
+    taken = [sample.attempts[-1] for sample in report.samples]
+    assert len(set(taken)) > 1, "no row was refused, or all were"
+    for row, (sample, level) in enumerate(zip(report.samples, taken, strict=True)):
+        ids, own = known[level][0][row], known[level][1].samples[row]
+        assert answers[row, : len(ids)].tolist() == ids.tolist()
+        assert [image.kept_per_layer for image in sample.images] == [image.kept_per_layer for image in own.images]
+        assert (sample.kv_bytes_prefill, sample.kv_bytes) == (own.kv_bytes_prefill, own.kv_bytes)
+        tried = [known[one][1].samples[row] for one in sample.attempts]
+        again = sum(one.encoder_flops for one in tried[1:]) if shared else 0
+        assert sample.flops == sum(one.flops for one in tried) - again
+    assert report.flops == report.flops_breakdown.total == sum(sample.flops for sample in report.samples)
+    assert report.kv_bytes_prefill == report.history[0].kv_bytes
+    assert report.kv_bytes == report.history[-1].kv_bytes
+    assert "rows answered: " in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [("llava-next", CROPPED), ("llava-onevision", CROPPED), ("qwen2.5-vl", VIDEOS), ("qwen3.5", ROWS["qwen3.5"])],
+)
+def test_crops_videos_and_states_grow_as_well(kind: str, rows: list[Row]) -> None:
+    inputs = prompt(kind, rows)
+    known = alone(kind, inputs, "grid")
+    model = vtprune.wrap(make(kind), Given(threshold=between(kind, inputs, "grid")))
+    answers, report = model.generate(**inputs, **GREEDY), vtprune.report(model)
+    taken = [sample.attempts[-1] for sample in report.samples]
+    assert len(set(taken)) > 1
+    for row, level in enumerate(taken):
+        assert answers[row].tolist() == known[level][0][row].tolist()
+
+
+def encodings(model: Any) -> list[int]:
+    """Counts, from now on, how often the tower runs."""
+    found: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda *args: found.append(1))
+    return found
+
+
+@pytest.mark.parametrize(("method", "times"), [("grid", 1), ("fopru", 1), ("visionzip", 3)])
+def test_the_tower_runs_once_where_its_work_is_the_same_at_each_level(method: str, times: int) -> None:
+    model = make("llava-clip")
+    ran = encodings(model)
+    vtprune.wrap(model, Given(method=method, threshold=2.0))
+    model.generate(**prompt("llava-clip", ROWS["llava-clip"]), **GREEDY)
+    assert len(ran) == times
+
+
+def test_a_threshold_that_all_pass_answers_at_the_first_level_and_one_that_none_passes_as_the_model_does() -> None:
+    inputs = prompt("llava-clip", ROWS["llava-clip"])
+    plain = make("llava-clip").generate(**inputs, **GREEDY)
+    for threshold, level in ((0.0, LEVELS[0]), (2.0, 1.0)):
+        model = vtprune.wrap(make("llava-clip"), Given(threshold=threshold))
+        found = model.generate(**inputs, **GREEDY)
+        assert {sample.attempts[-1] for sample in vtprune.report(model).samples} == {level}
+        if level == 1.0:
+            assert torch.equal(found, plain)
+
+
+def test_a_forward_of_its_own_and_a_callers_processor_run_at_the_fixed_level() -> None:
+    inputs = prompt("llava-clip", ROWS["llava-clip"])
+    with vtprune.wrapped(make("llava-clip"), "grid", keep=LEVELS[1]) as model:
+        wanted, tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+    model = vtprune.wrap(make("llava-clip"), Given(threshold=2.0))
+    assert torch.equal(model(**inputs).logits, wanted)
+    assert vtprune.report(model).samples[0].attempts == []
+
+    class Same(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores
+
+    with pytest.warns(PromiseWarning, match="logits_processor"):
+        found = model.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([Same()]))
+    assert torch.equal(found, tokens)
+
+
+def test_text_alone_and_a_later_turn_go_through() -> None:
+    kind = "llava-clip"
+    inputs = prompt(kind, [ROWS[kind][0]])
+    model = vtprune.wrap(make(kind), Given(threshold=2.0))
+    plain = make(kind)
+    text = {"input_ids": torch.tensor([[1, 5, 6, 7]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    assert torch.equal(model.generate(**text, **GREEDY), plain.generate(**text, **GREEDY))
+    caches = [DynamicCache(), DynamicCache()]
+    outputs = []
+    for one, cache in zip((model, plain), caches, strict=True):
+        first = one.generate(**inputs, **GREEDY, **{PAST: cache})
+        more = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
+        outputs.append(one.generate(input_ids=more, attention_mask=torch.ones_like(more), **GREEDY, **{PAST: cache}))
+    assert torch.equal(*outputs)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+def test_what_a_caller_holds_is_of_one_level_for_the_batch() -> None:
+    inputs = prompt("llava-clip", ROWS["llava-clip"])
+    threshold = between("llava-clip", inputs, "grid")
+    model = vtprune.wrap(make("llava-clip"), Given(threshold=threshold))
+    found = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    levels = {sample.attempts[-1] for sample in vtprune.report(model).samples}
+    assert len(levels) == 1
+    with vtprune.wrapped(make("llava-clip"), "grid", keep=levels.pop()) as other:
+        wanted = other.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(found.sequences, wanted.sequences)
+    torch.testing.assert_close(found.logits, wanted.logits)
+
+
+class Told(BaseStreamer):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+    def put(self, value: Any) -> None:
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.values.append("end")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_a_streamer_hears_the_prompt_once_and_no_token_that_was_thrown_away(threshold: float) -> None:
+    inputs = prompt("llava-clip", [ROWS["llava-clip"][0]])
+    with vtprune.wrapped(make("llava-clip"), "grid", keep=1.0 if threshold else LEVELS[0]) as other:
+        wanted = Told()
+        other.generate(**inputs, **GREEDY, streamer=wanted)
+    model = vtprune.wrap(make("llava-clip"), Given(threshold=threshold))
+    told = Told()
+    model.generate(**inputs, **GREEDY, streamer=told)
+    assert told.values == wanted.values
+
+
+def test_stopping_criteria_hear_of_no_attempt_that_was_refused_as_a_whole() -> None:
+    seen: list[int] = []
+
+    class Counting(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            seen.append(len(input_ids))
+            return torch.ones(len(input_ids), dtype=torch.bool)
+
+    inputs = prompt("llava-clip", ROWS["llava-clip"])
+    model = vtprune.wrap(make("llava-clip"), Given(threshold=2.0))
+    found = model.generate(**inputs, **GREEDY, stopping_criteria=StoppingCriteriaList([Counting()]))
+    assert seen == [len(inputs["input_ids"])]
+    assert found.shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"do_sample": True}, "sample"),
+        ({"num_beams": 2}, "beam_search"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
+    ],
+)
+def test_answers_that_are_not_greedy_are_refused_by_name(options: dict[str, Any], named: str) -> None:
+    model = vtprune.wrap(make("llava-clip"), Given())
+    with pytest.raises(vtprune.VTPruneError, match=f"asks for {named}"):
+        model.generate(**prompt("llava-clip", [ROWS["llava-clip"][0]]), **{**GREEDY, **options})
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """The promises that did not hold."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(one.message) for one in caught if issubclass(one.category, PromiseWarning)]
+
+
+def test_what_was_not_calibrated_is_told_once() -> None:
+    inputs = prompt("llava-clip", [ROWS["llava-clip"][0]])
+    model = make("llava-clip")
+    base = sample_base(model, "vtprune_weights").metadata()
+    origin = Origin(base=base, dtype="float32", most_tokens=4, generation={"max_new_tokens": 2})
+    vtprune.wrap(model, Given(origin=origin))
+    with warned() as found:
+        model.generate(**inputs, **GREEDY, repetition_penalty=1.3)
+        model.generate(**inputs, **GREEDY, repetition_penalty=1.3)
+    assert [one.partition("cover ")[2].partition("=")[0] for one in found] == [
+        "repetition_penalty",
+        "max_new_tokens",
+        "vision tokens of a prompt",
+    ]
+
+
+@pytest.mark.parametrize("method", ["pmod", "yopo", "d2o", "lazyllm", "mue"])
+def test_methods_that_have_no_levels_are_refused_by_name(method: str) -> None:
+    with pytest.raises(vtprune.VTPruneError, match=f"{method} .*; calibrate with another method"):
+        vtprune.wrap(make("llava-clip"), Given(method=method))
+
+
+def test_features_that_were_made_at_one_level_are_refused_where_the_tower_prunes() -> None:
+    inputs = prompt("llava-clip", [ROWS["llava-clip"][0]])
+    model = vtprune.wrap(make("llava-clip"), Given(method="visionzip"))
+    features = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    with pytest.raises(vtprune.VTPruneError, match="give pixel_values"):
+        model.generate(**inputs, **GREEDY, mm_encoder_outputs={"image": features})
