@@ -25,7 +25,9 @@ from vtprune.hooks.growing import FirstToken
 from vtprune.json_files import parse, read_file
 from vtprune.loading.prompts import encode_named, place, question
 from vtprune.method.pruner import Pruner
+from vtprune.method.stages import Growing
 from vtprune.pruners.auto.ladder import Table
+from vtprune.wrap import methods_of
 
 ANSWERS = "answers.jsonl"
 WHAT = "an answer of a calibration"
@@ -34,8 +36,8 @@ LOSSES = ("answer", "tokens")
 
 
 class Heard(TypedDict):
-    """One answer: its text, its tokens, how sure its first one was, what it cost; share: of the whole model's tokens
-    those that it would have given, where these were forced on it."""
+    """One answer: its text, its tokens, how sure its first one was (1 under a method that grows), what it cost; share:
+    of the whole model's tokens those that it would have given, where these were forced on it."""
 
     key: str
     text: str
@@ -145,10 +147,13 @@ class Answers:
         inputs = place(encode_named(self.processor, chats, refused), self.model)
         length, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
         generation, first = asked[0].generation, FirstToken()
+        # A method that grows looks at first tokens itself, and takes no processors of others.
+        grows = any(isinstance(one, Growing) for one in methods_of(self.model))
         forcing = None if forced is None else Agreeing([one["ids"] for one in forced], length, device)
         arguments = dict(generation.arguments)
         if forcing is not None:
             arguments["max_new_tokens"] = forcing.tokens.shape[1]
+        forced_on = [] if forcing is None else [forcing]
         stopping = [StopAtText(self.processor.tokenizer, generation.stops, length)] if generation.stops else []
         try:
             found = generate_measured(
@@ -156,21 +161,19 @@ class Answers:
                 self.processor.tokenizer,
                 inputs,
                 criteria=[] if forcing is not None else stopping,
-                logits_processor=LogitsProcessorList([first, *([] if forcing is None else [forcing])]),
+                **({} if grows else {"logits_processor": LogitsProcessorList([first, *forced_on])}),
                 **arguments,
             )
         except vtprune.VTPruneError:
             raise
         except Exception as error:
             raise RunError(f"data: {asked[0].sample.name} and what was asked with it: {first_line(error)}") from error
-        assert first.probability is not None
-        assert first.margin is not None
         report = vtprune.report(self.model)
         shares = [1.0] * len(asked) if forcing is None else forcing.shares
         ends = end_tokens(self.model)
         rows = [row[: until_end(row, ends)] for row in found.rows]
         texts = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        sure, lead = first.probability.tolist(), first.margin.tolist()
+        sure, lead = ([1.0] * len(asked) if one is None else one.tolist() for one in (first.probability, first.margin))
         return [
             Heard(
                 key=key,

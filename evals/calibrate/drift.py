@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from vtprune.assets import folder_of
@@ -20,8 +19,11 @@ from vtprune.files import held
 from vtprune.loading.environment import prepare_environment
 from vtprune.loading.model import default_batch, is_local, load_model
 from vtprune.method.config import load_config
+from vtprune.method.pruner import Pruner
+from vtprune.method.registry import create_checked
 from vtprune.pruners import Auto
-from vtprune.pruners.auto.calibration import read_calibration
+from vtprune.pruners.auto.calibration import CalibrationFile, read_calibration
+from vtprune.pruners.auto.ladder import Outcome, Table, fixed
 from vtprune.pruners.auto.risk import mean_by, p_value
 
 # Drawn samples are those of a seed, which is none that a calibration is likely to have had.
@@ -69,24 +71,36 @@ def run_check(config: CheckConfig, console: Console) -> bool:
             identity=identity_of(model, processor),
             batch=config.batch_size or default_batch(model),
         )
-        with Steps(console, "settings", 2, parts="answers") as steps:
-            steps.begin("the whole model", len(asked))
-            whole = answers.of(None, asked, lambda count: steps.part(count))
-            steps.end("the whole model")
-            steps.begin("auto", len(asked))
-            forced = whole if data["loss"] == "tokens" else None
-            own = answers.of(auto, asked, lambda count: steps.part(count), forced=forced)
-            steps.end("auto")
-    table = table_of(asked, [own], whole, data["loss"])
-    return _tell(mean_by(table.pictures, table.losses)[:, 0], auto, own, whole=whole, console=console)
+        tokens = data["loss"] == "tokens"
+        # Tokens are compared by forcing them on each level; what auto would have done follows from that.
+        tried = [_level(data, keep) for keep in data["keeps"]] if tokens else [auto]
+        with Steps(console, "settings", 1 + len(tried), parts="answers") as steps:
+
+            def ask(pruner: Pruner | None, forced: Sequence[Heard] | None = None) -> list[Heard]:
+                name = "the whole model" if pruner is None else pruner.name
+                steps.begin(name, len(asked))
+                found = answers.of(pruner, asked, lambda count: steps.part(count), forced=forced)
+                steps.end(name)
+                return found
+
+            whole = ask(None)
+            own = [ask(pruner, whole if tokens else None) for pruner in tried]
+    table = table_of(asked, own, whole, data["loss"])
+    outcome = auto.settled(data).on(table, data["keeps"], shared=data["shared"]) if tokens else fixed(table)
+    return _tell(Outcome(*(values[:, :1] for values in vars(outcome).values())), table, auto, console)
 
 
-def _tell(losses: np.ndarray, auto: Auto, own: Sequence[Heard], *, whole: Sequence[Heard], console: Console) -> bool:
+def _level(data: CalibrationFile, keep: int | float) -> Pruner:
+    method = dict(data["method"])
+    return create_checked(method.pop("method"), {**method, "keep": keep})
+
+
+def _tell(found: Outcome, table: Table, auto: Auto, console: Console) -> bool:
     """Says what was seen, and what follows."""
+    losses = mean_by(table.pictures, found.losses)[:, 0]
     level = 1 - auto.agreement
     chance = p_value(1 - losses, auto.agreement)
-    flops = sum(one["flops"] for one in own) / sum(one["flops"] for one in whole)
-    kv = sum(one["kv"] for one in own) / sum(one["kv"] for one in whole)
+    flops, kv = found.flops.sum() / table.flops[:, -1].sum(), found.kv.sum() / table.kv[:, -1].sum()
     console.print(
         f"{losses.mean():.2%} of the answers about {len(losses)} pictures differ, {level:.2%} were promised at most; "
         f"FLOPs {flops:.1%}, KV cache {kv:.1%} of the whole model's",

@@ -55,4 +55,4 @@ def test_the_command_writes_a_file_that_wrap_takes(tmp_path: Path) -> None:
     assert "0" not in written["kept"]
     assert set(written["kept"]) == {str(layer) for layer in range(2, written["depth"])}
     assert f"yopo:head_file={path}" in result.output.replace("\n", "")
-    fails(run("calibrate", "grid", "--output", path), "method: yopo is calibrated, got grid")
+    fails(run("calibrate", "grid", "--output", path), "method: auto and yopo are calibrated, got grid")

@@ -36,12 +36,15 @@ class Given(Growing):
     threshold: float = 0.0
     score: str = "probability"
     origin: Any = None
+    levels: tuple[int | float, ...] = LEVELS
     default_keep = None
     info = vtprune.PrunerInfo("given", stage="generation")
 
     def growth(self) -> Growth:
         inner = create(self.method, keep=LEVELS[1])
-        return Growth(inner, LEVELS, threshold=self.threshold, score=self.score, fixed=LEVELS[1], origin=self.origin)
+        return Growth(
+            inner, self.levels, threshold=self.threshold, score=self.score, fixed=LEVELS[1], origin=self.origin
+        )
 
     def at(self, folder: Path) -> Given:
         return self
@@ -102,6 +105,20 @@ def test_crops_videos_and_states_grow_as_well(kind: str, rows: list[Row]) -> Non
     assert len(set(taken)) > 1
     for row, level in enumerate(taken):
         assert answers[row].tolist() == known[level][0][row].tolist()
+
+
+def test_rows_that_lose_nothing_are_answered_at_once() -> None:
+    # Of the first row nothing is cut to 1,000 tokens, and the second one shows nothing.
+    rows = [ROWS["qwen2.5-vl"][0], Row([9], [], seed=4), ROWS["qwen2.5-vl"][1]]
+    inputs = prompt("qwen2.5-vl", rows)
+    plain = make("qwen2.5-vl").generate(**inputs, **GREEDY)
+    model = vtprune.wrap(make("qwen2.5-vl"), Given(threshold=2.0))
+    assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+    attempts = [sample.attempts for sample in vtprune.report(model).samples]
+    assert attempts == [list(LEVELS), [LEVELS[0]], list(LEVELS)]
+    model = vtprune.wrap(make("qwen2.5-vl"), Given(threshold=2.0, levels=(1000, 1.0)))
+    assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+    assert [sample.attempts for sample in vtprune.report(model).samples] == [[1000]] * 3
 
 
 def encodings(model: Any) -> list[int]:
@@ -253,8 +270,8 @@ def test_what_was_not_calibrated_is_told_once() -> None:
         model.generate(**inputs, **GREEDY, repetition_penalty=1.3)
     assert [one.partition("cover ")[2].partition("=")[0] for one in found] == [
         "repetition_penalty",
-        "max_new_tokens",
         "vision tokens of a prompt",
+        "an answer's tokens",
     ]
 
 

@@ -20,9 +20,10 @@ from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import cache_in, logical_length
 from vtprune.errors import PromiseWarning, VTPruneError
 from vtprune.hooks.recording import Recorder
-from vtprune.hooks.records import RECORD
+from vtprune.hooks.records import RECORD, records_of
 from vtprune.hooks.state import ThreadState
 from vtprune.method.growth import Growth
+from vtprune.method.plan import Plans
 from vtprune.method.stages import encoder_layers
 from vtprune.report.grown import Attempt, Grown
 
@@ -72,14 +73,15 @@ class FirstToken(LogitsProcessor):
 class Doubt(StoppingCriteria):
     """Stops rows after their first token where that is not sure enough; together: all of them where any is not.
 
-    others: the caller's own criteria, which hear of nothing that is thrown away as a whole.
+    open: of each row whether more of what it shows would change anything; others: the caller's own criteria, which
+    hear of nothing that is thrown away as a whole.
     """
 
     def __init__(
-        self, first: FirstToken, threshold: float | None, *, score: str, together: bool, others: Sequence[Any]
+        self, first: FirstToken, growth: Growth, *, open: Sequence[bool], together: bool, others: Sequence[Any]
     ) -> None:
-        self.first, self.threshold, self.score, self.together = first, threshold, score, together
-        self.others = others
+        self.first, self.growth, self.together = first, growth, together
+        self.open, self.others = open, others
         self.refused: Tensor | None = None
         self.vain = False
 
@@ -87,13 +89,13 @@ class Doubt(StoppingCriteria):
         """(B,) bool."""
         now = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         if self.refused is None:
-            if self.threshold is not None:
-                sure = getattr(self.first, self.score).to(now.device)
+            if any(self.open):
+                sure = getattr(self.first, self.growth.score).to(now.device)
                 # What is no number is not sure.
-                now = ~(sure >= self.threshold)
+                now = ~(sure >= self.growth.threshold) & torch.tensor(self.open, device=now.device)
                 now = now.any().expand(len(now)) if self.together else now
+                self.vain = bool(now.all())
             self.refused = now
-            self.vain = self.threshold is not None and bool(now.all())
         if self.vain:
             return now
         for other in self.others:
@@ -156,8 +158,11 @@ class GrowingHooks:
     last: the record of its last call, whichever thread made it.
     """
 
-    def __init__(self, adapter: Adapter, growth: Growth, state: ThreadState, *, recorder: Recorder, name: str) -> None:
-        self.adapter, self.growth, self.state, self.recorder, self.name = adapter, growth, state, recorder, name
+    def __init__(
+        self, adapter: Adapter, growth: Growth, plans: Plans, *, state: ThreadState, recorder: Recorder, name: str
+    ) -> None:
+        self.adapter, self.growth, self.plans, self.state = adapter, growth, plans, state
+        self.recorder, self.name = recorder, name
         self.last: Grown | None = None
         # What the tower does depends on the level where the method acts inside it.
         self._shared = not encoder_layers(growth.method.bind(adapter.facts()))
@@ -172,7 +177,8 @@ class GrowingHooks:
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
             given = {**given, **given.pop("kwargs", {})}
-            if self.state.level is not None or not self._shows(given):
+            known = any(given.get(name) is not None for name in ("inputs", "input_ids", "inputs_embeds"))
+            if self.state.level is not None or not known or not self._shows(given):
                 return original(**given)
             if given.get("logits_processor"):
                 # They may count what they see, and answers are not the model's own.
@@ -204,9 +210,13 @@ class GrowingHooks:
                 if shown is None or not self._shared:
                     shown = self._encode(given)
                     self._check_tokens(shown)
-                first = FirstToken()
+                first, cut = FirstToken(), self._cut(shown, level)
                 doubt = Doubt(
-                    first, None if final else growth.threshold, score=growth.score, together=together, others=others
+                    first,
+                    growth,
+                    open=[not final and row in cut for row in rows],
+                    together=together,
+                    others=others,
                 )
                 if held is not None:
                     held.begin(doubt)
@@ -226,6 +236,7 @@ class GrowingHooks:
             if cache is not None:
                 cache.crop(before - logical_length(cache))
         self.last = Grown(self.name, tuple(attempts), self._shared)
+        self._check_length(max(attempt.generation.steps for attempt in attempts) + 1)
         outputs = {id(output): output for output, _ in found.values()}
         if len(outputs) == 1 and len(attempts[-1].rows) == size:
             return output
@@ -268,6 +279,16 @@ class GrowingHooks:
                 rows[source.kind] = list(_rows_of(lengths, tokens[source.kind]))
         return _Shown(outputs, rows, max(map(sum, zip(*tokens.values(), strict=True)), default=0))
 
+    def _cut(self, shown: _Shown, level: int | float) -> set[int]:
+        """The rows of which something is left out at a level."""
+        plans = self.plans.at(level)
+        found = set()
+        for kind, output in shown.outputs.items():
+            for row, image in zip(shown.rows[kind], records_of(output), strict=True):
+                if image is None or plans.of(image.shown).drops:
+                    found.add(row)
+        return found
+
     def _of_rows(self, given: Mapping[str, Any], shown: _Shown, rows: Sequence[int], size: int) -> dict[str, Any]:
         """The arguments of `generate` for some rows of the batch, with what they show encoded already."""
         pixels = {source.pixels for source in self.adapter.sources()}
@@ -286,8 +307,11 @@ class GrowingHooks:
             encode = getattr(self.adapter.inner, source.encode)
             for name in set(_parameters(encode)) - pixels:
                 own, places = found.get(name), chosen.get(source.kind)
-                if places is not None and isinstance(own, Tensor | list) and len(own) == len(shown.rows[source.kind]):
-                    found[name] = own[places] if isinstance(own, Tensor) else [own[place] for place in places]
+                if places is None or not isinstance(own, Tensor | list) or len(own) != len(shown.rows[source.kind]):
+                    continue
+                found[name] = own[places] if isinstance(own, Tensor) else [own[place] for place in places]
+                if not places:
+                    del found[name]
         return found
 
     def _check(self, given: Mapping[str, Any]) -> None:
@@ -315,9 +339,12 @@ class GrowingHooks:
             asked, known = getattr(config, name, None), origin.generation.get(name)
             if asked not in idle and asked != known:
                 self._warn(name, f"it was calibrated {'without it' if known is None else f'with {known!r}'}", asked)
-        known, asked = origin.generation.get(LONGEST), config.max_new_tokens
-        if isinstance(known, int) and isinstance(asked, int) and asked > known:
-            self._warn(LONGEST, f"answers were compared up to {known} tokens", asked)
+
+    def _check_length(self, tokens: int) -> None:
+        """Warns of an answer that is longer than those that were compared."""
+        known = None if self.growth.origin is None else self.growth.origin.generation.get(LONGEST)
+        if isinstance(known, int) and tokens > known:
+            self._warn("an answer's tokens", f"answers were compared up to {known} of them", tokens)
 
     def _check_tokens(self, shown: _Shown) -> None:
         """Warns of a prompt that shows more than any that was calibrated with."""
