@@ -73,7 +73,7 @@ class DecoderHooks:
         self.teacher = Teacher(pruners, scoring=scoring, state=state)
         self.tapped = self._selecting.read | self._evictor.watched | self.teacher.layers
         self._returning = Returning(adapter, pruners, self.tapped)
-        self.planned = PlannedLayers(adapter, pruners, self._plans, state)
+        self.planned = PlannedLayers(adapter, pruners, self._plans, tapped=self.tapped, state=state)
         self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)
         # Layers after which the decoder adds something to vision tokens.
         self.adding = frozenset(range(len(adapter.plane_mergers)))

@@ -223,7 +223,7 @@ class InLayers(Pruner):
 @dataclass(frozen=True)
 class InAttention(Pruner):
     """Narrows what decoder layers do with vision while a prompt is read: heads, neighbours, channels of the MLP
-    (YOPO)."""
+    (YOPO, SpAtten)."""
 
     @abstractmethod
     def planned_layers(self) -> tuple[int, ...]:
@@ -231,7 +231,20 @@ class InAttention(Pruner):
 
     @abstractmethod
     def vision_plan(self, layer: int) -> VisionPlan:
-        """What one of them does; the same for all images and prompts."""
+        """What one of them does; the same for all images and prompts, but for the heads that `rank_heads` chooses."""
+
+    def watched_layers(self) -> tuple[int, ...]:
+        """Decoder layers of which `rank_heads` is told what their heads put out; none by default."""
+        return ()
+
+    def rank_heads(self, given: Tensor) -> Tensor:
+        """(B, H) how much each key-value head matters in each row, asked before a layer whose plan has a lower `count`
+        than there are heads left; those that were left out before stay so.
+
+        given: (l, B, H) what each head put out in each of the watched layers so far, before the output projection: the
+        magnitudes, summed over the tokens of the prompt, the channels, and the query heads that share it.
+        """
+        return given.sum(dim=0)
 
 
 @dataclass(frozen=True)
