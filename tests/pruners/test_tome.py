@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import vtprune
+from tests.flop_helper import counter
 from tests.layers import batch_layer, image_states
+from tests.models import ROWS, make, prompt
 from vtprune.errors import ScoreError, VTPruneError
 from vtprune.method.facts import ModelFacts, Work
-from vtprune.pruners import ToMe, Turbo
+from vtprune.pruners import ToMe, Turbo, VisionZip
 from vtprune.pruners.tome import schedule
 
 FACTS = ModelFacts(has_cls=True, encoder_depth=23, decoder_depth=32, group=1)
@@ -95,3 +99,25 @@ def test_scoring_is_the_similarities_of_every_layer() -> None:
         prompt=600, text=24, encoder_patches=(577, 301), encoder_layers=(0, 1), decoder_layers=(), has_cls=True,
     )  # fmt: skip
     assert ToMe().flops(work) == sum(2 * ((n - 1) // 2) ** 2 * 64 for n in (577, 301))
+
+
+@pytest.mark.parametrize("pruner", [ToMe(keep=0.5), Turbo(keep=0.5)])
+@pytest.mark.parametrize("kind", ["llava-clip", "llava-siglip"])
+def test_the_layer_past_the_features_costs_what_it_computes(kind: str, pruner: ToMe) -> None:
+    model = vtprune.wrap(make(kind), pruner)
+    with torch.no_grad(), counter() as count:
+        model(**prompt(kind, ROWS[kind][:1]))
+    counted = {name: sum(kinds.values()) for name, kinds in count.get_flop_counts().items()}
+    part = re.compile(r"vision_tower.*(patch_embedding|layers\.\d+\.(self_attn|mlp))$|vision_tower\.head$")
+    tower = sum(flops for name, flops in counted.items() if part.search(name))
+    assert vtprune.report(model).flops_breakdown.vision_tower == tower
+
+
+@pytest.mark.parametrize("pruner", [ToMe(keep=0.5), Turbo(keep=0.5), VisionZip(keep=0.5)])
+def test_a_key_of_no_length_is_like_nothing_else_with_padding_and_without(pruner: ToMe) -> None:
+    images = [image_states(n, prefix=0, group=1, seed=n) for n in (12, 8)]
+    images[0][1, :, 4] = 0
+    alone = pruner.prune_encoder(batch_layer(images[:1], [6], prefix=0, group=1))
+    padded = pruner.prune_encoder(batch_layer(images, [6, 4], prefix=0, group=1))
+    assert torch.equal(alone.keep[0], padded.keep[0])
+    assert torch.equal(alone.into[0], padded.into[0])

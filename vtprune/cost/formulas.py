@@ -86,8 +86,8 @@ def prefill_flops(
     if matrices is not None:
         if planned:
             raise VTPruneError(
-                f"convention {convention!r} is a formula for layers that treat all tokens alike, and these are planned; "
-                "use 'exact'"
+                f"convention {convention!r} is a formula for layers that treat all tokens alike, and some have "
+                "plans; use 'exact'"
             )
         if any(read):
             raise VTPruneError(

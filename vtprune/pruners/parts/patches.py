@@ -13,13 +13,12 @@ from vtprune.tensors.attention import rows_at_once
 
 
 def mean_keys(layer: EncoderLayer) -> Tensor:
-    """(B, N, d) unit vectors: the keys of each token averaged over heads and merged patches; 0 on padding, and NaN
-    for a mean of no length in a batch without padding."""
+    """(B, N, d) unit vectors: the keys of each token averaged over heads and merged patches; 0 on padding, and for a
+    mean of no length, which is like nothing else."""
     keys = layer.key[:, :, layer.prefix :].float()
     mean = reduce(keys, "b h (n g) d -> b n d", "mean", g=layer.group)
-    if layer.full:
-        return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
-    mean = mean.where(layer.valid[..., None], 0)
+    if not layer.full:
+        mean = mean.where(layer.valid[..., None], 0)
     return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
