@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection, VisionPlan
 from vtprune.method.growth import Growth
+from vtprune.method.kinds import IMAGE
 from vtprune.method.pruner import Pruner
 from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
@@ -307,6 +308,11 @@ class Guided(Trained):
 def acts(pruner: Pruner) -> bool:
     """Whether a pruner has any stage; one without prunes nothing."""
     return isinstance(pruner, InEncoder | BeforeDecoder | BetweenLayers | InLayers | InAttention | InCache)
+
+
+def spares(pruner: Pruner, kind: str) -> bool:
+    """Whether a pruner leaves what is of this kind whole: an image, where it compares frames."""
+    return kind == IMAGE and isinstance(pruner, BeforeDecoder) and pruner.videos_only
 
 
 def encoder_layers(pruner: Pruner) -> tuple[int, ...]:
