@@ -62,8 +62,8 @@ BOUNDS = {
     "random_ltd": Bound(1.02, 1),
     "gamma_mod": Bound(1.26, 2, first=1.08, later=1.08),
     "flowcut": Bound(1.31, 12),  # ten layers drop by a threshold
-    "turbo": Bound(1.35, 2),
-    "tome": Bound(1.29, 2),
+    "turbo": Bound(1.37, 2),
+    "tome": Bound(1.31, 2),
     "iared2": Bound(1.06, 2),
 }
 # What compares frames, on a video on Qwen2.5-VL's depth, where the wrapper alone reads back twice.
