@@ -206,8 +206,8 @@ class DecoderSide(ABC):
         return rotate(self._split(states).float(), cos, sin)
 
     def _repeated(self, states: Tensor) -> Tensor:
-        """(B, KV, n, d) states of key-value heads, repeated to all heads."""
-        times = self.cost.decoder.heads // states.shape[1]
+        """(B, KV, n, d) states of key-value heads, all or some, repeated to the heads that share them."""
+        times = self.cost.decoder.heads // self.cost.decoder.kv_heads
         return states if times == 1 else states.repeat_interleave(times, dim=1)
 
     def remember(self, layers: list[CacheLayer], prompt: PromptInfo) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.golden.runner import case_files, main, run_case, run_folder
+from tests.golden.towers import recording_attention
 
 CASES = Path(__file__).parent / "golden" / "cases"
 FILES = [path for folder in sorted(CASES.iterdir()) if folder.is_dir() for path in case_files(folder)]
@@ -118,3 +119,15 @@ def test_the_command_line(extra: bool, code: int, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert sum(line.startswith("ok ") for line in lines) == 4
     assert lines[-1] == f"4 ok, 0 failed, {int(extra)} unknown"
+
+
+def test_the_attention_of_recorded_towers_reads_masks_of_both_kinds() -> None:
+    query, key, value = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    added = torch.zeros(5, 5).masked_fill(~seen, float("-inf"))
+    found = [
+        recording_attention(torch.nn.Identity(), query, key, value, mask, scaling=0.5)[0] for mask in (seen, added)
+    ]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=0.5).transpose(1, 2)
+    for one in found:
+        torch.testing.assert_close(one, expected)

@@ -16,6 +16,7 @@ if find_spec("vtprune.adapters") is None:
 # The public names. Each is imported when it is first used; whoever adds one adds it here alone.
 if TYPE_CHECKING:
     from vtprune.cost.formulas import FlopsBreakdown as FlopsBreakdown
+    from vtprune.cost.sizes import PlannedTokens as PlannedTokens
     from vtprune.downscaling import downscale as downscale
     from vtprune.errors import KeptWholeWarning as KeptWholeWarning
     from vtprune.errors import PromiseWarning as PromiseWarning

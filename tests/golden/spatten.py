@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from vtprune.method.choosing import top
-from vtprune.pruners.spatten import TABLES, ramp, whole_layers
+from vtprune.pruners.spatten import HEADS, TABLES, ramp, whole_layers
 from vtprune.tensors.attention import attention_sums
 
 
@@ -52,11 +52,15 @@ def received(probs: Tensor) -> Tensor:
 
 
 def check_workload(case: Case) -> None:
-    """The keys that each layer reads in each step behind the first, and after which layers how many stay."""
+    """The keys that each layer reads in each step behind the first, and after which layers how many stay; the heads
+    that each layer has."""
     keys, window = case["keys_read"], int(case["context"].max())
     table = next((one for one in TABLES.values() if len(one) == keys.shape[1]), None)
     if table is None:
         raise UnknownCase(f"a workload of {keys.shape[1]} layers")
+    shares = next((one for one in HEADS.values() if len(one) == keys.shape[1]), (1.0,) * keys.shape[1])
+    heads = torch.tensor([math.floor(share * int(case["heads"].max())) for share in shares])
+    expect_equal("heads", heads.expand_as(case["heads"]), case["heads"])
     for step in range(1, len(keys)):
         # The last layer's ranking is for the next step's first one, which the last step does not have.
         alive = min(window, int(case["context"][step]))

@@ -66,7 +66,10 @@ def recording_attention(
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     RECORDER.chunks.append((query, key, value))
     logits = torch.matmul(query * scaling, key.transpose(-1, -2))
-    logits = logits if attention_mask is None else logits + attention_mask
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
+    elif attention_mask is not None:
+        logits = logits + attention_mask
     return torch.matmul(logits.softmax(dim=-1), value).transpose(1, 2).contiguous(), None
 
 

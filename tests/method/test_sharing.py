@@ -183,3 +183,11 @@ def test_whoever_saves_is_told_that_a_config_holds_no_budget_of_a_prompt(tmp_pat
 
 def test_each_image_keeps_one_token_at_the_least() -> None:
     assert Sharing(1).counts([5, 9]) == [1, 1]
+
+
+@pytest.mark.parametrize("method", ["vidcom2", "dycoke"])
+def test_images_that_a_method_for_videos_leaves_whole_have_no_part_in_the_budget(method: str) -> None:
+    model = make("qwen2.5-vl")
+    with torch.no_grad(), vtprune.wrapped(model, method, keep_prompt=16):
+        model(**prompt("qwen2.5-vl", ROWS[:1]))
+        assert kept(model) == [[36, 6, 16]]

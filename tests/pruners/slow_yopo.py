@@ -29,6 +29,20 @@ def near(grids: list[tuple[int, ...]], window: int, *, causal: bool) -> Tensor:
     return sees
 
 
+def entering(kind: str, model: Any, inputs: dict[str, Tensor], later: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids (1, L + steps) of a row's prompt and what comes after it, and what the first layer is given of them: hidden
+    states, cosines and sines."""
+    ids = torch.cat([inputs["input_ids"], later[None]], dim=1)
+    states, decoder = embeddings_of(model, inputs, ids, None), model.model.language_model
+    cos, sin = decoder.rotary_emb(states, positions_of(kind, model, inputs, ids.shape[1]))
+    if cos.ndim == 4:
+        sections = decoder.config.rope_parameters["mrope_section"]
+        cos, sin = (
+            torch.cat([m[n % 3] for n, m in enumerate(part.split(sections * 2, -1))], -1) for part in (cos, sin)
+        )
+    return ids, states, cos, sin
+
+
 @torch.no_grad()
 def slow_logits(
     kind: str,
@@ -46,14 +60,8 @@ def slow_logits(
 ) -> Tensor:
     """(L + steps, V) logits of one row: its prompt, and `later` (steps,) tokens after it. first: the layer from which
     on text reads no vision; heads: the key-value heads that read it, by layer; channels: of the MLP."""
-    ids = torch.cat([inputs["input_ids"], later[None]], dim=1)
-    states, decoder = embeddings_of(model, inputs, ids, None), model.model.language_model
-    cos, sin = decoder.rotary_emb(states, positions_of(kind, model, inputs, ids.shape[1]))
-    if cos.ndim == 4:
-        sections = decoder.config.rope_parameters["mrope_section"]
-        cos, sin = (
-            torch.cat([m[n % 3] for n, m in enumerate(part.split(sections * 2, -1))], -1) for part in (cos, sin)
-        )
+    decoder = model.model.language_model
+    ids, states, cos, sin = entering(kind, model, inputs, later)
     is_image, length = ids[0] == IMAGE, ids.shape[1]
     allowed = torch.ones(length, length, dtype=torch.bool).tril()
     if window is not None:

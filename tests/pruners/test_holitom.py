@@ -175,3 +175,12 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, float], messag
 def test_a_layer_that_the_decoder_does_not_have_is_refused() -> None:
     with pytest.raises(VTPruneError, match="holitom: inner merges before one of the layers 1 to"):
         vtprune.wrap(make("qwen2.5-vl"), "holitom:inner=0.5,layer=30")
+
+
+def test_select_runs_what_it_does_before_the_decoder_and_refuses_what_is_inside() -> None:
+    whole = shown()
+    found = vtprune.select(whole.features, "holitom", keep=20, grid=whole.grid, signals=whole.signals)
+    expected = vtprune.HoliTom(keep=20).select(whole)
+    assert torch.equal(found.kept, expected.kept)
+    with pytest.raises(VTPruneError, match="holitom acts inside the decoder"):
+        vtprune.select(whole.features, "holitom", keep=20, inner=0.5, grid=whole.grid, signals=whole.signals)

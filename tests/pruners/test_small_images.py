@@ -69,6 +69,7 @@ LATE: list[Pruner] = [
     vtprune.GammaMoD(skip=0.02),
     vtprune.MustDrop(),
     vtprune.Turbo(keep=0.5),
+    vtprune.IARED2(keep=0.3),
     vtprune.Grid(keep=9),
 ]
 

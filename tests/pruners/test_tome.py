@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import vtprune
+from tests.flop_helper import counter
 from tests.layers import batch_layer, image_states
+from tests.models import ROWS, make, prompt
 from vtprune.errors import ScoreError, VTPruneError
 from vtprune.method.facts import ModelFacts, Work
 from vtprune.pruners import ToMe, Turbo
@@ -95,3 +99,15 @@ def test_scoring_is_the_similarities_of_every_layer() -> None:
         prompt=600, text=24, encoder_patches=(577, 301), encoder_layers=(0, 1), decoder_layers=(), has_cls=True,
     )  # fmt: skip
     assert ToMe().flops(work) == sum(2 * ((n - 1) // 2) ** 2 * 64 for n in (577, 301))
+
+
+@pytest.mark.parametrize("pruner", [ToMe(keep=0.5), Turbo(keep=0.5)])
+@pytest.mark.parametrize("kind", ["llava-clip", "llava-siglip"])
+def test_the_layer_past_the_features_costs_what_it_computes(kind: str, pruner: ToMe) -> None:
+    model = vtprune.wrap(make(kind), pruner)
+    with torch.no_grad(), counter() as count:
+        model(**prompt(kind, ROWS[kind][:1]))
+    counted = {name: sum(kinds.values()) for name, kinds in count.get_flop_counts().items()}
+    part = re.compile(r"vision_tower.*(patch_embedding|layers\.\d+\.(self_attn|mlp))$|vision_tower\.head$")
+    tower = sum(flops for name, flops in counted.items() if part.search(name))
+    assert vtprune.report(model).flops_breakdown.vision_tower == tower

@@ -69,8 +69,7 @@ def prefill_flops(
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
-    """`vtprune.flops` of a model whose sizes are known; keys_alone: whether tokens that are only read have no values;
-    planned: the layers that do less with vision tokens."""
+    """`vtprune.flops` of a model whose sizes are known."""
     if convention not in CONVENTIONS:
         raise VTPruneError(f"convention is one of {', '.join(CONVENTIONS)}, got {convention!r}")
     decoder = model.decoder
@@ -80,8 +79,16 @@ def prefill_flops(
     read = _per_layer("read_tokens_per_layer", read_tokens_per_layer, decoder.layers)
     if any(read[layer] for layer in decoder.states):
         raise VTPruneError("read_tokens_per_layer is 0 in layers of linear attention, which have no keys to be read")
+    planned = planned or {}
+    for layer, plan in planned.items():
+        plan.check(decoder, layer, vision[layer] if 0 <= layer < decoder.layers else 0)
     matrices = CONVENTIONS[convention]
     if matrices is not None:
+        if planned:
+            raise VTPruneError(
+                f"convention {convention!r} is a formula for layers that treat all tokens alike, and some have "
+                "plans; use 'exact'"
+            )
         if any(read):
             raise VTPruneError(
                 f"convention {convention!r} is a formula for tokens that a layer computes, and some of these are only "
@@ -109,7 +116,7 @@ def prefill_flops(
         decoder=2
         * sum(
             decoder.planned_macs(text[layer], vision[layer], planned[layer])
-            if planned and layer in planned
+            if layer in planned
             else decoder.macs_at(layer, lengths[layer], read[layer], values=not keys_alone)
             for layer in range(decoder.layers)
         ),

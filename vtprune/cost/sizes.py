@@ -115,14 +115,15 @@ class TransformerCost:
     def planned_macs(self, text: int, vision: int, plan: PlannedTokens) -> int:
         """Multiply-accumulates of a layer with attention that computes `vision` tokens by a plan beside `text`."""
         share, size = self.heads // self.kv_heads, self.head_size
-        reading = plan.heads * share * size
+        heads = self.kv_heads if plan.heads is None else plan.heads
+        reading = heads * share * size
         keys = text + vision + plan.past
         projections = text * self.width * 2 * (self.query_width + self.kv_width)
-        projections += vision * self.width * (2 * reading + self.kv_width + plan.heads * size)
+        projections += vision * self.width * (2 * reading + self.kv_width + heads * size)
         own = sum(tokens * seen for tokens, seen in plan.seen) if plan.seen else vision * keys
         attention = 2 * reading * (text * keys + own) + 2 * (self.query_width - reading) * text * keys
-        whole = plan.mlp_width == self.mlp_width
-        mlp = self._mlp if whole else self.width * self.mlp_matrices * plan.mlp_width
+        whole = plan.mlp_width is None or plan.mlp_width == self.mlp_width
+        mlp = self._mlp if whole else self.width * self.mlp_matrices * (plan.mlp_width or 0)
         return projections + attention + text * self._mlp + vision * mlp
 
     @property
@@ -149,14 +150,39 @@ class TransformerCost:
 
 @dataclass(frozen=True)
 class PlannedTokens:
-    """What one layer does with the vision tokens that it computes: how many of its key-value heads read vision and how
-    many channels its MLP has for it. seen: for each image with a window, its tokens and the keys that each of them
-    attends to; () where they attend as the model has it. past: entries of the cache that all tokens attend to."""
+    """What one decoder layer does with the vision tokens that it computes.
 
-    heads: int
-    mlp_width: int
+    heads: how many of its key-value heads read vision, None for all: in the others vision tokens have keys alone;
+    mlp_width: how many channels of its MLP they go through, None for all. seen: for each image whose tokens attend to
+    a window, its tokens and the keys that each of them attends to (what stands before the image, and the window);
+    () where they attend as the model has it. past: entries of the cache that all tokens of the layer attend to.
+    """
+
+    heads: int | None = None
+    mlp_width: int | None = None
     seen: tuple[tuple[int, int], ...] = ()
     past: int = 0
+
+    def check(self, decoder: TransformerCost, layer: int, vision: int) -> None:
+        """Raises VTPruneError for a plan that decoder layer `layer`, which computes `vision` tokens, cannot have."""
+        if not 0 <= layer < decoder.layers or layer in decoder.states or decoder.gated:
+            raise VTPruneError(
+                f"planned takes layers of 0 to {decoder.layers - 1} with attention that has no gate, got {layer}"
+            )
+        for name, given, most in (
+            ("heads", self.heads, decoder.kv_heads),
+            ("mlp_width", self.mlp_width, decoder.mlp_width),
+        ):
+            if given is not None and count(f"planned[{layer}].{name}", given) > most:
+                raise VTPruneError(f"planned[{layer}].{name} is at most {most} on this decoder, got {given}")
+        if self.mlp_width not in (None, decoder.mlp_width) and decoder.experts:
+            raise VTPruneError(f"planned[{layer}].mlp_width is of one MLP, and this decoder has experts; leave it out")
+        own = [count(f"planned[{layer}].seen", number) for pair in self.seen for number in pair][::2]
+        if self.seen and sum(own) != vision:
+            raise VTPruneError(
+                f"planned[{layer}].seen tells of {sum(own)} tokens, and the layer computes {vision} of vision"
+            )
+        count(f"planned[{layer}].past", self.past)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from vtprune.cache.layer import PrunedLayer
 from vtprune.cache.names import PLANES, SHIFT
 from vtprune.cache.slots import Slots
 from vtprune.cache.waiting import Tokens
+from vtprune.decoder.heads import HeadCascade
 from vtprune.decoder.outline import Bools, Ints, Key
 from vtprune.decoder.planes import Planes
 from vtprune.decoder.prompt import ImageSpan, PromptInfo
@@ -189,6 +190,8 @@ class DecoderRun:
         self.taps: dict[str, Tensor] = {}
         # Of the scores that tokens drop by.
         self.checks = Checks()
+        # Which heads of planned layers read vision.
+        self.cascade = HeadCascade()
         # What is added to vision tokens after the first layers, and the places of those that returned to this one.
         self.planes: Planes | None = None
         # What layers put out before something was added, where the model's own records say that; else None.

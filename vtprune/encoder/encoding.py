@@ -554,7 +554,9 @@ class Encoding(ABC):
         for image, segments in zip(self.segments, self.layer_segments(kwargs), strict=True):
             # Layers past the features see what the features' layer saw.
             image.append(segments if index < self.depth else image[-1])
-        self.mlp.append(self._alive_patches() if index < self.depth else self.mlp[-1])
+        # The features are what the MLP of their layer handed back to all tokens that its attention saw.
+        past = [sum(image[-1]) for image in self.segments]
+        self.mlp.append(self._alive_patches() if index < self.depth else past)
 
     def _note_mlp(self, index: int) -> None:
         """Records the tokens that go through the MLP of a layer, where some merged before it."""

@@ -1,4 +1,8 @@
-"""Planned decoder layers: vision goes through fewer heads, a window of neighbours, or fewer channels of the MLP."""
+"""Planned decoder layers: vision goes through fewer heads, a window of neighbours, or fewer channels of the MLP.
+
+A plan may say which heads these are, or only how many: then the layers before it are listened to, and the method ranks
+the heads of each row by what they put out there.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from torch.nn.functional import linear
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.offloading import loaded
 from vtprune.cache.adopting import cache_in
+from vtprune.decoder.heads import Listening
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun
 from vtprune.errors import UnsupportedModelError, VTPruneError
@@ -23,7 +28,19 @@ from vtprune.method.answers import VisionPlan
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InAttention
-from vtprune.tensors.apart import Apart, mask_rows, neighbours, of_heads, rows_of, windowed_attention
+from vtprune.tensors.apart import (
+    Apart,
+    HeadsApart,
+    columns_of,
+    fixed_heads,
+    heads_of,
+    mask_rows,
+    neighbours,
+    rows_of,
+    windowed_attention,
+    with_heads,
+)
+from vtprune.tensors.attention import full_precision
 from vtprune.tensors.compaction import gather_tokens
 from vtprune.tensors.rotary import rotate
 
@@ -44,28 +61,46 @@ class Window:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a layer under way does with vision, and where that stands."""
+    """What a layer under way does with vision, and where that stands.
+
+    heads: those that a `count` of the plan is about; listening: who is told what its heads put out; tapped: whether a
+    method reads its queries, keys and values.
+    """
 
     plan: VisionPlan
     apart: Apart
     windows: tuple[Window, ...] = ()
+    heads: HeadsApart | None = None
+    listening: Listening | None = None
+    tapped: bool = False
 
 
 class PlannedLayers:
-    """The hooks' work for the one method of a list that plans layers, if there is one.
+    """The hooks' work for the one method of a list that plans layers, if there is one; tapped: the layers whose
+    projections methods read.
 
     Raises UnsupportedModelError where the model's attention or MLP cannot be taken apart, by the method's name.
     """
 
-    def __init__(self, adapter: Adapter, pruners: Sequence[Pruner], plans: Plans, state: ThreadState) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        pruners: Sequence[Pruner],
+        plans: Plans,
+        *,
+        tapped: frozenset[int],
+        state: ThreadState,
+    ) -> None:
         found = [
             (order, one) for order, one in enumerate(pruners) if isinstance(one, InAttention) and one.planned_layers()
         ]
         self.pruner: InAttention | None = found[0][1] if found else None
         self._order, self._plans = found[0][0] if found else -1, plans
-        self.layers = frozenset(self.pruner.planned_layers()) if self.pruner else frozenset()
-        self.plans = {layer: self.pruner.vision_plan(layer) for layer in self.layers} if self.pruner else {}
-        self._adapter, self._state = adapter, state
+        own = self.pruner
+        self.plans = {} if own is None else {layer: own.vision_plan(layer) for layer in own.planned_layers()}
+        self.watched = frozenset(own.watched_layers() if own else ())
+        self.layers = self.watched | self.plans.keys()
+        self._adapter, self._state, self._tapped = adapter, state, tapped
         self._modules: list[Any] = list(adapter.decoder_layers)
         if self.pruner is not None:
             for layer, plan in self.plans.items():
@@ -98,11 +133,39 @@ class PlannedLayers:
         kept = [self._computed(span, index) for span in run.spans]
         if not any(kept):
             return None
-        plan = self.plans[index]
+        plan = self.plans.get(index, VisionPlan())
         windows = self._windows(run, plan, index, kept) if plan.window is not None else ()
         if not windows:
             plan = replace(plan, window=None)
-        return Planned(plan, run.apart(kept), windows)
+        heads = None if plan.count is None else self._narrowed(run, plan.count)
+        listening = self._listening(run, index) if index in self.watched else None
+        return Planned(plan, run.apart(kept), windows, heads, listening=listening, tapped=index in self._tapped)
+
+    def _narrowed(self, run: DecoderRun, count: int) -> HeadsApart | None:
+        """The heads that read vision in each row of a forward, so many of those that did in the layer before."""
+        assert self.pruner is not None
+        cascade = run.cascade
+        if cascade.left is None or count < cascade.left.reading.shape[1]:
+            device = cascade.given[-1].device
+            with full_precision(device), run.checks.collecting():
+                scores = self.pruner.rank_heads(torch.stack([one.to(device) for one in cascade.given]))
+            cascade.narrow(scores, count)
+        return cascade.left
+
+    def _listening(self, run: DecoderRun, index: int) -> Listening:
+        """Who is told what a layer's heads put out for the prompt of each row."""
+        assert self.pruner is not None
+        if run.prompt.conversations.most > 1:
+            raise VTPruneError(
+                f"{self.pruner.name} ranks the heads of a row by its prompt, and one row holds several conversations "
+                "here; give each of them a row of its own"
+            )
+        sizes, given = self._adapter.cost.decoder, run.given.places
+        first, last = run.ends([span.layers[index].numel() for span in run.spans], packed=given is not None)
+        device = run.prompt.device
+        start, end = (torch.tensor([row[0] for row in ends], device=device)[:, None] for ends in (first, last))
+        column = torch.arange(run.prompt.length if given is None else given.shape[1], device=device)
+        return Listening(run.cascade, (column >= start) & (column <= end), sizes.kv_heads, sizes.head_size)
 
     def _computed(self, span: ImageSpan, index: int) -> int:
         """How many of an image's tokens a layer computes: those alive, unless the method itself has them skip it."""
@@ -148,9 +211,32 @@ class PlannedLayers:
         """The forward of a planned layer's attention: the model's own, unless the plan has heads or windows."""
         planned: Planned | None = kwargs.pop(PLAN, None)
         self._state.planned = planned
-        if planned is None or not planned.plan.attends:
+        if planned is not None and planned.plan.attends:
+            attending = Attending(self._adapter, self._modules[index], planned)
+            found = attending.forward(index, *args, **kwargs)
+            if planned.tapped:
+                self._state.show_taps(attending.taps)
+            return found, None
+        if planned is None or planned.listening is None:
             return forward(*args, **kwargs)
-        return Attending(self._adapter, self._modules[index], planned).forward(index, *args, **kwargs), None
+        self._state.listening = planned.listening
+        try:
+            output = forward(*args, **kwargs)
+            heard = self._state.listening is None
+        finally:
+            self._state.listening = None
+        if not heard:
+            raise VTPruneError(
+                f"decoder layer {index} ran without the hook on its output projection that a method reads its heads "
+                "by; wrap the model again after modules of it were replaced"
+            )
+        return output
+
+    def before_output(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Tells who listens what the heads of a layer put out."""
+        listening, self._state.listening = self._state.listening, None
+        if listening is not None:
+            listening.whole(args[0])
 
     def mlp_forward(self, module: Any, forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
         """The forward of a planned layer's MLP: vision goes through its first channels alone."""
@@ -163,7 +249,8 @@ class PlannedLayers:
 
 
 class Attending:
-    """The attention of one layer whose vision tokens have fewer heads, or windows."""
+    """The attention of one layer whose vision tokens have fewer heads, or windows; taps: what its projections put out
+    of the heads that read vision, as methods read it."""
 
     def __init__(self, adapter: Adapter, layer: Any, planned: Planned) -> None:
         sizes = adapter.cost.decoder
@@ -171,14 +258,8 @@ class Attending:
         self._module: Any = adapter.decoder_attention(layer)
         self._projections = adapter.decoder_projections(layer).modules()
         self._norms, self._output = adapter.decoder_norms(layer).modules(), adapter.decoder_output(layer)
-        self._heads, self._size, share = sizes.heads, sizes.head_size, sizes.heads // sizes.kv_heads
-        every = tuple(range(sizes.kv_heads))
-        # Key-value heads that read vision and those that do not, and the query heads that ask with each.
-        self._reading = every if planned.plan.heads is None else planned.plan.heads
-        self._cut = tuple(head for head in every if head not in self._reading)
-        self._asking, self._mute = (
-            tuple(head * share + one for head in heads for one in range(share)) for heads in (self._reading, self._cut)
-        )
+        self._heads, self._kv_heads, self._size = sizes.heads, sizes.kv_heads, sizes.head_size
+        self.taps: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -190,53 +271,77 @@ class Attending:
     ) -> Tensor:
         """(B, n, D) what the layer's attention puts out."""
         text, vision = self._apart.split(hidden_states)
-        asked, answered = self._channels(self._asking, vision), self._channels(self._reading, vision)
+        heads = self._reading(hidden_states.device)
+        share = self._heads // self._kv_heads
         query, value = self._projections["q"], self._projections["v"]
+        asked, answered = (heads.part_of("reading", width) for width in (share * self._size, self._size))
         with loaded(query), loaded(value):
-            queries = rows_of(vision, query.weight, query.bias, asked)
+            queries = self._normed("q", rows_of(vision, query.weight, query.bias, asked))
             values = rows_of(vision, value.weight, value.bias, answered)
-        spoken = value(text)
+        words, spoken = self._normed("q", query(text)), self._split(value(text))
         # Keys without values: what text gives vision in the other heads finds nothing there.
-        values = spoken.new_zeros(*vision.shape[:2], spoken.shape[-1]).index_copy(-1, answered, values)
+        silent = spoken.new_zeros(*vision.shape[:2], *spoken.shape[2:])
+        held = self._apart.join(spoken, with_heads(silent, heads.reading, self._split(values)))
+        keys = self._normed("k", self._projections["k"](hidden_states))
+        if self._planned.tapped:
+            own = heads_of(words.transpose(1, 2), heads.part_of("reading", share)).transpose(1, 2)
+            self.taps = {"q": self._apart.join(own, queries)}
+            for name, states in (("k", keys), ("v", held)):
+                self.taps[name] = heads_of(states.transpose(1, 2), heads.reading).transpose(1, 2)
         turn = tuple(part.expand(len(hidden_states), *part.shape[1:]) for part in position_embeddings)
-        words = self._turned("q", query(text), [gather_tokens(part, self._apart.text) for part in turn])
-        queries = self._turned("q", queries, [gather_tokens(part, self._apart.vision) for part in turn])
-        keys = self._turned("k", self._projections["k"](hidden_states), turn)
-        held = self._split(self._apart.join(spoken, values)).transpose(1, 2)
+        words = _turned(words, [gather_tokens(part, self._apart.text) for part in turn])
+        queries = _turned(queries, [gather_tokens(part, self._apart.vision) for part in turn])
+        keys, held = _turned(keys, turn), held.transpose(1, 2)
         cache = cache_in(kwargs)
         if cache is not None:
             keys, held = cache.update(keys, held, index)
-        found, seen = self._found(words, queries, (keys, held), attention_mask)
+        found, seen = self._found(words, queries, (keys, held), attention_mask, heads=heads)
+        if self._planned.listening is not None:
+            self._planned.listening.in_parts(self._apart, found, seen, heads.reading)
         output = self._output
         with loaded(output):
-            columns = output.weight.index_select(1, asked)
-            looked = linear(seen.flatten(2), columns, output.bias)
+            looked = columns_of(seen.flatten(2), output.weight, output.bias, asked)
         return self._apart.join(output(found.flatten(2)), looked)
 
+    def _reading(self, device: torch.device) -> HeadsApart:
+        """The key-value heads that read vision, and the others."""
+        chosen, plan = self._planned.heads, self._planned.plan
+        if chosen is None:
+            fixed = tuple(range(self._kv_heads)) if plan.heads is None else plan.heads
+            return fixed_heads(fixed, self._kv_heads, device)
+        if chosen.reading.device == device:
+            return chosen
+        return HeadsApart(chosen.reading.to(device), chosen.cut.to(device))
+
     def _found(
-        self, words: Tensor, queries: Tensor, held: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        words: Tensor,
+        queries: Tensor,
+        held: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        *,
+        heads: HeadsApart,
     ) -> tuple[Tensor, Tensor]:
         """(B, t, H, d) what text finds, (B, v, h, d) what vision finds; words, queries: (B, H, t, d) and (B, h, v, d)
         theirs; held: keys and values (B, Hkv, k, d) of all."""
-        apart, length = self._apart, self._apart.order.shape[1]
-        asking, reading = self._index(self._asking, words), self._index(self._reading, words)
-        own = held if not self._cut else tuple(part[:, reading] for part in held)
+        apart, length, share = self._apart, self._apart.order.shape[1], self._heads // self._kv_heads
+        asking, reads, cuts = heads.part_of("reading", share), heads.reading.shape[1], heads.cut.shape[1]
+        own = tuple(heads_of(part, heads.reading) for part in held) if cuts else held
         found = words.new_zeros(words.shape[0], words.shape[2], self._heads, self._size)
-        needs_rows = self._cut or self._planned.windows
+        needs_rows = cuts or self._planned.windows
         rows = mask_rows(mask, apart.text, queries=length, keys=held[0].shape[2]) if needs_rows else None
         seen = queries.transpose(1, 2)
         if self._planned.windows:
             seen = self._windowed(queries, own, mask)
-        if self._planned.windows and self._asking:
-            found = found.index_copy(2, asking, self._attended(words[:, asking], own, rows))
-        elif self._asking:
-            both = apart.join(words[:, asking].transpose(1, 2), seen).transpose(1, 2)
+        if self._planned.windows and reads:
+            found = with_heads(found, asking, self._attended(heads_of(words, asking), own, rows))
+        elif reads:
+            both = apart.join(heads_of(words, asking).transpose(1, 2), seen).transpose(1, 2)
             spoken, seen = apart.split(self._attended(both, own, mask))
-            found = found.index_copy(2, asking, spoken)
-        if self._cut:
-            mute, cut = self._index(self._mute, words), self._index(self._cut, words)
-            others = tuple(part[:, cut] for part in held)
-            found = found.index_copy(2, mute, self._attended(words[:, mute], others, rows))
+            found = with_heads(found, asking, spoken)
+        if cuts:
+            mute, others = heads.part_of("cut", share), tuple(heads_of(part, heads.cut) for part in held)
+            found = with_heads(found, mute, self._attended(heads_of(words, mute), others, rows))
         return found, seen
 
     def _attended(self, query: Tensor, held: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
@@ -272,18 +377,16 @@ class Attending:
         """(B, n, heads, d) of (B, n, heads * d)."""
         return states.unflatten(-1, (states.shape[-1] // self._size, self._size))
 
-    def _turned(self, tap: str, states: Tensor, turn: Sequence[Tensor]) -> Tensor:
-        """(B, heads, n, d) queries or keys, normed where the model norms them, with rotary embedding."""
+    def _normed(self, tap: str, states: Tensor) -> Tensor:
+        """(B, n, heads, d) queries or keys, normed where the model norms them."""
         heads, norm = self._split(states), self._norms.get(tap)
-        heads = heads if norm is None else norm(heads)
-        cos, sin = (part.unsqueeze(1) for part in turn)
-        return rotate(heads.transpose(1, 2), cos, sin)
+        return heads if norm is None else norm(heads)
 
-    def _index(self, heads: tuple[int, ...], like: Tensor) -> Tensor:
-        return of_heads(heads, 1, like.device)
 
-    def _channels(self, heads: tuple[int, ...], like: Tensor) -> Tensor:
-        return of_heads(heads, self._size, like.device)
+def _turned(states: Tensor, turn: Sequence[Tensor]) -> Tensor:
+    """(B, heads, n, d) of queries or keys (B, n, heads, d), with rotary embedding."""
+    cos, sin = (part.unsqueeze(1) for part in turn)
+    return rotate(states.transpose(1, 2), cos, sin)
 
 
 def first_channels(module: Any, states: Tensor, width: int) -> Tensor:

@@ -45,7 +45,7 @@ from vtprune.hooks.state import FRAME, PLAN, RUN, Frame, ThreadState
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
 from vtprune.method.sharing import Sharing
-from vtprune.method.stages import acts
+from vtprune.method.stages import acts, spares
 
 
 class DecoderHooks:
@@ -73,7 +73,7 @@ class DecoderHooks:
         self.teacher = Teacher(pruners, scoring=scoring, state=state)
         self.tapped = self._selecting.read | self._evictor.watched | self.teacher.layers
         self._returning = Returning(adapter, pruners, self.tapped)
-        self.planned = PlannedLayers(adapter, pruners, self._plans, state)
+        self.planned = PlannedLayers(adapter, pruners, self._plans, tapped=self.tapped, state=state)
         self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)
         # Layers after which the decoder adds something to vision tokens.
         self.adding = frozenset(range(len(adapter.plane_mergers)))
@@ -242,7 +242,9 @@ class DecoderHooks:
         ]
         spans = spans if len(sources) == 1 else sorted(spans, key=lambda span: (span.row, span.first))
         if self._sharing is not None:
-            for own in by_prompt(spans):
+            # What the method leaves whole has no part in the budget.
+            pruned = [span for span in spans if not any(spares(one, span.image.kind) for one in self.pruners)]
+            for own in by_prompt(pruned):
                 for span, share in zip(own, self._sharing.counts([span.image.total for span in own]), strict=True):
                     span.share = share
         return spans

@@ -12,13 +12,13 @@ from vtprune.hooks.weights import SUBMODULE
 from vtprune.method.growth import Growth
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import (
-    InAttention,
     InCache,
     InLayers,
     Trained,
     acts,
     drop_layers,
     encoder_layers,
+    planned_layers,
     probe_layer,
     reads,
     revives,
@@ -29,7 +29,7 @@ def unfit(pruner: Pruner) -> str:
     """Why a method cannot run at several levels, "" where it can."""
     if isinstance(pruner, Trained):
         return "brings weights that were trained at one level"
-    if isinstance(pruner, InLayers | InAttention):
+    if isinstance(pruner, InLayers) or planned_layers(pruner):
         return "routes or narrows layers, which a level of 1.0 does not undo for text"
     if isinstance(pruner, InCache) or revives(pruner):
         return "goes on choosing after the prompt, at the level of nobody's call"

@@ -72,6 +72,8 @@ class ThreadState(threading.local):
         self.gate: Tensor | None = None
         # What the next MLP does with vision.
         self.planned: Any = None
+        # Who is told what the heads of the attention under way put out.
+        self.listening: Any = None
         # What methods add to the loss of the forward under way, and its labels, if it has any.
         self.loss: Tensor | None = None
         self.labels: Tensor | None = None

@@ -154,6 +154,8 @@ class Wrapping(Installed):
                 # What calls it asks its signature under which name it takes a cache.
                 self.override(attention, "forward", functools.update_wrapper(attending, attention.forward))
                 self.override(mlp, "forward", functools.partial(hooks.planned.mlp_forward, mlp, mlp.forward))
+            if index in hooks.planned.watched:
+                self.before(adapter.decoder_output(layer), hooks.planned.before_output)
             if index in hooks.adding:
                 self.override(layer, "forward", functools.partial(hooks.adding_forward, index, layer.forward))
         self.before(adapter.model, teacher.open_loss)

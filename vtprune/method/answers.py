@@ -154,18 +154,26 @@ class VisionPlan:
     softmax whose values are 0. window: vision tokens attend to those of their own image whose row and column are each
     at most (window - 1) // 2 away, and to everything before the image; None: as the model attends. causal: whether
     they see no later token of the image even so. mlp: how many of the first channels of the MLP vision tokens go
-    through; None: all.
+    through; None: all. count: how many key-value heads read vision, where `rank_heads` says which while the prompt is
+    read, for each row by itself; in place of `heads`.
     """
 
     heads: tuple[int, ...] | None = None
     window: int | None = None
     causal: bool = False
     mlp: int | None = None
+    count: int | None = None
 
     @property
     def attends(self) -> bool:
         """Whether it changes the layer's attention."""
-        return self.heads is not None or self.window is not None
+        return self.heads is not None or self.count is not None or self.window is not None
+
+    def reading(self, heads: int) -> int:
+        """How many of so many key-value heads read vision."""
+        if self.count is not None:
+            return self.count
+        return heads if self.heads is None else len(self.heads)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 from vtprune.errors import VTPruneError
+from vtprune.method.kinds import IMAGE
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import (
     BeforeDecoder,
@@ -20,6 +21,7 @@ from vtprune.method.stages import (
     reads,
     revives,
     routed_layers,
+    spares,
 )
 
 PLACES = ("in the encoder", "before the decoder", "inside the decoder", "in the cache that the prompt left")
@@ -57,7 +59,7 @@ def _start(pruner: Pruner) -> int:
 def _check_budgets(first: Pruner, second: Pruner) -> None:
     """A later stage keeps fewer tokens than an earlier one, where both are counts or both are fractions."""
     before, after = first.keep, second.keep
-    if _spares_images(first) and not _spares_images(second):
+    if spares(first, IMAGE) and not spares(second, IMAGE):
         # Images come to the second one whole.
         return
     if before is None or after is None or type(before) is not type(after) or after < before:
@@ -66,10 +68,6 @@ def _check_budgets(first: Pruner, second: Pruner) -> None:
         f"{second.name} is asked to keep {after!r} of the tokens that {first.name} cuts to {before!r}, which leaves "
         "it nothing to do; each stage keeps less than the one before it"
     )
-
-
-def _spares_images(pruner: Pruner) -> bool:
-    return isinstance(pruner, BeforeDecoder) and pruner.videos_only
 
 
 def _check_encoder(first: Pruner, second: Pruner) -> None:

@@ -19,6 +19,7 @@ from vtprune.method.stages import (
     Read,
     drop_layers,
     routed_layers,
+    spares,
 )
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Plan:
         """Whether anything of the image is to go anywhere by this method; the budget of a whole staged method is a
         mean, which may round to all of them."""
         pruner, tokens = self.pruners[order], self.tokens
-        if self._spares(pruner):
+        if spares(pruner, self.kind):
             return False
         budgets: list[int | None] = [pruner.budget(tokens), self.in_encoder(order), self.entering(order)]
         budgets += [self.left(order, layer, tokens) for layer in drop_layers(pruner)]
@@ -94,13 +95,9 @@ class Plan:
     def entering(self, order: int) -> int | None:
         """Tokens that the method lets into the decoder."""
         pruner = self.pruners[order]
-        if not isinstance(pruner, BeforeDecoder) or self._spares(pruner):
+        if not isinstance(pruner, BeforeDecoder) or spares(pruner, self.kind):
             return self.tokens
         return _met(self.tokens, partial(pruner.input_budget, self.tokens))
-
-    def _spares(self, pruner: Pruner) -> bool:
-        """Whether this is an image, and the method is one for videos."""
-        return self.kind == IMAGE and isinstance(pruner, BeforeDecoder) and pruner.videos_only
 
     def selects(self, order: int, alive: int) -> bool:
         """Whether the method has to say which tokens enter the decoder."""
@@ -110,7 +107,7 @@ class Plan:
     def left(self, order: int, layer: int, entered: int) -> int | None:
         """Tokens that the method leaves after a decoder layer."""
         pruner = self.pruners[order]
-        if not isinstance(pruner, BetweenLayers) or layer not in pruner.drop_layers() or self._spares(pruner):
+        if not isinstance(pruner, BetweenLayers) or layer not in pruner.drop_layers() or spares(pruner, self.kind):
             return entered
         return _met(entered, partial(pruner.drop_budget, self.tokens, layer, entered))
 

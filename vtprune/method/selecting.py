@@ -15,7 +15,7 @@ from vtprune.method.facts import ModelFacts
 from vtprune.method.kinds import IMAGE, VIDEO
 from vtprune.method.pruner import Pruner, form_for
 from vtprune.method.resolving import resolve
-from vtprune.method.stages import BeforeDecoder, BetweenLayers, InEncoder, Read, Trained, probe_layer, reads
+from vtprune.method.stages import BeforeDecoder, InEncoder, Read, Trained, drop_layers, probe_layer, reads
 from vtprune.method.views import LayerSignals, VisionStream
 
 # The method that does nothing, and the one that draws by the pixels, which every stream has.
@@ -121,7 +121,7 @@ def _choosing(pruner: Pruner) -> Pruner:
     """Raises VTPruneError for a method that cannot choose by features alone."""
     reasons = {
         "acts inside the encoder": isinstance(pruner, InEncoder),
-        "acts inside the decoder": isinstance(pruner, BetweenLayers) or not isinstance(pruner, BeforeDecoder),
+        "acts inside the decoder": bool(drop_layers(pruner)) or not isinstance(pruner, BeforeDecoder),
         "chooses by a decoder layer": probe_layer(pruner) is not None,
         "chooses by trained weights": isinstance(pruner, Trained),
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtprune.method.answers import EncoderSelection, Eviction, Routes, Selection, VisionPlan
 from vtprune.method.growth import Growth
+from vtprune.method.kinds import IMAGE
 from vtprune.method.pruner import Pruner
 from vtprune.method.views import CachedRow, DecoderLayer, EncoderLayer, RoutedTokens, VisionStream
 
@@ -223,7 +224,7 @@ class InLayers(Pruner):
 @dataclass(frozen=True)
 class InAttention(Pruner):
     """Narrows what decoder layers do with vision while a prompt is read: heads, neighbours, channels of the MLP
-    (YOPO)."""
+    (YOPO, SpAtten)."""
 
     @abstractmethod
     def planned_layers(self) -> tuple[int, ...]:
@@ -231,7 +232,20 @@ class InAttention(Pruner):
 
     @abstractmethod
     def vision_plan(self, layer: int) -> VisionPlan:
-        """What one of them does; the same for all images and prompts."""
+        """What one of them does; the same for all images and prompts, but for the heads that `rank_heads` chooses."""
+
+    def watched_layers(self) -> tuple[int, ...]:
+        """Decoder layers of which `rank_heads` is told what their heads put out; none by default."""
+        return ()
+
+    def rank_heads(self, given: Tensor) -> Tensor:
+        """(B, H) how much each key-value head matters in each row, asked before a layer whose plan has a lower `count`
+        than there are heads left; those that were left out before stay so.
+
+        given: (l, B, H) what each head put out in each of the watched layers so far, before the output projection: the
+        magnitudes, summed over the tokens of the prompt, the channels, and the query heads that share it.
+        """
+        return given.sum(dim=0)
 
 
 @dataclass(frozen=True)
@@ -294,6 +308,11 @@ class Guided(Trained):
 def acts(pruner: Pruner) -> bool:
     """Whether a pruner has any stage; one without prunes nothing."""
     return isinstance(pruner, InEncoder | BeforeDecoder | BetweenLayers | InLayers | InAttention | InCache)
+
+
+def spares(pruner: Pruner, kind: str) -> bool:
+    """Whether a pruner leaves what is of this kind whole: an image, where it compares frames."""
+    return kind == IMAGE and isinstance(pruner, BeforeDecoder) and pruner.videos_only
 
 
 def encoder_layers(pruner: Pruner) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""SpAtten: attention that tokens receive is summed up over layers, and the lowest sums leave from layer to layer."""
+"""SpAtten: attention that tokens receive is summed up over layers, and the lowest sums leave from layer to layer; what
+heads put out is, too, if asked for."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from vtprune.errors import VTPruneError
 from vtprune.method import schedules
-from vtprune.method.answers import Selection
+from vtprune.method.answers import Selection, VisionPlan
+from vtprune.method.checks import check_scores
 from vtprune.method.facts import Work
 from vtprune.method.registry import register
-from vtprune.method.stages import NOTHING, Read
+from vtprune.method.stages import NOTHING, InAttention, Read
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.attending import snapped
-from vtprune.pruners.parts.checks import check_choice, check_share
+from vtprune.pruners.parts.checks import check_choice, check_share, is_number
 from vtprune.pruners.parts.staged import Staged
 from vtprune.tensors.attention import attention_sums
 
@@ -30,6 +32,10 @@ TABLES: dict[str, schedules.Ratios] = {
     "gpt2_small": (0.9, 0.7, *(0.2,) * 4, *(0.1,) * 6),
     "gpt2_medium": (1.0, 1.0, 0.9, *(0.8,) * 2, *(0.6,) * 6, *(0.3,) * 13),
 }
+# The share of the layers in which the paper leaves all heads, and the share of the heads that each layer of a released
+# workload has; the other one cuts none.
+WHOLE_HEADS = 0.3
+HEADS: dict[str, schedules.Ratios] = {"gpt2_medium": (*(1.0,) * 16, *(13 / 16,) * 6, *(10 / 16,) * 2)}
 # The name of the running sum that lies with an image.
 RECEIVED = "received"
 
@@ -69,8 +75,8 @@ def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     needs="q and k of every decoder layer up to the last one after which tokens drop",
 )
 @dataclass(frozen=True)
-class SpAtten(Staged):
-    """SpAtten: Cascade Token and Head Pruning (HPCA 2021, arXiv 2012.09852), its cascade of tokens for an image.
+class SpAtten(InAttention, Staged):
+    """SpAtten: Cascade Token and Head Pruning (HPCA 2021, arXiv 2012.09852), both cascades, for vision tokens.
 
     While the prompt is read, each decoder layer adds to a token's score the attention that the token gets there from
     all tokens of the prompt, summed over rows and heads; the tokens with the lowest sums leave before the next layer,
@@ -81,17 +87,30 @@ class SpAtten(Staged):
     straight fall then ends where the mean is met, and begins earlier where the whole layers would take more than half
     of it; a table's shares move together.
 
+    heads: the cascade of heads. What each head puts out, before the output projection, is summed up over layers, the
+    prompt's rows and channels, in magnitude; the heads with the lowest sums stop reading vision before the next layer,
+    and in all later ones: vision tokens have no queries and no values there, and what attention text gives them is
+    lost. All heads are left in the first 30% of the layers (rounded up), then their share falls in a straight line to
+    `heads` in the last one; "gpt2_medium" takes the shares of that released workload (13 of 16, then 10) at the same
+    fractions of the depth. Query heads that share a key-value head go together, and one key-value head stays. Each row
+    has heads of its own. `keep` does not count them, and keep=1.0 beside them cuts heads alone. None (default) cuts
+    none: the paper has heads cut, but states no share for every model, the released workload of GPT-2-small cuts none,
+    and layers that are narrowed ask more of a model (torch.nn.Linear, no flash attention) and launch about three times
+    what its own do, so that it pays in FLOPs before it does in seconds.
+
     Early tokens are seen by more rows, and so collect more; the paper's sum has that as well. Departures: text is
     never ranked (the paper ranks every token); what the prompt's reading has dropped stays dropped while the answer
-    is made (the released tables rank anew in each step). Left out: the cascade of heads, the values that each head
-    leaves unread, and quantisation. The paper's own code of the cascade was never released, and states no
-    share for the last layer. A layer 0 that a table cuts processes everything, since nothing ranks tokens before it.
+    is made (the released tables rank anew in each step); a head that is cut goes on with text (the paper cuts it for
+    all), and keeps its keys of vision, so that it saves FLOPs and no bytes. Left out: the values that each head
+    leaves unread, and quantisation. The paper's own code of the cascades was never released, and states no share for
+    the last layer. A layer 0 that a table cuts processes everything, since nothing ranks tokens before it.
     Reference: mit-han-lab/spatten, its tables; kssteven418/LTP for the rule of layers.
     """
 
     last: float | None = None
     accumulate: bool = True
     schedule: str = "linear"
+    heads: float | str | None = None
 
     schedule_names: ClassVar[tuple[str, ...]] = (*schedules.SCHEDULES, *TABLES)
     # It has a rule in their place.
@@ -106,6 +125,13 @@ class SpAtten(Staged):
                 f"{self.name}: schedule {self.schedule!r} says what the last layer keeps, so last={self.last} "
                 "contradicts it"
             )
+        if self.heads is not None and self.heads not in HEADS:
+            share = self.heads
+            if not is_number(share) or not 0 < share <= 1:  # type: ignore[operator]
+                raise VTPruneError(
+                    f"{self.name}: heads is the share of them that read vision in the last layer, above 0 and at most "
+                    f"1, or one of {', '.join(HEADS)}, got {share!r}"
+                )
 
     @property
     def _table(self) -> schedules.Ratios | None:
@@ -178,6 +204,38 @@ class SpAtten(Staged):
             self.scores(layer)
         return None
 
+    @property
+    def _head_counts(self) -> tuple[int, ...]:
+        """How many key-value heads read vision in each decoder layer."""
+        depth, heads = self.model.decoder_depth, self.model.decoder_kv_heads
+        if self.heads is None:
+            return (heads,) * depth
+        if isinstance(self.heads, str):
+            table = HEADS[self.heads]
+            shares = tuple(table[layer * len(table) // depth] for layer in range(depth))
+        else:
+            shares = ramp(depth, max(1, math.ceil(WHOLE_HEADS * depth)), self.heads)
+        return tuple(max(1, math.floor(share * heads + schedules.ROUNDING)) for share in shares)
+
+    def planned_layers(self) -> tuple[int, ...]:
+        """Those in which fewer heads than all read vision."""
+        return tuple(layer for layer, count in enumerate(self._head_counts) if count < self.model.decoder_kv_heads)
+
+    def watched_layers(self) -> tuple[int, ...]:
+        """All layers before the last one that cuts heads."""
+        found, counts = self.planned_layers(), self._head_counts
+        return tuple(range(max(layer for layer in found if counts[layer] < counts[layer - 1]))) if found else ()
+
+    def vision_plan(self, layer: int) -> VisionPlan:
+        """So many heads."""
+        return VisionPlan(count=self._head_counts[layer])
+
+    def rank_heads(self, given: Tensor) -> Tensor:
+        """What each head put out in all layers so far; raises ScoreError for NaN."""
+        return check_scores(super().rank_heads(given), self.name)
+
     def flops(self, work: Work) -> int:
-        """The products of queries and keys in each layer that was looked at."""
-        return sum(2 * tokens * tokens * work.attention_width for tokens in work.decoder_tokens)
+        """The products of queries and keys in each layer that was looked at, of the heads that read vision there."""
+        counts, heads = self._head_counts, self.model.decoder_kv_heads
+        pairs = zip(work.decoder_layers, work.decoder_tokens, strict=True)
+        return sum(2 * tokens * tokens * work.attention_width * counts[layer] // heads for layer, tokens in pairs)

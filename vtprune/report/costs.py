@@ -5,14 +5,14 @@ cost.md (in vtprune/cost) says line by line what is counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vtprune.adapters import model_cost
 from vtprune.cost.formulas import FlopsBreakdown, cache_bytes, prefill_flops
-from vtprune.cost.sizes import Alive
+from vtprune.cost.sizes import Alive, PlannedTokens
 
 
 def flops(
@@ -27,6 +27,8 @@ def flops(
     projector_tokens: int | None = None,
     plane_tokens: int | None = None,
     read_tokens_per_layer: int | Sequence[int] = 0,
+    keys_alone: bool = False,
+    planned: Mapping[int, PlannedTokens] | None = None,
     scoring: int = 0,
     logits: int = 1,
 ) -> FlopsBreakdown:
@@ -40,9 +42,11 @@ def flops(
     tokens that go through its MLP, None if what its attention sees; projector_tokens: tokens through the
     projector, None for all; plane_tokens: tokens through the modules that make what the decoder adds between its
     layers (deepstack), of all of them together; read_tokens_per_layer: tokens that skip a decoder layer and are still
-    attended to in it, by keys and values that it makes of them; scoring: FLOPs of the method itself; logits: positions
-    through the head.
-    Raises VTPruneError for bad counts and lengths, an unknown convention or an unknown model.
+    attended to in it, by keys and values that it makes of them; keys_alone: whether it makes their keys alone;
+    planned: by decoder layer, what it does with vision where that is less than the model's own (`PlannedTokens`);
+    scoring: FLOPs of the method itself; logits: positions through the head.
+    Raises VTPruneError for bad counts and lengths, plans that a layer cannot have, an unknown convention or an unknown
+    model.
     """
     return prefill_flops(
         model_cost(config),
@@ -55,6 +59,8 @@ def flops(
         projector_tokens=projector_tokens,
         plane_tokens=plane_tokens,
         read_tokens_per_layer=read_tokens_per_layer,
+        keys_alone=keys_alone,
+        planned=planned,
         scoring=scoring,
         logits=logits,
     )

@@ -355,7 +355,7 @@ class Generation:
                 plan = pruner.vision_plan(layer)
                 own = [image for image in self._new(key) if layer in image.seen]
                 found[layer] = PlannedTokens(
-                    heads=decoder.kv_heads if plan.heads is None else len(plan.heads),
+                    heads=plan.reading(decoder.kv_heads),
                     mlp_width=decoder.mlp_width if plan.mlp is None else plan.mlp,
                     seen=tuple((int(one.kept_at(layer).numel()), one.seen[layer] + past[layer]) for one in own),
                     past=past[layer],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,16 +41,73 @@ class Apart:
         return gather_tokens(torch.cat([text, vision], dim=1), self.order)
 
 
+@dataclass(frozen=True)
+class HeadsApart:
+    """Key-value heads in two parts: those that read vision, `reading` (R, k), and the others, `cut` (R, H - k), both
+    ascending; R is the batch, or 1 where all rows are alike."""
+
+    reading: Tensor
+    cut: Tensor
+    _parts: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def part_of(self, which: str, size: int) -> Tensor:
+        """(R, k * size) the rows of a projection, columns of its inverse, or query heads, that belong to the heads
+        `which` ("reading" or "cut"), so many to each."""
+        key = which, size
+        if key not in self._parts:
+            heads: Tensor = getattr(self, which)
+            self._parts[key] = (heads[..., None] * size + _counted(size, heads.device)).flatten(1)
+        return self._parts[key]
+
+    @classmethod
+    def of(cls, reading: Tensor, heads: int) -> HeadsApart:
+        """reading: (R, k) of so many heads."""
+        others = torch.ones(len(reading), heads, dtype=torch.bool, device=reading.device).scatter_(1, reading, False)
+        return cls(reading, places_of(others, [heads - reading.shape[1]] * len(reading)))
+
+
 @functools.lru_cache(maxsize=4096)
-def of_heads(heads: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """The rows of a projection, or columns of its inverse, that belong to some heads of a size."""
-    own = torch.tensor(heads, dtype=torch.long)[:, None] * size
-    return (own + torch.arange(size)).flatten().to(device)
+def fixed_heads(reading: tuple[int, ...], heads: int, device: torch.device) -> HeadsApart:
+    """Two parts that are the same for all rows."""
+    cut = [head for head in range(heads) if head not in reading]
+    own, others = (torch.tensor([one], dtype=torch.long, device=device) for one in (list(reading), cut))
+    return HeadsApart(own, others)
+
+
+@functools.lru_cache(maxsize=256)
+def _counted(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device)
 
 
 def rows_of(states: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    """What a linear layer makes of states (..., D) in some of its outputs, `rows` (r,): (..., r)."""
-    return linear(states, weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows))
+    """What a linear layer makes of states (B, n, D) in some of its outputs, `rows` (B or 1, r): (B, n, r)."""
+    if len(rows) == 1:
+        return linear(states, weight.index_select(0, rows[0]), None if bias is None else bias.index_select(0, rows[0]))
+    found = torch.matmul(states, weight[rows].transpose(1, 2))
+    return found if bias is None else found + bias[rows][:, None]
+
+
+def columns_of(states: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
+    """What a linear layer makes of states (B, n, c) that are some of its inputs, `columns` (B or 1, c), the others
+    being 0."""
+    if len(columns) == 1:
+        return linear(states, weight.index_select(1, columns[0]), bias)
+    found = torch.matmul(states, weight.t()[columns])
+    return found if bias is None else found + bias
+
+
+def heads_of(states: Tensor, heads: Tensor) -> Tensor:
+    """(B, k, n, d) the heads (B or 1, k) among (B, H, n, d)."""
+    if len(heads) == 1:
+        return states.index_select(1, heads[0])
+    return torch.take_along_dim(states, heads[:, :, None, None], dim=1)
+
+
+def with_heads(states: Tensor, heads: Tensor, values: Tensor) -> Tensor:
+    """States (B, n, H, d) with `values` (B, n, k, d) in the heads (B or 1, k)."""
+    if len(heads) == 1:
+        return states.index_copy(2, heads[0], values)
+    return states.scatter(2, heads[:, None, :, None].expand_as(values), values)
 
 
 def mask_rows(mask: Tensor | None, columns: Tensor, *, queries: int, keys: int) -> Tensor:
