@@ -30,7 +30,8 @@ def snippet(
 ) -> str:
     """Python for one question about a picture, or a video, that lies beside it."""
     source = f"vtprune/assets/{loaded.name}" if loaded.bundled else loaded.source
-    method = source if setting.folder else Stage(setting.method, (("keep", setting.keep), *setting.options)).text
+    keep = () if setting.finds_keep else (("keep", setting.keep),)
+    method = source if setting.folder else Stage(setting.method, (*keep, *setting.options)).text
     opens, opened = (VIDEO, f"open_video({video!r})") if video else (PICTURE, f"open_picture({picture!r})")
     lines = LINES.format(source=source, opens=opens, opened=opened, text=text, method=method, tokens=tokens)
     if not loaded.bundled:

@@ -23,6 +23,8 @@ PAGES = (
     ROOT / "assets" / "tiny-llava-pmod" / "README.md",
     ROOT / "assets" / "tiny-llava-covipal" / "README.md",
     ROOT / "assets" / "tiny-qwen" / "README.md",
+    ROOT / "assets" / "tiny-llava-auto" / "README.md",
+    ROOT / "assets" / "tiny-qwen-auto" / "README.md",
 )
 # A comment before a block says that it is not run, and why, or on which of the bundled models it is.
 BLOCK = re.compile(

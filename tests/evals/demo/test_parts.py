@@ -41,6 +41,17 @@ def loaded(models: Models) -> Loaded:
     return models["tiny-llava"]
 
 
+def test_a_method_that_finds_its_keep_is_there_where_it_was_calibrated(models: Models, loaded: Loaded) -> None:
+    setting = chosen(loaded, "auto", 25, "agreement=0.95")
+    assert (setting.keep, setting.pruner()) == (None, vtprune.Auto(agreement=0.95))
+    (one,) = finished(models, setting)
+    assert one.report.samples[0].attempts
+    assert "vtprune.wrap(model, 'auto:agreement=0.95')" in snippet(loaded, setting, QUESTION, tokens=8)
+    other = dataclasses.replace(loaded, source="somewhere/else")
+    with pytest.raises(InputError, match="method: choose one of"):
+        chosen(other, "auto", 25)
+
+
 def finished(models: Models, *settings: Setting) -> list[Finished]:
     labels = [str(place) for place in range(len(settings))]
     image = read_image(EXAMPLE_IMAGE)
@@ -52,7 +63,7 @@ def finished(models: Models, *settings: Setting) -> list[Finished]:
 @every_method
 def test_each_field_of_a_method_is_a_control_with_a_line_of_help(loaded: Loaded, method: str) -> None:
     found = {option.name: option for option in options_of(method, loaded.facts)}
-    elsewhere = {"keep", "keep_video", "_for_videos", "model", "clip", "head_file"}
+    elsewhere = {"keep", "keep_video", "_for_videos", "model", "clip", "head_file", "calibration", "promise", "task"}
     fields = {field.name for field in dataclasses.fields(pruner_class(method))} - elsewhere
     assert set(found) == fields
     for option in found.values():

@@ -36,6 +36,8 @@ ELSEWHERE = {
     "tiny-llava-pmod.md": "assets/tiny-llava-pmod/README.md",
     "tiny-llava-covipal.md": "assets/tiny-llava-covipal/README.md",
     "tiny-qwen.md": "assets/tiny-qwen/README.md",
+    "tiny-llava-auto.md": "assets/tiny-llava-auto/README.md",
+    "tiny-qwen-auto.md": "assets/tiny-qwen-auto/README.md",
     "tour.md": f"{FOLDER}/tour.ipynb",
 }
 SHOWN_BY = {source: page for page, source in ELSEWHERE.items()}
