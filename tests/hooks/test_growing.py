@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,15 @@ def test_rows_that_lose_nothing_are_answered_at_once() -> None:
     model = vtprune.wrap(make("qwen2.5-vl"), Given(threshold=2.0, levels=(1000, 1.0)))
     assert torch.equal(model.generate(**inputs, **GREEDY), plain)
     assert [sample.attempts for sample in vtprune.report(model).samples] == [[1000]] * 3
+
+
+def test_threads_on_one_model_do_not_mix() -> None:
+    inputs = prompt("llava-clip", ROWS["llava-clip"])
+    model = vtprune.wrap(make("llava-clip"), Given(threshold=between("llava-clip", inputs, "grid")))
+    wanted = model.generate(**inputs, **GREEDY)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: model.generate(**inputs, **GREEDY), range(6)))
+    assert all(torch.equal(one, wanted) for one in found)
 
 
 def encodings(model: Any) -> list[int]:

@@ -19,7 +19,6 @@ from transformers.generation.streamers import BaseStreamer
 from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import cache_in, logical_length
 from vtprune.errors import PromiseWarning, VTPruneError
-from vtprune.hooks.recording import Recorder
 from vtprune.hooks.records import RECORD, records_of
 from vtprune.hooks.state import ThreadState
 from vtprune.method.growth import Growth
@@ -158,11 +157,8 @@ class GrowingHooks:
     last: the record of its last call, whichever thread made it.
     """
 
-    def __init__(
-        self, adapter: Adapter, growth: Growth, plans: Plans, *, state: ThreadState, recorder: Recorder, name: str
-    ) -> None:
-        self.adapter, self.growth, self.plans, self.state = adapter, growth, plans, state
-        self.recorder, self.name = recorder, name
+    def __init__(self, adapter: Adapter, growth: Growth, plans: Plans, *, state: ThreadState, name: str) -> None:
+        self.adapter, self.growth, self.plans, self.state, self.name = adapter, growth, plans, state, name
         self.last: Grown | None = None
         # What the tower does depends on the level where the method acts inside it.
         self._shared = not encoder_layers(growth.method.bind(adapter.facts()))
@@ -226,8 +222,8 @@ class GrowingHooks:
                     stopping_criteria=StoppingCriteriaList([doubt]),
                     **({} if held is None else {"streamer": held}),
                 )
-            assert self.recorder.last is not None
-            attempts.append(Attempt(level, tuple(rows), self.recorder.last))
+            # Other threads may be generating on this model.
+            attempts.append(Attempt(level, tuple(rows), self.state.generation))
             refused = [False] * len(rows) if doubt.refused is None else doubt.refused.tolist()
             found.update({row: (output, place) for place, row in enumerate(rows) if not refused[place]})
             rows = [row for place, row in enumerate(rows) if refused[place]]

@@ -109,7 +109,7 @@ class Recording(Observer):
         whole = bool(run.spans) and not run.prompt.offset and bool((run.prompt.outline.number >= 0).all())
         generation.note_cache(run.cache, run.layers, run.prompt.mask, padded=not whole)
         if recorder.state.call is None or recorder.state.call.asks_for(run):
-            recorder.last = generation
+            recorder.last = recorder.state.generation = generation
 
 
 def number_rows(run: DecoderRun) -> None:

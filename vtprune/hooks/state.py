@@ -81,6 +81,8 @@ class ThreadState(threading.local):
         self.lessons: list[Tensor] = []
         # What is kept in place of the methods' own keep, where one runs at several levels.
         self.level: int | float | None = None
+        # The record of this thread's last generation.
+        self.generation: Any = None
         # The call of `generate` under way, the outermost one.
         self.call: Call | None = None
         self._frame: weakref.ReferenceType[Frame] | None = None

@@ -54,9 +54,7 @@ class Wrapping(Installed):
         self._growing: GrowingHooks | None = None
         if growth is not None:
             self.name = "+".join(one.name for one in given)
-            self._growing = GrowingHooks(
-                adapter, growth, plans, state=state, recorder=self._decoder.recorder, name=self.name
-            )
+            self._growing = GrowingHooks(adapter, growth, plans, state=state, name=self.name)
         try:
             self.refuse_copies(adapter.model)
             self._install_taps(adapter)
