@@ -31,7 +31,7 @@ from vtprune.provenance import code_fingerprint, machine, model_fingerprint, ver
 DEFAULT_LIMIT = 500
 # What runs where neither methods nor everything are asked for: the baselines that show what dull pruning does, and one
 # or two methods of each place to prune in (before the decoder, in the encoder, in the decoder, in the cache).
-SHORT_METHODS = ("random", "grid", "divprune", "flowcut", "visionzip", "fastv", "pyramid_drop", "d2o")
+SHORT_METHODS = ("random", "grid", "divprune", "flowcut", "visionzip", "fastv", "pyramid_drop", "d2o", "auto")
 SHORT_KEEPS: tuple[int | float, ...] = (0.25,)
 
 
