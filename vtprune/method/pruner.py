@@ -156,25 +156,22 @@ class Pruner(ABC):
         keep = asked(self)
         return tokens if keep is None else budget_of(keep, tokens)
 
-    @property
-    def unserved(self) -> str:
-        """Why it cannot be told from an image's grid how many of its tokens enter the decoder, or why no server can
-        hand the method what it reads; "" where both can be done."""
-        return self.info.unserved
-
     def entering(self, grid: Grid3) -> int:
-        """`count`, of a method that can be served."""
+        """`count`, of a method that can be served; raises VTPruneError where its options say that it cannot."""
         return self.budget(math.prod(grid))
 
     @final
     def count(self, grid: Sequence[int]) -> int:
         """How many vision tokens of an image enter the decoder, exactly, before anything but its grid is known.
 
-        grid: (h, w) in vision tokens, or (1, h, w). Raises VTPruneError for a method of which that cannot be said.
+        grid: (h, w) in vision tokens, or (1, h, w). Raises VTPruneError for a method of which that cannot be said, or
+        that no server can hand what it reads.
         """
         shape = checked_grid(grid)
-        if self.unserved:
-            raise VTPruneError(f"{self.name} {self.unserved}: an image's grid alone does not say how many it keeps")
+        if self.info.unserved:
+            raise VTPruneError(
+                f"{self.name} {self.info.unserved}: an image's grid alone does not say what a server would keep"
+            )
         return self.entering(shape)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:

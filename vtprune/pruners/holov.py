@@ -224,10 +224,11 @@ class HoloV(BeforeDecoder):
         """True for variant="released"."""
         return self.variant == "released"
 
-    @property
-    def unserved(self) -> str:
-        """For variant="released" what its quotas do."""
-        return "with variant='released' may keep fewer tokens than its budget" if self.variant == "released" else ""
+    def entering(self, grid: Grid3) -> int:
+        """The budget; raises VTPruneError for variant="released", whose quotas may exceed their strips."""
+        if self.variant == "released":
+            raise VTPruneError("holov with variant='released' may keep fewer tokens than its budget, by its scores")
+        return super().entering(grid)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Crops, the weight of diversity and the sharpness; strips and diversity alone as released."""
