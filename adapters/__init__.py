@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from vtprune.adapters.base import Adapter
@@ -44,6 +46,8 @@ REFUSED = {
     "llavaonevision15": "no release of transformers that vtprune is tested on has a class for it, and the code that "
     "its checkpoints bring along is not run",
 }
+# Earlier releases expand images wrongly for beams; what wraps no model (`vtprune.select`, a plugin) takes them.
+LOWEST_TRANSFORMERS = Version("5.20")
 # What a config says beside the architecture: where it came from, how it runs, what generation does.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
@@ -74,8 +78,14 @@ def tower_for(model: Any) -> Tower | None:
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model; raises UnsupportedModelError with the classes that have one."""
+    """The adapter of a model; raises UnsupportedModelError with the classes that have one, and on a release of
+    transformers whose models are not pruned rightly."""
     core: Any = core_model(model)
+    if Version(transformers.__version__) < LOWEST_TRANSFORMERS:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} expands images wrongly for beams: vtprune wraps models of "
+            f"{LOWEST_TRANSFORMERS} and later; vtprune.select and vtprune serve run on this one, too"
+        )
     _refuse(getattr(getattr(core, "config", None), "model_type", None))
     for adapter in ADAPTERS:
         if adapter.takes(core):

@@ -82,7 +82,7 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _qwen_processor() -> Qwen2_5_VLProcessor:
+def qwen_processor() -> Qwen2_5_VLProcessor:
     """Images, and frames of videos, of any size between 4 and 64 vision tokens."""
     images = Qwen2VLImageProcessor(patch_size=14, min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
     videos = Qwen2VLVideoProcessor(patch_size=14, min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
@@ -258,7 +258,7 @@ def _anyres_decoder(vocabulary: int) -> dict[str, Any]:
 def random_qwen_checkpoint() -> str:
     """The folder of a tiny Qwen2.5-VL, written once a process."""
     folder = mkdtemp(prefix="vtprune-qwen-checkpoint-")
-    processor = _qwen_processor()
+    processor = qwen_processor()
     config = Qwen2_5_VLConfig(
         vision_config={
             "hidden_size": 32, "intermediate_size": 48, "depth": 4, "num_heads": 4, "patch_size": 14,

@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("front door",),
     (
         "training",
+        "serving",
         "evals",
         "evals.run_file",
         "evals.paired",

@@ -18,12 +18,12 @@ from vtprune.method.pruner import Pruner
 from vtprune.method.registry import pruner_class
 
 # What may be measured or trained on models of one's own making: not of any family.
-OWN_MODELS = ("evals.speed", "evals.tiny_models")
+OWN_MODELS = ("evals.speed", "evals.tiny_models", "serving")
 # Methods whose names are words of every day, in other senses too.
 EVERYDAY = {"none", "random", "grid", "pool", "auto"}
 HOOKS = re.compile(r"register_(module_)?(full_)?(forward|backward|state_dict|load_state_dict)?_?(pre_|post_)?hook")
 POSITIONAL, LINES, FILES = 4, 3, 8
-MEMBERS, STAGE_MEMBERS = 12, 8
+MEMBERS, STAGE_MEMBERS = 13, 8
 
 
 def rooms() -> set[str]:

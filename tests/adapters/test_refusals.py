@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 import vtprune
+from tests.models import make
 from vtprune.adapters import REFUSED, adapter_for, model_cost
 from vtprune.errors import UnsupportedModelError
 
@@ -53,3 +54,9 @@ def test_every_refusal_has_a_test() -> None:
 def test_a_model_that_nobody_knows_is_told_which_are_known() -> None:
     with pytest.raises(UnsupportedModelError, match="no adapter for Named; vtprune wraps LlavaForConditional"):
         adapter_for(Named("somebody's"))
+
+
+def test_a_release_of_transformers_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.19.0")
+    with pytest.raises(vtprune.UnsupportedModelError, match=r"5\.19\.0 .* 5\.20 and later"):
+        vtprune.wrap(make("llava-clip"), "grid")

@@ -14,6 +14,8 @@ from vtprune.cli.demo import demo
 from vtprune.cli.list import list_methods
 from vtprune.cli.lmms_eval import SETTINGS, lmms_eval
 from vtprune.cli.report import report
+from vtprune.cli.serve import SETTINGS as SERVING
+from vtprune.cli.serve import serve
 from vtprune.cli.train import train
 from vtprune.cli.tune import tune
 from vtprune.console.output import Loudness, one_line_errors, speaking
@@ -65,6 +67,7 @@ app.command(name="lmms-eval", context_settings=SETTINGS)(lmms_eval)
 app.command()(report)
 app.command()(arank)
 app.command()(calibrate)
+app.command(context_settings=SERVING)(serve)
 app.command()(train)
 app.command()(demo)
 

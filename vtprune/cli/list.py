@@ -31,10 +31,11 @@ def _known() -> tuple[Table, Table]:
     from vtprune.method.catalogue import families, methods
 
     shown = _table("Methods", show_lines=True)
-    for heading in ("name", "stage", "paper", "arXiv", "licence of the reference", "needs", "variants"):
+    for heading in ("name", "stage", "paper", "arXiv", "licence of the reference", "needs", "served", "variants"):
         shown.add_column(heading, no_wrap=heading in ("name", "arXiv"))
     for info in methods().values():
-        cells = (info.name, info.stage, info.paper, info.arxiv, info.licence, info.needs)
+        served = info.serves or f"no: it {info.unserved}"
+        cells = (info.name, info.stage, info.paper, info.arxiv, info.licence, info.needs, served)
         shown.add_row(*cells, ", ".join(info.variants))
     models = _table("Models", show_lines=True)
     for heading in ("adapter", "models", "notes"):

@@ -27,10 +27,33 @@ STAGES = {
 }
 
 
+# What a server can be asked for, beside the features that enter the decoder: `register(serves=...)` names the most
+# that a method reads of it.
+SERVES = ("features", "signals", "picture", "text")
+# Why a class cannot be served that has one of these names among its bases, and does not say that it can.
+UNSERVED = {
+    "Growing": "answers several times",
+    "InCache": "cuts the cache",
+    "BetweenLayers": "acts inside the decoder",
+    "InLayers": "acts inside the decoder",
+    "InAttention": "acts inside the decoder",
+    "InEncoder": "acts inside the encoder",
+}
+UNTOLD = "does not say what it reads (serves=...)"
+
+
 def stages_of(bases: Iterable[str]) -> str:
     """Where a class acts that has these names among its bases, in words."""
     names = set(bases)
     return ", ".join(text for stage, text in STAGES.items() if stage in names) or "none"
+
+
+def unserved_of(bases: Iterable[str], serves: str, unserved: str) -> str:
+    """Why a class with these names among its bases cannot be served, "" where it can; serves, unserved: what its
+    registration says of it."""
+    names = set(bases)
+    found = unserved or next((why for stage, why in UNSERVED.items() if stage in names), UNTOLD)
+    return "" if serves else found
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,9 @@ class PrunerInfo:
     """What `available()` says of a method.
 
     stage: where it acts, by the stages that its class derives from; needs: what it reads;
-    licence: of the reference code; variants: the values that `variant` takes.
+    licence: of the reference code; variants: the values that `variant` takes; serves: "features", "signals", "picture"
+    or "text", the most that it asks of a server (see vtprune/docs/serving.md), "" for a method that cannot be served;
+    unserved: why.
     """
 
     name: str
@@ -48,6 +73,8 @@ class PrunerInfo:
     licence: str = ""
     needs: str = "vision tokens"
     variants: tuple[str, ...] = ("paper",)
+    serves: str = ""
+    unserved: str = ""
 
 
 def methods() -> dict[str, PrunerInfo]:
@@ -66,9 +93,7 @@ def own_methods() -> dict[str, PrunerInfo]:
     """The methods that ship with vtprune, read from the source."""
     classes = list(_classes(METHODS))
     parents = {node.name: [base.id for base in node.bases if isinstance(base, ast.Name)] for node in classes}
-    return {
-        info.name: info for node in classes for info in _registered(node, stages_of(_ancestors(node.name, parents)))
-    }
+    return {info.name: info for node in classes for info in _registered(node, list(_ancestors(node.name, parents)))}
 
 
 def families() -> list[tuple[str, tuple[str, ...], str]]:
@@ -94,12 +119,13 @@ def _ancestors(name: str, parents: dict[str, list[str]]) -> Iterator[str]:
         yield from _ancestors(parent, parents)
 
 
-def _registered(node: ast.ClassDef, stage: str) -> Iterator[PrunerInfo]:
+def _registered(node: ast.ClassDef, bases: list[str]) -> Iterator[PrunerInfo]:
     """What the `@register(...)` of a class says; its arguments are literals in vtprune's own methods."""
     for call in node.decorator_list:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
             given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None}
-            yield PrunerInfo(ast.literal_eval(call.args[0]), stage, **given)
+            given["unserved"] = unserved_of(bases, given.get("serves", ""), given.get("unserved", ""))
+            yield PrunerInfo(ast.literal_eval(call.args[0]), stages_of(bases), **given)
 
 
 def _constants(node: ast.ClassDef) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Integral
@@ -30,6 +31,9 @@ class Tunable:
     log: bool = False
     choices: tuple[str | int | float | bool | None, ...] = ()
     start: float | None = None
+
+
+Grid3 = tuple[int, int, int]
 
 
 class Counted(Enum):
@@ -72,6 +76,14 @@ def budget_of(keep: int | float, tokens: int) -> int:
     if isinstance(keep, int):
         return min(keep, tokens)
     return min(tokens, max(1, round(keep * tokens)))
+
+
+def checked_grid(grid: Sequence[int]) -> Grid3:
+    """A grid (h, w) as (1, h, w), one of three numbers as it is; raises VTPruneError for anything else."""
+    sizes = tuple(int(size) for size in grid)
+    if len(sizes) not in (2, 3) or min(sizes) < 1:
+        raise VTPruneError(f"a grid is (h, w) or (t, h, w) in vision tokens, got {sizes}")
+    return (sizes[-3] if len(sizes) == 3 else 1, sizes[-2], sizes[-1])
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,24 @@ class Pruner(ABC):
         """Vision tokens of an image of `tokens` that are left in the end."""
         keep = asked(self)
         return tokens if keep is None else budget_of(keep, tokens)
+
+    def entering(self, grid: Grid3) -> int:
+        """`count`, of a method that can be served; raises VTPruneError where its options say that it cannot."""
+        return self.budget(math.prod(grid))
+
+    @final
+    def count(self, grid: Sequence[int]) -> int:
+        """How many vision tokens of an image enter the decoder, exactly, before anything but its grid is known.
+
+        grid: (h, w) in vision tokens, or (1, h, w). Raises VTPruneError for a method of which that cannot be said, or
+        that no server can hand what it reads.
+        """
+        shape = checked_grid(grid)
+        if self.info.unserved:
+            raise VTPruneError(
+                f"{self.name} {self.info.unserved}: an image's grid alone does not say what a server would keep"
+            )
+        return self.entering(shape)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """The hyper-parameters that a search may set, by field name, at this `keep` and for images of `tokens`; none

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from vtprune.errors import UnknownPrunerError, VTPruneError
-from vtprune.method.catalogue import ENTRY_POINT_GROUP, METHODS, PrunerInfo, stages_of
+from vtprune.method.catalogue import ENTRY_POINT_GROUP, METHODS, SERVES, PrunerInfo, stages_of, unserved_of
 from vtprune.method.options import check_type, converted, hints_of, lone_item, readable
 from vtprune.method.pruner import Pruner
 
@@ -28,8 +28,16 @@ def register(
     licence: str = "",
     needs: str = "vision tokens",
     variants: tuple[str, ...] = ("paper",),
+    serves: str = "",
+    unserved: str = "",
 ) -> Callable[[P], P]:
-    """Class decorator that makes a Pruner known by `name`; raises VTPruneError if the name is taken."""
+    """Class decorator that makes a Pruner known by `name`; raises VTPruneError if the name is taken.
+
+    serves: "features", "signals", "picture" or "text", the most that a server has to hand it, for a method whose
+    `count` is right and which goes by nothing else; unserved: why it cannot be served, where its stages do not say it.
+    """
+    if serves and serves not in SERVES:
+        raise VTPruneError(f"register({name!r}): serves is one of {', '.join(map(repr, SERVES))}, got {serves!r}")
 
     def decorate(cls: P) -> P:
         if not (isinstance(cls, type) and issubclass(cls, Pruner)):
@@ -41,14 +49,17 @@ def register(
             raise VTPruneError(
                 f"the pruner name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another name"
             )
+        bases = [base.__name__ for base in cls.__mro__]
         cls.info = PrunerInfo(
             name=name,
-            stage=stages_of(base.__name__ for base in cls.__mro__),
+            stage=stages_of(bases),
             paper=paper,
             arxiv=arxiv,
             licence=licence,
             needs=needs,
             variants=variants,
+            serves=serves,
+            unserved=unserved_of(bases, serves, unserved),
         )
         _pruners[name] = cls
         return cls

@@ -81,6 +81,7 @@ def _chosen(matrix: Floats, closest: Floats, count: int) -> npt.NDArray[np.int64
     licence="CC BY-NC 4.0",
     needs="decoder-width features",
     variants=("paper", "released"),
+    serves="features",
 )
 @dataclass(frozen=True)
 class DivPrune(BeforeDecoder):

@@ -66,6 +66,7 @@ def keep_unlike(features: Tensor, against: Sequence[int | None], count: int) -> 
     licence="Apache-2.0",
     needs="decoder-width features of whole frames",
     variants=("paper", "released"),
+    unserved="prunes videos alone",
 )
 @dataclass(frozen=True)
 class DyCoke(BeforeDecoder):

@@ -34,6 +34,7 @@ def temporal_change(features: Tensor) -> Tensor:
     arxiv="2510.14624",
     licence="none that allows use of the released file; written from the rule alone",
     needs="decoder-width features of whole frames",
+    unserved="prunes videos alone",
 )
 @dataclass(frozen=True)
 class EVS(BeforeDecoder):

@@ -86,6 +86,7 @@ class Merged:
     licence="MIT",
     needs="decoder-width features of whole frames; attention of the encoder layer that feeds the decoder",
     variants=("paper", "released"),
+    unserved="prunes videos alone",
 )
 @dataclass(frozen=True)
 class FastVID(BeforeDecoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from vtprune.method.answers import KEPT_WHOLE, Selection
 from vtprune.method.checks import check_scores
 from vtprune.method.choosing import top
 from vtprune.method.facts import Work
-from vtprune.method.pruner import Tunable
+from vtprune.method.pruner import Grid3, Tunable
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
@@ -48,6 +49,7 @@ def top_rows(significance: Tensor, width: int, budget: int) -> Tensor:
     arxiv="2411.14164",
     licence="Apache-2.0 (third-party implementation; the authors released none)",
     needs="attention among patches, of the encoder layer that feeds the decoder",
+    serves="signals",
 )
 @dataclass(frozen=True)
 class FoPru(BeforeDecoder):
@@ -91,6 +93,14 @@ class FoPru(BeforeDecoder):
         """None for strategy="row": an image none of whose rows fits the budget is kept whole."""
         whole = isinstance(self.keep, float) and self.keep == 1
         return None if self.strategy == "row" and not whole else self.budget(tokens)
+
+    def entering(self, grid: Grid3) -> int:
+        """The budget; for strategy="row" as many whole rows as fit it, or all where none does."""
+        tokens = math.prod(grid)
+        budget = self.budget(tokens)
+        if self.strategy == "rank" or budget < grid[-1]:
+            return budget if self.strategy == "rank" else tokens
+        return budget - budget % grid[-1]
 
     def significance(self, stream: VisionStream) -> Tensor:
         """The score of each token: (N,) fp32; raises ScoreError for NaN."""

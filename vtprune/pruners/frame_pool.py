@@ -30,6 +30,7 @@ def pool_frames(values: Tensor, groups: list[range], size: int) -> Tensor:
     arxiv="2503.04130",
     licence="Apache-2.0 (the authors released no code)",
     needs="vision tokens",
+    unserved="prunes videos alone",
 )
 @dataclass(frozen=True)
 class FramePool(ByFrames):

@@ -19,6 +19,7 @@ from vtprune.pruners.parts.frames import ByFrames, one_frame_note, runs, whole_f
     arxiv="2503.04130",
     licence="Apache-2.0 (the authors released no code)",
     needs="nothing",
+    unserved="prunes videos alone",
 )
 @dataclass(frozen=True)
 class FrameSkip(ByFrames):

@@ -56,6 +56,7 @@ def pool_grid(scores: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Te
     licence="Apache-2.0",
     needs="the last prompt token's query, and all keys, of an early decoder layer: the layers before it run twice",
     variants=("paper", "released"),
+    unserved="chooses by decoder layers that have to run first",
 )
 @dataclass(frozen=True)
 class GemFilter(BeforeDecoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,11 @@ from vtprune.method.answers import Selection
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
-from vtprune.pruners.parts.cells import cell_grid, cut
+from vtprune.pruners.parts.cells import Grid3, cell_count, cell_grid, cut
 from vtprune.pruners.parts.checks import check_whole_grid
 
 
-@register("grid", paper="", licence="Apache-2.0", needs="nothing")
+@register("grid", paper="", licence="Apache-2.0", needs="nothing", serves="features")
 @dataclass(frozen=True)
 class Grid(BeforeDecoder):
     """The token nearest the centre of each cell of a smaller grid.
@@ -24,6 +25,10 @@ class Grid(BeforeDecoder):
     """
 
     input_reads = frozenset({Read.WHOLE_GRID})
+
+    def entering(self, grid: Grid3) -> int:
+        """One token a cell."""
+        return cell_count(grid, self.budget(math.prod(grid)))
 
     def select(self, stream: VisionStream) -> Selection:
         """Keeps one token a cell; raises VTPruneError if an earlier stage already dropped tokens."""

@@ -175,6 +175,7 @@ def select_strips(
     licence="Apache-2.0 (badge in its README; no licence file)",
     needs="decoder-width features; CLS attention, or attention received, of the layer that feeds the decoder",
     variants=("paper", "released"),
+    serves="signals",
 )
 @dataclass(frozen=True)
 class HoloV(BeforeDecoder):
@@ -222,6 +223,12 @@ class HoloV(BeforeDecoder):
     def renumbers(self) -> bool:
         """True for variant="released"."""
         return self.variant == "released"
+
+    def entering(self, grid: Grid3) -> int:
+        """The budget; raises VTPruneError for variant="released", whose quotas may exceed their strips."""
+        if self.variant == "released":
+            raise VTPruneError("holov with variant='released' may keep fewer tokens than its budget, by its scores")
+        return super().entering(grid)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Crops, the weight of diversity and the sharpness; strips and diversity alone as released."""

@@ -10,7 +10,7 @@ from vtprune.method.pruner import Pruner
 from vtprune.method.registry import register
 
 
-@register("none", paper="", licence="Apache-2.0", needs="nothing")
+@register("none", paper="", licence="Apache-2.0", needs="nothing", serves="features")
 @dataclass(frozen=True)
 class NoPruning(Pruner):
     """Keeps every token whatever `keep` says, so that a sweep can name the unpruned model like a method."""

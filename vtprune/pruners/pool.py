@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from vtprune.method.answers import Merge, Selection
 from vtprune.method.registry import register
 from vtprune.method.stages import BeforeDecoder, Read
 from vtprune.method.views import VisionStream
-from vtprune.pruners.parts.cells import Grid3, cell_grid, cut
+from vtprune.pruners.parts.cells import Grid3, cell_count, cell_grid, cut
 from vtprune.pruners.parts.checks import check_whole_grid
 from vtprune.tensors.attention import at_least_single
 
@@ -26,7 +27,7 @@ def pool_features(features: Tensor, grid: Grid3, cells: Grid3) -> Tensor:
     return pooled.to(features.dtype)
 
 
-@register("pool", paper="", licence="Apache-2.0", needs="vision tokens")
+@register("pool", paper="", licence="Apache-2.0", needs="vision tokens", serves="features")
 @dataclass(frozen=True)
 class Pool(BeforeDecoder):
     """Averages the tokens (after the projector or the merger) over the cells of a smaller grid.
@@ -38,6 +39,10 @@ class Pool(BeforeDecoder):
     """
 
     input_reads = frozenset({Read.WHOLE_GRID})
+
+    def entering(self, grid: Grid3) -> int:
+        """One token a cell."""
+        return cell_count(grid, self.budget(math.prod(grid)))
 
     def select(self, stream: VisionStream) -> Selection:
         """Merges every cell into one token; raises VTPruneError if an earlier stage dropped tokens."""

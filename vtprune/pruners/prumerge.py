@@ -80,6 +80,7 @@ def one_head(signals: LayerSignals) -> LayerSignals:
     arxiv="2403.15388",
     licence="Apache-2.0",
     needs="q and k of the vision tower's last layer; decoder-width features",
+    unserved="reads the tower's last layer, which servers leave out",
 )
 @dataclass(frozen=True)
 class PruMerge(BeforeDecoder):

@@ -36,7 +36,7 @@ def random_tokens(tokens: int, count: int, seed: int) -> Tensor:
     return torch.randperm(tokens, generator=generator)[:count].sort().values
 
 
-@register("random", paper="", licence="Apache-2.0", needs="pixels")
+@register("random", paper="", licence="Apache-2.0", needs="pixels", serves="picture")
 @dataclass(frozen=True)
 class Random(BeforeDecoder):
     """Uniformly random tokens, seeded from (seed, the image's pixels: which ones are above 0).

@@ -64,6 +64,7 @@ def released_counts(rates: Array, places: int) -> list[int]:
     licence="Apache-2.0",
     needs="decoder-width features of whole frames",
     variants=("paper", "released"),
+    unserved="prunes videos alone",
 )
 @dataclass(frozen=True)
 class VidCom2(BeforeDecoder):

@@ -38,6 +38,7 @@ from vtprune.pruners.parts.cosines import matrix_flops
     licence="Apache-2.0",
     needs="decoder-width features; the question: a CLIP beside the model (`clip`), or the decoder's embeddings of it",
     variants=("paper", "released"),
+    serves="text",
 )
 @dataclass(frozen=True)
 class CDPruner(BeforeDecoder):

@@ -37,6 +37,12 @@ def cell_grid(grid: Grid3, budget: int) -> Grid3:
     return (kept_frames, *min(maximal, key=rank))
 
 
+def cell_count(grid: Grid3, budget: int) -> int:
+    """How many cells a grid is cut into; as many as it has tokens where these are within the budget."""
+    tokens = math.prod(grid)
+    return tokens if budget >= tokens else math.prod(cell_grid(grid, budget))
+
+
 def spans(length: int, cells: int) -> list[tuple[int, int]]:
     """Start and end of each of `cells` runs over `length` places; runs overlap where it does not divide."""
     return [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]

@@ -1,0 +1,45 @@
+"""Queries, keys and values of one encoder layer, whatever computes its attention: they are what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+NAMES = ("query", "key", "value")
+
+
+class Tap:
+    """Notes what an attention module is given while somebody listens; heads: how many it has."""
+
+    def __init__(self, attention: nn.Module, heads: int) -> None:
+        self.heads = heads
+        self._noted: list[tuple[Tensor, ...]] | None = None
+        attention.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._noted is not None:
+            given = dict(zip(NAMES, args, strict=False)) | kwargs
+            self._noted.append(tuple(given[name] for name in NAMES))
+
+    @contextmanager
+    def listening(self) -> Iterator[list[tuple[Tensor, ...]]]:
+        """Within the block the module's queries, keys and values, (B, H, N, d) each once `by_head` has been asked."""
+        noted: list[tuple[Tensor, ...]] = []
+        self._noted = noted
+        try:
+            yield noted
+        finally:
+            self._noted = None
+
+    def by_head(self, noted: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The one call's queries, keys and values as (B, H, N, d)."""
+        (found,) = noted
+        flat = "b n (h d) -> b h n d"
+        one, two, three = (
+            rearrange(states, flat if states.ndim == 3 else "b n h d -> b h n d", h=self.heads) for states in found
+        )
+        return one, two, three
