@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import binom
 
 from vtprune.errors import InputError, VTPruneError
 
@@ -79,9 +78,9 @@ def p_value(losses: np.ndarray, level: float) -> float:
     losses of 0 and 1, else by the bound of Hoeffding and Bentkus."""
     count, mean = len(losses), float(losses.mean())
     if np.isin(losses, (0, 1)).all():
-        return float(binom.cdf(round(float(losses.sum())), count, level))
+        return _at_most(round(float(losses.sum())), count, level)
     low = min(mean, level)
-    bentkus = math.e * float(binom.cdf(math.ceil(count * mean - 1e-9), count, level))
+    bentkus = math.e * _at_most(math.ceil(count * mean - 1e-9), count, level)
     return min(1.0, math.exp(-count * _divergence(low, level)), bentkus)
 
 
@@ -102,6 +101,14 @@ def ltt_bound(losses: np.ndarray, delta: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if p_value(losses, middle) <= delta else (middle, high)
     return high
+
+
+def _at_most(hits: int, count: int, level: float) -> float:
+    """The chance of so many hits of `count` or fewer, at `level` each."""
+    # Not at the top: every `import vtprune` of a method would wait for it.
+    from scipy.stats import binom
+
+    return float(binom.cdf(hits, count, level))
 
 
 def _divergence(low: float, level: float) -> float:
