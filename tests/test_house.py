@@ -23,7 +23,7 @@ OWN_MODELS = ("evals.speed", "evals.tiny_models", "serving")
 EVERYDAY = {"none", "random", "grid", "pool", "auto"}
 HOOKS = re.compile(r"register_(module_)?(full_)?(forward|backward|state_dict|load_state_dict)?_?(pre_|post_)?hook")
 POSITIONAL, LINES, FILES = 4, 3, 8
-MEMBERS, STAGE_MEMBERS = 13, 8
+MEMBERS, STAGE_MEMBERS = 12, 8
 
 
 def rooms() -> set[str]:

@@ -156,7 +156,7 @@ class Pruner(ABC):
         keep = asked(self)
         return tokens if keep is None else budget_of(keep, tokens)
 
-    def entering(self, grid: Grid3) -> int:
+    def _entering(self, grid: Grid3) -> int:
         """`count`, of a method that can be served; raises VTPruneError where its options say that it cannot."""
         return self.budget(math.prod(grid))
 
@@ -172,7 +172,7 @@ class Pruner(ABC):
             raise VTPruneError(
                 f"{self.name} {self.info.unserved}: an image's grid alone does not say what a server would keep"
             )
-        return self.entering(shape)
+        return self._entering(shape)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """The hyper-parameters that a search may set, by field name, at this `keep` and for images of `tokens`; none

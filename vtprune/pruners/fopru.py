@@ -94,7 +94,7 @@ class FoPru(BeforeDecoder):
         whole = isinstance(self.keep, float) and self.keep == 1
         return None if self.strategy == "row" and not whole else self.budget(tokens)
 
-    def entering(self, grid: Grid3) -> int:
+    def _entering(self, grid: Grid3) -> int:
         """The budget; for strategy="row" as many whole rows as fit it, or all where none does."""
         tokens = math.prod(grid)
         budget = self.budget(tokens)

@@ -224,11 +224,11 @@ class HoloV(BeforeDecoder):
         """True for variant="released"."""
         return self.variant == "released"
 
-    def entering(self, grid: Grid3) -> int:
+    def _entering(self, grid: Grid3) -> int:
         """The budget; raises VTPruneError for variant="released", whose quotas may exceed their strips."""
         if self.variant == "released":
             raise VTPruneError("holov with variant='released' may keep fewer tokens than its budget, by its scores")
-        return super().entering(grid)
+        return super()._entering(grid)
 
     def search_space(self, tokens: float) -> dict[str, Tunable]:
         """Crops, the weight of diversity and the sharpness; strips and diversity alone as released."""

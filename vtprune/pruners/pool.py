@@ -40,7 +40,7 @@ class Pool(BeforeDecoder):
 
     input_reads = frozenset({Read.WHOLE_GRID})
 
-    def entering(self, grid: Grid3) -> int:
+    def _entering(self, grid: Grid3) -> int:
         """One token a cell."""
         return cell_count(grid, self.budget(math.prod(grid)))
 
