@@ -229,6 +229,10 @@ def test_a_tower_alone_runs_what_acts_in_it_and_refuses_the_rest(
                 vtprune.wrap(model, method)
             says(UNTRAINED)
             return
+        elif method == "auto":
+            with pytest.raises(vtprune.VTPruneError, match="compares answers, and a vision encoder alone gives none"):
+                vtprune.wrap(model, method)
+            return
         elif method not in IN_ENCODER:
             with pytest.raises(vtprune.VTPruneError, match=r"decoder|image tokens|videos"):
                 vtprune.wrap(model, method)
