@@ -16,7 +16,7 @@ from vtprune.errors import InputError
 from vtprune.evals.bench.suite import LIKELIHOODS, open_suite
 from vtprune.evals.lmms.gen_kwargs import Generation, read_generation
 from vtprune.evals.samples import Sample, Wanted, gather
-from vtprune.loading.pictures import whole_images
+from vtprune.loading.pictures import open_picture, whole_images
 from vtprune.loading.videos import Video
 
 STOPS = ("\n\n",)
@@ -108,7 +108,7 @@ class Source:
                 shown = task.doc_to_visual(doc)
                 if len(shown) != 1 or not isinstance(shown[0], Image.Image):
                     raise InputError(f"data: questions of {name} show other things than one picture")
-                picture = shown[0].convert("RGB")
+                picture = open_picture(shown[0])
             sample = Sample(f"{name} {place}", picture, task.doc_to_text(doc))
             yield Asked(sample, _picture(picture), generation, name)
 
