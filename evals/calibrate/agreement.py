@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -102,17 +102,7 @@ def run_agreement(config: AgreementConfig, console: Console) -> Settled:
     split = config.source.split(config.tuning, config.samples, config.seed, tell)
     _check_split(split, config)
     with held(config.output):
-        prepare_environment(offline=is_local(folder_of(config.model)))
-        model, processor = load_model(
-            config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
-        )
-        answers = Answers(
-            model,
-            processor,
-            config.output,
-            identity=identity_of(model, processor),
-            batch=config.batch_size or default_batch(model),
-        )
+        model, processor, answers = opened(config, config.output)
         run = _Run(config, model, answers, split, console=console)
         chosen = run.choose(pruners)
         data = run.calibrate(chosen, processor)
@@ -125,6 +115,40 @@ def run_agreement(config: AgreementConfig, console: Console) -> Settled:
     notice(console, f"wrote {config.output}")
     console.print(f'vtprune.wrap(model, "{_as_text(config.output)}")', style="dim", highlight=False)
     return settled
+
+
+class Where(Protocol):
+    """Which model answers, and how it is loaded."""
+
+    @property
+    def model(self) -> str | None:
+        """As `--model` takes it."""
+
+    @property
+    def device(self) -> str | None:
+        """A torch device, None: the best there is."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of a torch dtype, or auto."""
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """As transformers takes it."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows that are answered together, None: as many as change nothing."""
+
+
+def opened(where: Where, folder: Path) -> tuple[Any, Any, Answers]:
+    """The model, its processor, and the answers that a folder has of it."""
+    prepare_environment(offline=is_local(folder_of(where.model)))
+    model, processor = load_model(
+        where.model, device=where.device, dtype=where.dtype, attn_implementation=where.attn_implementation
+    )
+    batch = where.batch_size or default_batch(model)
+    return model, processor, Answers(model, processor, folder, identity=identity_of(model, processor), batch=batch)
 
 
 def identity_of(model: Any, processor: Any) -> list[Any]:

@@ -8,16 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vtprune.assets import folder_of
 from vtprune.console.output import notice
 from vtprune.console.progress import Steps
 from vtprune.errors import InputError
-from vtprune.evals.calibrate.agreement import identity_of
-from vtprune.evals.calibrate.answers import Answers, Heard, table_of
+from vtprune.evals.calibrate.agreement import opened
+from vtprune.evals.calibrate.answers import Heard, table_of
 from vtprune.evals.calibrate.asked import Source
 from vtprune.files import held
-from vtprune.loading.environment import prepare_environment
-from vtprune.loading.model import default_batch, is_local, load_model
 from vtprune.method.config import load_config
 from vtprune.method.pruner import Pruner
 from vtprune.method.registry import create_checked
@@ -60,17 +57,7 @@ def run_check(config: CheckConfig, console: Console) -> bool:
     seed = config.seed + (APART if config.source.data is None else 0)
     asked = config.source.split(config.samples, 0, seed, lambda text: notice(console, text)).tuning
     with held(config.folder):
-        prepare_environment(offline=is_local(folder_of(config.model)))
-        model, processor = load_model(
-            config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attn_implementation
-        )
-        answers = Answers(
-            model,
-            processor,
-            config.folder,
-            identity=identity_of(model, processor),
-            batch=config.batch_size or default_batch(model),
-        )
+        _, _, answers = opened(config, config.folder)
         tokens = data["loss"] == "tokens"
         # Tokens are compared by forcing them on each level; what auto would have done follows from that.
         tried = [_level(data, keep) for keep in data["keeps"]] if tokens else [auto]
