@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,20 +23,20 @@ from vtprune.serving.settings import KEY, Settings
 TEXT = "vtprune_text"
 
 
-class PrunedProcessor:
+class PrunedProcessor(ABC):
     """A mixin over vLLM's processor of a model. Nothing is kept between calls.
 
     The method, the positions and, for a method that reads it, the text become part of what vLLM hashes an image by, so
     that no cache mixes them. A subclass says which token stands for an image and what its grid is.
     """
 
+    @abstractmethod
     def image_token(self) -> int:
         """The id that stands for an image in a prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grid(self, images: Any, item: int) -> tuple[int, int, int]:
         """(t, h, w) of one of the images that vLLM's processor has made inputs of."""
-        raise NotImplementedError
 
     def apply(self: Any, inputs: Any, timing_ctx: Any) -> Any:
         """vLLM's own, with the method among what the images are processed by; raises VTPruneError for one that cannot
