@@ -168,6 +168,17 @@ def all_methods() -> list[str]:
     return [name for name in known if not for_videos_alone(name) and not _for_training(name)]
 
 
+def measurable(methods: Sequence[str], *, videos: bool = False) -> list[str]:
+    """The methods whose one prefill is measured by itself: `methods`, or every one that is known, those that leave
+    images whole with `videos` alone; raises InputError for one that runs another method several times."""
+    several = [text for text in methods if any(not one.folder and grows(one.name) for one in parse_entry(text))]
+    if several:
+        raise InputError(f"{several[0]} runs another method, several times if need be: measure that one")
+    return list(methods) or [
+        name for name in available() if not grows(name) and (videos or not for_videos_alone(name))
+    ]
+
+
 def _for_training(method: str) -> bool:
     kind = pruner_class(method)
     return issubclass(kind, InLayers) and kind.for_training

@@ -37,7 +37,7 @@ import vtprune
 from vtprune import adapters
 from vtprune.cache.adopting import cache_in, with_cache
 from vtprune.console.output import one_line_errors
-from vtprune.evals.settings import for_videos_alone
+from vtprune.evals.settings import measurable
 from vtprune.files import check_new_file, write_json
 from vtprune.method.texts import split_entries
 
@@ -336,8 +336,7 @@ def main(
             check_new_file(output)
         if model not in MODELS:
             raise vtprune.VTPruneError(f"model is one of {', '.join(MODELS)}, got {model!r}")
-        shipped = [name for name in vtprune.available() if model == "video" or not for_videos_alone(name)]
-        chosen = split_entries(methods) or shipped
+        chosen = measurable(split_entries(methods), videos=model == "video")
         counts = count_all(model, batch, chosen)
         console = Console(width=140)
         console.print(table(model, batch, counts))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import vtprune
 from vtprune.console.output import one_line_errors
-from vtprune.evals.settings import build_settings
+from vtprune.evals.settings import build_settings, measurable
 from vtprune.evals.speed.memory import peak_bytes
 from vtprune.evals.speed.overhead import Device, Dtype, Output, place_and_dtype, seconds
 from vtprune.files import check_new_file, write_json
@@ -191,7 +191,7 @@ def main(
         if output is not None:
             check_new_file(output)
         place, kind = place_and_dtype(device, dtype)
-        pruners = [one.pruner() for one in build_settings(split_entries(methods), [parse_keep(keep)])[1:]]
+        pruners = [one.pruner() for one in build_settings(measurable(split_entries(methods)), [parse_keep(keep)])[1:]]
         model, console, found = build_model(place, kind, width=width, layers=layers), Console(width=120), []
         for name, inputs in (
             (f"a video of {frames} frames", a_video(frames, side, kind)),

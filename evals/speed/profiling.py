@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vtprune
 from vtprune.adapters import adapter_for
 from vtprune.console.output import one_line_errors
-from vtprune.evals.settings import build_settings
+from vtprune.evals.settings import build_settings, measurable
 from vtprune.evals.speed.launches import place_in_code
 from vtprune.evals.speed.overhead import SIZES, Output, Size, Sized, build_inputs, build_model, facts_of
 from vtprune.files import check_new_file, write_json
@@ -171,7 +171,7 @@ def main(
     with one_line_errors(traceback=False):
         if output is not None:
             check_new_file(output)
-        pruners = [one.pruner() for one in build_settings(split_entries(methods), [parse_keep(keep)])[1:]]
+        pruners = [one.pruner() for one in build_settings(measurable(split_entries(methods)), [parse_keep(keep)])[1:]]
     place = torch.device("cpu")
     model = build_model(SIZES[size], place, torch.float32)
     inputs = build_inputs(SIZES[size], place, torch.float32, images)

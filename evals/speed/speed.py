@@ -25,7 +25,7 @@ from torch import Tensor
 import vtprune
 from vtprune.adapters import model_cost
 from vtprune.console.output import one_line_errors
-from vtprune.evals.settings import UNPRUNED, build_settings, for_videos_alone
+from vtprune.evals.settings import build_settings, measurable
 from vtprune.evals.speed.memory import peak_bytes
 from vtprune.evals.speed.overhead import (
     SIZES,
@@ -47,7 +47,6 @@ from vtprune.evals.speed.replay import Recorded, record
 from vtprune.evals.speed.research import ResearchModel
 from vtprune.files import check_new_file, write_json
 from vtprune.method.pruner import Pruner
-from vtprune.method.registry import available
 from vtprune.method.stages import BetweenLayers, InEncoder, Query
 from vtprune.method.texts import parse_keep, split_entries
 from vtprune.report.costs import flops
@@ -313,9 +312,8 @@ def main(
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit()]
     if not counts or any(count < own or count % own for count in counts):
         raise typer.BadParameter(f"tokens: multiples of {own} (one image), separated by commas, got {tokens!r}")
-    shown = [name for name in available() if name != UNPRUNED and not for_videos_alone(name)]
-    chosen = split_entries(methods) or shown
-    pruners = [one.pruner() for one in build_settings(chosen, [parse_keep(keep)])[1:]]
+    with one_line_errors(traceback=False):
+        pruners = [one.pruner() for one in build_settings(measurable(split_entries(methods)), [parse_keep(keep)])[1:]]
     console, written = Console(width=180), []
     with one_line_errors(traceback=False):
         try:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import vtprune
 from tests.evals.tuning import private_environment, run  # noqa: F401 (a fixture of every test here)
 from vtprune.assets import BUNDLED, CALIBRATIONS, EXAMPLE_IMAGE
-from vtprune.evals.settings import all_methods, build_settings, takes_keep
+from vtprune.evals.settings import all_methods, build_settings, for_videos_alone, grows, measurable, takes_keep
+from vtprune.evals.speed import launches, speed
 from vtprune.evals.speed.timing import measure_prefill
 from vtprune.loading.model import load_model
 from vtprune.loading.pictures import open_picture
@@ -65,3 +69,19 @@ def test_the_bench_and_ask_run_it(tmp_path: Path) -> None:
     refused = run("ask", EXAMPLE_IMAGE, "what?", "--method", "auto", "--keep", "0.5", "--output", tmp_path / "b.png")
     assert refused.exit_code == 2
     assert "leave out --keep" in refused.output
+
+
+def test_measurements_of_one_prefill_take_every_method_but_those_that_run_others() -> None:
+    known = {name for name in vtprune.available() if not grows(name)}
+    assert set(measurable([])) == {name for name in known if not for_videos_alone(name)}
+    assert set(measurable([], videos=True)) == known
+    assert measurable(["fastv:keep=9", "grid+fastv"]) == ["fastv:keep=9", "grid+fastv"]
+
+
+@pytest.mark.parametrize("command", [launches.main, speed.main])
+def test_the_measurements_refuse_by_name_what_runs_another_method(command: Callable[..., None]) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    told = CliRunner().invoke(app, ["--methods", "fopru,auto"])
+    assert told.exit_code == 1
+    assert "auto runs another method, several times if need be" in told.output
