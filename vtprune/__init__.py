@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vtprune.cost.formulas import FlopsBreakdown as FlopsBreakdown
     from vtprune.cost.sizes import PlannedTokens as PlannedTokens
     from vtprune.downscaling import downscale as downscale
+    from vtprune.encoder.selecting import select_encoded as select_encoded
     from vtprune.errors import KeptWholeWarning as KeptWholeWarning
     from vtprune.errors import PromiseWarning as PromiseWarning
     from vtprune.errors import ScoreError as ScoreError

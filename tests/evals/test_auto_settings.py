@@ -83,5 +83,5 @@ def test_the_measurements_refuse_by_name_what_runs_another_method(command: Calla
     app = typer.Typer()
     app.command()(command)
     told = CliRunner().invoke(app, ["--methods", "fopru,auto"])
-    assert told.exit_code == 1
+    assert told.exit_code == 2
     assert "auto runs another method, several times if need be" in told.output

@@ -14,8 +14,11 @@ from torch import Tensor
 import vtprune
 from tests.models import ROWS, make, prompt
 from tests.streams import few, stream
+from vtprune.adapters import adapter_for
 from vtprune.method.catalogue import own_methods
 from vtprune.method.registry import create
+from vtprune.method.stages import Read
+from vtprune.method.views import LayerSignals
 
 SERVED: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
@@ -33,6 +36,15 @@ SERVED: list[tuple[str, dict[str, Any]]] = [
     ("cdpruner", {"theta": 0.5}),
 ]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in SERVED]
+ENCODED: list[tuple[str, dict[str, Any]]] = [
+    ("visionzip", {}),
+    ("visionzip", {"cls": False}),
+    ("visionzip", {"merge": False}),
+    ("visionzip", {"contextual": 0.4}),
+    ("vispruner", {}),
+    ("vispruner", {"important_ratio": 1}),
+]
+ENCODED_IDS = ["-".join([name, *map(str, options.values())]) for name, options in ENCODED]
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
 keeps = st.none() | st.integers(1, 90) | st.sampled_from([0.03, 0.25, 0.5, 0.999, 1.0])
 
@@ -59,6 +71,104 @@ def test_a_method_keeps_as_many_tokens_as_it_counts(
     assert len(chosen.kept) == counted
     assert chosen.features.shape == (counted, 5)
     assert vtprune.available()[name].serves
+
+
+def encoded(grid: tuple[int, int], seed: int, *, group: int, alike: bool = False) -> tuple[Tensor, LayerSignals]:
+    """States and signals of an encoder's last layer, behind CLS where a token is one patch."""
+    shown = stream((1, *grid), seed=seed, prefix=int(group == 1), group=group)
+    assert shown.signals is not None
+    shape = (shown.signals.query.shape[1], 6)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.ones(shape) if alike else states, shown.signals
+
+
+@pytest.mark.parametrize(("name", "options"), ENCODED, ids=ENCODED_IDS)
+@few
+@given(grid=grids, keep=keeps, seed=st.integers(0, 99), alike=st.booleans(), group=st.sampled_from([1, 4]))
+def test_a_method_keeps_as_many_encoded_tokens_as_it_counts(
+    name: str,
+    options: dict[str, Any],
+    grid: tuple[int, int],
+    keep: int | float | None,
+    seed: int,
+    alike: bool,
+    group: int,
+) -> None:
+    states, signals = encoded(grid, seed, group=group, alike=alike)
+    counted = create(name, keep=keep, **options).count(grid)
+    chosen = vtprune.select_encoded(states, name, grid=grid, signals=signals, keep=keep, **options)
+    assert len(chosen.kept.unique()) == len(chosen.kept) == counted
+    assert chosen.kept.tolist() == sorted(chosen.kept.tolist())
+    assert chosen.features.shape == (counted * group, 6)
+    assert vtprune.available()[name].serves == "states"
+
+
+@pytest.mark.parametrize("kind", ["llava-clip", "llava-siglip", "qwen2.5-vl"])
+@pytest.mark.parametrize(("name", "options"), ENCODED, ids=ENCODED_IDS)
+def test_a_wrapped_model_projects_what_select_encoded_keeps(
+    kind: str, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make(kind), prompt(kind, ROWS[kind])
+    pruner, layers, projected = create(name, keep=0.4, **options), [], []
+    choose = type(pruner).prune_encoder
+
+    def watched(self: Any, layer: Any) -> Any:
+        layers.append(layer)
+        return choose(self, layer)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        # All methods are shown the states here, whether they ask for them or not.
+        patch.setattr(type(pruner), "encoder_reads", frozenset({Read.HIDDEN}))
+        patch.setattr(type(pruner), "prune_encoder", watched)
+        with vtprune.wrapped(model, pruner) as core:
+            (projector,) = adapter_for(core).projectors
+            hook = projector.register_forward_pre_hook(lambda _, args: projected.append(args[0]))
+            core(**inputs)
+            hook.remove()
+            images = [image for sample in vtprune.report(core).samples for image in sample.images]
+    rows = [(layer, row) for layer in layers for row in range(len(layer.alive))]
+    assert len(images) == len(rows)
+    found = []
+    for image, (layer, row) in zip(images, rows, strict=True):
+        count = layer.prefix + layer.alive[row] * layer.group
+        states = [part[row, :, :count] for part in (layer.query, layer.key, layer.value)]
+        signals = LayerSignals(*states, scale=layer.scale, prefix=layer.prefix, group=layer.group)
+        chosen = vtprune.select_encoded(
+            layer.hidden[row, :count], name, grid=layer.grids[row], signals=signals, keep=0.4, **options
+        )
+        assert chosen.kept.tolist() == list(image.kept)
+        assert len(image.kept) == pruner.count(layer.grids[row])
+        wanted = {merge.into: tuple(merge.members) for merge in image.merged}
+        assert {merge.into: merge.members for merge in chosen.merges} == wanted
+        found.append(chosen.features)
+    # The tower's own windows put tokens in an order of their own.
+    given = torch.cat([one.flatten(0, -2) for one in projected])
+    assert in_any_order(given, like=torch.cat(found))
+
+
+def in_any_order(given: Tensor, like: Tensor) -> bool:
+    """Whether every row of `like` is one of `given`."""
+    return bool((torch.cdist(like.double(), given.double()).amin(dim=1) < 1e-5).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("fopru", "vtprune.select"), ("turbo", "after the encoder's last"), ("vscan", "other layers")]
+)
+def test_what_acts_elsewhere_is_no_choice_among_encoded_tokens(name: str, why: str) -> None:
+    states, signals = encoded((6, 6), 0, group=1)
+    with pytest.raises(vtprune.VTPruneError, match=why):
+        vtprune.select_encoded(states, name, grid=(6, 6), signals=signals, keep=9)
+
+
+def test_states_that_do_not_fit_are_refused_and_nan_is_told_by_name() -> None:
+    states, signals = encoded((6, 6), 0, group=1)
+    with pytest.raises(vtprune.VTPruneError, match="grid of"):
+        vtprune.select_encoded(states, "visionzip", grid=(6, 5), signals=signals, keep=9)
+    with pytest.raises(vtprune.VTPruneError, match="one method"):
+        vtprune.select_encoded(states, "visionzip+fastv", grid=(6, 6), signals=signals)
+    signals.query[..., 0, :] = float("nan")
+    with pytest.raises(vtprune.ScoreError, match="visionzip"):
+        vtprune.select_encoded(states, "visionzip", grid=(6, 6), signals=signals, keep=9)
 
 
 @pytest.mark.parametrize("kind", ["llava-clip", "qwen2.5-vl"])
@@ -113,13 +223,12 @@ def test_a_grid_is_two_or_three_sizes(grid: tuple[int, ...]) -> None:
     [
         ("fastv", {}, "inside the decoder"),
         ("flowcut", {}, "inside the decoder"),
-        ("visionzip", {}, "inside the encoder"),
+        ("turbo", {}, "inside the encoder"),
         ("d2o", {}, "cuts the cache"),
         ("auto", {}, "answers several times"),
         ("evs", {}, "videos alone"),
         ("gemfilter", {}, "decoder layers that have to run first"),
         ("prumerge", {}, "last layer"),
-        ("covipal", {}, "trained weights"),
         ("holov", {"variant": "released"}, "fewer tokens than its budget"),
     ],
 )

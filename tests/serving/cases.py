@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -26,8 +27,12 @@ ASSETS = Path(__file__).parents[2] / "assets"
 LLAVA = ASSETS / "tiny-llava"
 KEEP = 36
 # Every method that is served, with the keep that the requests ask for.
-METHODS = ("none", "random", "grid", "pool", "divprune", "fopru", "holov", "cdpruner")
+METHODS = (
+    "none", "random", "grid", "pool", "divprune", "fopru", "holov", "cdpruner", "visionzip", "vispruner",
+)  # fmt: skip
 STEPS = 8
+# Of the folder that `write_covipal` writes.
+COVIPAL: dict[str, Any] = {"keep": KEEP, "width": 32, "heads": 2, "blocks": 1}
 
 
 def asked(name: str, keep: int = KEEP, **options: Any) -> dict[str, Any]:
@@ -114,6 +119,16 @@ def write_qwen(folder: Path) -> Path:
     return folder
 
 
+def write_covipal(folder: Path) -> Path:
+    """A folder with CoViPAL and weights for the bundled LLaVA, which nothing has trained."""
+    model = AutoModelForImageTextToText.from_pretrained(LLAVA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", vtprune.UntrainedWarning)
+        vtprune.wrap(model, vtprune.CoViPAL(**COVIPAL))
+    vtprune.save(model, folder)
+    return folder
+
+
 def write_stock_llava(folder: Path) -> Path:
     """The bundled LLaVA under the names that vLLM's own class reads."""
     folder.mkdir(exist_ok=True)
@@ -148,7 +163,10 @@ class Reference:
     ) -> dict[str, Any]:
         pictures = [Image.open(path).convert("RGB") for path in images]
         inputs = self.processor(images=pictures, text=prompt, return_tensors="pt", add_special_tokens=False)
-        with vtprune.wrapped(self.model, dict(method), positions=positions), torch.no_grad():
+        given: Any = dict(method)
+        # A trained method is a folder: a request that says nothing gets the server's own.
+        given = Path(given["folder"]) if "folder" in given else given
+        with vtprune.wrapped(self.model, given, positions=positions), torch.no_grad():
             told = self.model.generate(
                 **inputs,
                 max_new_tokens=STEPS,

@@ -35,12 +35,16 @@ def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
     kept: list[list[int]] = []
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        found = vtprune.select(*args, **kwargs)
-        kept.append(found.kept.tolist())
-        return found
+    def watched(select: Any) -> Any:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            found = select(*args, **kwargs)
+            kept.append(found.kept.tolist())
+            return found
 
-    choosing.select = watched
+        return told
+
+    choosing.select = watched(vtprune.select)
+    choosing.select_encoded = watched(vtprune.select_encoded)
     given = {"model": job["model"]}
     if job.get("pruner"):
         given = engine_args(job["model"], job["pruner"], **job["settings"])
@@ -52,7 +56,7 @@ def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
         for request in requests:
             images = [Image.open(path).convert("RGB") for path in request["images"]]
             prompt = {"prompt": request["prompt"], "multi_modal_data": {"image": images} if images else {}}
-            if request.get("method") and job.get("pruner"):
+            if "method" in request.get("method", {}) and job.get("pruner"):
                 prompt["mm_processor_kwargs"] = {"vtprune": request["method"]}
             prompts.append(prompt)
         try:

@@ -25,6 +25,7 @@ from tests.serving.cases import (
     llava_pairs,
     llava_requests,
     qwen_requests,
+    write_covipal,
     write_pictures,
     write_qwen,
     write_stock_llava,
@@ -96,11 +97,15 @@ def qwen_passes(folder: Path, methods: tuple[str, ...]) -> list[Pass]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.mktemp("served")
     qwen, stock = write_qwen(folder / "qwen"), write_stock_llava(folder / "stock")
-    rows = write_pictures(folder, PICTURES)
+    rows, covipal = write_pictures(folder, PICTURES), write_covipal(folder / "covipal")
     small = {"max_num_batched_tokens": 64}
     passes = {
         "llava-original": llava_passes(rows),
         "llava-compact": llava_passes(rows),
+        "llava-covipal": [
+            Pass(name, llava_requests(rows, {"folder": str(covipal)}), again=name != "covipal")
+            for name in ("covipal", "covipal again")
+        ],
         "qwen-original": qwen_passes(folder, METHODS),
         "qwen-chunks": qwen_passes(folder, ("divprune", "pool", "fopru")),
         "llava-stock": [Pass("none", llava_requests(rows, asked("none")))],
@@ -112,8 +117,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     jobs = {
         job: {
             "model": str(stock) if job == "llava-stock" else models[job.split("-")[0]],
-            "pruner": None if job.endswith("stock") else "divprune",
-            "settings": {"positions": positions[job], "keep": KEEP, "most": 1.0},
+            "pruner": None if job.endswith("stock") else str(covipal) if job.endswith("covipal") else "divprune",
+            "settings": {"positions": positions[job], "most": 1.0, **({} if "covipal" in job else {"keep": KEEP})},
             "options": options.get(job, {}),
             "passes": [one.requests for one in own],
         }
@@ -150,14 +155,15 @@ def compared(served: Served, job: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("job", ["llava-original", "llava-compact", "qwen-original", "qwen-chunks"])
+@pytest.mark.parametrize("job", ["llava-original", "llava-compact", "llava-covipal", "qwen-original", "qwen-chunks"])
 def test_every_answer_is_that_of_a_wrapped_model(served: Served, job: str) -> None:
     assert compared(served, job) == []
 
 
-@pytest.mark.parametrize("job", ["llava-original", "llava-compact", "qwen-original"])
+@pytest.mark.parametrize("job", ["llava-original", "llava-compact", "llava-covipal", "qwen-original"])
 def test_the_kept_tokens_are_those_of_a_wrapped_model(served: Served, job: str) -> None:
-    for one, answers in zip(served.passes[job][: len(METHODS)], served.answers[job], strict=False):
+    first = [one for one in served.passes[job] if not one.again][: len(METHODS)]
+    for one, answers in zip(first, served.answers[job], strict=False):
         wanted = {
             tuple(kept)
             for request in one.requests
@@ -170,7 +176,7 @@ def test_the_kept_tokens_are_those_of_a_wrapped_model(served: Served, job: str) 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 def test_keeping_everything_is_vllms_own_model(served: Served, family: str) -> None:
     (stock,) = served.answers[f"{family}-stock"]
-    for job in (one for one in served.passes if one.startswith(family) and not one.endswith(("stock", "chunks"))):
+    for job in (one for one in served.passes if one.startswith(family) and one.endswith(("original", "compact"))):
         pairs = list(zip(served.answers[job][0], stock, strict=True))
         assert max(distance(*pair) for pair in pairs) <= 1e-5, job
         assert [one["prompt"] for one, _ in pairs] == [two["prompt"] for _, two in pairs]

@@ -14,7 +14,8 @@ from transformers import AutoConfig, LlamaConfig, LlavaConfig
 
 import vtprune
 from tests.models import make
-from tests.serving.cases import LLAVA
+from tests.serving.cases import COVIPAL, LLAVA, write_covipal
+from vtprune.hooks.weights import read_module
 from vtprune.serving import command, release
 from vtprune.serving.arguments import arguments_for, engine_args
 from vtprune.serving.settings import Settings
@@ -92,6 +93,37 @@ def test_what_a_request_cannot_have_is_said_by_name(asked: object, why: str) -> 
     with pytest.raises(vtprune.VTPruneError, match=why) as found:
         settings(keep=36).asked_for(asked)
     assert "\n" not in str(found.value)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with CoViPAL's weights for the bundled LLaVA."""
+    return write_covipal(tmp_path_factory.mktemp("covipal"))
+
+
+def test_a_trained_method_comes_with_its_weights_and_requests_may_change_its_keep_alone(
+    served: None, trained: Path
+) -> None:
+    given = engine_args(str(LLAVA), str(trained), most=0.5)["hf_overrides"]["vtprune"]
+    assert given["weights"] == str(trained.resolve())
+    told = Settings.of(SimpleNamespace(vtprune=given))
+    assert told.asked_for({**told.pruner.to_dict(), "keep": 20}).count(GRID) == 20
+    assert told.asked_for({"method": "grid", "keep": 20}).count(GRID) <= 20
+    with pytest.raises(vtprune.VTPruneError, match="a request may change keep alone"):
+        told.asked_for({"method": "covipal", "keep": 20, "blocks": 3})
+    with pytest.raises(vtprune.VTPruneError, match="covipal cannot be served without trained weights"):
+        settings("covipal", keep=36)
+
+
+def test_weights_of_another_model_are_refused(trained: Path) -> None:
+    with pytest.raises(vtprune.VTPruneError, match="trained on a llava, and this is a qwen2_5_vl"):
+        read_module(vtprune.CoViPAL(**COVIPAL).bind(facts(128)).make_module(), trained, "qwen2_5_vl")
+    with pytest.raises(vtprune.VTPruneError, match="of another shape"):
+        read_module(vtprune.CoViPAL(**COVIPAL).bind(facts(64)).make_module(), trained, "llava")
+
+
+def facts(width: int) -> vtprune.ModelFacts:
+    return vtprune.ModelFacts(has_cls=False, encoder_depth=2, decoder_depth=2, group=1, decoder_width=width)
 
 
 def test_positions_are_one_of_two() -> None:

@@ -80,13 +80,31 @@ def read_weights(modules: dict[int, nn.Module], folder: Path, core: Any) -> None
     for modules whose weights accelerate keeps elsewhere; warns where only the base's architecture could be checked.
     """
     path = folder / WEIGHTS_NAME
+    tensors, metadata = _read(path)
+    _check_base(metadata, core, path)
+    _fill(modules, tensors, path)
+
+
+def read_module(module: nn.Module, folder: Path, kind: str) -> None:
+    """Reads the weights of a folder's one method into its module, for a base that is at hand as a config alone, whose
+    `model_type` is `kind`: nothing says whether the base's weights are those that it was trained on.
+
+    Raises VTPruneError as `read_weights` does.
+    """
+    path = folder / WEIGHTS_NAME
+    tensors, metadata = _read(path)
+    if metadata.get("model_type") != kind:
+        raise VTPruneError(f"{path} was trained on a {metadata.get('model_type')}, and this is a {kind}")
+    _fill({0: module}, tensors, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
-        raise VTPruneError(f"no {WEIGHTS_NAME} in {folder}")
+        raise VTPruneError(f"no {WEIGHTS_NAME} in {path.parent}")
     tensors, metadata = read_tensors(path, "a safetensors file (cut short?)")
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise VTPruneError(f"{path} does not hold weights of vtprune's methods")
-    _check_base(metadata, core, path)
-    _fill(modules, tensors, path)
+    return tensors, metadata
 
 
 def _check_base(metadata: dict[str, str], core: Any, path: Path) -> None:

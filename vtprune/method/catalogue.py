@@ -29,7 +29,7 @@ STAGES = {
 
 # What a server can be asked for, beside the features that enter the decoder: `register(serves=...)` names the most
 # that a method reads of it.
-SERVES = ("features", "signals", "picture", "text")
+SERVES = ("features", "signals", "states", "picture", "text")
 # Why a class cannot be served that has one of these names among its bases, and does not say that it can.
 UNSERVED = {
     "Growing": "answers several times",
@@ -61,9 +61,9 @@ class PrunerInfo:
     """What `available()` says of a method.
 
     stage: where it acts, by the stages that its class derives from; needs: what it reads;
-    licence: of the reference code; variants: the values that `variant` takes; serves: "features", "signals", "picture"
-    or "text", the most that it asks of a server (see vtprune/docs/serving.md), "" for a method that cannot be served;
-    unserved: why.
+    licence: of the reference code; variants: the values that `variant` takes; serves: "features", "signals", "states"
+    (of the encoder), "picture" or "text", the most that it asks of a server (see vtprune/docs/serving.md), "" for a
+    method that cannot be served; unserved: why.
     """
 
     name: str

@@ -33,8 +33,9 @@ def register(
 ) -> Callable[[P], P]:
     """Class decorator that makes a Pruner known by `name`; raises VTPruneError if the name is taken.
 
-    serves: "features", "signals", "picture" or "text", the most that a server has to hand it, for a method whose
-    `count` is right and which goes by nothing else; unserved: why it cannot be served, where its stages do not say it.
+    serves: "features", "signals", "states", "picture" or "text", the most that a server has to hand it, for a method
+    whose `count` is right and which goes by nothing else; unserved: why it cannot be served, where its stages do not
+    say it.
     """
     if serves and serves not in SERVES:
         raise VTPruneError(f"register({name!r}): serves is one of {', '.join(map(repr, SERVES))}, got {serves!r}")

@@ -146,6 +146,7 @@ SHARE = 10 / 64
     licence="Apache-2.0",
     needs="q and k of the encoder layer that feeds the decoder",
     variants=("paper", "released"),
+    serves="states",
 )
 @dataclass(frozen=True)
 class VisionZip(InEncoder):

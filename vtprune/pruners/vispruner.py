@@ -108,6 +108,7 @@ def important_and_diverse(scores: Tensor, features: Tensor, count: int, importan
     licence="Apache-2.0",
     needs="q and k of the encoder layer that feeds the decoder, and its hidden states",
     variants=("paper", "released"),
+    serves="states",
 )
 @dataclass(frozen=True)
 class VisPruner(InEncoder):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vtprune.errors import VTPruneError
-from vtprune.method.resolving import resolve
+from vtprune.method.config import WEIGHTS_NAME
+from vtprune.method.resolving import folder_of, resolve
 from vtprune.serving.release import check_release
 from vtprune.serving.settings import KEY, Settings
 
@@ -41,8 +42,14 @@ def engine_args(
     given = resolve(pruner, **options)
     if len(given) != 1:
         raise VTPruneError(f"a server runs one method, got {len(given)}")
-    settings = Settings(given[0], positions, most)
+    settings = Settings(given[0], positions, most, weights_of(pruner))
     return arguments_for(config_of(model), settings) | {"model": model}
+
+
+def weights_of(pruner: Any) -> str:
+    """The folder with weights that a text or a path names, "" for none."""
+    folder = folder_of(pruner)
+    return str(folder.resolve()) if folder is not None and (folder / WEIGHTS_NAME).is_file() else ""
 
 
 def config_of(model: str) -> Any:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune.errors import VTPruneError
+from vtprune.hooks.weights import read_module
+from vtprune.method.facts import ModelFacts
+from vtprune.method.pruner import Pruner
+from vtprune.method.stages import InEncoder, Trained
 from vtprune.method.views import LayerSignals
-from vtprune.serving.choosing import Shown, choose
+from vtprune.serving.choosing import Shown, choose, choose_encoded
 from vtprune.serving.places import with_places
 from vtprune.serving.processing import TEXT, decoded
 from vtprune.serving.release import check_release
@@ -38,36 +44,77 @@ def check_engine(config: Any, settings: Settings) -> None:
         raise VTPruneError("positions='original' and speculative decoding were never run together; leave one out")
 
 
+@dataclass
+class Batch:
+    """The images that an encoder is given at once: the method of each, its grid (t, h, w), the ids of its prompt's
+    text (empty where the method does not read it), and, once the encoder's last layer has run, the tokens (K,) of
+    those whose method chooses there."""
+
+    pruners: list[Pruner]
+    grids: Sequence[tuple[int, int, int]]
+    texts: Sequence[Tensor]
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, told: dict[str, Any], grids: Sequence[tuple[int, int, int]]) -> Batch:
+        """Of what vLLM's processor was told of the images."""
+        return cls(decoded(told[KEY]), grids, told[TEXT])
+
+    @property
+    def encoded(self) -> list[int]:
+        """The images whose method chooses among what the encoder puts out."""
+        return [index for index, pruner in enumerate(self.pruners) if isinstance(pruner, InEncoder)]
+
+    def choose(self, states: Sequence[Tensor], signals: Callable[[], Sequence[LayerSignals]]) -> list[Tensor]:
+        """The states (P + N * group, D) of each image, with what flowed together, once these have chosen."""
+        found, shown = list(states), signals()
+        for index in self.encoded:
+            pruner, grid = self.pruners[index], self.grids[index]
+            found[index], self.chosen[index] = choose_encoded(
+                pruner, states[index], grid=grid, count=pruner.count(grid), signals=shown[index]
+            )
+        return found
+
+
 class Pruning:
-    """A mixin over a model of vLLM's: what happens between its projector and its decoder."""
+    """A mixin over a model of vLLM's: what happens between its encoder and its decoder."""
 
     settings: Settings
 
-    def chosen(
-        self: Any,
-        batch: Sequence[Tensor],
-        told: dict[str, Any],
-        grids: Sequence[tuple[int, int, int]],
-        pixels: Sequence[Tensor],
-        signals: Sequence[LayerSignals],
-    ) -> list[Tensor]:
-        """What goes on of each image of a batch: (K, D), or with their places where positions are original.
+    def prepare(self: Any, config: Any, settings: Settings) -> None:
+        """Takes the settings, and the weights of a trained method, for a model that has been made; raises VTPruneError
+        for weights of another one."""
+        self.settings, self.source = settings, str(config.model_config.model)
+        self.trained: nn.Module | None = None
+        if not settings.weights:
+            return
+        like = self.language_model.model.embed_tokens.weight
+        facts = ModelFacts(has_cls=False, encoder_depth=2, decoder_depth=2, group=1, decoder_width=like.shape[1])
+        pruner = settings.pruner.bind(facts)
+        assert isinstance(pruner, Trained)
+        self.trained = pruner.make_module()
+        read_module(self.trained, Path(settings.weights), config.model_config.hf_config.model_type)
+        self.trained.to(like).eval().requires_grad_(False)
 
-        batch: (N, D) features of each; told: what vLLM's processor was told of the images.
-        """
+    def pruned(
+        self: Any, features: Sequence[Tensor], batch: Batch, pixels: Sequence[Tensor], signals: Sequence[LayerSignals]
+    ) -> list[Tensor]:
+        """What goes on of each image of a batch, of its features (N, D): (K, D), or with their places where positions
+        are original."""
         found = []
-        texts = told[TEXT]
-        for index, pruner in enumerate(decoded(told[KEY])):
-            features, grid, ids = batch[index], grids[index], texts[index].to(batch[index].device)
+        for index, pruner in enumerate(batch.pruners):
+            own, grid, ids = features[index], batch.grids[index], batch.texts[index].to(features[index].device)
             shown = Shown(
-                features=features,
+                features=own,
                 grid=grid,
                 count=pruner.count(grid),
                 pixels=pixels[index],
                 signals=signals[index],
-                text=self.language_model.model.embed_tokens(ids) if len(ids) else features[:0],
+                text=self.language_model.model.embed_tokens(ids) if len(ids) else own[:0],
                 text_ids=ids,
                 source=self.source,
+                module=self.trained,
+                chosen=batch.chosen.get(index),
             )
             vectors, kept = choose(pruner, shown)
             found.append(with_places(vectors, kept, grid[2]) if self.settings.positions == "original" else vectors)

@@ -13,11 +13,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtprune.errors import VTPruneError
 from vtprune.method.views import LayerSignals
-from vtprune.serving.engine import Pruning, check_engine, in_order, span_of
+from vtprune.serving.engine import Batch, Pruning, check_engine, in_order, span_of
 from vtprune.serving.places import planned, replaced, without_places
 from vtprune.serving.processing import PrunedProcessor
-from vtprune.serving.settings import Settings
-from vtprune.serving.tapping import Tap
+from vtprune.serving.settings import KEY, Settings
+from vtprune.serving.tapping import Outlet, Tap
 
 # The tower's prefix in a checkpoint, as transformers has written it over time, and what vLLM wants to follow it.
 TOWERS = ("model.vision_tower.", "vision_tower.")
@@ -71,22 +71,27 @@ class PrunedLlava(Pruning, llava.LlavaForConditionalGeneration):
         if settings.positions != self.positions:
             raise VTPruneError(f"this architecture is for positions={self.positions!r}, not {settings.positions!r}")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.settings, self.source, self._grid = settings, str(told.model), grid
-        attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
+        self.prepare(vllm_config, settings)
+        self._grid, layer = grid, self.vision_tower.vision_model.encoder.layers[-1]
+        attention = layer.self_attn
         self._tap, self._scale = Tap(attention.attn, attention.num_heads_per_partition), attention.scale
+        self._outlet = Outlet(layer)
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """What goes on of each image."""
-        with self._tap.listening() as noted:
+        batch = Batch.of(kwargs, [self._grid] * len(kwargs[KEY]))
+        prefix = int(self.config.vision_config.model_type.startswith("clip"))
+
+        def signals() -> list[LayerSignals]:
+            states = zip(*self._tap.by_head(noted), strict=True)
+            return [LayerSignals(q, k, v, scale=self._scale, prefix=prefix, group=1) for q, k, v in states]
+
+        def chosen(states: Tensor) -> Tensor:
+            return torch.stack(batch.choose(states.unbind(), signals))
+
+        with self._tap.listening() as noted, self._outlet.changed(chosen if batch.encoded else None):
             features = super().embed_multimodal(**kwargs)
-        count = len(features)
-        states = self._tap.by_head(noted)
-        prefix = states[0].shape[2] - features[0].shape[0]
-        signals = [
-            LayerSignals(query, key, value, scale=self._scale, prefix=prefix, group=1)
-            for query, key, value in zip(*states, strict=True)
-        ]
-        return self.chosen(features, kwargs, [self._grid] * count, pixels=kwargs["pixel_values"], signals=signals)
+        return self.pruned(features, batch, pixels=kwargs["pixel_values"], signals=signals())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's, which wants a level of names in the tower that recent releases of transformers leave out."""

@@ -13,11 +13,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtprune.errors import VTPruneError
 from vtprune.method.views import LayerSignals
-from vtprune.serving.engine import Pruning, check_engine, in_order, span_of
+from vtprune.serving.engine import Batch, Pruning, check_engine, in_order, span_of
 from vtprune.serving.places import planned, replaced, without_places
 from vtprune.serving.processing import PrunedProcessor
 from vtprune.serving.settings import Settings
-from vtprune.serving.tapping import Tap
+from vtprune.serving.tapping import Outlet, Tap
 
 
 class Info(qwen2_5_vl.Qwen2_5_VLProcessingInfo):
@@ -68,10 +68,11 @@ class PrunedQwen25VL(Pruning, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
             raise VTPruneError("Qwen2.5-VL is served with positions='original' alone")
         check_engine(vllm_config, settings)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.settings, self.source = settings, str(vllm_config.model_config.model)
+        self.prepare(vllm_config, settings)
         attention = self.visual.blocks[-1].attn
         self._tap = Tap(attention.attn, attention.num_attention_heads_per_partition)
         self._scale = attention.hidden_size_per_attention_head**-0.5
+        self._outlet = Outlet(self.visual.blocks[-1])
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """What goes on of each image. With several ranks each encodes all images: the attention of one that encodes
@@ -79,26 +80,33 @@ class PrunedQwen25VL(Pruning, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
         patches, pixels = kwargs["image_grid_thw"], kwargs["pixel_values"]
         size, group = self.visual.spatial_merge_size, self.visual.spatial_merge_unit
         metadata = self.visual.prepare_encoder_metadata(patches.tolist())
-        with self._tap.listening() as noted:
-            features = self.visual(pixels, grid_thw=patches.tolist(), encoder_metadata=metadata)
         counts = patches.prod(-1).tolist()
-        order = metadata["reverse_indices"]
         # The tower has its groups of patches in the order of its windows.
-        states = [
-            rearrange(rearrange(one[0], "h (n g) d -> h n g d", g=group)[:, order], "h n g d -> h (n g) d")
-            for one in self._tap.by_head(noted)
-        ]
-        whole = zip(*(one.split(counts, dim=1) for one in states), strict=True)
-        signals = [
-            LayerSignals(query, key, value, scale=self._scale, prefix=0, group=group) for query, key, value in whole
-        ]
-        return self.chosen(
+        order = metadata["reverse_indices"]
+        batch = Batch.of(kwargs, [grid_of(one, size) for one in patches])
+
+        def signals() -> list[LayerSignals]:
+            grouped = (rearrange(one[0], "h (n g) d -> h n g d", g=group) for one in self._tap.by_head(noted))
+            states = (rearrange(one[:, order], "h n g d -> h (n g) d") for one in grouped)
+            whole = zip(*(one.split(counts, dim=1) for one in states), strict=True)
+            return [LayerSignals(q, k, v, scale=self._scale, prefix=0, group=group) for q, k, v in whole]
+
+        def chosen(states: Tensor) -> Tensor:
+            grouped = rearrange(states, "(n g) 1 d -> n g d", g=group)
+            whole = rearrange(grouped[order], "n g d -> (n g) d").split(counts)
+            left = rearrange(torch.cat(batch.choose(whole, signals)), "(n g) d -> n g d", g=group)
+            windows = torch.empty_like(grouped)
+            windows[order] = left
+            return rearrange(windows, "n g d -> (n g) 1 d")
+
+        with self._tap.listening() as noted, self._outlet.changed(chosen if batch.encoded else None):
+            features = self.visual(pixels, grid_thw=patches.tolist(), encoder_metadata=metadata)
+        return self.pruned(
             features.split([count // group for count in counts]),
-            kwargs,
-            [grid_of(one, size) for one in patches],
+            batch,
             # vLLM may leave it to the tower to make colours of bytes.
             pixels=self.visual.input_norm(pixels, self.visual.dtype).split(counts),
-            signals=signals,
+            signals=signals(),
         )
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:

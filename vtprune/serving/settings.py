@@ -23,11 +23,13 @@ GIVEN = frozenset({Read.ENCODER, Read.ENCODER_FLOWS, Read.WHOLE_GRID, Read.GRID,
 class Settings:
     """pruner: the method for requests that say nothing; positions: "original" or "compact", as `vtprune.wrap` has
     them; most: the largest share (float) or number (int) of an image's tokens that a request may keep, None for what
-    the method itself keeps. The engine's memory is measured with it. Raises VTPruneError for what cannot be served."""
+    the method itself keeps, with which the engine's memory is measured; weights: the folder with those of a method
+    that is trained, "" for none. Raises VTPruneError for what cannot be served."""
 
     pruner: Pruner
     positions: str = "original"
     most: int | float | None = None
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
@@ -47,7 +49,9 @@ class Settings:
         if pruner.info.unserved:
             raise VTPruneError(f"{name} cannot be served: it {pruner.info.unserved} (vtprune list says what can)")
         pruner.count((1, 1))
-        if isinstance(pruner, Trained) or reads(pruner) - GIVEN:
+        if isinstance(pruner, Trained):
+            self._check_trained(pruner)
+        if reads(pruner) - GIVEN:
             raise VTPruneError(
                 f"{name} cannot be served with these options: it needs a second model beside the server's"
             )
@@ -56,6 +60,18 @@ class Settings:
         if getattr(pruner, "renumbers", False) and self.positions != "compact":
             raise VTPruneError(f"{name}: variant='released' numbers positions anew; start with positions='compact'")
         pruner.resolve()
+
+    def _check_trained(self, pruner: Pruner) -> None:
+        """Raises VTPruneError for a method without the weights that it was trained to."""
+        if not self.weights:
+            raise VTPruneError(
+                f"{pruner.name} cannot be served without trained weights: start with the folder that vtprune train or "
+                "vtprune.save wrote"
+            )
+        if dataclasses.replace(pruner, keep=self.pruner.keep) != self.pruner:
+            raise VTPruneError(
+                f"{pruner.name}: the server's weights are of {self.pruner.to_dict()}; a request may change keep alone"
+            )
 
     def asked_for(self, given: object) -> Pruner:
         """The method that a request asks for, {"method": name, **options}, or the engine's own where `given` is None;
@@ -88,7 +104,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {"pruner": self.pruner.to_dict(), "positions": self.positions, "most": self.most}
+        told = {"pruner": self.pruner.to_dict(), "positions": self.positions, "most": self.most}
+        return {**told, "weights": self.weights} if self.weights else told
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -101,7 +118,7 @@ class Settings:
             )
         pruner = from_dict(found["pruner"])
         assert isinstance(pruner, Pruner)
-        return cls(pruner, found.get("positions", POSITIONS[0]), found.get("most"))
+        return cls(pruner, found.get("positions", POSITIONS[0]), found.get("most"), found.get("weights", ""))
 
 
 def from_checked(name: str) -> Pruner:

@@ -1,8 +1,9 @@
-"""Queries, keys and values of one encoder layer, whatever computes its attention: they are what it is given."""
+"""One encoder layer, whatever computes it: the queries, keys and values that its attention is given, and a place where
+what it puts out may be changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,3 +44,25 @@ class Tap:
             rearrange(states, flat if states.ndim == 3 else "b n h d -> b h n d", h=self.heads) for states in found
         )
         return one, two, three
+
+
+class Outlet:
+    """What a layer puts out, which may be changed while somebody says how."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._change: Callable[[Tensor], Tensor] | None = None
+        layer.register_forward_hook(self._put_out)
+
+    def _put_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._change is None:
+            return None
+        return (self._change(output[0]), *output[1:]) if isinstance(output, tuple) else self._change(output)
+
+    @contextmanager
+    def changed(self, change: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+        """Within the block the next module is given what `change` makes of the layer's states, of the same shape."""
+        self._change = change
+        try:
+            yield
+        finally:
+            self._change = None

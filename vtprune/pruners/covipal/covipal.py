@@ -49,7 +49,7 @@ def guide_attention(layer: DecoderLayer, queries: str) -> Tensor:
     arxiv="2508.17243",
     licence="unknown (no code was at hand)",
     needs="a pruning module, trained with the model frozen; the text's embeddings",
-    unserved="brings trained weights",
+    serves="text",
 )
 @dataclass(frozen=True)
 class CoViPAL(BeforeDecoder, Guided):
