@@ -160,6 +160,23 @@ def test_models_that_cannot_be_taken_apart_are_refused(kind: str, message: str) 
         vtprune.wrap(make(kind), YOPO())
 
 
+@pytest.mark.parametrize("target", ["v_proj", "up_proj"])
+def test_adapters_that_come_after_wrapping_are_not_passed_over(target: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=[target], init_lora_weights=False)
+    options: dict[str, Any] = {"mlp": 3, "layer": 4, "head_file": heads_of(tmp_path)}
+    wrapped = vtprune.wrap(make("llava-clip"), YOPO(**options))
+    torch.manual_seed(3)
+    adapted, inputs = get_peft_model(wrapped, config).eval(), prompt("llava-clip", ROWS["llava-clip"])
+    with torch.no_grad(), pytest.raises(vtprune.UnsupportedModelError, match=r"is a Linear; .*merge_and_unload"):
+        adapted(**inputs)
+    with torch.no_grad():
+        merged = adapted.merge_and_unload()(**inputs).logits
+        vtprune.unwrap(wrapped)
+        assert torch.equal(vtprune.wrap(wrapped, YOPO(**options))(**inputs).logits, merged)
+
+
 def test_a_window_is_refused_for_pictures_in_crops_and_videos() -> None:
     model = vtprune.wrap(make("llava-next"), YOPO(window=3))
     with torch.no_grad(), pytest.raises(vtprune.VTPruneError, match="yopo: window=3 is of neighbours on one grid"):

@@ -123,7 +123,7 @@ class PlannedLayers:
             found = "this MLP has none" if wrong[0] is None else f"one of these is a {type(wrong[0]).__name__}"
             raise UnsupportedModelError(
                 f"{name} computes with parts of the weights of torch.nn.Linear (of attention, of a gated MLP), and "
-                f"{found}"
+                f"{found}; adapters are merged into the weights first (PEFT: merge_and_unload)"
             )
 
     def at(self, run: DecoderRun, index: int) -> Planned | None:
@@ -133,7 +133,13 @@ class PlannedLayers:
         kept = [self._computed(span, index) for span in run.spans]
         if not any(kept):
             return None
-        plan = self.plans.get(index, VisionPlan())
+        plan = self.plans.get(index)
+        if plan is None:
+            plan = VisionPlan()
+        else:
+            # What replaced a projection since (PEFT's adapters) would be passed over.
+            assert self.pruner is not None
+            self._check(self.pruner.name, self._modules[index], plan)
         windows = self._windows(run, plan, index, kept) if plan.window is not None else ()
         if not windows:
             plan = replace(plan, window=None)
