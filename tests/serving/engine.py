@@ -59,11 +59,7 @@ def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
             if "method" in request.get("method", {}) and job.get("pruner"):
                 prompt["mm_processor_kwargs"] = {"vtprune": request["method"]}
             prompts.append(prompt)
-        try:
-            found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, logprobs=5), use_tqdm=False)
-        except ValueError as error:
-            answers.append([{"error": str(error)}])
-            continue
+        found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, logprobs=5), use_tqdm=False)
         answers.append([told(one) for one in found])
         answers[-1][0]["choices"] = list(kept)
         kept.clear()

@@ -85,23 +85,26 @@ class Pruning:
         """Takes the settings, and the weights of a trained method, for a model that has been made; raises VTPruneError
         for weights of another one."""
         self.settings, self.source = settings, str(config.model_config.model)
-        self.trained: nn.Module | None = None
+        # In a list: vLLM asks a checkpoint for the weights of every module that it finds.
+        self.trained: list[nn.Module] = []
         if not settings.weights:
             return
         like = self.language_model.model.embed_tokens.weight
         facts = ModelFacts(has_cls=False, encoder_depth=2, decoder_depth=2, group=1, decoder_width=like.shape[1])
         pruner = settings.pruner.bind(facts)
         assert isinstance(pruner, Trained)
-        self.trained = pruner.make_module()
-        read_module(self.trained, Path(settings.weights), config.model_config.hf_config.model_type)
-        self.trained.to(like).eval().requires_grad_(False)
+        module = pruner.make_module()
+        read_module(module, Path(settings.weights), config.model_config.hf_config.model_type)
+        self.trained.append(module.to(like).eval().requires_grad_(False))
 
     def pruned(
         self: Any, features: Sequence[Tensor], batch: Batch, pixels: Sequence[Tensor], signals: Sequence[LayerSignals]
     ) -> list[Tensor]:
         """What goes on of each image of a batch, of its features (N, D): (K, D), or with their places where positions
-        are original."""
+        are original. Raises RuntimeError where the encoder ran without asking."""
         found = []
+        if batch.chosen.keys() != set(batch.encoded):
+            raise RuntimeError("vLLM's encoder passed over the hook at its end, where methods choose")
         for index, pruner in enumerate(batch.pruners):
             own, grid, ids = features[index], batch.grids[index], batch.texts[index].to(features[index].device)
             shown = Shown(
@@ -113,7 +116,7 @@ class Pruning:
                 text=self.language_model.model.embed_tokens(ids) if len(ids) else own[:0],
                 text_ids=ids,
                 source=self.source,
-                module=self.trained,
+                module=next(iter(self.trained), None),
                 chosen=batch.chosen.get(index),
             )
             vectors, kept = choose(pruner, shown)

@@ -72,7 +72,8 @@ class PrunedQwen25VL(Pruning, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
         attention = self.visual.blocks[-1].attn
         self._tap = Tap(attention.attn, attention.num_attention_heads_per_partition)
         self._scale = attention.hidden_size_per_attention_head**-0.5
-        self._outlet = Outlet(self.visual.blocks[-1])
+        # A block's own call, and the merger's, are vLLM's compiler's; the merger begins with a norm of each patch.
+        self._outlet = Outlet(reader=self.visual.merger.ln_q)
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """What goes on of each image. With several ranks each encodes all images: the attention of one that encodes

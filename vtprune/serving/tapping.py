@@ -47,11 +47,18 @@ class Tap:
 
 
 class Outlet:
-    """What a layer puts out, which may be changed while somebody says how."""
+    """The states between two modules, which may be changed while somebody says how: of what `layer` puts out, or, where
+    vLLM passes over its hooks, of what `reader` is given."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module | None = None, *, reader: nn.Module | None = None) -> None:
         self._change: Callable[[Tensor], Tensor] | None = None
-        layer.register_forward_hook(self._put_out)
+        if layer is not None:
+            layer.register_forward_hook(self._put_out)
+        if reader is not None:
+            reader.register_forward_pre_hook(self._given)
+
+    def _given(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return None if self._change is None else (self._change(args[0]), *args[1:])
 
     def _put_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._change is None:
