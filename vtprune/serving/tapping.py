@@ -47,8 +47,8 @@ class Tap:
 
 
 class Outlet:
-    """The states between two modules, which may be changed while somebody says how: of what `layer` puts out, or, where
-    vLLM passes over its hooks, of what `reader` is given."""
+    """The states between two modules, which may be changed while somebody says how: what `layer` puts out, or, where
+    vLLM passes over its hooks, what `reader` is given."""
 
     def __init__(self, layer: nn.Module | None = None, *, reader: nn.Module | None = None) -> None:
         self._change: Callable[[Tensor], Tensor] | None = None
