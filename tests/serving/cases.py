@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 
 import vtprune
 from tests.checkpoint import qwen_processor
+from vtprune.method.views import LayerSignals
 
 ASSETS = Path(__file__).parents[2] / "assets"
 LLAVA = ASSETS / "tiny-llava"
@@ -31,6 +33,8 @@ METHODS = (
     "none", "random", "grid", "pool", "divprune", "fopru", "holov", "cdpruner", "visionzip", "vispruner",
 )  # fmt: skip
 STEPS = 8
+# How often `unsteady` tries, with more noise each time.
+NOISES = 12
 # Of the folder that `write_covipal` writes.
 COVIPAL: dict[str, Any] = {"keep": KEEP, "width": 32, "heads": 2, "blocks": 1}
 
@@ -181,6 +185,40 @@ class Reference:
             "logprobs": [{str(int(token)): float(value) for value, token in zip(*step, strict=True)} for step in best],
             "kept": [list(image.kept) for image in shown],
         }
+
+
+def unsteady(reference: Reference, request: dict[str, Any]) -> bool:
+    """Whether rounding decides what a method in the encoder keeps of a request's one picture: states that differ in
+    the sixth digit make it keep other tokens. Two engines never add up alike."""
+    layers: list[Any] = []
+    method = vtprune.method.registry.create(request["method"]["method"])
+    own = type(method).prune_encoder
+
+    def watched(self: Any, layer: Any) -> Any:
+        layers.append(layer)
+        return own(self, layer)
+
+    picture = Image.open(request["images"][0]).convert("RGB")
+    inputs = reference.processor(
+        images=[picture], text=request["prompt"], return_tensors="pt", add_special_tokens=False
+    )
+    with (
+        patch.object(type(method), "prune_encoder", watched),
+        torch.no_grad(),
+        vtprune.wrapped(reference.model, dict(request["method"])),
+    ):
+        reference.model(**inputs)
+    (layer,) = layers
+    signals = LayerSignals(
+        layer.query[0], layer.key[0], layer.value[0], scale=layer.scale, prefix=layer.prefix, group=layer.group
+    )
+    found = set()
+    for seed in range(NOISES):
+        noise = torch.randn(layer.hidden[0].shape, generator=torch.Generator().manual_seed(seed))
+        states = layer.hidden[0] + seed * 0.25e-6 * layer.hidden[0].abs().mean() * noise
+        chosen = vtprune.select_encoded(states, dict(request["method"]), grid=layer.grids[0][1:], signals=signals)
+        found.add(tuple(chosen.kept.tolist()))
+    return len(found) > 1
 
 
 def distance(answer: dict[str, Any], wanted: dict[str, Any]) -> float:

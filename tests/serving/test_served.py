@@ -25,6 +25,7 @@ from tests.serving.cases import (
     llava_pairs,
     llava_requests,
     qwen_requests,
+    unsteady,
     write_covipal,
     write_pictures,
     write_qwen,
@@ -33,7 +34,7 @@ from tests.serving.cases import (
 
 PYTHON = os.environ.get("VTPRUNE_VLLM_PYTHON", "")
 # Pictures of the bundled set, each with its question; all of them are asked with each method.
-PICTURES = int(os.environ.get("VTPRUNE_SERVED_PICTURES", "12"))
+PICTURES = int(os.environ.get("VTPRUNE_SERVED_PICTURES", "30"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="vLLM lives in an environment of its own: make serve-test makes it"),
@@ -138,6 +139,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(passes, positions, answers, {name: Reference(Path(path)) for name, path in models.items()})
 
 
+def steady(served: Served, job: str, one: Pass) -> list[int]:
+    """The requests of a pass in which rounding decides nothing: of VisPruner, which drops one of two tokens that are
+    all but alike, round by round, those whose choice is the same with a little noise."""
+    requests = list(enumerate(one.requests))
+    if not job.startswith("llava"):
+        return [number for number, _ in requests]
+    reference = served.reference(job)
+    return [
+        number
+        for number, request in requests
+        if request["method"].get("method") != "vispruner" or not unsteady(reference, request)
+    ]
+
+
 def compared(served: Served, job: str) -> list[str]:
     """What differs from transformers, by pass; and a line for each that says how near they are."""
     assert "error" not in served.answers[job], served.answers[job]
@@ -145,7 +160,9 @@ def compared(served: Served, job: str) -> list[str]:
     for one, answers in zip(served.passes[job], served.answers[job], strict=True):
         assert len(answers) == len(one.requests), f"{job}, {one.name}: {answers}"
         wanted = [reference.answer(request, served.positions[job]) for request in one.requests]
-        away = [distance(*pair) for pair in zip(answers, wanted, strict=True)]
+        judged = steady(served, job, one)
+        assert len(judged) >= 0.8 * len(answers)
+        away = [distance(answers[number], wanted[number]) for number in judged]
         cached = sum(answer["cached"] for answer in answers)
         print(f"{job:15} {one.name:26} {len(away):3} requests, at most {max(away):.1e} away, {cached} tokens cached")
         if max(away) > TOLERANCE:
@@ -164,13 +181,17 @@ def test_every_answer_is_that_of_a_wrapped_model(served: Served, job: str) -> No
 def test_the_kept_tokens_are_those_of_a_wrapped_model(served: Served, job: str) -> None:
     first = [one for one in served.passes[job] if not one.again][: len(METHODS)]
     for one, answers in zip(first, served.answers[job], strict=False):
+        judged = steady(served, job, one)
         wanted = {
             tuple(kept)
-            for request in one.requests
-            for kept in served.reference(job).answer(request, served.positions[job])["kept"]
+            for number in judged
+            for kept in served.reference(job).answer(one.requests[number], served.positions[job])["kept"]
         }
         found = {tuple(kept) for kept in answers[0]["choices"]}
-        assert found == (set() if one.name == "none" else wanted), f"{job}, {one.name}"
+        wanted = set() if one.name == "none" else wanted
+        # A choice that rounding decides is another one.
+        assert wanted <= found, f"{job}, {one.name}"
+        assert len(found - wanted) <= len(one.requests) - len(judged), f"{job}, {one.name}"
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])

@@ -33,6 +33,8 @@ METHODS = [
     {"method": "holov", "keep": 30},
     {"method": "cdpruner", "keep": 24},
     {"method": "divprune", "keep": 12},
+    {"method": "visionzip", "keep": 28},
+    {"method": "vispruner", "keep": 16},
 ]
 
 
