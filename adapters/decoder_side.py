@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from vtprune.adapters.offloading import loaded
 from vtprune.adapters.seams import QK_NORMS, Projections, uses_flash
-from vtprune.cost.sizes import ModelCost
+from vtprune.cost.sizes import ModelCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
 from vtprune.tensors.attention import split_heads
 from vtprune.tensors.compaction import gather_tokens
@@ -32,6 +33,11 @@ class DecoderSide(ABC):
     @abstractmethod
     def cost(self) -> ModelCost:
         """The sizes of this model."""
+
+    @cached_property
+    def decoder_sizes(self) -> TransformerCost:
+        """Those of the decoder's layers, which do not change; read once, as a config takes long to answer."""
+        return self.cost.decoder
 
     @property
     def language_model(self) -> nn.Module:
@@ -191,13 +197,13 @@ class DecoderSide(ABC):
     def _split(self, states: Tensor) -> Tensor:
         """(B, n, heads * d) or (B, n, heads, d) states as (B, heads, n, d)."""
         states = states.flatten(2)
-        return split_heads(states, states.shape[-1] // self.cost.decoder.head_size)
+        return split_heads(states, states.shape[-1] // self.decoder_sizes.head_size)
 
     def _normed(self, states: Tensor, norm: nn.Module | None) -> Tensor:
         """(B, n, heads * d) queries or keys through their norm, head by head, where there is one."""
         if norm is None:
             return states
-        normed: Tensor = norm(states.unflatten(-1, (-1, self.cost.decoder.head_size)))
+        normed: Tensor = norm(states.unflatten(-1, (-1, self.decoder_sizes.head_size)))
         return normed
 
     def _turned(self, states: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -207,7 +213,7 @@ class DecoderSide(ABC):
 
     def _repeated(self, states: Tensor) -> Tensor:
         """(B, KV, n, d) states of key-value heads, all or some, repeated to the heads that share them."""
-        times = self.cost.decoder.heads // self.cost.decoder.kv_heads
+        times = self.decoder_sizes.heads // self.decoder_sizes.kv_heads
         return states if times == 1 else states.repeat_interleave(times, dim=1)
 
     def remember(self, layers: list[CacheLayer], prompt: PromptInfo) -> None:

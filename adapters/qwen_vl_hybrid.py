@@ -34,8 +34,8 @@ class Qwen35Adapter(Qwen3VLAdapter):
 
     def projected_query(self, states: Tensor) -> Tensor:
         """The first half of each head; the second one is the gate of what its attention puts out."""
-        heads = states.unflatten(-1, (-1, 2 * self.cost.decoder.head_size))
-        return heads[..., : self.cost.decoder.head_size].flatten(-2)
+        heads = states.unflatten(-1, (-1, 2 * self.decoder_sizes.head_size))
+        return heads[..., : self.decoder_sizes.head_size].flatten(-2)
 
     def overrides(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         expand = _expanding(self.model._expand_inputs_for_generation)

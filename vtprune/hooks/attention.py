@@ -166,7 +166,7 @@ class PlannedLayers:
                 f"{self.pruner.name} ranks the heads of a row by its prompt, and one row holds several conversations "
                 "here; give each of them a row of its own"
             )
-        sizes, given = self._adapter.cost.decoder, run.given.places
+        sizes, given = self._adapter.decoder_sizes, run.given.places
         first, last = run.ends([span.layers[index].numel() for span in run.spans], packed=given is not None)
         device = run.prompt.device
         start, end = (torch.tensor([row[0] for row in ends], device=device)[:, None] for ends in (first, last))
@@ -259,7 +259,7 @@ class Attending:
     of the heads that read vision, as methods read it."""
 
     def __init__(self, adapter: Adapter, layer: Any, planned: Planned) -> None:
-        sizes = adapter.cost.decoder
+        sizes = adapter.decoder_sizes
         self._planned, self._apart, self._scale = planned, planned.apart, adapter.decoder_scale
         self._module: Any = adapter.decoder_attention(layer)
         self._projections = adapter.decoder_projections(layer).modules()
