@@ -310,6 +310,8 @@ def scaled_layers(published: tuple[int, ...], depth: int, published_depth: int =
     return tuple(layer for layer in found if layer < depth)
 
 
+# Asked for at every layer of every forward.
+@functools.lru_cache(maxsize=4096)
 def moved_layers(
     published: tuple[int, ...], depth: int, share: float | None, among: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
