@@ -35,6 +35,8 @@ from vtprune.pruners.auto.promise import Settled, prove
 RESULTS = "trial.json"
 AGREEMENTS, CONFIDENCE = (0.95, 0.98, 0.99), 0.95
 TUNING, MOST = 200, 16
+# One more than `vtprune calibrate` tries: few images can spare tokens at a keep for all that is to be this safe.
+TRIED = (*KEEPS, 0.9)
 # The drawn questions that settings are chosen on have seeds of their own; all others are of one.
 POOL = 424_243
 
@@ -56,12 +58,26 @@ RULES = (
 )
 
 
+@dataclass(frozen=True)
+class TrialConfig:
+    """How much is tried: calibrations of each of some sizes, fresh samples, random splits of all of them, methods, and
+    what these keep, rising."""
+
+    model: str | None
+    seeds: int
+    sizes: tuple[int, ...]
+    fresh: int
+    splits: int
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+
+
 class Bank:
     """The answers of one model to drawn questions, asked for when somebody looks."""
 
-    def __init__(self, model: Any, answers: Answers, methods: Sequence[str], *, console: Console) -> None:
-        self.answers, self.console = answers, console
-        self.pruners = {name: create(name, keep=KEEPS[-1]) for name in methods}
+    def __init__(self, model: Any, answers: Answers, config: TrialConfig, *, console: Console) -> None:
+        self.answers, self.keeps, self.console = answers, config.keeps, console
+        self.pruners = {name: create(name, keep=self.keeps[-1]) for name in config.methods}
         facts = adapter_for(model).facts()
         self.shared = {name: not encoder_layers(one.bind(facts)) for name, one in self.pruners.items()}
         self._tables: dict[tuple[str, str], Table] = {}
@@ -71,10 +87,11 @@ class Bank:
         """What a method's levels did with questions; what: which ones these are."""
         key = what, name
         if key not in self._tables:
-            with Steps(self.console, "settings", len(KEEPS) + 1, parts="answers") as steps:
+            with Steps(self.console, "settings", len(self.keeps) + 1, parts="answers") as steps:
                 whole = self._ask(steps, f"{what}: the whole model", None, asked)
                 levels = [
-                    self._ask(steps, f"{what}: {name} at {keep:g}", create(name, keep=keep), asked) for keep in KEEPS
+                    self._ask(steps, f"{what}: {name} at {keep:g}", create(name, keep=keep), asked)
+                    for keep in self.keeps
                 ]
             self._tables[key] = table_of(asked, levels, whole, "answer")
         return self._tables[key]
@@ -110,18 +127,6 @@ def _part(table: Table, places: np.ndarray) -> Table:
     return table.where(some)
 
 
-@dataclass(frozen=True)
-class TrialConfig:
-    """How much is tried: calibrations of each of some sizes, fresh samples, random splits of all of them, methods."""
-
-    model: str | None
-    seeds: int
-    sizes: tuple[int, ...]
-    fresh: int
-    splits: int
-    methods: tuple[str, ...]
-
-
 def run_trial(output: Path, console: Console, config: TrialConfig) -> dict[str, Any]:
     """Runs everything, prints the tables, and returns the content of trial.json."""
     model_name, seeds, methods = config.model, config.seeds, config.methods
@@ -133,7 +138,7 @@ def run_trial(output: Path, console: Console, config: TrialConfig) -> dict[str, 
         prepare_environment(offline=is_local(folder_of(model_name)))
         model, processor = load_model(model_name)
         answers = Answers(model, processor, output, identity=identity_of(model, processor), batch=default_batch(model))
-        bank = Bank(model, answers, methods, console=console)
+        bank = Bank(model, answers, config, console=console)
         searched = [
             {name: bank.table(f"seed {seed}", name, asked) for name in methods} for seed, asked in enumerate(tuning)
         ]
@@ -142,7 +147,7 @@ def run_trial(output: Path, console: Console, config: TrialConfig) -> dict[str, 
             for count in config.sizes:
                 for rule in RULES:
                     rows.append(_row(bank, searched, pool, agreement=agreement, count=count, rule=rule, config=config))
-    data = {"model": title_of(model_name), "methods": list(methods), "keeps": list(KEEPS), "rows": rows}
+    data = {"model": title_of(model_name), "methods": list(methods), "keeps": list(config.keeps), "rows": rows}
     write_json(output / RESULTS, data)
     _tell(data, console)
     notice(console, f"wrote {output / RESULTS}")
@@ -192,11 +197,11 @@ def _row(
 
 def _settled(bank: Bank, name: str, tuning: Table, own: Table, *, agreement: float, rule: Rule) -> Settled:
     ladder = bank.ladder(name, tuning, 1 - agreement) if rule.adaptive else None
-    return prove(own, KEEPS, ladder, shared=bank.shared[name], agreement=agreement, confidence=rule.confidence)
+    return prove(own, bank.keeps, ladder, shared=bank.shared[name], agreement=agreement, confidence=rule.confidence)
 
 
 def _judged(bank: Bank, name: str, settled: Settled, table: Table) -> dict[str, Any]:
-    found = settled.on(table, KEEPS, shared=bank.shared[name])
+    found = settled.on(table, bank.keeps, shared=bank.shared[name])
     return {
         "levels": list(settled.levels),
         "bound": settled.promise.bound,
@@ -242,6 +247,7 @@ def main(
     fresh: Annotated[int, typer.Option(min=1, help="Samples that all of them are judged on.")] = 2000,
     splits: Annotated[int, typer.Option(min=1, help="Random splits of all answers.")] = 200,
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
+    keeps: Annotated[str, typer.Option(help="What they keep, separated by commas.")] = ",".join(map(str, TRIED)),
 ) -> None:
     """Calibrate a bundled model several times, and see how often its answers differ on fresh questions."""
     with one_line_errors(False):
@@ -252,6 +258,7 @@ def main(
             fresh=fresh,
             splits=splits,
             methods=tuple(methods.split(",")),
+            keeps=tuple(sorted(map(float, keeps.split(",")))),
         )
         run_trial(output, open_console(), config)
 
