@@ -19,9 +19,11 @@ decoder with linear attention, Qwen3.5's, with padding on the left alone: other 
 
 **yes**: what is dropped equals the unpruned model that does without it, prefill and eight steps, to 2e-5; for methods
 that no mask describes (`d2o`, `gamma_mod`), a batch equals its rows alone, and a reference of their own holds them
-elsewhere. **whole**: the method compares frames of a video; an image stays whole, and the model is the unpruned one. A
-number is a reason, below. Where single settings of a method are refused by name (MustDrop's merges in the tower on
-videos of pooled frames, layers without attention on Qwen3.5), the cell is of its other settings.
+elsewhere; for `auto`, which runs another method (here `grid`, `fastv` and `turbo`) at rising levels, each row of a
+batch is answered, and counted, as the level that answered it is by itself. **whole**: the method compares frames of a
+video; an image stays whole, and the model is the unpruned one. A number is a reason, below. Where single settings of a
+method are refused by name (MustDrop's merges in the tower on videos of pooled frames, layers without attention on
+Qwen3.5), the cell is of its other settings.
 
 The last table is of ViTs alone, by whose they are and how they pool: what is dropped equals the tower whose blocks and
 pool mask it, to 2e-6, and where tokens merge a batch equals its rows alone.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import vtprune
 from tests import support
 from tests.clip_towers import TOWERS, masked, watched
 from tests.deleted import run_deleted
+from tests.growing import GREEDY, Given, alone, assert_as_alone, between
 from tests.matrix import CACHE, DROPS, GATED, PRUNERS, RELEASED, TEMPORAL, label
 from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, make, prompt, shown_rows, takes
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
 from vtprune.adapters import adapter_for
 from vtprune.method.pruner import Pruner
-from vtprune.method.registry import available
+from vtprune.method.registry import available, create
 from vtprune.method.stages import encoder_layers, revives
 
 # What heads hold, or gates weigh, is no mask of whole tokens: these have references of their own.
@@ -41,7 +43,10 @@ POOLED = "refused by name: a token of a video is the mean of several patches, wh
 IN_ENCODER = ("flowcut", "turbo", "tome", "visionzip", "vispruner", "mustdrop", "vscan", "iared2", "test_drops")
 # Those of them that drop nothing by itself.
 MERGING = {"mustdrop": "mustdrop:merge_threshold=0.1", "tome": "tome:keep=9"}
+# One that acts before the decoder, one inside it, one in the encoder.
+GROWING = [Given(method=method) for method in ("grid", "fastv", "turbo")]
 NO_DECODER = "refused by name: it acts before or inside a decoder, and there is none"
+NO_ANSWERS = "refused by name: it compares answers, and a vision encoder alone gives none"
 UNTRAINED = "refused by name: it brings weights that are trained with a decoder behind them"
 KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 
@@ -50,7 +55,8 @@ KINDS = [*MODELS, *ANYRES, *HYBRIDS]
 def says(record_property: Callable[[str, Any], None], request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Notes what the test found of its cell of the table."""
     params = request.node.callspec.params
-    cell = [params["pruner"].name, params["kind"], params["shown"]]
+    name = "auto" if isinstance(params["pruner"], Given) else params["pruner"].name
+    cell = [name, params["kind"], params["shown"]]
     return lambda text: record_property("support", [*cell, text])
 
 
@@ -164,6 +170,28 @@ def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(
 
 
 @pytest.mark.parametrize("shown", SHOWN)
+@pytest.mark.parametrize("pruner", GROWING, ids=lambda pruner: f"auto-{pruner.method}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_grows_is_answered_as_its_level_alone_answers(
+    kind: str, pruner: Given, shown: str, says: Callable[[str], None]
+) -> None:
+    if not takes(kind, shown):
+        assert refuses_videos(kind, pruner)
+        says(NO_VIDEOS)
+        return
+    inner, inputs = create(pruner.method), prompt(kind, shown_rows(kind, shown))
+    if is_refused(kind, inner, shown, lambda text: None):
+        return
+    known = alone(kind, inputs, pruner.method)
+    shared = not encoder_layers(inner.bind(adapter_for(make(kind)).facts()))
+    for threshold in (0.0, between(kind, inputs, pruner.method), 2.0):
+        with vtprune.wrapped(make(kind), replace(pruner, threshold=threshold)) as model:
+            answers, report = model.generate(**inputs, **GREEDY), vtprune.report(model)
+        assert_as_alone(answers, report, known, shared=shared)
+    says(support.YES)
+
+
+@pytest.mark.parametrize("shown", SHOWN)
 @pytest.mark.parametrize("pruner", PRUNERS + CACHE + TEMPORAL, ids=label)
 @pytest.mark.parametrize("kind", KINDS)
 def test_keeping_everything_generates_what_the_unpruned_model_does(
@@ -232,6 +260,7 @@ def test_a_tower_alone_runs_what_acts_in_it_and_refuses_the_rest(
         elif method == "auto":
             with pytest.raises(vtprune.VTPruneError, match="compares answers, and a vision encoder alone gives none"):
                 vtprune.wrap(model, method)
+            says(NO_ANSWERS)
             return
         elif method not in IN_ENCODER:
             with pytest.raises(vtprune.VTPruneError, match=r"decoder|image tokens|videos"):

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,56 +15,11 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 from transformers.generation.streamers import BaseStreamer
 
 import vtprune
+from tests.growing import GREEDY, LEVELS, Given, alone, assert_as_alone, between
 from tests.models import CROPPED, PAST, ROWS, VIDEOS, Row, make, prompt
 from vtprune.errors import PromiseWarning
 from vtprune.hooks.base_sample import sample_base
-from vtprune.hooks.growing import FirstToken
-from vtprune.method.growth import Growth, Origin
-from vtprune.method.registry import create
-from vtprune.method.stages import Growing
-
-LEVELS, TOKENS = (0.3, 0.5, 1.0), 4
-GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "num_beams": 1}
-
-
-@dataclass(frozen=True)
-class Given(Growing):
-    """A growing method whose levels and threshold are those of a test."""
-
-    method: str = "grid"
-    threshold: float = 0.0
-    score: str = "probability"
-    origin: Any = None
-    levels: tuple[int | float, ...] = LEVELS
-    default_keep = None
-    info = vtprune.PrunerInfo("given", stage="generation")
-
-    def growth(self) -> Growth:
-        inner = create(self.method, keep=LEVELS[1])
-        return Growth(
-            inner, self.levels, threshold=self.threshold, score=self.score, fixed=LEVELS[1], origin=self.origin
-        )
-
-    def at(self, folder: Path) -> Given:
-        return self
-
-
-def between(kind: str, inputs: dict[str, Tensor], method: str, score: str = "probability") -> float:
-    """A threshold that about half of the rows pass at the first level."""
-    first = FirstToken()
-    with vtprune.wrapped(make(kind), method, keep=LEVELS[0]) as model:
-        model.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([first]))
-    found = sorted(getattr(first, score).tolist())
-    return (found[len(found) // 2 - 1] + found[len(found) // 2]) / 2
-
-
-def alone(kind: str, inputs: dict[str, Tensor], method: str) -> dict[float, tuple[Tensor, vtprune.Report]]:
-    """What each level answers by itself."""
-    found = {}
-    for level in LEVELS:
-        with vtprune.wrapped(make(kind), method, keep=level) as model:
-            found[level] = model.generate(**inputs, **GREEDY), vtprune.report(model)
-    return found
+from vtprune.method.growth import Origin
 
 
 @pytest.mark.parametrize("method", ["grid", "visionzip", "flowcut", "fastv", "gemfilter"])
@@ -77,16 +30,8 @@ def test_each_row_is_answered_as_its_level_alone_answers(kind: str, method: str)
     shared = method not in ("visionzip", "flowcut")
     model = vtprune.wrap(make(kind), Given(method=method, threshold=between(kind, inputs, method)))
     answers, report = model.generate(**inputs, **GREEDY), vtprune.report(model)
-    taken = [sample.attempts[-1] for sample in report.samples]
-    assert len(set(taken)) > 1, "no row was refused, or all were"
-    for row, (sample, level) in enumerate(zip(report.samples, taken, strict=True)):
-        ids, own = known[level][0][row], known[level][1].samples[row]
-        assert answers[row, : len(ids)].tolist() == ids.tolist()
-        assert [image.kept_per_layer for image in sample.images] == [image.kept_per_layer for image in own.images]
-        assert (sample.kv_bytes_prefill, sample.kv_bytes) == (own.kv_bytes_prefill, own.kv_bytes)
-        tried = [known[one][1].samples[row] for one in sample.attempts]
-        again = sum(one.encoder_flops for one in tried[1:]) if shared else 0
-        assert sample.flops == sum(one.flops for one in tried) - again
+    assert len({sample.attempts[-1] for sample in report.samples}) > 1, "no row was refused, or all were"
+    assert_as_alone(answers, report, known, shared=shared)
     assert report.flops == report.flops_breakdown.total == sum(sample.flops for sample in report.samples)
     assert report.kv_bytes_prefill == report.history[0].kv_bytes
     assert report.kv_bytes == report.history[-1].kv_bytes
@@ -102,10 +47,8 @@ def test_crops_videos_and_states_grow_as_well(kind: str, rows: list[Row]) -> Non
     known = alone(kind, inputs, "grid")
     model = vtprune.wrap(make(kind), Given(threshold=between(kind, inputs, "grid")))
     answers, report = model.generate(**inputs, **GREEDY), vtprune.report(model)
-    taken = [sample.attempts[-1] for sample in report.samples]
-    assert len(set(taken)) > 1
-    for row, level in enumerate(taken):
-        assert answers[row].tolist() == known[level][0][row].tolist()
+    assert len({sample.attempts[-1] for sample in report.samples}) > 1
+    assert_as_alone(answers, report, known, shared=True)
 
 
 def test_rows_that_lose_nothing_are_answered_at_once() -> None:
