@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import vtprune
 from tests.models import make
 from vtprune.hooks.growing import FirstToken
 from vtprune.method.growth import Growth
+from vtprune.method.pruner import Pruner
 from vtprune.method.registry import create
 from vtprune.method.stages import Growing
 
@@ -25,18 +26,23 @@ GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "num_beams": 1}
 class Given(Growing):
     """A growing method whose levels and threshold are those of a test."""
 
-    method: str = "grid"
+    method: str | Pruner = "grid"
     threshold: float = 0.0
     score: str = "probability"
     origin: Any = None
     levels: tuple[int | float, ...] = LEVELS
+    fixed: int | float = LEVELS[1]
     default_keep = None
     info = vtprune.PrunerInfo("given", stage="generation")
 
+    @property
+    def inner(self) -> Pruner:
+        """The method that runs, at the level of forwards that no `generate` makes."""
+        return replace(create(self.method) if isinstance(self.method, str) else self.method, keep=self.fixed)
+
     def growth(self) -> Growth:
-        inner = create(self.method, keep=LEVELS[1])
         return Growth(
-            inner, self.levels, threshold=self.threshold, score=self.score, fixed=LEVELS[1], origin=self.origin
+            self.inner, self.levels, threshold=self.threshold, score=self.score, fixed=self.fixed, origin=self.origin
         )
 
     def at(self, folder: Path) -> Given:

@@ -12,13 +12,19 @@
    FLOPs computed, scoring apart; methods that say that they may exceed it: `judges.exceeds`.
 4. Unwrapping leaves no hook, attribute, weight or setting, and the logits of a model that was never wrapped.
 5. keep=1.0 of a method without weights changes no bit.
+
+Where answers grow (`fuzz/growing.py`), each row takes the levels that the scores of their runs by themselves say, and
+is answered, cached and counted as the last of them alone; 4 holds as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from tests.fuzz.trial import attempt
+from tests.fuzz.growing import attempt_growing
+from tests.fuzz.trial import Outcome, attempt
 
 # Seeds in one test, so that several processes share the cases.
 CHUNK = 20
@@ -32,8 +38,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("seeds", chunks, ids=[f"{chunk.start}-{chunk.stop - 1}" for chunk in chunks])
 
 
-def test_random_cases_pass_all_judges(seeds: range) -> None:
-    outcomes = [attempt(seed) for seed in seeds]
+@pytest.mark.parametrize("judged", [attempt, attempt_growing], ids=["a forward", "growing answers"])
+def test_random_cases_pass_all_judges(seeds: range, judged: Callable[[int], Outcome]) -> None:
+    outcomes = [judged(seed) for seed in seeds]
     wrong = [f"{outcome.case}\n    " + "\n    ".join(outcome.complaints) for outcome in outcomes if outcome.complaints]
     assert not wrong, "\n".join([f"{len(wrong)} of {len(seeds)} cases", *wrong])
     refused = [outcome.refused for outcome in outcomes if outcome.refused]

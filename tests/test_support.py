@@ -179,6 +179,7 @@ def test_a_row_that_grows_is_answered_as_its_level_alone_answers(
         assert refuses_videos(kind, pruner)
         says(NO_VIDEOS)
         return
+    assert isinstance(pruner.method, str)
     inner, inputs = create(pruner.method), prompt(kind, shown_rows(kind, shown))
     if is_refused(kind, inner, shown, lambda text: None):
         return

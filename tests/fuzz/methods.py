@@ -79,8 +79,12 @@ def _spreads(name: str) -> bool:
 
 
 def _create(rng: Random, shape: Architecture, name: str, keep: int | float | None) -> Pruner:
-    options = OPTIONS[name](rng, shape, keep) if name in OPTIONS else {}
-    return vtprune.method.registry.create(name, **{"keep": keep, **options})
+    return create(name, **{"keep": keep, **draw_options(rng, shape, name, keep)})
+
+
+def draw_options(rng: Random, shape: Architecture, name: str, keep: int | float | None) -> Options:
+    """Options of a method, beside what it is to keep."""
+    return OPTIONS[name](rng, shape, keep) if name in OPTIONS else {}
 
 
 def _start(rng: Random, shape: Architecture, keep: int | float | None) -> int:

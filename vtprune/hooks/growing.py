@@ -281,7 +281,8 @@ class GrowingHooks:
         found = set()
         for kind, output in shown.outputs.items():
             for row, image in zip(shown.rows[kind], records_of(output), strict=True):
-                if image is None or plans.of(image.shown).drops:
+                # An image that no setting of the method cuts so far is kept whole, and more of it is the same again.
+                if image is None or plans.of(image.shown).cuts:
                     found.add(row)
         return found
 
