@@ -13,8 +13,8 @@
 4. Unwrapping leaves no hook, attribute, weight or setting, and the logits of a model that was never wrapped.
 5. keep=1.0 of a method without weights changes no bit.
 
-Where answers grow (`fuzz/growing.py`), each row takes the levels that the scores of their runs by themselves say, and
-is answered, cached and counted as the last of them alone; 4 holds as well.
+Where answers grow (`fuzz/growing.py`, a fourth of the seeds), each row takes the levels that the scores of their runs
+by themselves say, and is answered, cached and counted as the last of them alone; 4 holds as well.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ CHUNK = 20
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each chunk of seeds."""
+    """A test for each chunk of seeds, and growing answers, which take a forward for each level and token, for every
+    fourth of them."""
     first, cases = (metafunc.config.getoption(name) for name in ("--first", "--cases"))
     end = first + cases
     chunks = [range(start, min(start + CHUNK, end)) for start in range(first, end, CHUNK)]
-    metafunc.parametrize("seeds", chunks, ids=[f"{chunk.start}-{chunk.stop - 1}" for chunk in chunks])
+    found = [*((attempt, chunk) for chunk in chunks), *((attempt_growing, chunk) for chunk in chunks[::4])]
+    names = [f"{judged.__name__}-{chunk.start}-{chunk.stop - 1}" for judged, chunk in found]
+    metafunc.parametrize(("judged", "seeds"), found, ids=names)
 
 
-@pytest.mark.parametrize("judged", [attempt, attempt_growing], ids=["a forward", "growing answers"])
-def test_random_cases_pass_all_judges(seeds: range, judged: Callable[[int], Outcome]) -> None:
+def test_random_cases_pass_all_judges(judged: Callable[[int], Outcome], seeds: range) -> None:
     outcomes = [judged(seed) for seed in seeds]
     wrong = [f"{outcome.case}\n    " + "\n    ".join(outcome.complaints) for outcome in outcomes if outcome.complaints]
     assert not wrong, "\n".join([f"{len(wrong)} of {len(seeds)} cases", *wrong])

@@ -63,7 +63,7 @@ def test_rows_that_lose_nothing_are_answered_at_once() -> None:
     model = vtprune.wrap(make("qwen2.5-vl"), Given(threshold=2.0, levels=(1000, 1.0)))
     assert torch.equal(model.generate(**inputs, **GREEDY), plain)
     assert [sample.attempts for sample in vtprune.report(model).samples] == [[1000]] * 3
-    # The layer before the first drop computes a fifth, and no rounded count is that close above: images are kept whole.
+    # The layer before the first drop alone is a fifth, and no count is that close above it: images are kept whole.
     model = vtprune.wrap(make("qwen2.5-vl"), Given(method="pyramid_drop", threshold=2.0, levels=(0.21, 0.23, 1.0)))
     with pytest.warns(vtprune.KeptWholeWarning):
         assert torch.equal(model.generate(**inputs, **GREEDY), plain)
