@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,8 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from tests.copies import Copier
 
 IMAGE, START, END, VIDEO, PAD = 90, 91, 92, 93, 0
 # The name that forward and generate have for the cache: another one since transformers 5.24.
@@ -198,14 +199,19 @@ TOWER_ONLY = frozenset({"qwen2-vl", "qwen3-vl", "qwen3-vl-moe"})
 
 @functools.cache
 def _original(kind: str) -> Any:
+    return _copier(kind).copy()
+
+
+@functools.cache
+def _copier(kind: str) -> Copier:
     torch.manual_seed(0)
     # A recurrent state sums up what rounding makes of large weights, in the unpruned model too.
-    return spread(BUILDERS[kind](), 1.0 if kind in HYBRIDS else 3.0)
+    return Copier(spread(BUILDERS[kind](), 1.0 if kind in HYBRIDS else 3.0))
 
 
 def make(kind: str, attention: str = "sdpa") -> Any:
     """A fresh copy of the tiny model of this kind, always with the same weights."""
-    model = copy.deepcopy(_original(kind))
+    model = _copier(kind).copy()
     model.set_attn_implementation(attention)
     if attention == "eager" and kind.endswith("moe"):
         # One expert after the other, whose products torch's counter knows.

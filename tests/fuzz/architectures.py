@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass
 from random import Random
@@ -15,6 +14,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+
+from tests.copies import Copier
 
 # Ids from TEXT to IMAGE - 1 are words.
 PAD, TEXT, IMAGE, START, END, VIDEO, VOCABULARY = 0, 3, 120, 121, 122, 123, 130
@@ -147,16 +148,21 @@ def _spread(model: Any, seed: int) -> None:
 
 
 @functools.cache
-def original(number: int) -> Any:
-    """The model of this architecture, in fp64 so that what should be equal is; never to be wrapped."""
+def _copier(number: int) -> Copier:
     shape = architecture(number)
     model = (_qwen if shape.is_qwen else _llava)(shape).double()
     _spread(model, number)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    return model.eval()
+    return Copier(model.eval())
+
+
+@functools.cache
+def original(number: int) -> Any:
+    """The model of this architecture, in fp64 so that what should be equal is; never to be wrapped."""
+    return fresh(number)
 
 
 def fresh(number: int) -> Any:
-    """A copy of `original`."""
-    return copy.deepcopy(original(number))
+    """Another model of this architecture with the same weights."""
+    return _copier(number).copy()

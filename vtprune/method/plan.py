@@ -57,8 +57,8 @@ class Plan:
 
     @property
     def cuts(self) -> bool:
-        """Whether any decoder layer computes, or may compute, fewer than all tokens."""
-        return any(count is None or count < self.tokens for count in self.layers())
+        """Whether any decoder layer computes, or may compute, fewer than all tokens; the only one of an image stays."""
+        return self.tokens > 1 and any(count is None or count < self.tokens for count in self.layers())
 
     def whole(self, order: int, entered: int) -> str:
         """Why a method cannot cut the image to its budget, "" where it can."""
