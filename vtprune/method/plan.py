@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def cuts(self) -> bool:
-        """Whether any decoder layer computes, or may compute, fewer than all tokens; the only one of an image stays."""
+        """Whether any decoder layer computes, or may compute, fewer than all tokens, of which one always stays."""
         return self.tokens > 1 and any(count is None or count < self.tokens for count in self.layers())
 
     def whole(self, order: int, entered: int) -> str:
