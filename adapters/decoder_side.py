@@ -134,7 +134,7 @@ class DecoderSide(ABC):
         """Whether the decoder hands out hidden states where it is not told."""
         return bool(self.inner.language_model.config.output_hidden_states)
 
-    @property
+    @cached_property
     def decoder_scale(self) -> float:
         """Softmax scale of the decoder."""
         states = self.state_layers

@@ -51,8 +51,18 @@ class ImageSpan:
 
     def __post_init__(self) -> None:
         self.places = torch.from_numpy(self.stands).to(self.kept.device)
+        # The last answer of `standing`, and for which tokens it is.
+        self._standing: tuple[Tensor, Tensor] | None = None
+        self._shown: Shown | None = None
 
     @property
+    def standing(self) -> Tensor:
+        """(n,) the places of the tokens alive now, on the device."""
+        if self._standing is None or self._standing[0] is not self.kept:
+            self._standing = self.kept, self.places.index_select(0, self.kept)
+        return self._standing[1]
+
+    @cached_property
     def first(self) -> int:
         """The place of the first of its placeholders."""
         return min(int(part[0]) for part in (self.stands, self.structural) if part.size)
@@ -62,10 +72,16 @@ class ImageSpan:
         """Its row, and which of the row's conversations it belongs to."""
         return self.row, self.talk
 
+    def words_after(self, words: Ints) -> int:
+        """How many of these rising places (T,) stand after it."""
+        return words.size - int(np.searchsorted(words, self.stands[-1], side="right"))
+
     @property
     def shown(self) -> Shown:
         """What is known of it before anything runs."""
-        return replace(self.image.shown, keep=self.share)
+        if self._shown is None or self._shown.keep != self.share:
+            self._shown = replace(self.image.shown, keep=self.share)
+        return self._shown
 
     @property
     def entered(self) -> Tensor:

@@ -238,7 +238,7 @@ class Revival(Shaper):
         gone = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
         for span, kept in zip(spans, view.kept, strict=True):
             gone[span.row, span.places[kept]] = True
-            gone[span.row, span.places[span.kept]] = False
+            gone[span.row, span.standing] = False
         counts = [0] * self.prompt.batch
         for span, kept in zip(spans, view.kept, strict=True):
             counts[span.row] += kept.numel() - span.kept.numel()

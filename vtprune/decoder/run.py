@@ -357,14 +357,14 @@ class DecoderRun:
         left = selection.kept.to(span.kept.device)
         start = self._observed + 1
         if self.planes is not None and start < self.planes.depth:
-            self.planes.follow(selection, span.row, span.places[span.kept], start=start)
+            self.planes.follow(selection, span.row, span.standing, start=start)
         span.keep(left)
         self.mark(span)
         vectors, earlier = selection.vectors, self._changed.get(span)
         if vectors is None and earlier is not None:
             vectors = earlier[1][left.to(earlier[1].device)]
         if vectors is not None:
-            self._changed[span] = span.places[span.kept], vectors
+            self._changed[span] = span.standing, vectors
         if selection.bias is not None:
             self._add_bias(span, selection.bias)
 
@@ -388,7 +388,7 @@ class DecoderRun:
         if self.bias is None:
             shape = prompt.batch, prompt.offset + prompt.length
             self.bias = values.new_zeros(shape, device=prompt.device)
-        places = prompt.offset + span.places[span.kept]
+        places = prompt.offset + span.standing
         rows = torch.full_like(places, span.row)
         self.bias = self.bias.index_put((rows, places), values.to(self.bias), accumulate=True)
 
@@ -405,15 +405,19 @@ class DecoderRun:
             # Once anything is dropped the padding goes with it: layers compute no more than the longest row needs.
             self.alive = self._real(self.prompt.real()).clone()
         self.alive[span.row, span.places] = False
-        self.alive[span.row, span.places[span.kept]] = True
+        self.alive[span.row, span.standing] = True
 
     def _real(self, real: Tensor) -> Tensor:
         """(B, L) what is no padding; an image counts with all of its tokens, whatever the mask hides of it."""
-        vision = self._vision[0]
-        if not (vision & (self.prompt.outline.number < 0)).any():
+        if not self._hides_vision:
             return real
-        own = torch.from_numpy(vision).to(real.device)
+        own = torch.from_numpy(self._vision[0]).to(real.device)
         return real | torch.nn.functional.pad(own, (real.shape[1] - own.shape[1], 0))
+
+    @cached_property
+    def _hides_vision(self) -> bool:
+        """Whether the mask calls a vision token padding."""
+        return bool((self._vision[0] & (self.prompt.outline.number < 0)).any())
 
     def take_over(self, other: DecoderRun) -> None:
         """Starts with the tokens and vectors that another run of this prompt has before its first layer."""

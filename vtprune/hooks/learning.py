@@ -90,7 +90,7 @@ class Lessons(Observer):
 
     def after(self, run: DecoderRun, view: LayerView) -> LayerView:
         """Notes the layer for those that learn from it."""
-        seen = SeenLayer(self._teacher.scoring, run, view, run.unlabelled_words)
+        seen = SeenLayer(self._teacher.scoring, run, view, unlabelled=True)
         self._lessons = [
             replace(one, layer=seen.of(one.span, one.order)) if self._layer_of(one) == view.index else one
             for one in self._lessons

@@ -76,7 +76,7 @@ class Probe:
         """The layer as a method sees it, for one image and the places (T,) of its conversation's text; after,
         text_after: as in `DecoderLayer`."""
         row = span.row
-        vision = span.places[span.kept]
+        vision = span.standing
         if self.where is not None:
             vision, text = self.where[row, vision], self.where[row, text]
         key = self.key[row]

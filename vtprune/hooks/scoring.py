@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
-from vtprune.decoder.outline import Ints, Key
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun, LayerView
 from vtprune.method.plan import Plans
@@ -40,11 +39,12 @@ class DecoderScoring:
 
 
 class SeenLayer:
-    """A layer that ran as methods see it; words: places of each conversation's text tokens."""
+    """A layer that ran as methods see it; unlabelled: whether they see each conversation's text without answers."""
 
-    def __init__(self, scoring: DecoderScoring, run: DecoderRun, view: LayerView, words: dict[Key, Ints]) -> None:
-        self._scoring, self._run, self._view, self._words = scoring, run, view, words
-        self._text = {key: run.on_device(places) for key, places in words.items()}
+    def __init__(self, scoring: DecoderScoring, run: DecoderRun, view: LayerView, *, unlabelled: bool = False) -> None:
+        self._scoring, self._run, self._view = scoring, run, view
+        self._words = run.unlabelled_words if unlabelled else run.words
+        self._text = run.unlabelled if unlabelled else run.texts
         self._where = None if view.places is None else fill_index(view.places, run.prompt.length)
         self._ends = run.ends([kept.numel() for kept in view.kept], packed=view.places is not None)
         self._last = torch.tensor(self._ends[1], device=view.hidden.device)
@@ -64,9 +64,10 @@ class SeenLayer:
         hidden = Read.HIDDEN in looks
         if asks in (Query.LAST, Query.NEXT_LAYER):
             query = query[:, span.talk, None]
-        vision, words = span.places[span.kept], self._text[span.key]
+        vision, words = span.standing, self._text[span.key]
         if self._where is not None:
-            vision, words = self._where[row, vision], self._where[row, words]
+            where = self._where[row]
+            vision, words = where.index_select(0, vision), where.index_select(0, words)
         first, last = (ends[row][span.talk] for ends in self._ends)
         cos, sin = self._rotary
         entered = span.entered.numel()
@@ -91,6 +92,6 @@ class SeenLayer:
             final_norm=scoring.adapter.final_normed if hidden else None,
             rotary=(cos[row], sin[row]),
             first=first,
-            text_after=int((self._words[span.key] > span.stands[-1]).sum()),
+            text_after=span.words_after(self._words[span.key]),
             after=self._run.column_after(span, [kept.numel() for kept in view.kept], packed=self._where is not None),
         )

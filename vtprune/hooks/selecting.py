@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vtprune.decoder.outline import Ints
 from vtprune.decoder.prompt import ImageSpan, left_signals
 from vtprune.decoder.run import DecoderRun, LayerView, Observer
 from vtprune.encoder.encoding import EncodedImage
@@ -147,7 +146,7 @@ class Selecting:
         run, recording = prober.run, dropping.recording
         for span in run.spans:
             run.mark(span)
-            recording.of(span).text_after = _after(run.words[span.key], span)
+            recording.of(span).text_after = span.words_after(run.words[span.key])
         for order, pruner in enumerate(self.pruners):
             probe = self._probe(prober, recording, order)
             for span in run.spans:
@@ -280,7 +279,7 @@ class Selecting:
                 inputs.pictures[id(image)] = self.adapter.picture(image)
             picture = inputs.pictures[id(image)]
         return VisionStream(
-            features=run.merged(span, inputs.embeds[row, span.places[span.kept]]),
+            features=run.merged(span, inputs.embeds[row, span.standing]),
             grid=image.grid,
             indices=span.kept,
             total=image.total,
@@ -292,7 +291,7 @@ class Selecting:
             last_signals=left_signals(image.last_signals, image, span),
             picture=picture,
             source=self.facts.source,
-            text_after=_after(words, span),
+            text_after=span.words_after(words),
             module=module,
             training=module is not None and module.training and torch.is_grad_enabled(),
             kind=image.kind,
@@ -334,7 +333,7 @@ class Scoring(Observer):
             )
             if not asked:
                 continue
-            seen = seen or SeenLayer(self.of.scoring, run, view, run.words)
+            seen = seen or SeenLayer(self.of.scoring, run, view)
             layers = [(self.of.plans.of(span.shown).pruners[order], seen.of(span, order)) for span in asked]
             with full_precision(view.hidden.device), run.checks.collecting():
                 selections = together(
@@ -374,11 +373,6 @@ def by_prompt(spans: Sequence[ImageSpan]) -> list[list[ImageSpan]]:
     for span in spans:
         found.setdefault(span.key, []).append(span)
     return list(found.values())
-
-
-def _after(words: Ints, span: ImageSpan) -> int:
-    """How many words, by their places (T,), stand after an image."""
-    return int((words > span.stands[-1]).sum())
 
 
 def _selecting(pruner: BeforeDecoder, stream: VisionStream) -> Asking[Selection | None]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vtprune.errors import CannotCut
 from vtprune.method.kinds import IMAGE, Shown
@@ -38,10 +38,22 @@ class Plan:
     tokens: int
     units: int = 1
     kind: str = IMAGE
+    # What was said before: each decoder layer of each forward asks.
+    _said: dict[tuple[str | int, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def _once(self, say: Callable[..., T], *asked: int) -> T:
+        key: tuple[str | int, ...] = (say.__name__, *asked)
+        if key not in self._said:
+            self._said[key] = say(*asked)
+        said: T = self._said[key]
+        return said
 
     def acts(self, order: int) -> bool:
         """Whether anything of the image is to go anywhere by this method; the budget of a whole staged method is a
         mean, which may round to all of them."""
+        return self._once(self._acts, order)
+
+    def _acts(self, order: int) -> bool:
         pruner, tokens = self.pruners[order], self.tokens
         if spares(pruner, self.kind):
             return False
@@ -62,6 +74,9 @@ class Plan:
 
     def whole(self, order: int, entered: int) -> str:
         """Why a method cannot cut the image to its budget, "" where it can."""
+        return self._once(self._whole, order, entered)
+
+    def _whole(self, order: int, entered: int) -> str:
         pruner, tokens = self.pruners[order], self.tokens
         try:
             if isinstance(pruner, InEncoder):
@@ -80,6 +95,9 @@ class Plan:
 
     def in_encoder(self, order: int) -> int:
         """Tokens that the method's encoder stage leaves; the fewest where it decides by itself."""
+        return self._once(self._met_in_encoder, order)
+
+    def _met_in_encoder(self, order: int) -> int:
         pruner = self.pruners[order]
         if not isinstance(pruner, InEncoder):
             return self.tokens
@@ -99,6 +117,9 @@ class Plan:
 
     def entering(self, order: int) -> int | None:
         """Tokens that the method lets into the decoder."""
+        return self._once(self._entering, order)
+
+    def _entering(self, order: int) -> int | None:
         pruner = self.pruners[order]
         if not isinstance(pruner, BeforeDecoder) or spares(pruner, self.kind):
             return self.tokens
@@ -111,6 +132,9 @@ class Plan:
 
     def left(self, order: int, layer: int, entered: int) -> int | None:
         """Tokens that the method leaves after a decoder layer."""
+        return self._once(self._left, order, layer, entered)
+
+    def _left(self, order: int, layer: int, entered: int) -> int | None:
         pruner = self.pruners[order]
         if not isinstance(pruner, BetweenLayers) or layer not in pruner.drop_layers() or spares(pruner, self.kind):
             return entered
@@ -126,6 +150,9 @@ class Plan:
 
     def routed(self, order: int, layer: int, entered: int) -> int | None:
         """Tokens that a decoder layer computes at the most, by the method that routes it."""
+        return self._once(self._routed, order, layer, entered)
+
+    def _routed(self, order: int, layer: int, entered: int) -> int | None:
         pruner = self.pruners[order]
         if not isinstance(pruner, InLayers) or layer not in pruner.routed_layers():
             return entered

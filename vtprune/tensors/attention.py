@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 # Scores that are held at once: what a CPU's cache holds, and what an accelerator's memory can spare for few launches.
@@ -20,7 +20,7 @@ def rows_at_once(device: torch.device, numbers: int) -> int:
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Switches autocast off: scores are fp32 products, whatever the model runs in."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -91,10 +91,10 @@ def attention_sums(
     for start in range(0, query.shape[1], rows):
         some, when = query[:, start : start + rows], asked[start : start + rows]
         end = key.shape[1] if seen is None else seen[start + len(when) - 1]
-        some = rearrange(some.float(), "(k g) q d -> k (g q) d", g=group)
+        some = some.float().reshape(len(key), group * len(when), query.shape[-1])
         # Nothing is added to the product.
         logits = torch.baddbmm(some.new_empty(1, 1, 1), some, turned[..., :end], beta=0, alpha=scale)
-        logits = rearrange(logits, "k (g q) n -> (k g) q n", g=group)
+        logits = logits.view(query.shape[0], len(when), end)
         if seen is None or len(when) > 1:
             logits.masked_fill_(places[:end] > when[:, None], float("-inf"))
         weights = logits.softmax(dim=-1)
@@ -110,4 +110,4 @@ def attention_sums(
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """(..., N, H * d) to (..., H, N, d)."""
-    return rearrange(states, "... n (h d) -> ... h n d", h=heads)
+    return states.unflatten(-1, (heads, -1)).transpose(-2, -3)
