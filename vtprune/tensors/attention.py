@@ -96,7 +96,9 @@ def attention_sums(
         logits = torch.baddbmm(some.new_empty(1, 1, 1), some, turned[..., :end], beta=0, alpha=scale)
         logits = logits.view(query.shape[0], len(when), end)
         if seen is None or len(when) > 1:
-            logits.masked_fill_(places[:end] > when[:, None], float("-inf"))
+            # What the first query of a chunk sees all of them see.
+            first = 0 if seen is None else seen[start]
+            logits[..., first:].masked_fill_(places[first:end] > when[:, None], float("-inf"))
         weights = logits.softmax(dim=-1)
         found = weights.sum(dim=1) if len(when) > 1 else weights[:, 0]
         if sums is None and found.shape[1] == key.shape[1]:
