@@ -1,13 +1,14 @@
 """Whether promises are kept: `python -m vtprune.evals.calibrate.trial` calibrates on drawn questions, and looks.
 
-Every setting is chosen and proved on its own samples, several times over, and then judged on fresh ones; random splits
-of all stored answers say how often a promise with a confidence is broken.
+Every setting is chosen and proved on its own samples, several times over, and then judged on fresh ones. How often a
+promise with a confidence is broken is told by calibrations that are drawn, with replacement, from all stored answers:
+these together are then the truth that it speaks of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,14 +61,14 @@ RULES = (
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """How much is tried: calibrations of each of some sizes, fresh samples, random splits of all of them, methods, and
-    what these keep, rising."""
+    """How much is tried: calibrations of each of some sizes, fresh samples, calibrations drawn from all answers, and
+    methods with what they keep, rising."""
 
     model: str | None
     seeds: int
     sizes: tuple[int, ...]
     fresh: int
-    splits: int
+    draws: int
     methods: tuple[str, ...]
     keeps: tuple[float, ...]
 
@@ -121,12 +122,6 @@ def _cheapest(bank: Bank, tables: dict[str, Table], level: float, *, adaptive: b
     return min(tables, key=cost)
 
 
-def _part(table: Table, places: np.ndarray) -> Table:
-    some = np.zeros(len(table), dtype=bool)
-    some[places] = True
-    return table.where(some)
-
-
 def run_trial(output: Path, console: Console, config: TrialConfig) -> dict[str, Any]:
     """Runs everything, prints the tables, and returns the content of trial.json."""
     model_name, seeds, methods = config.model, config.seeds, config.methods
@@ -164,31 +159,31 @@ def _row(
     rule: Rule,
     config: TrialConfig,
 ) -> dict[str, Any]:
-    """One promise: each seed's setting on the fresh samples, and random splits with the first seed's method."""
-    level, size, splits = 1 - agreement, max(config.sizes), config.splits
+    """One promise: each seed's setting on the fresh samples, and drawn calibrations with the first seed's method."""
+    level, size = 1 - agreement, max(config.sizes)
     fresh = np.arange(len(searched) * size, len(pool))
     seen = []
     for seed, tables in enumerate(searched):
         name = _cheapest(bank, tables, level, adaptive=rule.adaptive)
         whole = bank.table("pool", name, pool)
-        own = _part(whole, np.arange(seed * size, seed * size + count))
+        own = whole.where(np.arange(seed * size, seed * size + count))
         settled = _settled(bank, name, tables[name], own, agreement=agreement, rule=rule)
-        seen.append({"method": name, **_judged(bank, name, settled, _part(whole, fresh))})
+        seen.append({"method": name, **_judged(bank, name, settled, whole.where(fresh))})
     name = str(seen[0]["method"])
     whole, rng = bank.table("pool", name, pool), np.random.default_rng(0)
     risks = []
-    for _ in range(splits):
-        order = rng.permutation(len(pool))
-        own, rest = _part(whole, order[:count]), _part(whole, order[count:])
+    for _ in range(config.draws):
+        # Each draw counts for itself, that of a sample which came before as well.
+        own = replace(whole.where(rng.integers(len(pool), size=count)), pictures=np.arange(count))
         settled = _settled(bank, name, searched[0][name], own, agreement=agreement, rule=rule)
-        risks.append(_judged(bank, name, settled, rest)["risk"])
+        risks.append(_judged(bank, name, settled, whole)["risk"])
     return {
         "agreement": agreement,
         "samples": count,
         "rule": rule.name,
         "seeds": seen,
-        "splits": {
-            "count": splits,
+        "draws": {
+            "count": config.draws,
             "mean_risk": float(np.mean(risks)),
             "broken": float(np.mean(np.array(risks) > level)),
         },
@@ -219,7 +214,7 @@ def _tell(data: dict[str, Any], console: Console) -> None:
         "rule",
         "fresh: mean",
         "worst seed",
-        "splits: mean",
+        "draws: mean",
         "broken",
         "FLOPs",
         "KV",
@@ -232,7 +227,7 @@ def _tell(data: dict[str, Any], console: Console) -> None:
         cells = (
             f"{100 * (1 - row['agreement']):.0f}", str(row["samples"]), row["rule"],
             f"{np.mean(risks):.2f}", f"{max(risks):.2f}",
-            f"{100 * row['splits']['mean_risk']:.2f}", f"{100 * row['splits']['broken']:.1f}%",
+            f"{100 * row['draws']['mean_risk']:.2f}", f"{100 * row['draws']['broken']:.1f}%",
             f"{flops:.1f}%", f"{kv:.1f}%", ", ".join(sorted({one["method"] for one in row["seeds"]})),
         )  # fmt: skip
         table.add_row(*cells)
@@ -245,7 +240,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Calibrations, each on samples of its own.")] = 5,
     sizes: Annotated[str, typer.Option(help="Samples of a calibration, separated by commas.")] = "500,1000",
     fresh: Annotated[int, typer.Option(min=1, help="Samples that all of them are judged on.")] = 2000,
-    splits: Annotated[int, typer.Option(min=1, help="Random splits of all answers.")] = 200,
+    draws: Annotated[int, typer.Option(min=1, help="Calibrations drawn from all answers.")] = 200,
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
     keeps: Annotated[str, typer.Option(help="What they keep, separated by commas.")] = ",".join(map(str, TRIED)),
 ) -> None:
@@ -256,7 +251,7 @@ def main(
             seeds,
             tuple(map(int, sizes.split(","))),
             fresh=fresh,
-            splits=splits,
+            draws=draws,
             methods=tuple(methods.split(",")),
             keeps=tuple(sorted(map(float, keeps.split(",")))),
         )

@@ -42,7 +42,7 @@ class Table:
         return found
 
     def where(self, some: np.ndarray) -> Table:
-        """The samples that (n,) bool says."""
+        """The samples that (n,) bool says, or those at some places (m,), in their order."""
         return Table(**{name: values[some] for name, values in vars(self).items()})
 
     def __len__(self) -> int:
