@@ -23,7 +23,7 @@ from tests.models import ANYRES, HYBRIDS, MODELS, SHOWN, make, prompt, shown_row
 from tests.oracle import TOLERANCE, compare, image_features, run_masked, run_wrapped
 from vtprune.adapters import adapter_for
 from vtprune.method.pruner import Pruner
-from vtprune.method.registry import available, create
+from vtprune.method.registry import available
 from vtprune.method.stages import encoder_layers, revives
 
 # What heads hold, or gates weigh, is no mask of whole tokens: these have references of their own.
@@ -87,6 +87,15 @@ def is_refused(kind: str, pruner: Pruner, shown: str, says: Callable[[str], None
     return True
 
 
+def has_no_place(kind: str, pruner: Pruner, shown: str, says: Callable[[str], None]) -> bool:
+    """Whether a family takes no videos, or has no place for a method; what it refuses it refuses by name."""
+    if not takes(kind, shown):
+        assert refuses_videos(kind, pruner)
+        says(NO_VIDEOS)
+        return True
+    return is_refused(kind, pruner, shown, says)
+
+
 def _refuses_pooled(kind: str, pruner: Pruner, shown: str, says: Callable[[str], None]) -> bool:
     if not encoder_layers(pruner.bind(adapter_for(make(kind)).facts())):
         return False
@@ -119,11 +128,7 @@ def found_of(pruner: Pruner, shown: str) -> str:
 def test_dropping_equals_masking_whatever_is_shown(
     kind: str, pruner: Pruner, shown: str, attention: str, padding: str, says: Callable[[str], None]
 ) -> None:
-    if not takes(kind, shown):
-        assert refuses_videos(kind, pruner)
-        says(NO_VIDEOS)
-        return
-    if is_refused(kind, pruner, shown, says):
+    if has_no_place(kind, pruner, shown, says):
         return
     # A state would take in what pads a row behind its tokens.
     inputs = prompt(kind, shown_rows(kind, shown), "left" if kind in HYBRIDS else padding)
@@ -153,11 +158,7 @@ def test_dropping_equals_masking_whatever_is_shown(
 def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(
     kind: str, pruner: Pruner, shown: str, says: Callable[[str], None]
 ) -> None:
-    if not takes(kind, shown):
-        assert refuses_videos(kind, pruner)
-        says(NO_VIDEOS)
-        return
-    if is_refused(kind, pruner, shown, says):
+    if has_no_place(kind, pruner, shown, says):
         return
     model = vtprune.wrap(make(kind), pruner)
     rows = shown_rows(kind, shown)
@@ -175,17 +176,13 @@ def test_what_no_mask_describes_is_the_same_in_a_batch_as_alone(
 def test_a_row_that_grows_is_answered_as_its_level_alone_answers(
     kind: str, pruner: Given, shown: str, says: Callable[[str], None]
 ) -> None:
-    if not takes(kind, shown):
-        assert refuses_videos(kind, pruner)
-        says(NO_VIDEOS)
+    # Where the method that it runs is refused, another one of those above has the say.
+    if has_no_place(kind, pruner.inner, shown, lambda text: says(text) if text == NO_VIDEOS else None):
         return
-    assert isinstance(pruner.method, str)
-    inner, inputs = create(pruner.method), prompt(kind, shown_rows(kind, shown))
-    if is_refused(kind, inner, shown, lambda text: None):
-        return
-    known = alone(kind, inputs, pruner.method)
-    shared = not encoder_layers(inner.bind(adapter_for(make(kind)).facts()))
-    for threshold in (0.0, between(kind, inputs, pruner.method), 2.0):
+    inputs = prompt(kind, shown_rows(kind, shown))
+    known = alone(kind, inputs, pruner.inner.name)
+    shared = not encoder_layers(pruner.inner.bind(adapter_for(make(kind)).facts()))
+    for threshold in (0.0, between(kind, inputs, pruner.inner.name), 2.0):
         with vtprune.wrapped(make(kind), replace(pruner, threshold=threshold)) as model:
             answers, report = model.generate(**inputs, **GREEDY), vtprune.report(model)
         assert_as_alone(answers, report, known, shared=shared)

@@ -18,7 +18,7 @@ from tests.fuzz.architectures import PAD
 from tests.fuzz.cases import Case, draw
 from tests.fuzz.methods import DECODER, ENCODER, INPUT, draw_options
 from tests.fuzz.prompts import STEPS, build
-from tests.fuzz.trial import Outcome
+from tests.fuzz.trial import Outcome, outcome_of
 from tests.growing import Given
 from vtprune.hooks.growing import FirstToken
 from vtprune.hooks.levels import unfit
@@ -36,9 +36,8 @@ class Alone:
     sure: list[float]
 
 
-def draw_growing(seed: int) -> tuple[Case, float, bool]:
-    """The same case for the same seed: a method at levels; where between the rows' scores at the first level the
-    threshold lies, from 0 to 1, below or above all of them beyond; whether a token ends answers."""
+def draw_growing(seed: int) -> Case:
+    """The same case for the same seed: a method at levels."""
     case, rng = draw(seed), Random(f"growing {seed}")
     places = [*INPUT, *DECODER, *([] if not isinstance(case.shape.feature, int) else ENCODER)]
     name = rng.choice([one for one in places if not unfit(create(one, keep=0.5))])
@@ -50,30 +49,21 @@ def draw_growing(seed: int) -> tuple[Case, float, bool]:
     given = Given(method=inner, score=rng.choice(SCORES), levels=(*levels, last), fixed=levels[0])
     # Answers go on from the last column.
     layout = replace(case.layout, side="left")
-    case = replace(case, layout=layout, pruners=(given,), attention="sdpa")
-    return case, rng.uniform(-0.2, 1.2), rng.random() < 0.4
+    return replace(case, layout=layout, pruners=(given,), attention="sdpa")
 
 
 def attempt_growing(seed: int) -> Outcome:
     """The outcome of the case that a seed stands for."""
-    outcome = Outcome(None)
-    try:
-        outcome.case, share, ends = draw_growing(seed)
-        outcome.complaints = list(_complaints(outcome.case, share, ends=ends))
-    except vtprune.VTPruneError as error:
-        outcome.refused = f"{type(error).__name__}: {error}"
-    except Exception as error:
-        if outcome.case is None:
-            raise
-        outcome.complaints.append(f"{type(error).__name__}: {error}")
-    if outcome.case is not None and (outcome.complaints or outcome.refused):
-        judges.discard(outcome.case)
-    return outcome
+    return outcome_of(seed, draw_growing, _complaints)
 
 
-def _complaints(case: Case, share: float, *, ends: bool) -> Iterator[str]:
+def _complaints(case: Case, outcome: Outcome) -> Iterator[str]:
     (given,) = case.pruners
     assert isinstance(given, Given)
+    rng = Random(f"answers {case.seed}")
+    # Where between the rows' scores at the first level the threshold lies, from 0 to 1, and whether a token ends
+    # answers.
+    share, ends = rng.uniform(-0.2, 1.2), rng.random() < 0.4
     inputs, model = build(case.shape, case.layout).inputs, judges.working(case)
     before = judges.traces(model)
     positions = "compact" if case.compact else "original"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +32,16 @@ class Outcome:
 
 
 def attempt(seed: int) -> Outcome:
-    """The outcome of the case that a seed stands for. What vtprune raises, but for a refusal, is a complaint."""
+    """The outcome of the case that a seed stands for."""
+    return outcome_of(seed, draw, _complaints)
+
+
+def outcome_of(seed: int, drawn: Callable[[int], Case], judged: Callable[[Case, Outcome], Iterator[str]]) -> Outcome:
+    """The outcome of a case. What vtprune raises, but for a refusal, is a complaint."""
     outcome = Outcome(None)
     try:
-        outcome.case = draw(seed)
-        outcome.complaints = list(_complaints(outcome.case, outcome))
+        outcome.case = drawn(seed)
+        outcome.complaints = list(judged(outcome.case, outcome))
     except vtprune.ScoreError as error:
         outcome.complaints.append(f"ScoreError: {error}")
     except vtprune.VTPruneError as error:
