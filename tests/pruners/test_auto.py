@@ -111,6 +111,17 @@ def test_where_nothing_can_be_vouched_for_every_image_stays_whole() -> None:
         assert (settled.promise.risk, settled.promise.flops) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(("flops", "levels"), [((90, 80, 100), (0.3,)), ((120, 110, 100), (1.0,))])
+def test_a_more_careful_setting_that_costs_less_is_taken(flops: tuple[int, ...], levels: tuple[float, ...]) -> None:
+    same = replace(table(), losses=np.zeros((200, 2)), flops=np.tile(np.array(flops, dtype=float), (200, 1)))
+    settled = prove(same, KEEPS, None, shared=True, agreement=0.9)
+    assert settled.levels == levels
+    assert settled.promise.flops == min(flops) / 100
+    ladder = Ladder((0, 1), "margin", np.array([0.0, 2.0]))
+    dear = replace(same, flops=same.flops + np.array([40, 40, 0]))
+    assert prove(dear, KEEPS, ladder, shared=False, agreement=0.9).levels == (1.0,)
+
+
 def test_each_of_several_tasks_keeps_the_promise() -> None:
     two = table(400, tasks=("easy", "hard"))
     hard = two.tasks == "hard"

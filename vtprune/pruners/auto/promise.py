@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vtprune.method.growth import SCORES
-from vtprune.pruners.auto.ladder import Ladder, Outcome, Table, fixed, growing
+from vtprune.pruners.auto.ladder import Ladder, Outcome, Table, cheapest, fixed, growing
 from vtprune.pruners.auto.risk import (
     check_level,
     conformal,
@@ -102,11 +102,13 @@ def prove(
     confidence: float | None = None,
     task: str = "",
 ) -> Settled:
-    """The boldest setting for which `agreement` can be proved by these samples: a threshold of a ladder, one of the
-    keeps where there is none, or the whole model where no other can be vouched for.
+    """The cheapest setting for which `agreement` can be proved by these samples: a threshold of a ladder, one of the
+    keeps where there is none, or the whole model where no other can be vouched for, or costs less.
 
-    Where it must hold for each of several tasks, the most careful of their settings is taken (conformal risk control,
-    proposition 5). Raises InputError for too few samples.
+    Both theorems vouch for every setting that is more careful than the boldest one that they find, whichever of them
+    is taken: losses that never rise are no higher there, and it was tested before. Where it must hold for each of
+    several tasks, the most careful of their settings is that one (conformal risk control, proposition 5). Raises
+    InputError for too few samples.
     """
     level, delta = 1 - agreement, None if confidence is None else 1 - confidence
     outcome = fixed(table) if ladder is None else ladder.outcome(table, shared=shared)
@@ -115,6 +117,7 @@ def prove(
         check_level(level, delta, len(losses), f" of {name}" if name else "")
         own = conformal(monotone(losses), level) if delta is None else learn_then_test(losses, level, delta)
         chosen = max(chosen, own)
+    chosen = cheapest(outcome, chosen)
     promise = _promise(outcome, table, chosen, keeps, agreement=agreement, confidence=confidence, task=task)
     if chosen == outcome.losses.shape[1] - 1:
         return Settled((1.0,), promise, outcome, chosen)
