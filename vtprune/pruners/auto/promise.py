@@ -1,4 +1,4 @@
-"""What can be promised of a setting: the boldest one that samples prove, and how it would have done on them."""
+"""What can be promised of a setting: the cheapest one that samples vouch for, and how it would have done on them."""
 
 from __future__ import annotations
 
