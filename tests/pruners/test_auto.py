@@ -15,6 +15,7 @@ import vtprune
 from tests.models import ROWS, make, prompt
 from vtprune.errors import FileError, InputError, PromiseWarning
 from vtprune.hooks.base_sample import sample_base
+from vtprune.pruners.auto import calibration
 from vtprune.pruners.auto.calibration import CALIBRATION_NAME, read_calibration, settle, table_of, to_file
 from vtprune.pruners.auto.ladder import Ladder, Table, best_ladder, fixed, growing
 from vtprune.pruners.auto.promise import prove
@@ -275,6 +276,20 @@ def test_a_task_has_a_promise_of_its_own_and_others_are_named(tmp_path: Path) ->
     assert settle(read_calibration(folder), agreement=0.9, task="a").promise.samples == 250
     with pytest.raises(InputError, match="tasks are a, b"):
         vtprune.wrap(model, "auto", task="c", calibration=str(folder))
+
+
+def test_a_calibration_is_settled_once_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, made = written(tmp_path / "own", content(make("llava-clip"))), []
+    monkeypatch.setattr(calibration, "settle", lambda data, **options: made.append(options) or settle(data, **options))
+    auto = vtprune.Auto(agreement=0.9, calibration=str(folder))
+    first = auto.growth()
+    assert auto.growth() == first
+    assert len(made) == 2  # as asked, and one budget for all
+    data = json.loads((folder / CALIBRATION_NAME).read_text())
+    data["calibration"]["losses"] = [[1.0] * len(row) for row in data["calibration"]["losses"]]
+    written(folder, data)
+    assert auto.growth() != first
+    assert auto.growth().levels == (1.0,)
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:

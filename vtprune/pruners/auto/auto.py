@@ -10,7 +10,7 @@ from vtprune.errors import InputError, VTPruneError
 from vtprune.method.growth import Growth, Origin
 from vtprune.method.registry import create_checked, register
 from vtprune.method.stages import Growing
-from vtprune.pruners.auto.calibration import CALIBRATION_NAME, CalibrationFile, read_calibration, settle
+from vtprune.pruners.auto.calibration import CALIBRATION_NAME, CalibrationFile, settle, settled_in
 from vtprune.pruners.auto.promise import Settled
 from vtprune.pruners.parts.checks import check_choice, is_number
 
@@ -72,15 +72,14 @@ class Auto(Growing):
         """Raises InputError where there is no calibration, or one that cannot vouch for this."""
         if self.calibration is None:
             raise InputError(f"{self.name} needs a calibration, and this model comes with none: {HOW}")
-        data = read_calibration(Path(self.calibration))
-        found = self.settled(data)
+        data, found = settled_in(Path(self.calibration), **self._options)
         promise = found.promise.to_dict()
         if self.promise is not None and self.promise != promise:
             raise InputError(
                 f"{self.name}: {self.calibration} does not give the promise that stands in its config; run "
                 "vtprune calibrate again"
             )
-        alone = replace(self, adaptive=False).settled(data).levels[0]
+        alone = settled_in(Path(self.calibration), **{**self._options, "adaptive": False})[1].levels[0]
         method = dict(data["method"])
         inner = create_checked(method.pop("method"), {**method, "keep": alone})
         return Growth(
@@ -90,9 +89,12 @@ class Auto(Growing):
 
     def settled(self, data: CalibrationFile) -> Settled:
         """What a calibration says of these options."""
-        return settle(
-            data, agreement=self.agreement, confidence=self.confidence, adaptive=self.adaptive, task=self.task
-        )
+        return settle(data, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Those that `settle` takes."""
+        return {name: getattr(self, name) for name in ("agreement", "confidence", "adaptive", "task")}
 
 
 def _origin(data: CalibrationFile) -> Origin:

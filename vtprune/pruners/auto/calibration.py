@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,18 @@ def settle(
     return prove(
         table, data["keeps"], ladder, shared=shared, agreement=agreement, confidence=confidence, task=task or ""
     )
+
+
+def settled_in(folder: Path, **options: Any) -> tuple[CalibrationFile, Settled]:
+    """The calibration in a folder, which nobody may change, and what `settle` makes of it with these options; raises
+    what `read_calibration` and `settle` raise. As long as the file stays as it is it is read once, and its ladders are
+    compared once: wrapping a model again costs nothing."""
+    path = folder / CALIBRATION_NAME
+    found = path.stat() if path.is_file() else None
+    return _settled(folder, None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino), **options)
+
+
+@functools.lru_cache(maxsize=8)
+def _settled(folder: Path, _stamp: object, **options: Any) -> tuple[CalibrationFile, Settled]:
+    data = read_calibration(folder)
+    return data, settle(data, **options)
