@@ -13,7 +13,6 @@ from vtprune.adapters.offloading import loaded
 from vtprune.adapters.seams import QK_NORMS, Projections, uses_flash
 from vtprune.cost.sizes import ModelCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
-from vtprune.tensors.attention import split_heads
 from vtprune.tensors.compaction import gather_tokens
 from vtprune.tensors.rotary import rotate
 from vtprune.tensors.taps import tapped
@@ -147,16 +146,17 @@ class DecoderSide(ABC):
         """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
         (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns, and no values.
         """
-        query, value, turn = tapped(taps, "q"), tapped(taps, "v"), embeddings
+        query, value = tapped(taps, "q"), tapped(taps, "v")
         if last is not None:
             query, value = gather_tokens(query, last), value[:, :0]
-            turn = _columns(embeddings, last)
-        query, key = self._turned(query, turn), self._turned(tapped(taps, "k"), embeddings)
+        whole = _angles(embeddings)
+        query = self._turned(query, whole if last is None else _angles(_columns(embeddings, last)))
+        key = self._turned(tapped(taps, "k"), whole)
         return query, self._repeated(key), self._repeated(self._split(value).float())
 
     def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """q (B, H, n, d) in fp32 with rotary embedding."""
-        return self._turned(tapped(taps, "q"), embeddings)
+        return self._turned(tapped(taps, "q"), _angles(embeddings))
 
     def query_and_keys(
         self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor
@@ -168,7 +168,8 @@ class DecoderSide(ABC):
         with loaded(layer), loaded(attention):
             query, key = self.projected_query(modules["q"](gather_tokens(normed, last))), modules["k"](normed)
             query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
-        return self._turned(query, _columns(embeddings, last)), self._repeated(self._turned(key, embeddings))
+        turn = _angles(_columns(embeddings, last))
+        return self._turned(query, turn), self._repeated(self._turned(key, _angles(embeddings)))
 
     def keys_and_values(self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The keys, with rotary embedding, and values (B, KV, n, d) that a decoder layer has of the hidden states
@@ -196,8 +197,8 @@ class DecoderSide(ABC):
 
     def _split(self, states: Tensor) -> Tensor:
         """(B, n, heads * d) or (B, n, heads, d) states as (B, heads, n, d)."""
-        states = states.flatten(2)
-        return split_heads(states, states.shape[-1] // self.decoder_sizes.head_size)
+        size = self.decoder_sizes.head_size
+        return states.reshape(*states.shape[:2], states.shape[2:].numel() // size, size).transpose(1, 2)
 
     def _normed(self, states: Tensor, norm: nn.Module | None) -> Tensor:
         """(B, n, heads * d) queries or keys through their norm, head by head, where there is one."""
@@ -206,10 +207,9 @@ class DecoderSide(ABC):
         normed: Tensor = norm(states.unflatten(-1, (-1, self.decoder_sizes.head_size)))
         return normed
 
-    def _turned(self, states: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, n, heads * d) or (B, n, heads, d) queries or keys as (B, heads, n, d) in fp32, with rotary embedding."""
-        cos, sin = (part.unsqueeze(-3).float() for part in embeddings)
-        return rotate(self._split(states).float(), cos, sin)
+    def _turned(self, states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, n, heads * d) or (B, n, heads, d) queries or keys as (B, heads, n, d) in fp32, turned by `_angles`."""
+        return rotate(self._split(states).float(), *angles)
 
     def _repeated(self, states: Tensor) -> Tensor:
         """(B, KV, n, d) states of key-value heads, all or some, repeated to the heads that share them."""
@@ -239,6 +239,12 @@ class DecoderSide(ABC):
         from transformers.cache_utils import DynamicCache
 
         return DynamicCache(config=self.inner.language_model.config)
+
+
+def _angles(embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rotary embeddings (B, n, d) for all heads: (B, 1, n, d) in fp32."""
+    cos, sin = embeddings
+    return cos.unsqueeze(-3).float(), sin.unsqueeze(-3).float()
 
 
 def _columns(embeddings: tuple[Tensor, Tensor], last: Tensor) -> tuple[Tensor, Tensor]:

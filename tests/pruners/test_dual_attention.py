@@ -132,7 +132,7 @@ def test_the_schedule_meets_the_budget_and_wastes_little(alive, budget, depth):
     entered = dual.most_entering(alive, budget, lengths)
     counts = dual.schedule(entered, budget, lengths)
     assert counts[0] == entered <= alive
-    assert counts == sorted(counts, reverse=True)
+    assert list(counts) == sorted(counts, reverse=True)
     assert min(counts) >= 1
     mean = sum(c * n for c, n in zip(counts, lengths, strict=True)) / depth
     assert mean <= budget
@@ -142,10 +142,10 @@ def test_the_schedule_meets_the_budget_and_wastes_little(alive, budget, depth):
 
 
 def test_published_budgets_at_576_tokens() -> None:
-    lengths = [3, 4, 4, 4, 17]
+    lengths = (3, 4, 4, 4, 17)
     assert [dual.most_entering(576, budget, lengths) for budget in (192, 128, 64)] == [576, 543, 271]
     assert dual.schedule(576, 192, lengths)[0] == 576
-    assert dual.schedule(192, 192, lengths) == [192] * 5
+    assert dual.schedule(192, 192, lengths) == (192,) * 5
 
 
 def test_images_before_all_text_take_part_in_the_softmax() -> None:

@@ -149,6 +149,9 @@ class PrunedLayer(DynamicLayer):
         assert self.values is not None
 
         def taken(states: Tensor) -> Tensor:
+            if len(columns) == 1:
+                # A row alone has no padding.
+                return states.index_select(2, columns[0].to(states.device))
             return gather_tokens(states.transpose(1, 2), columns).transpose(1, 2)
 
         for name in self.entries:

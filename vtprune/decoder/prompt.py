@@ -95,10 +95,10 @@ class ImageSpan:
 
     def keep(self, left: Tensor) -> None:
         """Goes on with those of the tokens alive that stand at `left` (K,), and what is remembered of them."""
-        self.kept = self.kept[left]
+        self.kept = self.kept.index_select(0, left)
         self.memories = {
             order: {
-                name: values[left.to(values.device)] if isinstance(values, Tensor) else values
+                name: values.index_select(0, left.to(values.device)) if isinstance(values, Tensor) else values
                 for name, values in memory.items()
             }
             for order, memory in self.memories.items()

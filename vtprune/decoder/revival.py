@@ -237,8 +237,8 @@ class Revival(Shaper):
         tokens."""
         gone = torch.zeros(self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device)
         for span, kept in zip(spans, view.kept, strict=True):
-            gone[span.row, span.places[kept]] = True
-            gone[span.row, span.standing] = False
+            came = span.places.index_select(0, kept)
+            gone[span.row].index_fill_(0, came, True).index_fill_(0, span.standing, False)
         counts = [0] * self.prompt.batch
         for span, kept in zip(spans, view.kept, strict=True):
             counts[span.row] += kept.numel() - span.kept.numel()
@@ -281,8 +281,8 @@ class Revival(Shaper):
             number = torch.zeros_like(entered, dtype=torch.long)
             counts = [0] * prompt.batch
             for span, own in zip(spans, self._numbers(spans), strict=True):
-                entered[span.row, span.places[span.entered]] = True
-                number[span.row, span.places] = own
+                entered[span.row].index_fill_(0, span.places.index_select(0, span.entered), True)
+                number[span.row].index_fill_(0, span.places, own)
                 counts[span.row] += span.entered.numel()
             places = places_of(entered, counts)
             owner = number.gather(1, places.clamp(min=0))

@@ -404,8 +404,7 @@ class DecoderRun:
         if self.alive is None:
             # Once anything is dropped the padding goes with it: layers compute no more than the longest row needs.
             self.alive = self._real(self.prompt.real()).clone()
-        self.alive[span.row, span.places] = False
-        self.alive[span.row, span.standing] = True
+        self.alive[span.row].index_fill_(0, span.places, False).index_fill_(0, span.standing, True)
 
     def _real(self, real: Tensor) -> Tensor:
         """(B, L) what is no padding; an image counts with all of its tokens, whatever the mask hides of it."""
@@ -446,8 +445,11 @@ class DecoderRun:
         places, ragged, relative = previous.places, previous.ragged, None
         if self.alive is not None:
             counts = self.row_counts()
-            places = places_of(self.alive if places is None else self._still(places), counts)
-            relative = relative_places(places, previous.places, self.prompt.length)
+            if places is None:
+                places = relative = places_of(self.alive, counts)
+            else:
+                relative = places_of(self._still(places), counts)
+                places = pick(places, relative)
             ragged = min(counts) < max(counts)
             self.alive = None
         layout = Layout(places, ragged, relative)
@@ -460,12 +462,12 @@ class DecoderRun:
         return layout
 
     def _still(self, places: Tensor) -> Tensor:
+        """(B, n) which of the tokens at these places (B, n) are alive."""
         assert self.alive is not None
-        before = torch.zeros(*self.alive.shape[:1], self.alive.shape[1] + 1, dtype=torch.bool, device=places.device)
-        # A row alone has no padding.
-        at = places if len(places) == 1 else places.masked_fill(places < 0, self.prompt.length)
-        before.scatter_(1, at, True)
-        return self.alive & before[:, :-1]
+        if len(places) == 1:
+            # A row alone has no padding.
+            return self.alive.gather(1, places)
+        return self.alive.gather(1, places.clamp(min=0)) & (places >= 0)
 
     def alive_at(self, index: int, states: Tensor) -> Entering:
         """The tokens alive at decoder layer `index`; states: (B, n, D) of the input's own tokens that the layer before
@@ -548,7 +550,7 @@ class DecoderRun:
             view = LayerView(
                 index=index,
                 # What is tapped makes choices, which have no gradient; what merges or waits for later has one.
-                taps={name: states.detach() for name, states in self.taps.items()},
+                taps={name: _chosen_by(states) for name, states in self.taps.items()},
                 hidden=output[0] if isinstance(output, tuple) else output,
                 embeddings=kwargs["position_embeddings"],
                 mask=kwargs.get("attention_mask"),
@@ -709,12 +711,11 @@ class DecoderRun:
         whatever it held before."""
         if self.layers is None or not self.spans:
             return
-        gone = torch.zeros(self.prompt.batch, self.prompt.offset + self.prompt.length, dtype=torch.bool)
-        gone = gone.to(self.prompt.device)
+        offset, end = self.prompt.offset, self.prompt.offset + self.prompt.length
+        gone = torch.zeros(self.prompt.batch, end, dtype=torch.bool, device=self.prompt.device)
         for span in self.spans:
-            final = span.layers[-1]
-            gone[span.row, self.prompt.offset + span.places] = True
-            gone[span.row, self.prompt.offset + span.places[final]] = False
+            final = span.places.index_select(0, span.layers[-1])
+            gone[span.row, offset:].index_fill_(0, span.places, True).index_fill_(0, final, False)
         stay = self._real(self.prompt.real_so_far()) & ~gone
         left = self.row_counts([span.layers[-1].numel() for span in self.spans])
         # Layers that share slots go on sharing them, and their masks.
@@ -748,6 +749,11 @@ class DecoderRun:
         return gather_tokens(states, fill_index(places, self.prompt.length))
 
 
+def _chosen_by(states: Tensor) -> Tensor:
+    """States that choices are made by, which have no gradient."""
+    return states.detach() if states.requires_grad else states
+
+
 def _marked(places: Tensor, length: int) -> Tensor:
     """(B, length) 1 at the `places` (B, n) (-1: none) of a sequence, 0 elsewhere, int64."""
     marks = torch.zeros(places.shape[0], length + 1, dtype=torch.long, device=places.device)
@@ -757,7 +763,9 @@ def _marked(places: Tensor, length: int) -> Tensor:
 def _place_vectors(states: Tensor, vectors: list[tuple[int, Tensor, Tensor]]) -> Tensor:
     if not vectors:
         return states
-    rows = torch.cat([torch.full_like(at, row) for row, at, _ in vectors]).to(states.device)
     columns = torch.cat([at for _, at, _ in vectors]).to(states.device)
     values = torch.cat([value for _, _, value in vectors]).to(states)
+    if len(states) == 1:
+        return states.index_copy(1, columns, values[None])
+    rows = torch.cat([torch.full_like(at, row) for row, at, _ in vectors]).to(states.device)
     return states.index_put((rows, columns), values)

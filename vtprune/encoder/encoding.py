@@ -610,7 +610,8 @@ class Encoding(ABC):
         assert self.origins is not None
         column = self.origins.column[row, : image.total]
         whole = self.origins.whole
-        owner = names[column] if whole else torch.where(column >= 0, names[column.clamp(min=0)], column)
+        owner = names.index_select(0, column if whole else column.clamp(min=0))
+        owner = owner if whole else torch.where(column >= 0, owner, column)
         alive, order = image.alive.sort()
         signals, last = (None if s is None else s.cut(order) for s in (image.signals, image.last_signals))
         return replace(

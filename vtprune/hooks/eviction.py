@@ -75,7 +75,7 @@ class Evictor:
             return None
         prompts = {span.row for span in run.spans} & set(rows)
         cuts = aux.get(CUTS, torch.zeros(prompt.batch, 1, device=prompt.device)).clone()
-        cuts[sorted(prompts)] = 0
+        cuts.index_fill_(0, torch.tensor(sorted(prompts), dtype=torch.long, device=cuts.device), 0)
         aux[CUTS] = cuts
         known = replace(known, images=images)
         return Watch(of=self, pruner=pruner, rows=rows, prompts=prompts, known=known, device=prompt.device)

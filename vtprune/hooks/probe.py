@@ -78,7 +78,7 @@ class Probe:
         row = span.row
         vision = span.standing
         if self.where is not None:
-            vision, text = self.where[row, vision], self.where[row, text]
+            vision, text = self.where[row].index_select(0, vision), self.where[row].index_select(0, text)
         key = self.key[row]
         return DecoderLayer(
             query=self.query[row, :, span.talk, None],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,15 @@ class DecoderScoring:
         self._modules = list(adapter.decoder_layers)
 
     @torch.no_grad()
-    def states(self, view: LayerView, last: Tensor, asks: Query) -> States:
+    def states(self, view: LayerView, asks: Query, last: Tensor | None) -> States:
         """q, k and v of the layer that ran, or what `asks` says of them: the queries in the columns `last` (B, C)
         alone, these and all keys of the next layer, or no columns at all."""
         if asks is Query.NOBODY:
             none = view.hidden.new_empty(view.hidden.shape[0], 0, 0, 0)
             return none, none, none
         if asks is not Query.NEXT_LAYER:
-            return self.adapter.decoder_states(view.taps, view.embeddings, last if asks is Query.LAST else None)
+            return self.adapter.decoder_states(view.taps, view.embeddings, last)
+        assert last is not None
         module = self._modules[view.index + 1]
         query, key = self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
         return query, key, key[:, :, :0]
@@ -45,11 +48,33 @@ class SeenLayer:
         self._scoring, self._run, self._view = scoring, run, view
         self._words = run.unlabelled_words if unlabelled else run.words
         self._text = run.unlabelled if unlabelled else run.texts
-        self._where = None if view.places is None else fill_index(view.places, run.prompt.length)
-        self._ends = run.ends([kept.numel() for kept in view.kept], packed=view.places is not None)
-        self._last = torch.tensor(self._ends[1], device=view.hidden.device)
-        self._rotary = [part.expand(view.hidden.shape[0], *part.shape[1:]) for part in view.embeddings]
+        self._packed = view.places is not None
+        self._ends = run.ends([kept.numel() for kept in view.kept], packed=self._packed)
         self._states: dict[Query, States] = {}
+
+    @cached_property
+    def _last(self) -> Tensor:
+        """(B, C) the columns of the last token of each conversation's prompt."""
+        return torch.tensor(self._ends[1], device=self._view.hidden.device)
+
+    @cached_property
+    def _where(self) -> Tensor | None:
+        """(B, L) the column of each place, where only what is alive has one."""
+        places = self._view.places
+        return None if places is None else fill_index(places, self._run.prompt.length)
+
+    def _columns(self, span: ImageSpan) -> tuple[Tensor, Tensor]:
+        """Those of an image's tokens and of its text's."""
+        places, vision, words = self._view.places, span.standing, self._text[span.key]
+        if places is None:
+            return vision, words
+        if len(places) == 1:
+            # Images are alive where they are asked about; of the text line ends may be gone.
+            at = torch.searchsorted(places[0], words, right=True)
+            return torch.searchsorted(places[0], vision), (at - 1).clamp_(min=0)
+        where = self._where
+        assert where is not None
+        return where[span.row].index_select(0, vision), where[span.row].index_select(0, words)
 
     def of(self, span: ImageSpan, order: int) -> DecoderLayer:
         """For one image, and the method at place `order` of the list."""
@@ -59,17 +84,15 @@ class SeenLayer:
         if isinstance(pruner, BetweenLayers):
             asks, looks = pruner.query, pruner.layer_reads
         if asks not in self._states:
-            self._states[asks] = scoring.states(view, self._last, asks)
+            last_alone = asks in (Query.LAST, Query.NEXT_LAYER)
+            self._states[asks] = scoring.states(view, asks, self._last if last_alone else None)
         query, key, value = (part[row] for part in self._states[asks])
         hidden = Read.HIDDEN in looks
         if asks in (Query.LAST, Query.NEXT_LAYER):
             query = query[:, span.talk, None]
-        vision, words = span.standing, self._text[span.key]
-        if self._where is not None:
-            where = self._where[row]
-            vision, words = where.index_select(0, vision), where.index_select(0, words)
+        vision, words = self._columns(span)
         first, last = (ends[row][span.talk] for ends in self._ends)
-        cos, sin = self._rotary
+        cos, sin = (part[row if len(part) > 1 else 0] for part in view.embeddings)
         entered = span.entered.numel()
         budget = scoring.plans.of(span.shown).left(order, view.index, entered)
         return DecoderLayer(
@@ -90,8 +113,8 @@ class SeenLayer:
             processed=span.processed,
             hidden=view.hidden[row] if hidden else None,
             final_norm=scoring.adapter.final_normed if hidden else None,
-            rotary=(cos[row], sin[row]),
+            rotary=(cos, sin),
             first=first,
             text_after=span.words_after(self._words[span.key]),
-            after=self._run.column_after(span, [kept.numel() for kept in view.kept], packed=self._where is not None),
+            after=self._run.column_after(span, [kept.numel() for kept in view.kept], packed=self._packed),
         )

@@ -272,22 +272,22 @@ class Selecting:
         text = (run.texts if module is None else run.unlabelled)[span.key]
         words = (run.words if module is None else run.unlabelled_words)[span.key]
         assert image.pixels is not None
-        plan = self.plans.of(span.shown)
+        plan, own = self.plans.of(span.shown), inputs.embeds[row]
         picture, budget, rectangles = None, plan.entering(order), self._rectangles(image, pruner)
         if Read.PICTURE in reads(pruner) and not rectangles:
             if id(image) not in inputs.pictures:
                 inputs.pictures[id(image)] = self.adapter.picture(image)
             picture = inputs.pictures[id(image)]
         return VisionStream(
-            features=run.merged(span, inputs.embeds[row, span.standing]),
+            features=run.merged(span, own.index_select(0, span.standing)),
             grid=image.grid,
             indices=span.kept,
             total=image.total,
             budget=plan.pruners[order].budget(image.total) if budget is None else budget,
             signals=left_signals(image.signals, image, span),
             pixels=self.adapter.laid_out(image) if Read.PIXELS in reads(pruner) and not rectangles else image.pixels,
-            text=inputs.embeds[row, text],
-            text_ids=None if inputs.ids is None else inputs.ids[row, text],
+            text=own.index_select(0, text),
+            text_ids=None if inputs.ids is None else inputs.ids[row].index_select(0, text),
             last_signals=left_signals(image.last_signals, image, span),
             picture=picture,
             source=self.facts.source,
@@ -397,4 +397,4 @@ def _remembering(pruners: list[Pruner], streams: list[VisionStream]) -> list[Vis
 
 
 def _constant(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value

@@ -76,7 +76,7 @@ class Checks:
         device = (known or waiting)[0].device
         if waiting:
             known += torch.aminmax(torch.cat([scores.flatten().to(device) for scores in waiting]))
-        ends = torch.stack([end.to(device) for end in known])
+        ends = torch.stack([end if end.device == device else end.to(device) for end in known])
         # Counts of tokens are told apart in fp32.
         told = (ends if asked is None else torch.cat([ends, asked.to(ends)])).tolist()
         if not all(map(math.isfinite, told)):
@@ -95,7 +95,7 @@ def check_scores(scores: Tensor, method: str, *, still: bool = False) -> Tensor:
     scores = scores.float()
     checks = _collecting.get()
     if checks is not None:
-        checks.add(scores.detach(), method, still=still)
+        checks.add(scores.detach() if scores.requires_grad else scores, method, still=still)
     elif not bool(torch.isfinite(scores).all()):
         raise _error(scores, method, scores.numel())
     return scores

@@ -440,7 +440,7 @@ class LayerSignals:
             return self._cut_patches(tokens)
         patches = tokens[:, None] * self.group + torch.arange(self.group, device=tokens.device)
         rows = torch.cat([torch.arange(self.prefix, device=tokens.device), self.prefix + patches.flatten()])
-        return replace(self, query=self.query[:, rows], key=self.key[:, rows], value=self.value[:, rows])
+        return self._of_rows(rows)
 
     def _cut_patches(self, tokens: Tensor) -> LayerSignals:
         """Of several units, only `tokens`, ascending, and the tokens that lead each unit."""
@@ -456,13 +456,12 @@ class LayerSignals:
             )
             leading = starts[:, None] + torch.arange(prefix, device=device)
             rows = torch.cat([leading.flatten(), rows]).sort().values
-        return replace(
-            self,
-            query=self.query[:, rows],
-            key=self.key[:, rows],
-            value=self.value[:, rows],
-            lengths=tuple(left.tolist()),
-        )
+        return self._of_rows(rows, lengths=tuple(left.tolist()))
+
+    def _of_rows(self, rows: Tensor, **changes: Any) -> LayerSignals:
+        """With the queries, keys and values (H, n, d) of some `rows` (m,) alone."""
+        states = {name: getattr(self, name).index_select(1, rows) for name in ("query", "key", "value")}
+        return replace(self, **states, **changes)
 
     def _cut_sources(self, sources: Tensor, tokens: Tensor) -> LayerSignals:
         """Of tokens that are made of patches, only `tokens`: without the patches that only others were made of. What

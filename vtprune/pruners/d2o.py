@@ -324,7 +324,7 @@ class Stretch:
 
     def values(self, values: Tensor) -> Tensor:
         """(H, m, ...) those of values (H, n, ...) of all columns."""
-        return values[:, self.at]
+        return values[:, self.at] if isinstance(self.at, slice) else values.index_select(1, self.at)
 
     def columns(self, places: Tensor) -> Tensor:
         """The columns at some places among these."""

@@ -34,7 +34,7 @@ def key_norms(key: Tensor) -> Tensor:
 def choose_pivots(norms: Tensor, places: Tensor, count: int) -> Tensor:
     """(count,) ascending: of the rising `places` (P,) those with the highest `norms` (P,), ties to the first; all of
     them where there are fewer."""
-    return places[top(norms, count)]
+    return places.index_select(0, top(norms, count))
 
 
 def even_takes(count: int, pivots: int) -> list[int]:
@@ -137,16 +137,17 @@ class DART(Dropping):
         assert layer.final_norm is not None
         device = layer.key.device
         vision, after = layer.vision.to(device), layer.text[len(layer.text) - layer.text_after :].to(device)
-        norms = check_scores(key_norms(layer.key[:, torch.cat([vision, after])]), self.name)
+        norms = check_scores(key_norms(layer.key.index_select(1, torch.cat([vision, after]))), self.name)
         own = choose_pivots(norms[: len(vision)], vision, min(self.pivots, count))
         words = choose_pivots(norms[len(vision) :], after, self.text_pivots)
         pivots = torch.cat([own, words]).sort().values
         takes = even_takes(count - len(own), len(pivots))
-        states = layer.final_norm(layer.hidden.detach()[torch.cat([pivots, vision])])
+        shown = torch.cat([pivots, vision]).to(layer.hidden.device)
+        states = layer.final_norm(layer.hidden.detach().index_select(0, shown))
         unit = unit_vectors(states, self.name)
         cosines = unit[: len(pivots)] @ unit[len(pivots) :].T
         taken = least_alike(cosines, (vision[:, None] == own).any(dim=1), takes)
-        return Selection((~taken).to(torch.uint8).sort(stable=True).indices[:count], sound=True)
+        return Selection((~taken).view(torch.uint8).sort(stable=True).indices[:count], sound=True)
 
     def flops(self, work: Work) -> int:
         """The cosines with the pivots, at each layer before which tokens drop."""

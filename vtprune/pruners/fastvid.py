@@ -24,6 +24,7 @@ from vtprune.pruners.parts.checks import check_count, is_number
 from vtprune.pruners.parts.density_peaks import at_once, peaks, spread
 from vtprune.pruners.parts.frames import alike, by_frame, whole_frames
 from vtprune.tensors.attention import at_least_single
+from vtprune.tensors.compaction import gather_tokens
 
 NEIGHBOURS = 4
 
@@ -166,8 +167,8 @@ class FastVID(BeforeDecoder):
         def mix(values: Tensor) -> Tensor:
             """(N, D) values of the tokens to (K, D) of those that go on."""
             wide = at_least_single(values)
-            mixed = torch.cat([wide[best.flatten()], *(one.mixed(wide) for one in merged)])
-            return mixed[rank].to(values.dtype)
+            mixed = torch.cat([wide.index_select(0, best.flatten()), *(one.mixed(wide) for one in merged)])
+            return mixed.index_select(0, rank).to(values.dtype)
 
         def merges() -> tuple[Merge, ...]:
             """What flowed where, in raster order."""
@@ -193,11 +194,12 @@ class FastVID(BeforeDecoder):
             number = min(rest.shape[1], context * length // len(chosen[0]))
             for own in zip(*chosen, strict=True):
                 frame = torch.tensor(own, device=rest.device)
-                order = quality[frame].sort(dim=1, descending=True, stable=True).indices
+                order = quality.index_select(0, frame).sort(dim=1, descending=True, stable=True).indices
                 anchors = order[:, :number].sort(dim=1).values
-                targets = unit[frame].gather(1, anchors[..., None].expand(-1, -1, unit.shape[-1]))
+                targets = gather_tokens(unit.index_select(0, frame), anchors)
                 into = (unit[shown].flatten(1, 2) @ targets.mT).argmax(dim=-1)
-                found.append(Merged(rest[shown].flatten(1, 2), rest[frame].gather(1, anchors), into, self.beta))
+                there = rest.index_select(0, frame).gather(1, anchors)
+                found.append(Merged(rest[shown].flatten(1, 2), there, into, self.beta))
         return found
 
     def flops(self, work: Work) -> int:

@@ -94,7 +94,8 @@ def encoder_signals(layer: EncoderLayer) -> tuple[Tensor, Tensor]:
 def decoder_score(layer: DecoderLayer) -> Tensor:
     """Score of one image's tokens at a decoder layer, by the last prompt token: (N,) fp32."""
     query, value = layer.query[:, layer.last, None], layer.value.float()
-    key, span = layer.key[:, layer.vision], value[:, layer.vision]
+    vision = layer.vision.to(value.device)
+    key, span = layer.key.index_select(1, vision), value.index_select(1, vision)
     attention = attention_rows(query, key, layer.scale).mean(dim=0)
     semantic = attention_rows(value[:, layer.last, None], span, span.shape[-1] ** -0.5).mean(dim=0)
     return flow_score(attention, semantic, span.mean(dim=0).abs().sum(dim=-1))[0]

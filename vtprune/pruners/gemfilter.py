@@ -44,9 +44,10 @@ def pool_grid(scores: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Te
     place = indices.to(scores.device)
     frames, height, width = grid
     planes = scores.new_zeros(2, frames * height * width)
-    planes[0, place], planes[1, place] = scores, 1.0
-    sums = avg_pool2d(planes.view(2, frames, height, width), kernel_size=3, stride=1, padding=1).flatten(1)[:, place]
-    return sums[0] / sums[1]
+    planes.index_copy_(1, place, torch.stack([scores, torch.ones_like(scores)]))
+    sums = avg_pool2d(planes.view(2, frames, height, width), kernel_size=3, stride=1, padding=1).flatten(1)
+    own, members = sums.index_select(1, place)
+    return own / members
 
 
 @register(

@@ -60,7 +60,7 @@ def selected(attention: Floats, count: int | None, *, plus: bool) -> Ints:
 def neighbour_weights(attention: Tensor, unit_keys: Tensor, kept: Tensor, *, flowing: Tensor, count: int) -> Tensor:
     """(K, N) what flows into each of the tokens `kept` (K,): the `count` of the tokens `flowing` (N,) bool, itself
     left out, with the most similar keys (N, d), each by its attention (N,). Ties go to the lowest index."""
-    cosines = (unit_keys[kept] @ unit_keys.T).masked_fill_(~flowing, -torch.inf)
+    cosines = (unit_keys.index_select(0, kept) @ unit_keys.T).masked_fill_(~flowing, -torch.inf)
     cosines.scatter_(1, kept[:, None], -torch.inf)
     near = torch.sort(cosines, dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(cosines, dtype=attention.dtype).scatter(1, near, attention[near])
@@ -162,7 +162,7 @@ class PruMerge(BeforeDecoder):
         def mix(values: Tensor) -> Tensor:
             """(N, D) values of the tokens to (K, D) of those that go on."""
             whole = at_least_single(values)
-            return (whole[places] * alone + weights.to(whole) @ whole).to(values.dtype)
+            return (whole.index_select(0, places) * alone + weights.to(whole) @ whole).to(values.dtype)
 
         merges = functools.partial(_merges, kept, own, weights.detach())
         return Selection(places, mix(stream.features), merges, sound=True, mix=mix)

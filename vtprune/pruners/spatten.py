@@ -188,8 +188,9 @@ class SpAtten(InAttention, Staged):
     def scores(self, layer: DecoderLayer) -> Tensor:
         """The attention that each token got in all layers so far, or in this one: (N,)."""
         first, end = layer.first, layer.last + 1
-        vision = layer.vision.to(layer.key.device) - first
-        found = received(layer.query[:, first:end], layer.key[:, first:end], layer.scale)[vision]
+        vision = layer.vision.to(layer.key.device)
+        vision = vision - first if first else vision
+        found = received(layer.query[:, first:end], layer.key[:, first:end], layer.scale).index_select(0, vision)
         if not self.accumulate:
             return found
         layer.memory[RECEIVED] = layer.memory[RECEIVED].to(found.device) + found

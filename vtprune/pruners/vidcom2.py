@@ -33,7 +33,7 @@ def likeness(features: Tensor) -> tuple[Tensor, Tensor]:
     features = features.detach().float()
     variance = features.var(dim=(0, 1), correction=0)
     calm = variance.sort(stable=True).indices[: max(1, int(CHANNELS * variance.numel()))]
-    tokens = normalize(features[..., calm], dim=-1)
+    tokens = normalize(features.index_select(-1, calm), dim=-1)
     # The channels that are not finite vary most, and would be overlooked.
     tokens = tokens + 0 * variance.amax()
     in_frame = tokens.mean(dim=1, keepdim=True)

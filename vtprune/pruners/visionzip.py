@@ -20,6 +20,7 @@ from vtprune.method.stages import InEncoder
 from vtprune.method.views import EncoderLayer
 from vtprune.pruners.parts.checks import check_choice, is_number
 from vtprune.pruners.parts.patches import mean_keys, saliency
+from vtprune.tensors.compaction import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def zip_tokens(
     lost = tuple(left - end for left, end in zip(others, ends_at, strict=True))
     if valid is None and min(first) == max(first) and min(ends_at) == most:
         # All images alike: their targets stand in a row of as many columns each.
-        order = torch.sort(chosen.to(torch.uint8), dim=1, stable=True).indices
+        order = torch.sort(chosen.view(torch.uint8), dim=1, stable=True).indices
         columns = order[:, : most * steps[0] : steps[0]]
         targets = torch.zeros_like(chosen).scatter_(1, columns, True)
         into = torch.where(chosen | targets, column, columns.gather(1, _cosines(metric, columns).argmax(dim=-1)))
@@ -114,7 +115,7 @@ def zip_tokens(
     rest = valid & ~chosen
     rank, step = rest.cumsum(dim=1) - 1, _column(steps, valid)
     targets = rest & (rank % step == 0) & (rank // step < _column(contextual, valid))
-    columns = torch.sort((~targets).to(torch.uint8), dim=1, stable=True).indices[:, :most]
+    columns = torch.sort((~targets).view(torch.uint8), dim=1, stable=True).indices[:, :most]
     there = targets.gather(1, columns)
     cosines = _cosines(metric, columns).masked_fill(~there[:, None], float("-inf"))
     nearest = columns.gather(1, cosines.argmax(dim=-1))
@@ -126,8 +127,7 @@ def zip_tokens(
 
 def _cosines(metric: Tensor, columns: Tensor) -> Tensor:
     """(B, N, m) of all tokens with those in the `columns` (B, m)."""
-    ends = metric.gather(1, columns[..., None].expand(-1, -1, metric.shape[-1]))
-    return torch.matmul(metric, ends.transpose(1, 2))
+    return torch.matmul(metric, gather_tokens(metric, columns).transpose(1, 2))
 
 
 def _column(numbers: Sequence[int], like: Tensor) -> Tensor:

@@ -96,8 +96,8 @@ def important_and_diverse(scores: Tensor, features: Tensor, count: int, importan
     first, rest = order[:important], order[important:]
     if count == important:
         return first
-    left = yield from started(without_duplicates, features[rest], count - important)
-    return torch.cat([first, rest[left]])
+    left = yield from started(without_duplicates, features.index_select(0, rest), count - important)
+    return torch.cat([first, rest.index_select(0, left)])
 
 
 @register(
@@ -220,5 +220,5 @@ def _places(valid: Tensor | None, alive: Sequence[int]) -> list[Tensor] | None:
     """Where the `alive` (B,) tokens of each image stand in `valid` (B, N), None for everywhere."""
     if valid is None:
         return None
-    order = torch.sort((~valid).to(torch.uint8), dim=1, stable=True).indices
+    order = torch.sort((~valid).view(torch.uint8), dim=1, stable=True).indices
     return [own[:count] for own, count in zip(order, alive, strict=True)]

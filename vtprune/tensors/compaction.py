@@ -16,12 +16,19 @@ def places_of(alive: Tensor, counted: Sequence[int] | None = None) -> Tensor:
     Padding stands on the left so that the last column is every row's last token, as generation expects. counted: (B,)
     how many there are; where that is not known, the device is waited for.
     """
-    counts = alive.sum(dim=1) if counted is None else torch.tensor(counted, device=alive.device)
-    width = int(counts.max()) if counted is None else max(counted)
-    # A stable sort of the mask moves the places of dropped tokens to the front, kept ones to the back, in order.
-    order = torch.sort(alive.to(torch.uint8), dim=1, stable=True).indices[:, alive.shape[1] - width :]
+    counts = None
+    if counted is None:
+        counts = alive.sum(dim=1)
+        width = int(counts.max())
+    else:
+        width = max(counted)
+    # A stable sort of the mask, as bytes, moves the places of dropped tokens to the front, kept ones to the back, in
+    # order.
+    order = torch.sort(alive.view(torch.uint8), dim=1, stable=True).indices[:, alive.shape[1] - width :]
     if counted is not None and min(counted) == width:
         return order
+    if counts is None:
+        counts = torch.tensor(counted, device=alive.device)
     column = torch.arange(width, device=alive.device)
     return order.masked_fill(column[None] < (width - counts)[:, None], -1)
 

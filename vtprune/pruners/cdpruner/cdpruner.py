@@ -118,7 +118,7 @@ class CDPruner(BeforeDecoder):
             if not stream.text.shape[0]:
                 none = torch.zeros(stream.features.shape[0], device=stream.features.device)
                 return none, "no text, so all tokens are as relevant"
-            texts = stream.text[question.places.to(stream.text.device)]
+            texts = stream.text.index_select(0, question.places.to(stream.text.device))
             return mean_cosine(stream.features, texts), f"relevance from the decoder's embeddings of {question.note}"
         check_tokenizer(stream.source)
         if stream.text_ids is None or stream.picture is None:

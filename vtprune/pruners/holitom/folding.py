@@ -23,7 +23,7 @@ def fold(states: Tensor, scores: Tensor, count: int) -> Selection:
     # The tokens that go, in order: sorted behind those that stay.
     gone = stays.long().sort(stable=True).indices[: states.shape[0] - count]
     vectors = unit_vectors(states.detach(), None)
-    into = (vectors[gone] @ vectors[kept].T).argmax(dim=1)
+    into = (vectors.index_select(0, gone) @ vectors.index_select(0, kept).T).argmax(dim=1)
     joins = into == torch.arange(count, device=states.device)[:, None]
     # How many flow in from each one on.
     later = joins.flip(1).cumsum(dim=1).flip(1)
@@ -33,7 +33,7 @@ def fold(states: Tensor, scores: Tensor, count: int) -> Selection:
     def mix(values: Tensor) -> Tensor:
         """(N, D) values of the tokens to (count, D) of those that stay."""
         wide = at_least_single(values)
-        mixed = wide[kept] * own.to(wide)[:, None] + shares.to(wide) @ wide[gone]
+        mixed = wide.index_select(0, kept) * own.to(wide)[:, None] + shares.to(wide) @ wide.index_select(0, gone)
         return mixed.to(values.dtype)
 
     def merges() -> tuple[Merge, ...]:

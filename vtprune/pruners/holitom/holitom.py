@@ -81,7 +81,7 @@ class Cut:
         held = torch.from_numpy(self.still).to(frames.device)
         lengths = [len(window) for window in self.windows]
         inside = torch.tensor([row for row, length in enumerate(lengths) for _ in range(length)], device=held.device)
-        kept = best_of_frames(attention.masked_fill(held[inside], -torch.inf), moving)
+        kept = best_of_frames(attention.masked_fill(held.index_select(0, inside), -torch.inf), moving)
         rows = [row for row, count in enumerate(still) if count]
         if not rows:
             return kept, None
@@ -217,7 +217,7 @@ class HoliTom(BeforeDecoder, BetweenLayers):
 
         def mix(values: Tensor) -> Tensor:
             """(N, D) values of the tokens to (K, D) of those that go on."""
-            return torch.cat([values[kept], clusters.mixed(values)])[order]
+            return torch.cat([values.index_select(0, kept), clusters.mixed(values)]).index_select(0, order)
 
         return Selection(everything[order], mix(stream.features), clusters.merges, sound=True, mix=mix)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 
@@ -87,10 +88,10 @@ def layers_of(method: str, layers: tuple[int, ...] | None, model: ModelFacts) ->
     return found
 
 
-def stage_lengths(layers: tuple[int, ...], depth: int) -> list[int]:
+def stage_lengths(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """How many decoder layers run before the first filter, between filters, and after the last one."""
     edges = [0, *(layer + 1 for layer in layers), depth]
-    return [last - first for first, last in itertools.pairwise(edges)]
+    return tuple(last - first for first, last in itertools.pairwise(edges))
 
 
 def stage_tokens(entered: int, share: float, stages: int) -> list[int]:
@@ -98,25 +99,27 @@ def stage_tokens(entered: int, share: float, stages: int) -> list[int]:
     return [max(1, int(entered * share**stage)) for stage in range(stages)]
 
 
-def layer_tokens(entered: int, share: float, lengths: list[int]) -> int:
+def layer_tokens(entered: int, share: float, lengths: tuple[int, ...]) -> int:
     """The sum over decoder layers of the tokens that they process."""
     counts = stage_tokens(entered, share, len(lengths))
     return sum(count * length for count, length in zip(counts, lengths, strict=True))
 
 
-def most_entering(alive: int, budget: int, lengths: list[int]) -> int:
+@functools.lru_cache(maxsize=4096)
+def most_entering(alive: int, budget: int, lengths: tuple[int, ...]) -> int:
     """How many of `alive` tokens can enter the decoder so that the mean over its layers meets `budget`."""
     limit = budget * sum(lengths)
     return max(1, bisect.bisect_right(range(1, alive + 1), limit, key=lambda n: layer_tokens(n, LEAST_SHARE, lengths)))
 
 
-def schedule(entered: int, budget: int, lengths: list[int]) -> list[int]:
+@functools.lru_cache(maxsize=4096)
+def schedule(entered: int, budget: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
     """Tokens in each stage, falling by one factor (the largest that will do), their mean over layers at most
     `budget`; `entered` is at most what `most_entering` says."""
     limit, least = budget * sum(lengths), round(LEAST_SHARE * STEPS)
     steps = range(least + 1, STEPS + 1)
     found = bisect.bisect_right(steps, limit, key=lambda step: layer_tokens(entered, step / STEPS, lengths))
-    return stage_tokens(entered, (least + found) / STEPS, len(lengths))
+    return tuple(stage_tokens(entered, (least + found) / STEPS, len(lengths)))
 
 
 def rows_after(layer: DecoderLayer, *, text_only: bool) -> Tensor:
@@ -153,6 +156,6 @@ def threshold_factor(attention: Tensor) -> Tensor:
 def top_with_key(scores: Tensor, key: Tensor, count: int) -> Tensor:
     """(count,) ascending: the best of `scores` (N,), of which the `key` (N,) ones are certain of up to half the
     places (the best of them where they are more)."""
-    best = scores.masked_fill(~key, float("-inf")).sort(descending=True, stable=True).indices[: count // 2]
+    best = scores.where(key, float("-inf")).sort(descending=True, stable=True).indices[: count // 2]
     certain = torch.zeros_like(key).index_fill_(0, best, True) & key
     return top(scores.masked_fill(certain, float("inf")), count)

@@ -153,7 +153,7 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
             return ()
         return dual.default_layers(self.model) if self.layers is None else self.layers
 
-    def _lengths(self) -> list[int]:
+    def _lengths(self) -> tuple[int, ...]:
         return dual.stage_lengths(self.drop_layers(), self.model.decoder_depth)
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from vtprune.errors import VTPruneError
@@ -25,10 +28,14 @@ def window_members(grid: Grid3, size: tuple[int, int]) -> Tensor:
     Windows of `size` (rows, cols) do not overlap; those at the bottom and on the right that reach past the grid
     have -1 self. The first member is the one at the top left.
     """
-    frames, height, width = grid
-    rows, cols = size
-    places = torch.arange(frames * height * width).view(grid)
-    places = pad(places, (0, -width % cols, 0, -height % rows), value=-1)
+    return torch.from_numpy(_members(grid, size))
+
+
+@functools.lru_cache(maxsize=256)
+def _members(grid: Grid3, size: tuple[int, int]) -> npt.NDArray[np.int64]:
+    (_, height, width), (rows, cols) = grid, size
+    places = np.arange(math.prod(grid)).reshape(grid)
+    places = np.pad(places, ((0, 0), (0, -height % rows), (0, -width % cols)), constant_values=-1)
     return rearrange(places, "t (a r) (b c) -> (t a b) (r c)", r=rows, c=cols)
 
 
@@ -54,8 +61,13 @@ def window_similarity(tokens: Tensor, windows: Tensor) -> Tensor:
     vectors, less the squares of each.
     """
     inside = windows >= 0
-    row = torch.arange(windows.shape[0], device=windows.device)[:, None, None]
-    units = normalize(tokens.float(), dim=-1)[row, windows.clamp(min=0)].where(inside[..., None], 0)
+    units = normalize(tokens.float(), dim=-1)
+    if len(windows) == 1:
+        units = units[0].index_select(0, windows.clamp(min=0).flatten()).view(*windows.shape, -1)
+    else:
+        row = torch.arange(windows.shape[0], device=windows.device)[:, None, None]
+        units = units[row, windows.clamp(min=0)]
+    units = units.where(inside[..., None], 0)
     count = inside.sum(dim=-1)
     both = units.sum(dim=2).square().sum(dim=-1) - units.square().sum(dim=(2, 3))
     return both / (count * (count - 1)).clamp(min=1)

@@ -22,8 +22,8 @@ def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tens
         hidden = place > some[:, None]
         if layer.first:
             hidden = hidden | (place < layer.first)
-        logits = torch.matmul(query[:, some].float() * layer.scale, key.transpose(-1, -2))
-        yield some, logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)[..., vision]
+        logits = torch.matmul(query.index_select(1, some).float() * layer.scale, key.transpose(-1, -2))
+        yield some, logits.masked_fill(hidden, float("-inf")).softmax(dim=-1).index_select(-1, vision)
 
 
 def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
@@ -49,4 +49,5 @@ def last_attention(layer: DecoderLayer) -> Tensor:
     key = layer.key[:, first:end].float()
     logits = torch.matmul(layer.last_query.float() * layer.scale, key.transpose(-1, -2))
     weights = logits.softmax(dim=-1)[:, 0].mean(dim=0)
-    return weights[layer.vision.to(weights.device) - first]
+    vision = layer.vision.to(weights.device)
+    return weights.index_select(0, vision - first if first else vision)

@@ -40,7 +40,8 @@ def positional_kernel(layer: DecoderLayer, rows: Tensor) -> Tensor:
     ones = torch.cat([(cos - sin)[:, :half], (cos + sin)[:, half:]], dim=-1)
     # Columns that are not turned are ones on both sides.
     still = layer.key.shape[-1] - cos.shape[-1]
-    return (torch.matmul(ones[rows.to(ones.device)], ones[layer.vision.to(ones.device)].T) + still) * layer.scale
+    asked, image = (ones.index_select(0, places.to(ones.device)) for places in (rows, layer.vision))
+    return (torch.matmul(asked, image.T) + still) * layer.scale
 
 
 def debiased_scores(layer: DecoderLayer, rows: Tensor) -> Tensor:
@@ -51,4 +52,4 @@ def debiased_scores(layer: DecoderLayer, rows: Tensor) -> Tensor:
         kernel = positional_kernel(layer, some)
         sums += (attention / kernel.abs().clamp(min=LEAST_KERNEL).copysign(kernel)).sum(dim=1)
     heads = top(sums.sum(dim=1), HEADS)
-    return sums[heads].mean(dim=0) / rows.numel()
+    return sums.index_select(0, heads).mean(dim=0) / rows.numel()

@@ -43,7 +43,8 @@ def density_peaks(points: Tensor, count: int, noise: Tensor | None = None) -> Te
     """
     distance = spread(points)
     centres = peaks(distance, count, noise=noise).sort(descending=True, stable=True).indices[:count]
-    return distance[centres].argmin(dim=0).index_copy(0, centres, torch.arange(count, device=points.device))
+    number = torch.arange(count, device=points.device)
+    return distance.index_select(0, centres).argmin(dim=0).index_copy(0, centres, number)
 
 
 def cluster_shares(cluster: Tensor, count: int) -> Tensor:
@@ -64,7 +65,7 @@ def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Select
     if count < 1:
         return Selection(stay.sort().values, sound=True)
     pool = rest[: pool_size(rest.numel())].to(features.device)
-    cluster = density_peaks(features[pool], count)
+    cluster = density_peaks(features.index_select(0, pool), count)
     shares = cluster_shares(cluster, count)
     into = torch.full((count,), scores.numel(), device=pool.device).scatter_reduce(0, cluster, pool, "amin")
     kept = torch.cat([stay.to(pool.device), into]).sort().values
@@ -72,9 +73,9 @@ def recycle(features: Tensor, scores: Tensor, direct: int, limit: int) -> Select
 
     def mix(values: Tensor) -> Tensor:
         """(N, D) values of the tokens to (K, D) of those that go on."""
-        members = at_least_single(values[pool])
+        members = at_least_single(values.index_select(0, pool.to(values.device)))
         vectors = torch.matmul(shares.to(members), members).to(values.dtype)
-        return values[kept].index_copy(0, places, vectors)
+        return values.index_select(0, kept).index_copy(0, places, vectors)
 
     flowed = functools.partial(_merges, pool, cluster, shares=shares, into=into)
     return Selection(kept, mix(features), flowed, sound=True, mix=mix)

@@ -200,7 +200,7 @@ class SparseVLM(Staged):
         if not self.recycles:
             return Selection.best(scores, direct)
         assert layer.hidden is not None
-        return recycle(layer.hidden[layer.vision], scores, direct, left)
+        return recycle(layer.hidden.index_select(0, layer.vision.to(layer.hidden.device)), scores, direct, left)
 
     def _room(self, layer: DecoderLayer) -> int:
         """The most tokens that may be left: the budget's, but where it is the rank alone that decides."""

@@ -75,7 +75,7 @@ def token_entropy(stream: VisionStream, *, released: bool) -> Tensor:
     else:
         assert stream.picture is not None
         entropy = level_entropy(patch_levels(grey_levels(stream.picture), stream.grid))
-    return entropy[stream.indices.to(entropy.device)]
+    return entropy.index_select(0, stream.indices.to(entropy.device))
 
 
 @asking
@@ -107,7 +107,7 @@ def _from_global(signals: LayerSignals, received: Tensor, found: npt.NDArray[np.
     if len(found) == received.numel() and not query.requires_grad:
         return received
     rows = torch.from_numpy(found).to(received.device) if len(found) else received.argmax()[None]
-    chosen = torch.cat([query[:, :prefix], query[:, prefix + rows]], dim=1)
+    chosen = torch.cat([query[:, :prefix], query.index_select(1, prefix + rows)], dim=1)
     return attention_received(chosen, signals.key, signals.scale, skip=prefix) * (received.numel() / rows.numel())
 
 

@@ -40,7 +40,7 @@ def direct_count(importance: Tensor, cells: Tensor, count: int, budget: int) -> 
     """
     tokens, device = importance.numel(), importance.device
     weakest_first = importance.sort(descending=True, stable=True).indices.flip(0)
-    walked = cells[weakest_first]
+    walked = cells.index_select(0, weakest_first)
     opener = torch.full((count,), tokens, device=device)
     opener.scatter_reduce_(0, walked, torch.arange(tokens, device=device), "amin")
     opened = torch.zeros(tokens + 1, dtype=torch.long, device=device).index_fill_(0, opener, 1)
@@ -48,7 +48,7 @@ def direct_count(importance: Tensor, cells: Tensor, count: int, budget: int) -> 
     made = opened[:tokens].cumsum(dim=0)
     entering = torch.arange(tokens, device=device) + made.flip(0)
     direct = ((entering <= budget).sum() - 1).clamp(min=0)[None]
-    found = yield torch.cat([direct, entering[direct] - direct])
+    found = yield torch.cat([direct, entering.index_select(0, direct) - direct])
     return int(found[0]), int(found[1])
 
 
@@ -62,21 +62,22 @@ def recycle(features: Tensor, importance: Tensor, cells: Tensor, count: int, dir
     """
     order = importance.sort(descending=True, stable=True).indices
     stay, low = order[:direct], order[direct:].sort().values
-    group, worth, tokens = cells[low], importance[low], importance.numel()
+    group, worth, tokens = cells.index_select(0, low), importance.index_select(0, low), importance.numel()
     best = worth.new_full((count,), -torch.inf).scatter_reduce_(0, group, worth, "amax")
     into = torch.full((count,), tokens, device=low.device)
-    into.scatter_reduce_(0, group, low.masked_fill(worth < best[group], tokens), "amin")
+    into.scatter_reduce_(0, group, low.masked_fill(worth < best.index_select(0, group), tokens), "amin")
     shares = _shares(worth, group, count)
     chosen = best.argsort(descending=True, stable=True)[:filled]
-    kept = torch.cat([stay, into[chosen]]).sort().values
-    places = torch.searchsorted(kept, into[chosen])
+    landing = into.index_select(0, chosen)
+    kept = torch.cat([stay, landing]).sort().values
+    places = torch.searchsorted(kept, landing)
 
     def mix(values: Tensor) -> Tensor:
         """(N, D) values of the tokens to (K, D) of those that go on."""
-        whole = at_least_single(values[low])
+        whole = at_least_single(values.index_select(0, low))
         parts = whole * shares[:, None].to(whole)
         vectors = parts.new_zeros(count, values.shape[1]).index_add(0, group, parts)
-        return values[kept].index_copy(0, places, vectors[chosen].to(values.dtype))
+        return values.index_select(0, kept).index_copy(0, places, vectors.index_select(0, chosen).to(values.dtype))
 
     flowed = functools.partial(_merges, low, group, shares=shares.detach(), into=into, chosen=chosen)
     return Selection(kept, mix(features), flowed, sound=True, mix=mix)
@@ -94,8 +95,8 @@ def _shares(worth: Tensor, group: Tensor, groups: int) -> Tensor:
     """(M,) the share of each token in its group's vector."""
     positive = worth.clamp(min=0)
     sums, sizes = worth.new_zeros(2, groups).unbind()
-    sums = sums.index_add(0, group, positive)[group]
-    sizes = sizes.index_add(0, group, torch.ones_like(worth))[group]
+    sums = sums.index_add(0, group, positive).index_select(0, group)
+    sizes = sizes.index_add(0, group, torch.ones_like(worth)).index_select(0, group)
     # No 0 / 0 where the other branch is taken: its gradient would be NaN.
     return torch.where(sums > 0, positive / sums.where(sums > 0, torch.ones_like(sums)), 1 / sizes)
 

@@ -220,7 +220,7 @@ class VFlowOpt(BeforeDecoder, BetweenLayers):
         size = schedule.settings(schedule.target(stream.total)).cell
         frames, height, width = stream.grid
         whole, count = cells_of([(height, width)] * frames, size)
-        cells = whole.to(features.device)[stream.indices]
+        cells = whole.to(features.device).index_select(0, stream.indices)
         if schedule.released:
             direct = max(0, budget - int(tokens / size**2))
             filled = yield from started(filled_cells, importance, cells, count=count, direct=direct)

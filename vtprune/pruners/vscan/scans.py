@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vtprune.method.choosing import top_mask
 from vtprune.pruners.parts.cosines import unit_vectors
+from vtprune.tensors.compaction import gather_tokens
 
 Grid3 = tuple[int, int, int]
 
@@ -17,12 +21,17 @@ Grid3 = tuple[int, int, int]
 def windows_of(grid: Grid3, side: int) -> Tensor:
     """(t * h * w,) the window of each token of a (t, h, w) grid, counted frame by frame in raster order: squares of
     `side` tokens, of which the last ones of each axis take in the rows and columns that are left over."""
+    return torch.from_numpy(_windows(grid, side))
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(grid: Grid3, side: int) -> npt.NDArray[np.int64]:
     frames, height, width = grid
     rows, columns = (max(1, length // side) for length in (height, width))
-    row = (torch.arange(height) // side).clamp(max=rows - 1)
-    column = (torch.arange(width) // side).clamp(max=columns - 1)
-    frame = torch.arange(frames)[:, None, None]
-    return ((frame * rows + row[:, None]) * columns + column).flatten()
+    row = np.minimum(np.arange(height) // side, rows - 1)
+    column = np.minimum(np.arange(width) // side, columns - 1)
+    frame = np.arange(frames)[:, None, None]
+    return ((frame * rows + row[:, None]) * columns + column).reshape(-1)
 
 
 def window_count(grid: Grid3, side: int) -> int:
@@ -60,7 +69,7 @@ def local_scan(
     if valid is not None:
         within &= valid
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    beyond = (~within).to(torch.uint8).gather(1, order)
+    beyond = (~within).view(torch.uint8).gather(1, order)
     order = order.gather(1, torch.sort(beyond, dim=1, stable=True).indices)
     column = torch.arange(scores.shape[1], device=device)
     chosen = (column < torch.tensor(counts, device=device)[:, None]).expand_as(order)
@@ -80,8 +89,8 @@ def flow(
     column. counts: (B,) how many are kept. Raises ScoreError, in the name of `method`, for states without a length."""
     states = states if valid is None else states.masked_fill(~valid[..., None], 0)
     unit = unit_vectors(states, method)
-    columns = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, : max(counts)]
-    cosines = torch.matmul(unit, unit.gather(1, columns[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2))
+    columns = torch.sort((~keep).view(torch.uint8), dim=1, stable=True).indices[:, : max(counts)]
+    cosines = torch.matmul(unit, gather_tokens(unit, columns).transpose(1, 2))
     if min(counts) != max(counts):
         cosines = cosines.masked_fill(~keep.gather(1, columns)[:, None], float("-inf"))
     own = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
