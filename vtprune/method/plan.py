@@ -143,10 +143,16 @@ class Plan:
     def asks(self, order: int, layer: int, entered: int, *, alive: int) -> bool:
         """Whether the method has to say which tokens go on after a decoder layer, or to note what it needs for a later
         one."""
-        budget, pruner = self.left(order, layer, entered), self.pruners[order]
-        if isinstance(pruner, BetweenLayers) and Read.EVERY_LAYER in pruner.layer_reads:
-            budget = self.left(order, pruner.drop_layers()[-1], entered)
+        budget = self.left(order, self._once(self._asked_until, order, layer), entered)
         return budget is None or budget < alive
+
+    def _asked_until(self, order: int, layer: int) -> int:
+        """The layer whose budget says whether a method is asked at `layer`: its last one, for one that notes something
+        of every layer."""
+        pruner = self.pruners[order]
+        if isinstance(pruner, BetweenLayers) and Read.EVERY_LAYER in pruner.layer_reads:
+            return pruner.drop_layers()[-1]
+        return layer
 
     def routed(self, order: int, layer: int, entered: int) -> int | None:
         """Tokens that a decoder layer computes at the most, by the method that routes it."""
