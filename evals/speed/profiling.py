@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -159,8 +159,25 @@ def table(method: str, lines: Sequence[Line]) -> Table:
     return shown
 
 
+def summary(found: Mapping[str, Sequence[Line]]) -> Table:
+    """Of several methods: milliseconds of a prefill as the FLOPs promise them, and what takes more (or less):
+    vtprune's own operations, Python between operations, and the model's own, which are promised the unpruned pace."""
+    shown = Table(title="milliseconds of a prefill above what the FLOPs promise", title_justify="left")
+    for heading in ("", "by FLOPs", "own operations", "Python", "the model's operations", "all"):
+        shown.add_column(heading, justify="right" if heading else "left")
+    for method, lines in found.items():
+        above = {"own": 0.0, PYTHON: 0.0, "model": 0.0}
+        for line in lines[:-1]:
+            part = line.name.partition(":")[0]
+            owner = "model" if part in (TOWER, DECODER) else part if part == PYTHON else "own"
+            above[owner] += line.pruned - line.promised
+        spent = (lines[-1].promised, above["own"], above[PYTHON], above["model"])
+        shown.add_row(method, *(f"{1e3 * one:.1f}" for one in (*spent, lines[-1].pruned - lines[-1].promised)))
+    return shown
+
+
 def main(
-    methods: Annotated[str, typer.Argument(help="Methods, separated by commas.")],
+    methods: Annotated[str, typer.Argument(help="Methods, separated by commas; all that ship by default.")] = "",
     keep: Annotated[str, typer.Option(help="A fraction (0.4), a percentage or a count an image.")] = "0.4",
     images: Annotated[int, typer.Option(min=1, help="Images of 576 tokens in the prompt.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Prefills of each, in turns.")] = 5,
@@ -175,11 +192,13 @@ def main(
     place = torch.device("cpu")
     model = build_model(SIZES[size], place, torch.float32)
     inputs = build_inputs(SIZES[size], place, torch.float32, images)
-    console, written = Console(width=140), {}
+    console, found = Console(width=140), {}
     for pruner in pruners:
-        lines = profile(model, inputs, pruner, rounds)
-        console.print(table(pruner.name, lines))
-        written[pruner.name] = [line.to_dict() for line in lines]
+        found[pruner.name] = profile(model, inputs, pruner, rounds)
+        console.print(table(pruner.name, found[pruner.name]))
+    if len(found) > 1:
+        console.print("", summary(found))
+    written = {name: [line.to_dict() for line in lines] for name, lines in found.items()}
     if output is not None:
         write_json(output, {**facts_of(model, inputs), "methods": written})
 

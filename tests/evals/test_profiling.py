@@ -14,7 +14,7 @@ import vtprune
 from tests.evals.test_overhead import TINY
 from vtprune.evals.speed import overhead
 from vtprune.evals.speed.overhead import Size, build_inputs, build_model
-from vtprune.evals.speed.profiling import main, profile
+from vtprune.evals.speed.profiling import Line, main, profile, summary
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,19 @@ def test_a_part_is_promised_the_share_of_its_flops_and_the_sum_that_of_all() -> 
     assert whole.pruned == pytest.approx(sum(line.pruned for name, line in found.items() if name != "all"))
 
 
+def test_what_lies_above_the_promise_is_told_apart_for_each_method() -> None:
+    lines = [
+        Line("decoder: attention", 0.5, 0.2, 0.1),
+        Line("vtprune/pruners/fastv.py", 0.0, 0.004, 0.0),
+        Line("adapters/decoder_side.py", 0.0, 0.002, 0.0),
+        Line("Python between operations", 0.1, 0.13, 0.1),
+        Line("tower: matrix products", 0.3, 0.25, 0.3),
+        Line("all", 0.9, 0.586, 0.5),
+    ]
+    columns = [list(column.cells) for column in summary({"fastv": lines}).columns]
+    assert columns == [["fastv"], ["500.0"], ["6.0"], ["30.0"], ["50.0"], ["86.0"]]
+
+
 def test_the_command_writes_a_line_a_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(overhead.SIZES, Size.small, TINY)
     app, output = Typer(), tmp_path / "profile.json"
@@ -43,6 +56,7 @@ def test_the_command_writes_a_line_a_part(monkeypatch: pytest.MonkeyPatch, tmp_p
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 0, done.output
     assert "grid: milliseconds of a prefill" in done.output
+    assert "above what the FLOPs promise" in done.output
     assert set(json.loads(output.read_text())["methods"]) == {"grid", "turbo"}
     refused = CliRunner().invoke(app, ["grid", "--keep", "250%"])
     assert refused.exit_code != 0
