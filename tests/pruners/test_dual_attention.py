@@ -93,16 +93,17 @@ def test_ranking_is_raising_both_thresholds_together() -> None:
     for count in range(1, 20):
         edge = float(factor.sort(descending=True).values[count - 1 : count + 1].mean())
         passed = dual.passes(attention, edge * dual.GLOBAL, edge * dual.INDIVIDUAL)
-        assert passed.nonzero().flatten().tolist() == dual.top_with_key(factor, factor < 0, count).tolist()
+        assert passed.nonzero().flatten().tolist() == dual.top_with_key(factor, factor < 0, count, 0).tolist()
     assert bool(torch.isfinite(dual.threshold_factor(torch.zeros(2, 3))).all())
 
 
 def test_the_key_set_is_certain_of_half_the_places() -> None:
     scores, key = torch.tensor([1.0, 9, 2, 8, 3, 7]), torch.tensor([1, 0, 1, 0, 1, 0]).bool()
-    assert dual.top_with_key(scores, key, 6).tolist() == [0, 1, 2, 3, 4, 5]
-    assert dual.top_with_key(scores, key, 4).tolist() == [1, 2, 3, 4]
-    assert dual.top_with_key(scores, key, 2).tolist() == [1, 4]
-    assert dual.top_with_key(scores, key, 1).tolist() == [1]
+    held = 3
+    assert dual.top_with_key(scores, key, 6, held).tolist() == [0, 1, 2, 3, 4, 5]
+    assert dual.top_with_key(scores, key, 4, held).tolist() == [1, 2, 3, 4]
+    assert dual.top_with_key(scores, key, 2, held).tolist() == [1, 4]
+    assert dual.top_with_key(scores, key, 1, held).tolist() == [1]
 
 
 def test_key_set_is_the_salient_share_rounded_up() -> None:

@@ -44,10 +44,15 @@ def thresholds(global_threshold: float | None, individual_threshold: float | Non
     )
 
 
+def key_size(tokens: int, share: float) -> int:
+    """How many of so many tokens the key set holds: the `share` of them, rounded up."""
+    return math.ceil(share * tokens)
+
+
 def key_set(scores: Tensor, share: float) -> Tensor:
     """The `share` of tokens, rounded up, with the highest (..., N) scores: (..., N) bool; ties: the lowest."""
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return rank < math.ceil(share * scores.shape[-1])
+    return rank < key_size(scores.shape[-1], share)
 
 
 def check_layers(method: str, layers: object) -> None:
@@ -153,9 +158,11 @@ def threshold_factor(attention: Tensor) -> Tensor:
     return (sums / whole / GLOBAL).maximum(peaks / INDIVIDUAL)
 
 
-def top_with_key(scores: Tensor, key: Tensor, count: int) -> Tensor:
-    """(count,) ascending: the best of `scores` (N,), of which the `key` (N,) ones are certain of up to half the
-    places (the best of them where they are more)."""
-    best = scores.where(key, float("-inf")).sort(descending=True, stable=True).indices[: count // 2]
-    certain = torch.zeros_like(key).index_fill_(0, best, True) & key
+def top_with_key(scores: Tensor, key: Tensor, count: int, held: int) -> Tensor:
+    """(count,) ascending: the best of `scores` (N,), of which the `key` (N,) ones, at most `held`, are certain of up
+    to half the places (the best of them where they are more)."""
+    certain = key
+    if held > count // 2:
+        best = scores.where(key, float("-inf")).sort(descending=True, stable=True).indices[: count // 2]
+        certain = torch.zeros_like(key).index_fill_(0, best, True) & key
     return top(scores.masked_fill(certain, float("inf")), count)

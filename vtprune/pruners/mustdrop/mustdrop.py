@@ -133,14 +133,15 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         return merge_alike(layer, self.merge_threshold, self.name, released=self.variant == "released")
 
     def remember(self, stream: VisionStream) -> dict[str, Any]:
-        """CLS attention (N,), the key set (N,) bool, and how many tokens enter the decoder."""
+        """CLS attention (N,), the key set (N,) bool and its size, and how many tokens enter the decoder."""
         assert stream.last_signals is not None
         score = check_scores(stream.last_signals.saliency(), self.name)
         tokens = score.numel()
         entering = tokens
         if self.keep is not None:
             entering = dual.most_entering(tokens, self.budget(stream.total), self._lengths())
-        return {"saliency": score, "key": dual.key_set(score, self.key_share), "entering": entering}
+        key, held = dual.key_set(score, self.key_share), dual.key_size(tokens, self.key_share)
+        return {"saliency": score, "key": key, "held": held, "entering": entering}
 
     def select(self, stream: VisionStream) -> Selection | None:
         """All tokens, or the most salient ones where the filters alone cannot meet `keep`."""
@@ -167,7 +168,8 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
         rows = dual.rows_after(layer, text_only=self.variant == "paper")
         attention = check_scores(attention_to_image(layer, rows), self.name)
         if count:
-            return Selection(dual.top_with_key(dual.threshold_factor(attention), key, count), sound=True)
+            scores, held = dual.threshold_factor(attention), layer.memory["held"]
+            return Selection(dual.top_with_key(scores, key, count, held), sound=True)
         thresholds = dual.thresholds(self.global_threshold, self.individual_threshold)
         keep = key | dual.passes(attention, *thresholds)
         kept = keep.nonzero().flatten()
