@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
@@ -185,7 +184,7 @@ class Watch(Observer):
                 scale=adapter.decoder_scale,
                 seen=np.searchsorted(held.known, own.known, side="right").tolist(),
             )
-            sums = rearrange(sums, "(k g) n -> k g n", k=layer.keys.shape[1])
+            sums = sums.unflatten(0, (layer.keys.shape[1], -1))
             if row in self.prompts and index in self.of.dense:
                 later = (held.known >= offset).nonzero()[0]
                 new = sums[..., torch.from_numpy(later).to(query.device)] if offset else sums

@@ -378,6 +378,8 @@ class LayerSignals:
             if self.weights is None:
                 return scores.mean(dim=1)
             return torch.einsum("nk...,nk->n...", scores, self.weights.to(scores))
+        if self.group == 1:
+            return patch_scores
         return reduce(patch_scores, "(n g) ... -> n ...", "mean", g=self.group)
 
     def token_keys(self) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from einops import reduce
 from torch import Tensor
 
 # Scores that are held at once: what a CPU's cache holds, and what an accelerator's memory can spare for few launches.
@@ -49,29 +48,34 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, skip: int = 
     query, key: (..., H, N, d). `skip` leading tokens (CLS) are left out of queries and of the answer, but stay in
     the softmax. Returns (..., N - skip) in fp32.
     """
-    return _accumulate(query, key, scale=scale, skip=skip, softmax=softmax)[0]
+    return _accumulate(query, key, scale=scale, skip=skip, softmax=softmax)
 
 
 def attention_received_and_given(
     query: Tensor, key: Tensor, scale: float, *, skip: int = 0, softmax: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Both means of `attention_received` and of what each query gives, in one pass, each (..., N - skip)."""
-    return _accumulate(query, key, scale=scale, skip=skip, softmax=softmax)
+    given: list[Tensor] = []
+    received = _accumulate(query, key, scale=scale, skip=skip, softmax=softmax, given=given)
+    return received, torch.cat(given, dim=-1)
 
 
-def _accumulate(query: Tensor, key: Tensor, scale: float, skip: int, softmax: bool) -> tuple[Tensor, Tensor]:
+def _accumulate(
+    query: Tensor, key: Tensor, *, scale: float, skip: int, softmax: bool, given: list[Tensor] | None = None
+) -> Tensor:
+    """The mean that each key receives; what each query gives is added to `given`, chunk by chunk."""
     heads, tokens, _ = key.shape[-3:]
     rows = rows_at_once(key.device, key.shape[:-1].numel())
     turned = key.float().transpose(-1, -2)
     received = turned.new_zeros(*key.shape[:-3], tokens - skip)
-    given = []
     for chunk in query[..., skip:, :].split(rows, dim=-2):
         weights = torch.matmul(chunk.float() * scale, turned)
         weights = weights.softmax(dim=-1) if softmax else weights
         weights = weights[..., skip:]
-        received += reduce(weights, "... h q n -> ... n", "sum")
-        given.append(reduce(weights, "... h q n -> ... q", "mean"))
-    return received / (heads * (tokens - skip)), torch.cat(given, dim=-1)
+        received += weights.sum(dim=(-3, -2))
+        if given is not None:
+            given.append(weights.mean(dim=(-3, -1)))
+    return received / (heads * (tokens - skip))
 
 
 def attention_sums(

@@ -51,7 +51,8 @@ def batch_windows(grids: tuple[Grid3, ...], size: tuple[int, int] = WINDOW, *, r
 def token_means(layer: EncoderLayer) -> Tensor:
     """(B, N, D) fp32 hidden states of the tokens, each the mean of its patches'."""
     assert layer.hidden is not None
-    return reduce(layer.hidden[:, layer.prefix :].float(), "b (n g) d -> b n d", "mean", g=layer.group)
+    states = layer.hidden[:, layer.prefix :].float()
+    return states if layer.group == 1 else reduce(states, "b (n g) d -> b n d", "mean", g=layer.group)
 
 
 def window_similarity(tokens: Tensor, windows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def mean_keys(layer: EncoderLayer) -> Tensor:
     """(B, N, d) unit vectors: the keys of each token averaged over heads and merged patches; 0 on padding, and NaN
     for a mean of no length in a batch without padding."""
     keys = layer.key[:, :, layer.prefix :].float()
-    mean = reduce(keys, "b h (n g) d -> b n d", "mean", g=layer.group)
+    mean = keys.mean(dim=1) if layer.group == 1 else reduce(keys, "b h (n g) d -> b n d", "mean", g=layer.group)
     if layer.full:
         return mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
     mean = mean.where(layer.valid[..., None], 0)
@@ -71,5 +71,5 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, bias: Tensor | None
     for chunk in chunks:
         logits = torch.baddbmm(added, chunk.flatten(0, 1), turned, beta=0 if bias is None else 1, alpha=scale)
         weights = logits.softmax(dim=-1).unflatten(0, (batch, heads))
-        parts.append(reduce(weights, "b h q n -> b n", "sum" if len(chunks) > 1 else "mean"))
+        parts.append(weights.sum(dim=(1, 2)) if len(chunks) > 1 else weights.mean(dim=(1, 2)))
     return parts[0] if len(parts) == 1 else functools.reduce(Tensor.add, parts) / (heads * query.shape[2])

@@ -186,7 +186,8 @@ class VScan(InEncoder, Staged):
         if not self.merge:
             return EncoderSelection.drop(keep, counts)
         assert layer.hidden is not None
-        states = rearrange(layer.hidden[:, layer.prefix :], "b (n g) d -> b n (g d)", g=layer.group)
+        states = layer.hidden[:, layer.prefix :]
+        states = states if layer.group == 1 else rearrange(states, "b (n g) d -> b n (g d)", g=layer.group)
         into, share = flow(states, keep, valid, counts=counts, method=self.name)
         return EncoderSelection(
             keep,
