@@ -12,23 +12,32 @@ from vtprune.method.views import DecoderLayer
 from vtprune.tensors.attention import rows_at_once
 
 
-def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attention of the tokens at the places `rows` (T,) to the image's, as the layer computes it (softmax over all
-    tokens up to their own place): a few rows at a time, their places (t,) and their (H, t, N) fp32 weights."""
+def _whole_rows(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attention of the tokens at the places `rows` (T,) to all tokens up to their own place, as the layer computes it:
+    a few rows at a time, their places (t,) and their (H, t, n) fp32 weights."""
     query, key = layer.query, layer.key.float()
     place = torch.arange(key.shape[1], device=key.device)
-    vision = layer.vision.to(key.device)
     for some in rows.to(key.device).split(rows_at_once(key.device, key.shape[0] * key.shape[1])):
         hidden = place > some[:, None]
         if layer.first:
             hidden = hidden | (place < layer.first)
         logits = torch.matmul(query.index_select(1, some).float() * layer.scale, key.transpose(-1, -2))
-        yield some, logits.masked_fill(hidden, float("-inf")).softmax(dim=-1).index_select(-1, vision)
+        yield some, logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+
+
+def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attention of the tokens at the places `rows` (T,) to the image's, softmaxed over all tokens up to their own
+    place: a few rows at a time, their places (t,) and their (H, t, N) fp32 weights."""
+    vision = layer.vision.to(layer.key.device)
+    for some, weights in _whole_rows(layer, rows):
+        yield some, weights.index_select(-1, vision)
 
 
 def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
     """(T, N) fp32 attention of the tokens at the places `rows` (T,) to the image's, averaged over heads."""
-    found = [weights.mean(dim=0) for _, weights in attention_of_heads(layer, rows)]
+    vision = layer.vision.to(layer.key.device)
+    # Heads first: the image's columns are then picked from one map.
+    found = [weights.mean(dim=0).index_select(1, vision) for _, weights in _whole_rows(layer, rows)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
