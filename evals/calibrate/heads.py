@@ -12,7 +12,7 @@ from vtprune.adapters import adapter_for
 from vtprune.errors import VTPruneError
 from vtprune.hooks.layers import after_layers
 from vtprune.hooks.taps import Taps
-from vtprune.tensors.attention import attention_sums, full_precision
+from vtprune.tensors.attention import Sight, attention_sums, full_precision
 from vtprune.wrap import is_wrapped
 
 
@@ -86,7 +86,7 @@ class _Measuring:
                 some = real.to(query.device)
                 place = torch.arange(len(some), device=query.device)
                 own = query[row][:, some], key[row][:, some]
-                sums = attention_sums(*own, asked=place, places=place, scale=self._adapter.decoder_scale)
+                sums = attention_sums(*own, Sight(place, place), self._adapter.decoder_scale)
                 found.append(vision_ratios(sums, vision[real].to(sums.device), kv_heads).cpu())
         self._states.clear()
 

@@ -57,7 +57,7 @@ BOUNDS = {
     "lazyllm": Bound(1.12, 2, first=1.34, first_reads=3, later=1.34, later_reads=3),
     "spatten": Bound(1.24, 2),
     "yopo": Bound(1.08, 1),
-    "d2o": Bound(1.38, 2, first=1.91, first_reads=2),
+    "d2o": Bound(1.34, 2, first=1.91, first_reads=2),
     "pmod": Bound(1.27, 2),
     "mue": Bound(1.42, 27),  # each layer is followed by the question whether an image stops
     "random_ltd": Bound(1.02, 1),

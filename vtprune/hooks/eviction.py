@@ -31,7 +31,7 @@ from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InCache
 from vtprune.method.views import CachedRow, CacheEntries
-from vtprune.tensors.attention import attention_sums, full_precision
+from vtprune.tensors.attention import Sight, attention_sums, full_precision
 
 
 class Evictor:
@@ -135,7 +135,7 @@ class Held:
 
     def of(self, values: Tensor) -> Tensor:
         """(H, n, ...) in these columns, of values (H, K, ...)."""
-        return values if self.whole else values[:, self.columns.to(values.device)]
+        return values if self.whole else values.index_select(1, self.columns.to(values.device))
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class Watch(Observer):
     _held: dict[tuple[int, int, int], Held] = field(default_factory=dict)
     _slots: dict[int, tuple[Tensor, Ints]] = field(default_factory=dict)
     _images: dict[int, tuple[Held, Ints]] = field(default_factory=dict)
+    _sights: dict[tuple[int, int, torch.device], tuple[Held, Held, Sight]] = field(default_factory=dict)
 
     def wants(self, index: int) -> bool:
         """Whether the attention of this layer counts."""
@@ -176,14 +177,8 @@ class Watch(Observer):
         densities: dict[int, Tensor] = {}
         for row in self.rows:
             held, own = self._places(row, slots, 0), self._places(row, asked, offset)
-            sums = attention_sums(
-                query=own.of(query[row]),
-                key=held.of(layer.keys[row]),
-                asked=own.places.to(query.device),
-                places=held.places.to(query.device),
-                scale=adapter.decoder_scale,
-                seen=np.searchsorted(held.known, own.known, side="right").tolist(),
-            )
+            sight = self._sight(own, held, query.device)
+            sums = attention_sums(own.of(query[row]), held.of(layer.keys[row]), sight, adapter.decoder_scale)
             sums = sums.unflatten(0, (layer.keys.shape[1], -1))
             if row in self.prompts and index in self.of.dense:
                 later = (held.known >= offset).nonzero()[0]
@@ -201,6 +196,15 @@ class Watch(Observer):
             layer.aux[DENSITY] = density
         if index in self.of.cut:
             layer.entries[SCORES] = scores
+
+    def _sight(self, own: Held, held: Held, device: torch.device) -> Sight:
+        """Which of the tokens `held` the input's `own` ones see; layers with the same ones share it."""
+        key = id(own), id(held), device
+        if key not in self._sights:
+            seen = np.searchsorted(held.known, own.known, side="right").tolist()
+            # Both are kept with it, so that their ids are not given to others.
+            self._sights[key] = own, held, Sight(own.places.to(device), held.places.to(device), seen)
+        return self._sights[key][2]
 
     def _places(self, row: int, slots: Tensor | None, first: int) -> Held:
         """The columns of a row's slots (B, n) that hold a token, neither -1 nor padding of the prompt, and their

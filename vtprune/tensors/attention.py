@@ -78,40 +78,73 @@ def _accumulate(
     return received / (heads * (tokens - skip))
 
 
-def attention_sums(
-    query: Tensor, key: Tensor, asked: Tensor, places: Tensor, scale: float, *, seen: Sequence[int] | None = None
-) -> Tensor:
+class Sight:
+    """Which keys each of some queries sees: those at or before its own place. What hides the others is made once,
+    whatever the layers that ask.
+
+    asked: (Q,) the places of the queries; places: (N,) those of the keys; seen: (Q,) how many of the keys lie at or
+    before each query's place, where both stand in order of their places: keys that no query of a chunk sees are left
+    out.
+    """
+
+    def __init__(self, asked: Tensor, places: Tensor, seen: Sequence[int] | None = None) -> None:
+        self.asked, self.places, self.seen = asked, places, seen
+        self._hidden: dict[tuple[int, int, bool], Tensor] = {}
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Of the queries `start` .. `stop` - 1: how many keys all of them see, and how many any of them."""
+        return (0, len(self.places)) if self.seen is None else (self.seen[start], self.seen[stop - 1])
+
+    def hidden(self, start: int, stop: int, *, whole: bool) -> Tensor:
+        """(q, n) bool which keys each of these queries does not see, of those that not all of them see; whole: fp32,
+        what that adds to the logits of all keys that any of them sees, 0 or -inf."""
+        known = (start, stop, whole)
+        if known not in self._hidden:
+            first, end = self.span(start, stop)
+            own = self.places[0 if whole else first : end] > self.asked[start:stop, None]
+            added = torch.zeros(1, 1, device=own.device).masked_fill(own, float("-inf")) if whole else own
+            self._hidden[known] = added
+        return self._hidden[known]
+
+
+def attention_sums(query: Tensor, key: Tensor, sight: Sight, scale: float) -> Tensor:
     """The attention that each key gets from all queries up to which it is visible, in fp32, accumulated in chunks of
     queries.
 
-    query: (H, Q, d), of the tokens at the places `asked` (Q,); key: (Hkv, N, d), at `places` (N,), each shared by
-    H / Hkv heads. seen: (Q,) how many of the keys lie at or before each query's place, where both stand in order of
-    their places: keys that no query of a chunk sees are left out. Returns (H, N).
+    query: (H, Q, d); key: (Hkv, N, d), each shared by H / Hkv heads. Returns (H, N).
     """
-    group = query.shape[0] // key.shape[0]
+    heads, count, width = query.shape
+    group, tokens = heads // key.shape[0], key.shape[1]
     turned = key.float().transpose(-1, -2)
     sums: Tensor | None = None
-    rows = rows_at_once(key.device, query.shape[0] * key.shape[1])
-    for start in range(0, query.shape[1], rows):
-        some, when = query[:, start : start + rows], asked[start : start + rows]
-        end = key.shape[1] if seen is None else seen[start + len(when) - 1]
-        some = some.float().reshape(len(key), group * len(when), query.shape[-1])
-        # Nothing is added to the product.
-        logits = torch.baddbmm(some.new_empty(1, 1, 1), some, turned[..., :end], beta=0, alpha=scale)
-        logits = logits.view(query.shape[0], len(when), end)
-        if seen is None or len(when) > 1:
-            # What the first query of a chunk sees all of them see.
-            first = 0 if seen is None else seen[start]
-            logits[..., first:].masked_fill_(places[first:end] > when[:, None], float("-inf"))
+    rows = rows_at_once(query.device, heads * tokens)
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        first, end = sight.span(start, stop)
+        some = (query if stop - start == count else query[:, start:stop]).float()
+        some = some.reshape(len(key), group * (stop - start), width)
+        # Where most is hidden it is added as the product is made; else it is filled in behind what all queries see.
+        whole, hides = 2 * first < end, sight.seen is None or stop - start > 1
+        if whole and hides:
+            added = sight.hidden(start, stop, whole=True)
+            added = added if group == 1 else added.repeat(group, 1)
+        else:
+            # Nothing is added to the product.
+            added = some.new_empty(1, 1, 1)
+        seen = turned if end == tokens else turned[..., :end]
+        logits = torch.baddbmm(added, some, seen, beta=int(whole and hides), alpha=scale)
+        logits = logits.view(heads, stop - start, end)
+        if hides and not whole:
+            logits[..., first:].masked_fill_(sight.hidden(start, stop, whole=False), float("-inf"))
         weights = logits.softmax(dim=-1)
-        found = weights.sum(dim=1) if len(when) > 1 else weights[:, 0]
-        if sums is None and found.shape[1] == key.shape[1]:
+        found = weights.sum(dim=1) if stop - start > 1 else weights[:, 0]
+        if sums is None and end == tokens:
             sums = found
             continue
         if sums is None:
-            sums = torch.zeros(query.shape[0], key.shape[1], device=key.device)
+            sums = torch.zeros(heads, tokens, device=key.device)
         sums[:, :end].add_(found)
-    return torch.zeros(query.shape[0], key.shape[1], device=key.device) if sums is None else sums
+    return torch.zeros(heads, tokens, device=key.device) if sums is None else sums
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
