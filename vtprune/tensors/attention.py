@@ -126,7 +126,7 @@ def attention_sums(query: Tensor, key: Tensor, sight: Sight, scale: float) -> Te
         # Where most is hidden it is added as the product is made; else it is filled in behind what all queries see.
         whole, hides = 2 * first < end, sight.seen is None or stop - start > 1
         if whole and hides:
-            added = sight.hidden(start, stop, whole=True)
+            added = sight.hidden(start, stop, whole=True).to(some.dtype)
             added = added if group == 1 else added.repeat(group, 1)
         else:
             # Nothing is added to the product.
