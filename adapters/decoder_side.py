@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.offloading import loaded
@@ -142,17 +143,22 @@ class DecoderSide(ABC):
 
     def decoder_states(
         self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
-        (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns, and no values.
-        """
-        query, value = tapped(taps, "q"), tapped(taps, "v")
+    ) -> tuple[Tensor, Tensor]:
+        """q and k (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
+        (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns."""
+        query, key, whole = tapped(taps, "q"), tapped(taps, "k"), _angles(embeddings)
         if last is not None:
-            query, value = gather_tokens(query, last), value[:, :0]
-        whole = _angles(embeddings)
-        query = self._turned(query, whole if last is None else _angles(_columns(embeddings, last)))
-        key = self._turned(tapped(taps, "k"), whole)
-        return query, self._repeated(key), self._repeated(self._split(value).float())
+            turn = _angles(_columns(embeddings, last))
+            return self._turned(gather_tokens(query, last), turn), self._repeated(self._turned(key, whole))
+        # Queries and keys are turned as one.
+        query, key = self._split(query), self._split(key)
+        heads = query.shape[1], key.shape[1]
+        query, key = rotate(torch.cat([query, key], dim=1).float(), *whole).split(heads, dim=1)
+        return query, self._repeated(key)
+
+    def decoder_values(self, taps: dict[str, Tensor]) -> Tensor:
+        """v (B, H, n, d) in fp32, key-value heads repeated to H."""
+        return self._repeated(self._split(tapped(taps, "v")).float())
 
     def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """q (B, H, n, d) in fp32 with rotary embedding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ class Projections:
     def modules(self) -> dict[str, nn.Module]:
         """The modules as they are now (PEFT and quantisers replace them)."""
         return {tap: getattr(self.owner, name) for tap, name in self.names.items()}
+
+    def only(self, taps: Collection[str]) -> Projections:
+        """Those of these names."""
+        return Projections(self.owner, {tap: name for tap, name in self.names.items() if tap in taps})
 
 
 # Norms of queries and keys, by tap, as transformers names them.

@@ -94,7 +94,7 @@ class _Ranker:
 
     def _add(self, index: int, arguments: dict[str, Any]) -> None:
         with full_precision(self._states["q"].device):
-            query, key, _ = self._adapter.decoder_states(self._states, arguments["position_embeddings"])
+            query, key = self._adapter.decoder_states(self._states, arguments["position_embeddings"])
             for row, real in enumerate(self._real):
                 some = real.to(query.device)
                 maps = causal_attention(query[row][:, some], key[row][:, some], self._adapter.decoder_scale)

@@ -12,7 +12,7 @@ from vtprune.adapters import adapter_for
 from vtprune.errors import VTPruneError
 from vtprune.hooks.layers import after_layers
 from vtprune.hooks.taps import Taps
-from vtprune.tensors.attention import Sight, attention_sums, full_precision
+from vtprune.tensors.attention import CausalSight, attention_sums, full_precision
 from vtprune.wrap import is_wrapped
 
 
@@ -81,12 +81,11 @@ class _Measuring:
     def _add(self, index: int, arguments: dict[str, Any]) -> None:
         kv_heads = self._adapter.cost.decoder.kv_heads
         with full_precision(self._states["q"].device):
-            query, key, _ = self._adapter.decoder_states(self._states, arguments["position_embeddings"])
+            query, key = self._adapter.decoder_states(self._states, arguments["position_embeddings"])
             for row, (real, vision, found) in enumerate(self._seen):
                 some = real.to(query.device)
-                place = torch.arange(len(some), device=query.device)
                 own = query[row][:, some], key[row][:, some]
-                sums = attention_sums(*own, Sight(place, place), self._adapter.decoder_scale)
+                sums = attention_sums(*own, CausalSight(query.device), self._adapter.decoder_scale)
                 found.append(vision_ratios(sums, vision[real].to(sums.device), kv_heads).cpu())
         self._states.clear()
 

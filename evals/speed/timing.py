@@ -18,11 +18,13 @@ from vtprune.method.resolving import resolve
 from vtprune.method.stages import Growing
 
 ROUNDS = 4
+# Prompts that are timed in a row before the next method has its turn.
+IN_A_ROW = 4
 
 
 @dataclass(frozen=True)
 class PrefillTimes:
-    """Milliseconds under each pruner; entry i of every list was measured on the same prompt, one after another."""
+    """Milliseconds under each pruner; entry i of every list was measured on the same prompt, shortly after another."""
 
     milliseconds: dict[str, list[float]]
 
@@ -73,16 +75,19 @@ def measure_prefill(
     model: Any, inputs: Sequence[Any], pruners: Mapping[str, Any], rounds: int = ROUNDS
 ) -> PrefillTimes:
     """Times each prompt at batch 1 under each pruner in turn; None is the model as it came, unwrapped; else what
-    `vtprune.wrap` takes. Where one of them grows, all are timed to the first token of `generate`."""
+    `vtprune.wrap` takes. Where one of them grows, all are timed to the first token of `generate`.
+
+    A model is wrapped once and answers many prompts, so what a wrapped model works out only once is not counted: a few
+    prompts are timed in a row, after one that is not."""
     grows = any(isinstance(one, Growing) for given in pruners.values() if given is not None for one in resolve(given))
     timed = first_token_seconds if grows else prefill_seconds
     placed = [place(one, model) for one in inputs]
     times: dict[str, list[float]] = {name: [] for name in pruners}
-    for turn in range(rounds + 1):
-        for one in placed if turn else placed[:1]:
+    for _ in range(rounds):
+        for first in range(0, len(placed), IN_A_ROW):
             for name, pruner in pruners.items():
                 with nullcontext() if pruner is None else vtprune.wrapped(model, pruner):
-                    seconds = timed(model, one)
-                if turn:  # turn 0 only warms up
-                    times[name].append(1000 * seconds)
+                    timed(model, placed[first - 1])
+                    own = [timed(model, one) for one in placed[first : first + IN_A_ROW]]
+                times[name] += [1000 * seconds for seconds in own]
     return PrefillTimes(times)

@@ -94,7 +94,7 @@ def test_methods_are_shown_the_queries_and_keys_that_attention_got(
     model(**inputs)
     query, key, value = computed[index]
     embeddings, last = entered["position_embeddings"], torch.tensor([[3, query.shape[2] - 1]])
-    seen = adapter.decoder_states(taps, embeddings)
+    seen = (*adapter.decoder_states(taps, embeddings), adapter.decoder_values(taps))
     for ours, theirs in zip(seen, (query, key, value), strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(adapter.decoder_query(taps, embeddings), query)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.golden.case import Case, UnknownCase, expect_close, expect_equal
 from vtprune.method.choosing import top
 from vtprune.pruners.spatten import HEADS, TABLES, ramp, whole_layers
-from vtprune.tensors.attention import Sight, attention_sums
+from vtprune.tensors.attention import SightByPlaces, attention_sums
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def received(probs: Tensor) -> Tensor:
     logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
     key = torch.eye(len(place)).expand_as(probs)
     last = torch.full_like(place, len(place))
-    return attention_sums(logits, key, Sight(last, place), 1.0).sum(dim=0)
+    return attention_sums(logits, key, SightByPlaces(last, place), 1.0).sum(dim=0)
 
 
 def check_workload(case: Case) -> None:

@@ -28,7 +28,7 @@ from vtprune.pruners.d2o import (
     skew_of_heads,
     spread_of_columns,
 )
-from vtprune.tensors.attention import Sight, attention_sums
+from vtprune.tensors.attention import SightByPlaces, attention_sums
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 RULES = {
@@ -244,8 +244,10 @@ def test_column_sums_are_those_of_the_whole_map_however_small_the_chunks(monkeyp
     expected = logits.masked_fill(places > asked[:, None], -math.inf).softmax(dim=-1).sum(dim=1)
     for chunk in (1, 500, 2**20):
         monkeypatch.setattr("vtprune.tensors.attention.CPU_BYTES", chunk)
-        assert torch.allclose(attention_sums(query, key, Sight(asked, places), 0.4), expected, atol=1e-6)
-        assert torch.allclose(attention_sums(query, key, Sight(asked, places, range(5, 16)), 0.4), expected, atol=1e-6)
+        assert torch.allclose(attention_sums(query, key, SightByPlaces(asked, places), 0.4), expected, atol=1e-6)
+        assert torch.allclose(
+            attention_sums(query, key, SightByPlaces(asked, places, range(5, 16)), 0.4), expected, atol=1e-6
+        )
 
 
 def test_merging_takes_the_mean_of_what_is_alike_enough() -> None:

@@ -200,7 +200,9 @@ class DecoderRun:
         # What the layer entered last computes; the last answer of `apart`, and of which places it is.
         self.given = Layout()
         self._apart: tuple[Tensor | None, Apart] | None = None
-        self.alive: Tensor | None = None
+        # (B, L) which tokens of the input are alive, once some are not, and whether the next layer has other ones.
+        self._alive: Tensor | None = None
+        self._moved = False
         self.bias: Tensor | None = None
         self._observed = -1
         # Of a run that took over another one's tokens: how many each row has.
@@ -276,17 +278,17 @@ class DecoderRun:
     def ends(self, kept: Sequence[int], *, packed: bool) -> tuple[list[list[int]], list[list[int]]]:
         """The columns of the first token of each conversation and of the last one of its prompt, both (B, C), 0 where
         a row holds fewer. kept: tokens alive of each image; packed: whether only what is alive has a column."""
+        if not packed:
+            return self._whole_ends
         first, last, counts = [], [], self.row_counts(kept)
-        for row in range(self.prompt.batch):
+        for row, (starts, ends) in enumerate(zip(*self._whole_ends, strict=True)):
             pad = max(counts) - counts[row]
-            talks = self._talks[row]
-            if packed:
-                talks = [
-                    (pad + self._before(row, start, kept), max(0, pad + self._before(row, end + 1, kept) - 1))
-                    for start, end in talks
-                ]
-            first.append([start for start, _ in talks])
-            last.append([end for _, end in talks])
+            first.append([pad + self._before(row, start, kept) if start else pad for start in starts])
+            # What is alive at the end of the input is counted already.
+            whole = self.prompt.length - 1
+            last.append(
+                [max(0, pad + (counts[row] if end == whole else self._before(row, end + 1, kept)) - 1) for end in ends]
+            )
         return first, last
 
     def column_after(self, span: ImageSpan, kept: Sequence[int], *, packed: bool) -> int:
@@ -298,16 +300,19 @@ class DecoderRun:
         return max(counts) - counts[span.row] + self._before(span.row, end, kept)
 
     @cached_property
-    def _talks(self) -> list[list[tuple[int, int]]]:
-        """By row, the places where each conversation begins and where its prompt ends."""
-        outline, found = self.prompt.outline, []
+    def _whole_ends(self) -> tuple[list[list[int]], list[list[int]]]:
+        """By row, the places where each conversation begins, and those where its prompt ends."""
+        outline = self.prompt.outline
+        first, last = [], []
         for own, asked in zip(outline.number, self._asked, strict=True):
-            talks = []
+            starts, ends = [], []
             for talk in range(outline.most):
                 mine, prompt = (own == talk).nonzero()[0], (asked == talk).nonzero()[0]
-                talks.append((int(mine[0]) if mine.size else 0, int(prompt[-1]) if prompt.size else 0))
-            found.append(talks)
-        return found
+                starts.append(int(mine[0]) if mine.size else 0)
+                ends.append(int(prompt[-1]) if prompt.size else 0)
+            first.append(starts)
+            last.append(ends)
+        return first, last
 
     @property
     def _never_dropped(self) -> Ints:
@@ -317,7 +322,8 @@ class DecoderRun:
             stays = (self.prompt.outline.number >= 0) & ~self._vision[0]
             for span in self.spans:
                 stays[span.row, span.gone] = False
-            self._staying = np.pad(stays.cumsum(axis=1), ((0, 0), (1, 0)))
+            self._staying = np.zeros((len(stays), self.prompt.length + 1), dtype=np.int64)
+            np.cumsum(stays, axis=1, out=self._staying[:, 1:])
         return self._staying
 
     def _before(self, row: int, place: int, kept: Sequence[int]) -> int:
@@ -372,8 +378,8 @@ class DecoderRun:
         """Takes some of an image's placeholders that are no vision tokens out, before the first layer."""
         span.gone, self._staying, self._counted = gone, None, None
         self.mark(span)
-        assert self.alive is not None
-        self.alive[span.row, self.on_device(gone)] = False
+        assert self._alive is not None
+        self._alive[span.row, self.on_device(gone)] = False
 
     def _add_bias(self, span: ImageSpan, values: Tensor) -> None:
         """Adds values (K,) to what every layer adds to the attention logits of the span's tokens as keys."""
@@ -401,10 +407,11 @@ class DecoderRun:
         """Notes that only `span.kept` of the image is alive."""
         if span.kept.numel() == span.places.numel():
             return
-        if self.alive is None:
+        if self._alive is None:
             # Once anything is dropped the padding goes with it: layers compute no more than the longest row needs.
-            self.alive = self._real(self.prompt.real()).clone()
-        self.alive[span.row].index_fill_(0, span.places, False).index_fill_(0, span.standing, True)
+            self._alive = self._real(self.prompt.real()).clone()
+        self._alive[span.row].index_fill_(0, span.places, False).index_fill_(0, span.standing, True)
+        self._moved = True
 
     def _real(self, real: Tensor) -> Tensor:
         """(B, L) what is no padding; an image counts with all of its tokens, whatever the mask hides of it."""
@@ -420,7 +427,7 @@ class DecoderRun:
 
     def take_over(self, other: DecoderRun) -> None:
         """Starts with the tokens and vectors that another run of this prompt has before its first layer."""
-        self.alive = None if other.alive is None else other.alive.clone()
+        self._alive, self._moved = None if other._alive is None else other._alive.clone(), other._moved
         self._taken = other.row_counts()
         self._changed = dict(other._changed)
         self.planes = other.planes
@@ -430,7 +437,7 @@ class DecoderRun:
         if index in self._layouts:
             return self._layouts[index]
         previous = self._layouts.get(index - 1, Layout())
-        if self.alive is None and not self._changed:
+        if not self._moved and not self._changed:
             # Renumbered positions depend on each layer's own past, so they are not handed on.
             embeddings = previous.embeddings if self.rotary is None else None
             layout = Layout(previous.places, previous.ragged, embeddings=embeddings)
@@ -443,15 +450,16 @@ class DecoderRun:
 
     def _new_layout(self, previous: Layout) -> Layout:
         places, ragged, relative = previous.places, previous.ragged, None
-        if self.alive is not None:
+        if self._moved:
+            assert self._alive is not None
             counts = self.row_counts()
             if places is None:
-                places = relative = places_of(self.alive, counts)
+                places = relative = places_of(self._alive, counts)
             else:
                 relative = places_of(self._still(places), counts)
                 places = pick(places, relative)
             ragged = min(counts) < max(counts)
-            self.alive = None
+            self._moved = False
         layout = Layout(places, ragged, relative)
         for span, (where, vectors) in self._changed.items():
             at = where
@@ -463,11 +471,11 @@ class DecoderRun:
 
     def _still(self, places: Tensor) -> Tensor:
         """(B, n) which of the tokens at these places (B, n) are alive."""
-        assert self.alive is not None
+        assert self._alive is not None
         if len(places) == 1:
             # A row alone has no padding.
-            return self.alive.gather(1, places)
-        return self.alive.gather(1, places.clamp(min=0)) & (places >= 0)
+            return self._alive.gather(1, places)
+        return self._alive.gather(1, places.clamp(min=0)) & (places >= 0)
 
     def alive_at(self, index: int, states: Tensor) -> Entering:
         """The tokens alive at decoder layer `index`; states: (B, n, D) of the input's own tokens that the layer before

@@ -40,12 +40,12 @@ from vtprune.hooks.records import records_of
 from vtprune.hooks.returning import Leaving, Returning
 from vtprune.hooks.routing import RoutedLayers
 from vtprune.hooks.scoring import DecoderScoring
-from vtprune.hooks.selecting import Dropping, Inputs, Selecting, by_prompt
+from vtprune.hooks.selecting import TAPS, Dropping, Inputs, Selecting, by_prompt
 from vtprune.hooks.state import FRAME, PLAN, RUN, Frame, ThreadState
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
 from vtprune.method.sharing import Sharing
-from vtprune.method.stages import acts, spares
+from vtprune.method.stages import Query, acts, spares
 
 
 class DecoderHooks:
@@ -71,7 +71,13 @@ class DecoderHooks:
         self._evictor = Evictor(adapter, pruners, self._plans)
         self._selecting = Selecting(scoring, facts, modules, sharing)
         self.teacher = Teacher(pruners, scoring=scoring, state=state)
-        self.tapped = self._selecting.read | self._evictor.watched | self.teacher.layers
+        # By layer, what is tapped of its projections: of what the cache holds queries alone.
+        taps = {layer: set(names) for layer, names in self._selecting.taps.items() if names}
+        for layer in self._evictor.watched:
+            taps.setdefault(layer, set()).add("q")
+        for layer in self.teacher.layers:
+            taps.setdefault(layer, set()).update(TAPS[Query.ALL])
+        self.taps, self.tapped = taps, frozenset(taps)
         self._returning = Returning(adapter, pruners, self.tapped)
         self.planned = PlannedLayers(adapter, pruners, self._plans, tapped=self.tapped, state=state)
         self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)

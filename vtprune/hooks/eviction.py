@@ -31,7 +31,8 @@ from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InCache
 from vtprune.method.views import CachedRow, CacheEntries
-from vtprune.tensors.attention import Sight, attention_sums, full_precision
+from vtprune.tensors.attention import SightByPlaces, attention_sums, full_precision, rows_at_once
+from vtprune.tensors.taps import tapped
 
 
 class Evictor:
@@ -73,9 +74,11 @@ class Evictor:
         if not rows:
             return None
         prompts = {span.row for span in run.spans} & set(rows)
-        cuts = aux.get(CUTS, torch.zeros(prompt.batch, 1, device=prompt.device)).clone()
-        cuts.index_fill_(0, torch.tensor(sorted(prompts), dtype=torch.long, device=cuts.device), 0)
-        aux[CUTS] = cuts
+        if CUTS in aux:
+            begun = torch.tensor(sorted(prompts), dtype=torch.long, device=aux[CUTS].device)
+            aux[CUTS] = aux[CUTS].index_fill(0, begun, 0)
+        else:
+            aux[CUTS] = torch.zeros(prompt.batch, 1, device=prompt.device)
         known = replace(known, images=images)
         return Watch(of=self, pruner=pruner, rows=rows, prompts=prompts, known=known, device=prompt.device)
 
@@ -139,6 +142,16 @@ class Held:
 
 
 @dataclass(frozen=True)
+class _Layer:
+    """What is looked at of a layer that ran, as in `LayerView`."""
+
+    index: int
+    taps: dict[str, Tensor]
+    embeddings: tuple[Tensor, Tensor]
+    places: Tensor | None
+
+
+@dataclass(frozen=True)
 class Watch(Observer):
     """Watches the rows whose attention in this forward decides what leaves their caches, and cuts these in the end.
 
@@ -154,56 +167,118 @@ class Watch(Observer):
     _held: dict[tuple[int, int, int], Held] = field(default_factory=dict)
     _slots: dict[int, tuple[Tensor, Ints]] = field(default_factory=dict)
     _images: dict[int, tuple[Held, Ints]] = field(default_factory=dict)
-    _sights: dict[tuple[int, int, torch.device], tuple[Held, Held, Sight]] = field(default_factory=dict)
+    # The layers that ran and were not looked at so far.
+    _waiting: list[_Layer] = field(default_factory=list)
+    # By row, the layers of which the method wants the density, and what tokens got in each.
+    _sums: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    _sights: dict[tuple[int, int, torch.device], tuple[Held, Held, SightByPlaces]] = field(default_factory=dict)
 
     def wants(self, index: int) -> bool:
         """Whether the attention of this layer counts."""
         return index in self.of.watched
 
-    @torch.no_grad()
     def after(self, run: DecoderRun, view: LayerView) -> LayerView:
-        """Adds the attention of this forward in a layer to what the cache's entries got before."""
-        assert run.layers is not None
-        with full_precision(view.hidden.device), run.checks.collecting():
-            self._add(run, view, run.entries(view.index))
+        """Adds the attention of this forward in a layer to what the cache's entries got before: at once, or together
+        with that of the next layers, as long as their queries are few."""
+        if self._waiting and not self._waits_with(run, view):
+            self._look(run)
+        self._waiting.append(_Layer(view.index, view.taps, view.embeddings, view.places))
+        if view.index == max(self.of.watched):
+            self._look(run)
+            self._note_densities(run)
         return view
 
-    def _add(self, run: DecoderRun, view: LayerView, layer: PrunedLayer) -> None:
-        index, offset, adapter = view.index, run.prompt.offset, self.of.adapter
-        assert layer.keys is not None
-        query = adapter.decoder_query(view.taps, view.embeddings)
-        slots, asked = layer.slots, view.places
-        scores = layer.values_of(SCORES)
-        densities: dict[int, Tensor] = {}
-        for row in self.rows:
-            held, own = self._places(row, slots, 0), self._places(row, asked, offset)
-            sight = self._sight(own, held, query.device)
-            sums = attention_sums(own.of(query[row]), held.of(layer.keys[row]), sight, adapter.decoder_scale)
-            sums = sums.unflatten(0, (layer.keys.shape[1], -1))
-            if row in self.prompts and index in self.of.dense:
-                later = (held.known >= offset).nonzero()[0]
-                new = sums[..., torch.from_numpy(later).to(query.device)] if offset else sums
-                densities[row] = self.pruner.density(check_scores(new, self.pruner.name))
-            if held.whole:
-                scores[row].add_(sums.sum(dim=1))
-            else:
-                scores[row].index_add_(1, held.columns.to(query.device), sums.sum(dim=1).to(scores))
-        if densities:
-            known = layer.aux.get(DENSITY)
-            density = torch.zeros(run.prompt.batch, 1, device=query.device) if known is None else known.clone()
-            for row, value in densities.items():
-                density[row] = value
-            layer.aux[DENSITY] = density
-        if index in self.of.cut:
-            layer.entries[SCORES] = scores
+    def _waits_with(self, run: DecoderRun, view: LayerView) -> bool:
+        """Whether a layer is looked at together with those that wait: of one sequence, with the same tokens, and no
+        more queries than are turned at once."""
+        first, count = self._waiting[0], len(self._waiting)
+        layer, other = run.entries(view.index), run.entries(first.index)
+        query = tapped(view.taps, "q")
+        if run.prompt.batch > 1 or view.places is not first.places or layer.places is not other.places:
+            return False
+        if view.embeddings[0] is not first.embeddings[0] or query.device != tapped(first.taps, "q").device:
+            return False
+        return count < rows_at_once(query.device, query.numel())
 
-    def _sight(self, own: Held, held: Held, device: torch.device) -> Sight:
+    @torch.no_grad()
+    def _look(self, run: DecoderRun) -> None:
+        """Adds the attention in the layers that wait, which have the same tokens: their queries are turned at once,
+        their maps summed up one by one, each while it is in a processor's cache."""
+        waiting, adapter, offset = list(self._waiting), self.of.adapter, run.prompt.offset
+        self._waiting.clear()
+        layers = [run.entries(one.index) for one in waiting]
+        slots, asked = layers[0].slots, waiting[0].places
+        with full_precision(run.prompt.device):
+            taps = {"q": _joined([tapped(one.taps, "q") for one in waiting])}
+            queries = adapter.decoder_query(taps, waiting[0].embeddings).chunk(len(waiting))
+            found: list[dict[int, Tensor]] = [{} for _ in waiting]
+            for row in self.rows:
+                held, own = self._places(row, slots, 0), self._places(row, asked, offset)
+                sight = self._sight(own, held, queries[0].device)
+                later = None
+                if offset and row in self.prompts:
+                    later = torch.from_numpy((held.known >= offset).nonzero()[0]).to(queries[0].device)
+                for one, layer, query, sums in zip(waiting, layers, queries, found, strict=True):
+                    keys = _keys(layer)
+                    own_sums = attention_sums(own.of(query[row]), held.of(keys[row]), sight, adapter.decoder_scale)
+                    own_sums = own_sums.unflatten(0, (keys.shape[1], -1))
+                    if row in self.prompts and one.index in self.of.dense:
+                        new = own_sums if later is None else own_sums[..., later]
+                        self._sums.setdefault(row, []).append((one.index, new))
+                    shared = own_sums.shape[1] > 1
+                    sums[row] = (own_sums.sum(dim=1) if shared else own_sums[:, 0]).float()
+        for one, layer, sums in zip(waiting, layers, found, strict=True):
+            if one.index in self.of.cut:
+                layer.entries[SCORES] = self._scored(layer, sums)
+
+    def _scored(self, layer: PrunedLayer, sums: dict[int, Tensor]) -> Tensor:
+        """(B, Hkv, K) what the entries of a layer got so far and now; sums: (Hkv, n) of the tokens of some rows."""
+        held = self._places(self.rows[0], layer.slots, 0)
+        if len(sums) == len(_keys(layer)) == 1 and held.whole and SCORES not in layer.entries:
+            return sums[0][None]
+        scores = layer.values_of(SCORES)
+        for row, own in sums.items():
+            held = self._places(row, layer.slots, 0)
+            if held.whole:
+                scores[row].add_(own)
+            else:
+                scores[row].index_add_(1, held.columns.to(scores.device), own.to(scores))
+        return scores
+
+    @torch.no_grad()
+    def _note_densities(self, run: DecoderRun) -> None:
+        """Leaves with the caches of the layers how dense the attention of the prompts' rows was, of all layers at
+        once; raises ScoreError for NaN."""
+        if not self._sums:
+            return
+        with full_precision(run.prompt.device), run.checks.collecting():
+            found = {row: self._densities([own for _, own in sums]) for row, sums in self._sums.items()}
+        indices = [index for index, _ in next(iter(self._sums.values()))]
+        batch, table = run.prompt.batch, _stacked(list(found.values()))[..., None]
+        for index, own in zip(indices, table, strict=True):
+            aux = run.entries(index).aux
+            if len(found) < batch:
+                # 0 where none was ever found.
+                rows = torch.tensor(list(found), device=own.device)
+                known = aux[DENSITY].to(own.device) if DENSITY in aux else own.new_zeros(batch, 1)
+                own = known.index_copy(0, rows, own)
+            aux[DENSITY] = own
+
+    def _densities(self, sums: list[Tensor]) -> Tensor:
+        """(l,) of one row in l layers, by what its tokens got in each; raises ScoreError for NaN."""
+        device, name = sums[0].device, self.pruner.name
+        if len({own.shape for own in sums}) == 1:
+            stacked = torch.stack([own.to(device) for own in sums])
+            return self.pruner.densities(check_scores(stacked, name, still=True))
+        return torch.cat([self.pruner.densities(check_scores(own[None], name)).to(device) for own in sums])
+
+    def _sight(self, own: Held, held: Held, device: torch.device) -> SightByPlaces:
         """Which of the tokens `held` the input's `own` ones see; layers with the same ones share it."""
         key = id(own), id(held), device
         if key not in self._sights:
             seen = np.searchsorted(held.known, own.known, side="right").tolist()
             # Both are kept with it, so that their ids are not given to others.
-            self._sights[key] = own, held, Sight(own.places.to(device), held.places.to(device), seen)
+            self._sights[key] = own, held, SightByPlaces(own.places.to(device), held.places.to(device), seen)
         return self._sights[key][2]
 
     def _places(self, row: int, slots: Tensor | None, first: int) -> Held:
@@ -342,6 +417,21 @@ class Watch(Observer):
         # Where nothing was dropped so far, columns are places.
         heads = columns[None] if layer.places is None else _head_slots(layer).gather(2, columns[None])
         layer.cut_heads(keys, values, heads, entries=entries, real=[columns.shape[1]])
+
+
+def _keys(layer: PrunedLayer) -> Tensor:
+    assert layer.keys is not None
+    return layer.keys
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts as one along their first dimension; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """(l, B) of so many (l,); one alone is not copied."""
+    return parts[0][:, None] if len(parts) == 1 else torch.stack(parts, dim=1)
 
 
 def _numbered(known: Ints, new: list[ImageSpan]) -> Ints:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import with_cache
@@ -52,6 +52,14 @@ class ProbeRun(DecoderRun):
         self.hidden = args[0] if args else kwargs["hidden_states"]
         self.embeddings = kwargs["position_embeddings"]
         raise ProbeEnd
+
+
+class _Passing(DynamicLayer):
+    """A cache layer that holds nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values as they are."""
+        return key_states, value_states
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,17 @@ class Prober:
         """The last query and all keys of decoder layer `layer`; layers 0 .. layer - 1 run."""
         run = ProbeRun(self.run, layer, self.adapter.new_cache)
         # Outputs that were asked for are those of the pass that counts.
-        quiet = {"use_cache": run.cache is not None, "output_hidden_states": False, "output_attentions": False}
+        quiet: dict[str, Any] = {"output_hidden_states": False, "output_attentions": False}
+        cache = run.cache
+        if cache is None and self._says_nothing(self.kwargs.get("attention_mask")):
+            # The model would wait for the device to find that out once more, or, without a cache, for whether several
+            # conversations are packed into a row.
+            quiet["attention_mask"], cache = None, Cache(layer_class_to_replicate=_Passing)
+        quiet["use_cache"] = cache is not None
         # Not by way of the module's hooks: this is no forward of the decoder that anybody else should see.
         forward = self.module.forward
         with contextlib.suppress(ProbeEnd):
-            forward(*self.args, **{**with_cache(forward, self.kwargs, run.cache), **quiet, RUN: run})
+            forward(*self.args, **{**with_cache(forward, self.kwargs, cache), **quiet, RUN: run})
         assert run.hidden is not None
         assert run.embeddings is not None
         places = run.layout(layer).places
@@ -139,3 +153,8 @@ class Prober:
             last=last,
             where=where,
         )
+
+    def _says_nothing(self, mask: Any) -> bool:
+        """Whether a mask marks no padding, as the host knows; layers of linear attention look into a cache."""
+        plain = isinstance(mask, Tensor) and mask.ndim == 2 and not self.run.prompt.offset and not self.run.states
+        return plain and bool((self.run.prompt.outline.number >= 0).all())

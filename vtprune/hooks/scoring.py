@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -10,13 +10,14 @@ from torch import Tensor
 from vtprune.adapters.base import Adapter
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun, LayerView
+from vtprune.method.deferred import later
 from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import NOTHING, BetweenLayers, Query, Read
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.compaction import fill_index
 
-States = tuple[Tensor, Tensor, Tensor]
+States = tuple[Tensor, Tensor]
 
 
 class DecoderScoring:
@@ -28,17 +29,16 @@ class DecoderScoring:
 
     @torch.no_grad()
     def states(self, view: LayerView, asks: Query, last: Tensor | None) -> States:
-        """q, k and v of the layer that ran, or what `asks` says of them: the queries in the columns `last` (B, C)
+        """q and k of the layer that ran, or what `asks` says of them: the queries in the columns `last` (B, C)
         alone, these and all keys of the next layer, or no columns at all."""
         if asks is Query.NOBODY:
             none = view.hidden.new_empty(view.hidden.shape[0], 0, 0, 0)
-            return none, none, none
+            return none, none
         if asks is not Query.NEXT_LAYER:
             return self.adapter.decoder_states(view.taps, view.embeddings, last)
         assert last is not None
         module = self._modules[view.index + 1]
-        query, key = self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
-        return query, key, key[:, :, :0]
+        return self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
 
 
 class SeenLayer:
@@ -63,18 +63,39 @@ class SeenLayer:
         places = self._view.places
         return None if places is None else fill_index(places, self._run.prompt.length)
 
-    def _columns(self, span: ImageSpan) -> tuple[Tensor, Tensor]:
-        """Those of an image's tokens and of its text's."""
-        places, vision, words = self._view.places, span.standing, self._text[span.key]
+    def _vision(self, span: ImageSpan) -> Tensor:
+        """The columns of an image's tokens."""
+        places = self._view.places
         if places is None:
-            return vision, words
+            return span.standing
         if len(places) == 1:
-            # Images are alive where they are asked about; of the text line ends may be gone.
-            at = torch.searchsorted(places[0], words, right=True)
-            return torch.searchsorted(places[0], vision), (at - 1).clamp_(min=0)
-        where = self._where
-        assert where is not None
-        return where[span.row].index_select(0, vision), where[span.row].index_select(0, words)
+            # Images are alive where they are asked about.
+            return torch.searchsorted(places[0], span.standing)
+        assert self._where is not None
+        return self._where[span.row].index_select(0, span.standing)
+
+    def _words_of(self, span: ImageSpan) -> Tensor:
+        """The columns of an image's text."""
+        places, words = self._view.places, self._text[span.key]
+        if places is None:
+            return words
+        if len(places) == 1:
+            # Of the text line ends may be gone.
+            return (torch.searchsorted(places[0], words, right=True) - 1).clamp_(min=0)
+        assert self._where is not None
+        return self._where[span.row].index_select(0, words)
+
+    @cached_property
+    def _values(self) -> Tensor:
+        return self._scoring.adapter.decoder_values(self._view.taps)
+
+    @torch.no_grad()
+    def _value(self, row: int) -> Tensor:
+        return self._values[row]
+
+    def _after(self, span: ImageSpan) -> int:
+        """The column after an image's last token."""
+        return self._run.column_after(span, [kept.numel() for kept in self._view.kept], packed=self._packed)
 
     def of(self, span: ImageSpan, order: int) -> DecoderLayer:
         """For one image, and the method at place `order` of the list."""
@@ -86,11 +107,10 @@ class SeenLayer:
         if asks not in self._states:
             last_alone = asks in (Query.LAST, Query.NEXT_LAYER)
             self._states[asks] = scoring.states(view, asks, self._last if last_alone else None)
-        query, key, value = (part[row] for part in self._states[asks])
+        query, key = (part[row] for part in self._states[asks])
         hidden = Read.HIDDEN in looks
         if asks in (Query.LAST, Query.NEXT_LAYER):
             query = query[:, span.talk, None]
-        vision, words = self._columns(span)
         first, last = (ends[row][span.talk] for ends in self._ends)
         cos, sin = (part[row if len(part) > 1 else 0] for part in view.embeddings)
         entered = span.entered.numel()
@@ -98,8 +118,8 @@ class SeenLayer:
         return DecoderLayer(
             query=query,
             key=key,
-            value=value,
-            vision=vision,
+            value=later(partial(self._value, row)) if asks is Query.ALL else key[:, :0],
+            vision=self._vision(span),
             last=last,
             scale=scoring.adapter.decoder_scale,
             total=span.image.total,
@@ -107,7 +127,7 @@ class SeenLayer:
             budget=span.kept.numel() if budget is None else budget,
             index=view.index,
             depth=pruner.model.decoder_depth,
-            text=words,
+            text=later(partial(self._words_of, span)),
             memory=span.memories.get(order, {}),
             entered=entered,
             processed=span.processed,
@@ -115,6 +135,6 @@ class SeenLayer:
             final_norm=scoring.adapter.final_normed if hidden else None,
             rotary=(cos, sin),
             first=first,
-            text_after=span.words_after(self._words[span.key]),
-            after=self._run.column_after(span, [kept.numel() for kept in view.kept], packed=self._packed),
+            text_after=later(partial(span.words_after, self._words[span.key])),
+            after=later(partial(self._after, span)),
         )

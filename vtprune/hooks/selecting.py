@@ -43,8 +43,8 @@ from vtprune.method.views import DecoderLayer, Rectangle, VisionStream
 from vtprune.tensors.attention import full_precision
 
 Shared = TypeVar("Shared", VisionStream, DecoderLayer)
-# Whose queries are found in what the layer that ran projected.
-TAPPED = (Query.ALL, Query.LAST)
+# What is tapped of a layer by whose queries a method goes.
+TAPS: dict[Query, tuple[str, ...]] = {Query.ALL: ("q", "k", "v"), Query.LAST: ("q", "k")}
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Selecting:
     """Asks the methods of one wrapped model, in their order, which tokens of each image enter the decoder, and says
     after which layers they are asked again.
 
-    layers: those layers; read: those whose projections methods look at; cut: the layers whose caches are cut, in the
-    end, to what the last one left.
+    layers: those layers; taps: by layer, what methods read of its projections; cut: the layers whose caches are cut,
+    in the end, to what the last one left.
     """
 
     def __init__(
@@ -127,8 +127,10 @@ class Selecting:
                 for index in {layer for form in forms(pruner) for layer in drop_layers(form)}:
                     self._by_layer.setdefault(index, []).append((order, pruner))
         self.layers = frozenset(self._by_layer)
-        looking = [own for own in self._by_layer if any(one.query in TAPPED for _, one in self._by_layer[own])]
-        self.read = frozenset(looking)
+        self.taps = {
+            layer: {tap for _, one in acting for tap in TAPS.get(one.query, ())}
+            for layer, acting in self._by_layer.items()
+        }
         self.cut = frozenset(index for pruner in self.pruners for index in cut_caches(pruner))
         # Why images were kept whole, as far as that was warned of.
         self._told: set[str] = set()

@@ -162,5 +162,6 @@ class Wrapping(Installed):
     def _install_taps(self, adapter: Adapter) -> None:
         encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)
         projections = [adapter.encoder_projections(encoder_layers[index]) for index in sorted(self._encoder.tapped)]
-        projections += [adapter.decoder_taps(decoder_layers[index]) for index in sorted(self._decoder.tapped)]
+        for index, names in sorted(self._decoder.taps.items()):
+            projections.append(adapter.decoder_taps(decoder_layers[index]).only(names))
         self._taps.follow([one.modules for one in projections])

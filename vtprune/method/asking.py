@@ -59,6 +59,8 @@ def together(calls: Sequence[Asking[T]]) -> list[T]:
                 questions[index] = calls[index].send(values)
             except StopIteration as end:
                 answers[index] = end.value
+        if not questions:
+            break
         told = dict(zip(questions, read_back(list(questions.values())), strict=True))
     return [answers[index] for index in range(len(calls))]
 

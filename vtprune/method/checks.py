@@ -75,7 +75,8 @@ class Checks:
         waiting = [check.scores for check in found if check.ends is None and check.scores is not None]
         device = (known or waiting)[0].device
         if waiting:
-            known += torch.aminmax(torch.cat([scores.flatten().to(device) for scores in waiting]))
+            flat = [scores.flatten().to(device) for scores in waiting]
+            known += torch.aminmax(flat[0] if len(flat) == 1 else torch.cat(flat))
         ends = torch.stack([end if end.device == device else end.to(device) for end in known])
         # Counts of tokens are told apart in fp32.
         told = (ends if asked is None else torch.cat([ends, asked.to(ends)])).tolist()

@@ -265,14 +265,14 @@ class InCache(Pruner):
         """Decoder layers of which `evict` needs the density."""
         return self.evict_layers()
 
-    def density(self, sums: Tensor) -> Tensor:
-        """A number, as a tensor, for the attention of one row in one layer, which `evict` finds in
+    def densities(self, sums: Tensor) -> Tensor:
+        """(l,) a number for the attention of one row in each of l layers, which `evict` finds in
         `CachedRow.densities`.
 
-        sums: (Hkv, G, n) what each token of the prompt got from all of its tokens, by query head, G of which share a
-        key-value head.
+        sums: (l, Hkv, G, n) what each token of the prompt got from all of its tokens, by query head, G of which share
+        a key-value head.
         """
-        return sums.new_zeros(())
+        return sums.new_zeros(len(sums))
 
     @abstractmethod
     def evict(self, row: CachedRow) -> list[Eviction | None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vtprune.method.answers import Routes
 from vtprune.method.choosing import best_columns, best_of_each
+from vtprune.method.deferred import deferring, later
 from vtprune.method.kinds import IMAGE
 from vtprune.tensors.attention import attention_received, attention_received_and_given, attention_rows
 
@@ -166,6 +167,7 @@ class EncoderLayer:
         return torch.nn.functional.pad(marks, (1, 0), value=False)
 
 
+@deferring("value", "text", "text_after", "after")
 @dataclass(frozen=True)
 class DecoderLayer:
     """One decoder layer during prefill after it ran, for the vision tokens of one image in one row.
@@ -190,6 +192,7 @@ class DecoderLayer:
     first: place of the row's first token; what stands before it is padding.
     text_after: how many of `text`, the last ones, stand after the image; after: the place after its last token
         (both read back where not given).
+    value, text, text_after and after may be worked out when they are first read (`vtprune.method.deferred.later`).
 
     In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
     `Query.NEXT_LAYER`, and n counts the tokens of this turn that are left.
@@ -218,10 +221,9 @@ class DecoderLayer:
     after: int = -1
 
     def __post_init__(self) -> None:
-        if self.after < 0:
-            end = int(self.vision[-1])
-            object.__setattr__(self, "after", end + 1)
-            object.__setattr__(self, "text_after", int((self.text > end).sum()))
+        if vars(self)["after"] == -1:
+            object.__setattr__(self, "after", later(lambda: int(self.vision[-1]) + 1))
+            object.__setattr__(self, "text_after", later(lambda: int((self.text >= self.after).sum())))
 
     @property
     def last_query(self) -> Tensor:
@@ -311,8 +313,8 @@ class CacheEntries:
 class CachedRow:
     """One row's cache after a forward that brought no image, for the layers that a method may cut.
 
-    layers: the layers of `InCache.evict_layers`, in order; densities: `InCache.density` of each layer that was asked,
-    by its index; totals: tokens of each whole image that is to be cut, by its number; first: whether nothing of the
+    layers: the layers of `InCache.evict_layers`, in order; densities: `InCache.densities` of the layers that were
+    asked, by index; totals: tokens of each whole image that is to be cut, by its number; first: whether nothing of the
     row was cut since its last prompt with an image.
     """
 

@@ -33,21 +33,24 @@ def spread_of_columns(sums: Tensor) -> Tensor:
     """The variance of the attention that tokens get, as a share of the largest that there could be, which is N where
     all N tokens attend to one alone; the mean over key-value heads of that of their mean map.
 
-    sums: (Hkv, G, N) column sums of the attention maps of the G query heads that share each of them; each sums to N.
+    sums: (..., Hkv, G, N) column sums of the attention maps of the G query heads that share each of them; each sums to
+    N. Returns (...).
     """
-    heads = sums.mean(dim=1)
-    tokens = heads.shape[1]
-    return heads.var(dim=1).mean() / tokens if tokens > 1 else sums.new_zeros(())
+    group, tokens = sums.shape[-2:]
+    if tokens < 2:
+        return sums.new_zeros(sums.shape[:-3])
+    heads = sums.mean(dim=-2) if group > 1 else sums.squeeze(-2)
+    return heads.var(dim=-1).mean(dim=-1) / tokens
 
 
 def skew_of_heads(sums: Tensor) -> Tensor:
-    """The released code's number: the variances of (Hkv, G, N) column sums by query head, scaled to 0 .. 1 among the
-    heads of the layer, and their mean."""
-    if sums.shape[2] < 2:
-        return sums.new_zeros(())
-    variance = sums.var(dim=2)
-    low, high = variance.min(), variance.max()
-    return ((variance - low) / (high - low + 1e-6)).mean()
+    """The released code's number: the variances of (..., Hkv, G, N) column sums by query head, scaled to 0 .. 1 among
+    the heads of the layer, and their mean: (...)."""
+    if sums.shape[-1] < 2:
+        return sums.new_zeros(sums.shape[:-3])
+    variance = sums.var(dim=-1).flatten(-2)
+    low, high = torch.aminmax(variance, dim=-1, keepdim=True)
+    return ((variance - low) / (high - low + 1e-6)).mean(dim=-1)
 
 
 def flatness(densities: Sequence[float]) -> list[float]:
@@ -229,8 +232,8 @@ class D2O(InCache):
         """Where text may go."""
         return self.text
 
-    def density(self, sums: Tensor) -> Tensor:
-        """How concentrated attention is in a layer, from 0 to 1."""
+    def densities(self, sums: Tensor) -> Tensor:
+        """How concentrated attention is in each layer, from 0 to 1."""
         return skew_of_heads(sums) if self.released else spread_of_columns(sums)
 
     def _sizes(self, row: CachedRow, held: list[int], tokens: int) -> list[int]:

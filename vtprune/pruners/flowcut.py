@@ -192,7 +192,7 @@ class FlowCut(InEncoder, BetweenLayers):
         if remaining % 2:
             return None
         # What is no number in the attention, or in an earlier layer's score, is none here.
-        score = check_scores(score, self.name)
+        score = check_scores(score, self.name, still=True)
         left = tuple(map(min, layer.alive, layer.budgets))
         if remaining:
             share = attention if layer.prefix else shares(attention)

@@ -158,7 +158,7 @@ class GammaMoD(InLayers, Trained):
             loss = self._loss(logits, torch.ones_like(tokens.real), tokens) if tokens.training else None
             return Routes(gate=gate, loss=loss)
         scores = gate.detach() if tokens.whole else gate.detach().masked_fill(~tokens.real, 0.0)
-        scores = check_scores(scores, self.name)
+        scores = check_scores(scores, self.name, still=True)
         decided = self._decided(scores, tokens)
         routes = tokens.best(scores) if decided is None else Routes(decided | ~tokens.real)
         loss = None

@@ -170,7 +170,7 @@ class IARED2(InEncoder, Trained):
             # Nothing is dropped, so that the layer that teaches sees every token.
             layer.memory[self._note(place)] = found
             return None
-        found = check_scores(found, self.name)
+        found = check_scores(found, self.name, still=True)
         if self.keep is None:
             return EncoderSelection.drop(likely(found, layer.valid))
         counts = self._counts(layer, place, layer.budgets)

@@ -132,7 +132,7 @@ class PMoD(Scheduled, InLayers, Trained):
         logits = tokens.module[str(tokens.index)](tokens.hidden)[..., 0].to(text.device)
         # The order of the gates, without the ties that saturated ones make.
         own = logits.detach() if self.scale >= 0 else -logits.detach()
-        routes = replace(tokens.best(check_scores(own, self.name)), read=self.reads_skipped)
+        routes = replace(tokens.best(check_scores(own, self.name, still=True)), read=self.reads_skipped)
         gates = self.gates(logits, text).masked_fill(text, 1.0)
         if self.variant == "paper":
             return replace(routes, scale=gates, branch=gates)

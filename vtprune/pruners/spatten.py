@@ -21,7 +21,7 @@ from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.attending import snapped
 from vtprune.pruners.parts.checks import check_choice, check_share, is_number
 from vtprune.pruners.parts.staged import Staged
-from vtprune.tensors.attention import Sight, attention_sums
+from vtprune.tensors.attention import CausalSight, attention_sums
 
 # The share of the layers that the paper leaves whole, and the fewest of them by its re-implementation in LTP.
 WHOLE, FEWEST = 0.15, 3
@@ -62,9 +62,7 @@ def stages(table: schedules.Ratios, depth: int) -> tuple[tuple[int, ...], schedu
 def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """(n,) fp32 attention that each token gets from all tokens that see it, summed over rows and heads; query, key:
     (H, n, d) of one sequence under a causal mask."""
-    place = torch.arange(key.shape[1], device=key.device)
-    seen = range(1, key.shape[1] + 1)
-    return attention_sums(query, key, Sight(place, place, seen), scale).sum(dim=0)
+    return attention_sums(query, key, CausalSight(key.device), scale).sum(dim=0)
 
 
 @register(

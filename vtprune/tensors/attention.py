@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -78,33 +79,81 @@ def _accumulate(
     return received / (heads * (tokens - skip))
 
 
-class Sight:
-    """Which keys each of some queries sees: those at or before its own place. What hides the others is made once,
-    whatever the layers that ask.
+class Sight(ABC):
+    """Which keys each of some queries sees. What hides the others is made once, whatever the layers that ask."""
 
-    asked: (Q,) the places of the queries; places: (N,) those of the keys; seen: (Q,) how many of the keys lie at or
-    before each query's place, where both stand in order of their places: keys that no query of a chunk sees are left
-    out.
-    """
-
-    def __init__(self, asked: Tensor, places: Tensor, seen: Sequence[int] | None = None) -> None:
-        self.asked, self.places, self.seen = asked, places, seen
+    def __init__(self) -> None:
         self._hidden: dict[tuple[int, int, bool], Tensor] = {}
 
+    @abstractmethod
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Of the queries `start` .. `stop` - 1: how many keys all of them see, and how many any of them."""
-        return (0, len(self.places)) if self.seen is None else (self.seen[start], self.seen[stop - 1])
+        """Of the queries `start` .. `stop` - 1: how many keys, the first ones, all of them see, and how many any of
+        them; keys that no query of a chunk sees are left out of its products."""
+
+    @abstractmethod
+    def hides(self, start: int, stop: int) -> bool:
+        """Whether one of these queries may not see a key that another one sees."""
+
+    @abstractmethod
+    def make(self, start: int, stop: int, *, whole: bool) -> Tensor:
+        """What `hidden` answers."""
 
     def hidden(self, start: int, stop: int, *, whole: bool) -> Tensor:
         """(q, n) bool which keys each of these queries does not see, of those that not all of them see; whole: fp32,
         what that adds to the logits of all keys that any of them sees, 0 or -inf."""
         known = (start, stop, whole)
         if known not in self._hidden:
-            first, end = self.span(start, stop)
-            own = self.places[0 if whole else first : end] > self.asked[start:stop, None]
-            added = torch.zeros(1, 1, device=own.device).masked_fill(own, float("-inf")) if whole else own
-            self._hidden[known] = added
+            self._hidden[known] = self.make(start, stop, whole=whole)
         return self._hidden[known]
+
+
+class SightByPlaces(Sight):
+    """Queries see the keys at or before their own places.
+
+    asked: (Q,) the places of the queries; places: (N,) those of the keys; seen: (Q,) how many of the keys lie at or
+    before each query's place, where both stand in order of their places.
+    """
+
+    def __init__(self, asked: Tensor, places: Tensor, seen: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self._asked, self._places, self._seen = asked, places, seen
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """All keys, unless it is known how many of them are seen."""
+        return (0, len(self._places)) if self._seen is None else (self._seen[start], self._seen[stop - 1])
+
+    def hides(self, start: int, stop: int) -> bool:
+        """A query alone sees all keys of its chunk where it is known how many these are."""
+        return self._seen is None or stop - start > 1
+
+    def make(self, start: int, stop: int, *, whole: bool) -> Tensor:
+        """The places, compared."""
+        first, end = self.span(start, stop)
+        own = self._places[0 if whole else first : end] > self._asked[start:stop, None]
+        return torch.zeros(1, 1, device=own.device).masked_fill(own, float("-inf")) if whole else own
+
+
+class CausalSight(Sight):
+    """Queries see their own key and those before it: there are as many of both, in one order."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Up to the first query's own key, and up to the last one's."""
+        return start + 1, stop
+
+    def hides(self, start: int, stop: int) -> bool:
+        """A query alone sees all keys of its chunk."""
+        return stop - start > 1
+
+    def make(self, start: int, stop: int, *, whole: bool) -> Tensor:
+        """Triangles."""
+        count = stop - start
+        if whole:
+            return torch.full((count, stop), float("-inf"), device=self._device).triu_(start + 1)
+        return torch.ones(count, count - 1, dtype=torch.bool, device=self._device).triu_()
 
 
 def attention_sums(query: Tensor, key: Tensor, sight: Sight, scale: float) -> Tensor:
@@ -124,7 +173,7 @@ def attention_sums(query: Tensor, key: Tensor, sight: Sight, scale: float) -> Te
         some = (query if stop - start == count else query[:, start:stop]).float()
         some = some.reshape(len(key), group * (stop - start), width)
         # Where most is hidden it is added as the product is made; else it is filled in behind what all queries see.
-        whole, hides = 2 * first < end, sight.seen is None or stop - start > 1
+        whole, hides = 2 * first < end, sight.hides(start, stop)
         if whole and hides:
             added = sight.hidden(start, stop, whole=True).to(some.dtype)
             added = added if group == 1 else added.repeat(group, 1)

@@ -12,6 +12,8 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turning = cos.shape[-1]
     if turning < states.shape[-1]:
         return torch.cat([rotate(states[..., :turning], cos, sin), states[..., turning:]], dim=-1)
-    half = turning // 2
-    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
-    return torch.addcmul(states * cos, turned, sin)
+    half, turned = turning // 2, states * cos
+    # Half by half, so that no half is copied to its other place first.
+    turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return turned

@@ -166,7 +166,7 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
             if count >= tokens:
                 return None
         rows = dual.rows_after(layer, text_only=self.variant == "paper")
-        attention = check_scores(attention_to_image(layer, rows), self.name)
+        attention = check_scores(attention_to_image(layer, rows), self.name, still=True)
         if count:
             scores, held = dual.threshold_factor(attention), layer.memory["held"]
             return Selection(dual.top_with_key(scores, key, count, held), sound=True)

@@ -216,7 +216,8 @@ class Staged(Dropping):
     @abstractmethod
     def scores(self, layer: DecoderLayer) -> Tensor:
         """(N,) how much each token of the image matters to the prompt: what the layer just before computed, read
-        where the image's tokens stand, as in `layer.key[:, layer.vision]`."""
+        where the image's tokens stand, as in `layer.key[:, layer.vision]`. Nobody writes into the answer: it is
+        looked at once more when the forward ends."""
 
     @property
     def decides(self) -> bool:
@@ -235,7 +236,7 @@ class Staged(Dropping):
         count = layer.budget
         if count >= layer.vision.numel() and not self.decides:
             return None
-        scores = check_scores(self.scores(layer), self.name)
+        scores = check_scores(self.scores(layer), self.name, still=True)
         if self.decides:
             count = self.entropy_count(layer, scores)
         return None if count >= scores.numel() else Selection.best(scores, count)

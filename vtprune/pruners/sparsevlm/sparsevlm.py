@@ -191,7 +191,7 @@ class SparseVLM(Staged):
             attention = check_scores(attention_to_image(layer, self.rows(layer)), self.name)
             scores, most = attention.mean(dim=0), self.rank_count(attention)
         else:
-            scores, most = check_scores(self.scores(layer), self.name), alive
+            scores, most = check_scores(self.scores(layer), self.name, still=True), alive
             room = self.entropy_count(layer, scores) if self.decides else room
         direct = min(most, direct_count(alive, room) if self.recycles else room)
         left = direct + (min(cluster_count(alive - direct), room - direct) if self.recycles else 0)
