@@ -59,6 +59,18 @@ def test_times_of_a_growing_method_are_to_the_first_token_with_all_attempts() ->
     assert len(ran) >= 4
 
 
+def test_what_a_wrapped_model_does_only_once_is_not_timed() -> None:
+    model, processor = load_model("tiny-llava")
+    inputs = [encode(processor, [question(open_picture(EXAMPLE_IMAGE), f"{number} circles?")]) for number in range(5)]
+    ran: list[bool] = []
+    handle = model.model.language_model.register_forward_hook(lambda *args: ran.append(vtprune.is_wrapped(model)))
+    times = measure_prefill(model, inputs, {"unpruned": None, "ours": "grid:keep=0.5"}, rounds=2)
+    handle.remove()
+    assert {name: len(own) for name, own in times.milliseconds.items()} == {"unpruned": 10, "ours": 10}
+    # Four prompts in a row and one, each row after one more.
+    assert ran == [*[False] * 5, *[True] * 5, *[False] * 2, *[True] * 2] * 2
+
+
 def test_the_bench_and_ask_run_it(tmp_path: Path) -> None:
     result = run("bench", "--methods", "none,auto", "--limit", "5", "--output", tmp_path / "bench")
     assert result.exit_code == 0, result.output
