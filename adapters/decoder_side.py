@@ -142,14 +142,16 @@ class DecoderSide(ABC):
         return float(layer.self_attn.scaling)
 
     def decoder_states(
-        self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | None = None
+        self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """q and k (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
-        (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns."""
+        (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns, of which a
+        number is one of all rows."""
         query, key, whole = tapped(taps, "q"), tapped(taps, "k"), _angles(embeddings)
         if last is not None:
-            turn = _angles(_columns(embeddings, last))
-            return self._turned(gather_tokens(query, last), turn), self._repeated(self._turned(key, whole))
+            cos, sin = embeddings
+            turn = _angles((_columns(cos, last), _columns(sin, last)))
+            return self._turned(_columns(query, last), turn), self._repeated(self._turned(key, whole))
         # Queries and keys are turned as one.
         query, key = self._split(query), self._split(key)
         heads = query.shape[1], key.shape[1]
@@ -165,16 +167,17 @@ class DecoderSide(ABC):
         return self._turned(tapped(taps, "q"), _angles(embeddings))
 
     def query_and_keys(
-        self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor
+        self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor | int
     ) -> tuple[Tensor, Tensor]:
         """What a decoder layer would compute from the hidden states (B, n, D) before it: the queries (B, H, C, d) of
-        the tokens in columns `last` (B, C), and the keys (B, H, n, d) of all, as in `decoder_states`."""
+        the tokens in columns `last`, and the keys (B, H, n, d) of all, as in `decoder_states`."""
         attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
         norms, normed = self.decoder_norms(layer).modules(), self.decoder_normed(layer)(hidden)
         with loaded(layer), loaded(attention):
-            query, key = self.projected_query(modules["q"](gather_tokens(normed, last))), modules["k"](normed)
+            query, key = self.projected_query(modules["q"](_columns(normed, last))), modules["k"](normed)
             query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
-        turn = _angles(_columns(embeddings, last))
+        cos, sin = embeddings
+        turn = _angles((_columns(cos, last), _columns(sin, last)))
         return self._turned(query, turn), self._repeated(self._turned(key, _angles(embeddings)))
 
     def keys_and_values(self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -253,7 +256,6 @@ def _angles(embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return cos.unsqueeze(-3).float(), sin.unsqueeze(-3).float()
 
 
-def _columns(embeddings: tuple[Tensor, Tensor], last: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotary embeddings (B, C, d) of the columns `last` (B, C)."""
-    cos, sin = embeddings
-    return gather_tokens(cos, last), gather_tokens(sin, last)
+def _columns(states: Tensor, last: Tensor | int) -> Tensor:
+    """The states (B, C, ...) in the columns `last` (B, C), or in the one of all rows."""
+    return states[:, last : last + 1] if isinstance(last, int) else gather_tokens(states, last)

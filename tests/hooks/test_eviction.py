@@ -13,6 +13,8 @@ from transformers import DynamicCache, StaticCache
 import vtprune
 from tests.models import IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import TOLERANCE, feed, run_wrapped
+from vtprune.decoder.run import DecoderRun
+from vtprune.hooks.eviction import Watch
 from vtprune.method.pruner import Pruner
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -59,6 +61,42 @@ def test_the_cache_is_whole_after_the_prompt_and_cut_by_the_first_step(kind: str
         assert report.kv_bytes_full == (length + step) * entry * 5
         assert report.kv_bytes_prefill == report.kv_bytes_prefill_full == length * entry * 5
         assert cache.get_seq_length() == length + step
+
+
+@every_model
+@pytest.mark.parametrize(
+    "method", [*METHODS, vtprune.D2O(keep=0.3, variant="released")], ids=["vision", "text", "all"]
+)
+def test_layers_that_are_looked_at_together_are_cut_as_those_by_themselves(
+    kind: str, method: Pruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    look = Watch._look
+
+    def counted(watch: Watch, run: DecoderRun) -> None:
+        together.append(len(watch._waiting))
+        look(watch, run)
+
+    monkeypatch.setattr(Watch, "_look", counted)
+    model, inputs = vtprune.wrap(make(kind), method), prompt(kind, ROWS[kind][:1])
+    cache = filled(model, inputs)
+    feed(model, cache, [7, 8])
+    assert max(together) > 1
+    together.clear()
+    monkeypatch.setattr("vtprune.hooks.eviction.rows_at_once", lambda *_: 1)
+    alone = filled(model, inputs)
+    feed(model, alone, [7, 8])
+    assert set(together) == {1}
+    for one, two in zip(cache.layers, alone.layers, strict=True):
+        torch.testing.assert_close(one.keys, two.keys)
+
+
+def test_queries_alone_are_tapped_where_the_cache_has_the_keys() -> None:
+    model = vtprune.wrap(make("llava-clip"), "d2o", keep=0.4)
+    for index, layer in enumerate(model.model.language_model.layers):
+        attention, watched = layer.self_attn, index in (2, 3)
+        found = [bool(one._forward_hooks) for one in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        assert found == [watched, False, False]
 
 
 @every_model

@@ -28,7 +28,7 @@ from vtprune.pruners.d2o import (
     skew_of_heads,
     spread_of_columns,
 )
-from vtprune.tensors.attention import SightByPlaces, attention_sums
+from vtprune.tensors.attention import CausalSight, SightByPlaces, attention_sums
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 RULES = {
@@ -248,6 +248,16 @@ def test_column_sums_are_those_of_the_whole_map_however_small_the_chunks(monkeyp
         assert torch.allclose(
             attention_sums(query, key, SightByPlaces(asked, places, range(5, 16)), 0.4), expected, atol=1e-6
         )
+
+
+def test_queries_that_see_themselves_and_all_before_are_summed_up_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(2, 3, 13, 6, generator=torch.Generator().manual_seed(4)).unbind()
+    places = torch.arange(13)
+    expected = attention_sums(query, key, SightByPlaces(places, places), 0.4)
+    for chunk in (1, 400, 2**20):
+        monkeypatch.setattr("vtprune.tensors.attention.CPU_BYTES", chunk)
+        sums = attention_sums(query, key, CausalSight(query.device), 0.4)
+        assert torch.allclose(sums, expected, atol=1e-6)
 
 
 def test_merging_takes_the_mean_of_what_is_alike_enough() -> None:

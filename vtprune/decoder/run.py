@@ -219,6 +219,8 @@ class DecoderRun:
         self._announced: set[int] = set()
         # The last mask that a state layer was given, and of which places it is.
         self._columns: tuple[Tensor, Tensor] | None = None
+        # The rotary embeddings of one sequence as one tensor, and the cosines that they were made of.
+        self._both: tuple[Tensor, Tensor] | None = None
         # The last rotary embeddings of returning tokens and others, and what they were made of.
         self._turned: tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
 
@@ -677,9 +679,17 @@ class DecoderRun:
         if layout.places is None:
             return full
         if layout.embeddings is None:
-            cos, sin = full
-            layout.embeddings = gather_tokens(cos, layout.places), gather_tokens(sin, layout.places)
+            layout.embeddings = self._cut_embeddings(layout.places, full)
         return layout.embeddings
+
+    def _cut_embeddings(self, places: Tensor, full: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotary embeddings at these places (B, n), from the `full` ones: of one sequence both are cut at once."""
+        if len(places) > 1 or full[0].device != full[1].device:
+            return gather_tokens(full[0], places), gather_tokens(full[1], places)
+        if self._both is None or self._both[0] is not full[0]:
+            self._both = full[0], torch.stack(full)
+        cos, sin = self._both[1].index_select(2, places[0].to(full[0].device)).unbind()
+        return cos, sin
 
     def _compact_embeddings(
         self, index: int, layout: Layout, states: Tensor, full: tuple[Tensor, Tensor]

@@ -16,6 +16,7 @@ from vtprune.cache.adopting import with_cache
 from vtprune.decoder.prompt import ImageSpan
 from vtprune.decoder.run import DecoderRun
 from vtprune.encoder.encoding import Call
+from vtprune.hooks.scoring import one_column
 from vtprune.hooks.state import RUN
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.compaction import fill_index
@@ -140,7 +141,7 @@ class Prober:
         places = run.layout(layer).places
         first, last = self.run.ends([span.kept.numel() for span in self.run.spans], packed=places is not None)
         modules = list(self.adapter.decoder_layers)
-        columns = torch.tensor(last, device=run.hidden.device)
+        columns = one_column(last, run.hidden.device)
         query, key = self.adapter.query_and_keys(modules[layer], run.hidden, run.embeddings, columns)
         where = None if places is None else fill_index(places, run.prompt.length)
         return Probe(

@@ -28,7 +28,7 @@ class DecoderScoring:
         self._modules = list(adapter.decoder_layers)
 
     @torch.no_grad()
-    def states(self, view: LayerView, asks: Query, last: Tensor | None) -> States:
+    def states(self, view: LayerView, asks: Query, last: Tensor | int | None) -> States:
         """q and k of the layer that ran, or what `asks` says of them: the queries in the columns `last` (B, C)
         alone, these and all keys of the next layer, or no columns at all."""
         if asks is Query.NOBODY:
@@ -39,6 +39,12 @@ class DecoderScoring:
         assert last is not None
         module = self._modules[view.index + 1]
         return self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
+
+
+def one_column(columns: list[list[int]], device: torch.device) -> Tensor | int:
+    """(B, C) these columns, or the one that they are if each row has the same one alone."""
+    first = columns[0][0]
+    return first if all(row == [first] for row in columns) else torch.tensor(columns, device=device)
 
 
 class SeenLayer:
@@ -53,9 +59,10 @@ class SeenLayer:
         self._states: dict[Query, States] = {}
 
     @cached_property
-    def _last(self) -> Tensor:
-        """(B, C) the columns of the last token of each conversation's prompt."""
-        return torch.tensor(self._ends[1], device=self._view.hidden.device)
+    def _last(self) -> Tensor | int:
+        """(B, C) the columns of the last token of each conversation's prompt, or the one where all rows have the
+        same."""
+        return one_column(self._ends[1], self._view.hidden.device)
 
     @cached_property
     def _where(self) -> Tensor | None:
@@ -112,7 +119,6 @@ class SeenLayer:
         if asks in (Query.LAST, Query.NEXT_LAYER):
             query = query[:, span.talk, None]
         first, last = (ends[row][span.talk] for ends in self._ends)
-        cos, sin = (part[row if len(part) > 1 else 0] for part in view.embeddings)
         entered = span.entered.numel()
         budget = scoring.plans.of(span.shown).left(order, view.index, entered)
         return DecoderLayer(
@@ -133,8 +139,14 @@ class SeenLayer:
             processed=span.processed,
             hidden=view.hidden[row] if hidden else None,
             final_norm=scoring.adapter.final_normed if hidden else None,
-            rotary=(cos, sin),
+            rotary=later(partial(_of_row, view.embeddings, row)),
             first=first,
             text_after=later(partial(span.words_after, self._words[span.key])),
             after=later(partial(self._after, span)),
         )
+
+
+def _of_row(embeddings: States, row: int) -> States:
+    """The rotary embeddings (n, d) of one row, from those (B or 1, n, d) of all."""
+    cos, sin = (part[row if len(part) > 1 else 0] for part in embeddings)
+    return cos, sin

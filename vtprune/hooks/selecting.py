@@ -21,7 +21,7 @@ from vtprune.hooks.probe import Probe, Prober
 from vtprune.hooks.recording import Recording
 from vtprune.hooks.scoring import DecoderScoring, SeenLayer
 from vtprune.method.answers import KEPT_WHOLE, Selection
-from vtprune.method.asking import Asking, started, together
+from vtprune.method.asking import Asking, answers_of, started, together
 from vtprune.method.facts import ModelFacts
 from vtprune.method.kinds import VIDEO
 from vtprune.method.parting import remember_by_part, select_by_part
@@ -338,9 +338,9 @@ class Scoring(Observer):
             seen = seen or SeenLayer(self.of.scoring, run, view)
             layers = [(self.of.plans.of(span.shown).pruners[order], seen.of(span, order)) for span in asked]
             with full_precision(view.hidden.device), run.checks.collecting():
-                selections = together(
+                selections = answers_of(
                     [
-                        started(own.prune_decoder, self.of.to_rank(layer))
+                        (own.prune_decoder, self.of.to_rank(layer))
                         for own, layer in layers
                         if isinstance(own, BetweenLayers)
                     ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 # Yields tensors, is sent what they hold, and returns its answer.
@@ -63,6 +64,14 @@ def together(calls: Sequence[Asking[T]]) -> list[T]:
             break
         told = dict(zip(questions, read_back(list(questions.values())), strict=True))
     return [answers[index] for index in range(len(calls))]
+
+
+def answers_of(calls: Sequence[tuple[Callable[[S], T], S]]) -> list[T]:
+    """The answers of functions that may ask, each with what it is called on, `together`."""
+    if len(calls) == 1:
+        function, given = calls[0]
+        return [function(given)]
+    return together([started(function, given) for function, given in calls])
 
 
 def read_back(tensors: Sequence[Tensor]) -> list[Array]:

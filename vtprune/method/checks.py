@@ -4,8 +4,6 @@ once."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -44,18 +42,10 @@ class Checks:
     def __init__(self) -> None:
         self._open: list[_Check] = []
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self) -> Collecting:
         """Within the block `check_scores` leaves its checks here. An error in it may come of such scores, of which is
         told first."""
-        token = _collecting.set(self)
-        try:
-            yield
-        except Exception:
-            self.settle()
-            raise
-        finally:
-            _collecting.reset(token)
+        return Collecting(self)
 
     def add(self, scores: Tensor, method: str, *, still: bool = False) -> None:
         """Leaves the scores (any shape) of a method to be checked; still: that nobody writes into them until then, so
@@ -88,6 +78,23 @@ class Checks:
 
 
 _collecting: ContextVar[Checks | None] = ContextVar("checks", default=None)
+
+
+class Collecting:
+    """The block of `Checks.collecting`."""
+
+    def __init__(self, checks: Checks) -> None:
+        self._checks = checks
+
+    def __enter__(self) -> None:
+        self._token = _collecting.set(self._checks)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None and issubclass(kind, Exception):
+                self._checks.settle()
+        finally:
+            _collecting.reset(self._token)
 
 
 def check_scores(scores: Tensor, method: str, *, still: bool = False) -> Tensor:

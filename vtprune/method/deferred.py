@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def later(make: Callable[[], T]) -> T:
     return cast(T, _Later(make))
 
 
-def deferring(*names: str) -> Callable[[type[T]], type[T]]:
+def deferring(names: Sequence[str]) -> Callable[[type[T]], type[T]]:
     """Lets these fields of a dataclass be worked out `later`."""
 
     def marked(kind: type[T]) -> type[T]:

@@ -167,7 +167,7 @@ class EncoderLayer:
         return torch.nn.functional.pad(marks, (1, 0), value=False)
 
 
-@deferring("value", "text", "text_after", "after")
+@deferring(("value", "text", "rotary", "text_after", "after"))
 @dataclass(frozen=True)
 class DecoderLayer:
     """One decoder layer during prefill after it ran, for the vision tokens of one image in one row.
@@ -192,7 +192,8 @@ class DecoderLayer:
     first: place of the row's first token; what stands before it is padding.
     text_after: how many of `text`, the last ones, stand after the image; after: the place after its last token
         (both read back where not given).
-    value, text, text_after and after may be worked out when they are first read (`vtprune.method.deferred.later`).
+    value, text, rotary, text_after and after may be worked out when they are first read
+        (`vtprune.method.deferred.later`).
 
     In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
     `Query.NEXT_LAYER`, and n counts the tokens of this turn that are left.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,9 +21,14 @@ def rows_at_once(device: torch.device, numbers: int) -> int:
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Switches autocast off: scores are fp32 products, whatever the model runs in."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not _casts(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@lru_cache
+def _casts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def at_least_single(states: Tensor) -> Tensor:
