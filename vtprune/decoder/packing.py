@@ -17,17 +17,20 @@ class StillRead:
     """The tokens that skip a routed layer and are read by those that it computes.
 
     columns: (B, s) where they stand among all tokens (B, n), -1 padding; order: (B, n) where each of all stands in the
-    row of those that are computed (B, m), padding before them, and of these (B, s) behind.
+    row of those that are computed (B, m), padding before them, and of these (B, s) behind, or None where one row has
+    no padding.
     """
 
     columns: Tensor
-    order: Tensor
+    order: Tensor | None
 
     @classmethod
     def of(cls, computed: Tensor, counts: Sequence[int]) -> StillRead:
         """Of a layer that computes the tokens `computed` (B, n), `counts` (B,) of them."""
         width = computed.shape[1]
         skipped, left = ~computed, [width - count for count in counts]
+        if len(counts) == 1:
+            return cls(places_of(skipped, left), None)
         most, own, others = max(counts), computed.cumsum(dim=1) - 1, skipped.cumsum(dim=1) - 1
         if min(counts) < most:
             # Each part of a shorter row has its padding in front.
@@ -109,5 +112,7 @@ class Packed:
             computed = before + branch * (computed - before)
         skipped = states if routes.scale is None else states * routes.scale[..., None].to(states)
         if len(columns) == 1:
-            return skipped.index_copy(1, columns[0], computed)
+            # What was made here may be written into.
+            own = skipped is not states
+            return (skipped.index_copy_ if own else skipped.index_copy)(1, columns[0], computed)
         return skipped.scatter(1, columns[..., None].expand_as(computed), computed)

@@ -94,11 +94,12 @@ class RoutedLayers:
         read = routing.still_read(index)
         if packed.empty:
             output: Any = packed.states
-            if read:
-                joining = Joining(cache_in(kwargs), *read)
+            if read is not None:
+                joining = Joining(cache_in(kwargs), **read)
                 joining.update(joining.key[:, :, :0], joining.value[:, :, :0], index)
         else:
-            output = forward(*args, **{**kwargs, GATE: packed.gate, **dict(zip(READ, read, strict=False))})
+            read = {READ[name]: value for name, value in (read or {}).items()}
+            output = forward(*args, **{**kwargs, GATE: packed.gate, **read})
         if isinstance(output, tuple):
             return (packed.unpack(output[0]), *output[1:])
         return packed.unpack(output)
@@ -119,10 +120,10 @@ class RoutedLayers:
         """Takes the gate from the arguments, which gradient checkpointing hands to the layer again, for its MLP, and
         what the layer still reads of tokens that skip it, for its keys and values."""
         self._state.gate = kwargs.get(GATE)
-        read = [kwargs[name] for name in READ if name in kwargs]
-        kwargs = {name: value for name, value in kwargs.items() if name not in (GATE, *READ)}
+        read = {name: kwargs[argument] for name, argument in READ.items() if argument in kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if name not in (GATE, *READ.values())}
         if read:
-            kwargs = with_cache(module.forward, kwargs, Joining(cache_in(kwargs), *read))
+            kwargs = with_cache(module.forward, kwargs, Joining(cache_in(kwargs), **read))
         return args, kwargs
 
     def after_mlp(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -192,17 +193,23 @@ class Routing(Shaper):
         self._turned = gather_tokens(cos, packed.read.columns), gather_tokens(sin, packed.read.columns)
         return gather_tokens(cos, packed.columns), gather_tokens(sin, packed.columns)
 
-    def still_read(self, index: int) -> tuple[Tensor, ...]:
+    def still_read(self, index: int) -> dict[str, Any] | None:
         """Keys and values (B, Hkv, s, d) of the tokens that skip layer `index`, which is under way, made of their
-        states before it, and where these stand (`StillRead.order`); () where it reads none of them."""
+        states before it, and where these stand, as `Joining` takes them; None where it reads none of them."""
         packed = self.packed
         if packed is None or packed.read is None or self._turned is None:
-            return ()
+            return None
         states = gather_tokens(packed.states, packed.read.columns)
         if self._pruner.keys_alone:
             key = self._of.keys(index, states, self._turned)
-            return key, torch.zeros_like(key), packed.read.order
-        return (*self._of.keys_and_values(index, states, self._turned), packed.read.order)
+            value = torch.zeros_like(key)
+        else:
+            key, value = self._of.keys_and_values(index, states, self._turned)
+        found: dict[str, Any] = {"key": key, "value": value, "order": packed.read.order}
+        if packed.read.order is None:
+            assert packed.columns is not None
+            found["columns"] = packed.columns[0], packed.read.columns[0]
+        return found
 
     def known(self, states: Tensor) -> Tensor | None:
         """What the norm of the layer under way made of these very states, None where it did not run on them, or its

@@ -20,8 +20,9 @@ from vtprune.method.checks import Checks
 RUN = "vtprune_run"
 # The argument that carries the gates of a routed layer to its attention, which runs before its MLP.
 GATE = "vtprune_gate"
-# The arguments that carry keys and values of tokens that skip a routed layer to its attention, and where these stand.
-READ = ("vtprune_read_keys", "vtprune_read_values", "vtprune_read_order")
+# The arguments that carry keys and values of tokens that skip a routed layer to its attention, and where these stand,
+# by what `Joining` calls them: each by itself, as a checkpoint cuts the gradients of what it is given.
+READ = {name: f"vtprune_read_{name}" for name in ("key", "value", "order", "columns")}
 # The argument that carries what a planned layer does with vision to its attention, which runs before its MLP.
 PLAN = "vtprune_plan"
 # The argument that carries a forward's Frame to the decoder.
