@@ -48,20 +48,20 @@ BOUNDS = {
     "vispruner": Bound(1.05, 3),
     "prumerge": Bound(1.05, 3),
     "gemfilter": Bound(1.34, 2),  # the layers before its own run twice
-    "pyramid_drop": Bound(1.09, 2),
+    "pyramid_drop": Bound(1.08, 2),
     "vtw": Bound(1.02, 1),
     "sparsevlm": Bound(1.17, 3),
     "vscan": Bound(1.12, 2),
     "vflowopt": Bound(1.12, 4),
     "mustdrop": Bound(1.21, 3),
-    "lazyllm": Bound(1.11, 2, first=1.34, first_reads=3, later=1.34, later_reads=3),
+    "lazyllm": Bound(1.10, 2, first=1.34, first_reads=3, later=1.34, later_reads=3),
     "spatten": Bound(1.17, 2),
     "yopo": Bound(1.08, 1),
     "d2o": Bound(1.08, 2, first=1.79, first_reads=2),
-    "pmod": Bound(1.25, 2),
-    "mue": Bound(1.42, 27),  # each layer is followed by the question whether an image stops
+    "pmod": Bound(1.24, 2),
+    "mue": Bound(1.38, 27),  # each layer is followed by the question whether an image stops
     "random_ltd": Bound(1.02, 1),
-    "gamma_mod": Bound(1.24, 2, first=1.08, later=1.08),
+    "gamma_mod": Bound(1.22, 2, first=1.08, later=1.08),
     "flowcut": Bound(1.31, 12),  # ten layers drop by a threshold
     "turbo": Bound(1.35, 2),
     "tome": Bound(1.29, 2),
