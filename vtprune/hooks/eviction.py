@@ -198,7 +198,8 @@ class Watch(Observer):
             return False
         if view.embeddings[0] is not first.embeddings[0] or query.device != tapped(first.taps, "q").device:
             return False
-        return count < rows_at_once(query.device, query.numel())
+        # What was tapped is held, and what is made of it.
+        return count < rows_at_once(query.device, 2 * query.numel())
 
     @torch.no_grad()
     def _look(self, run: DecoderRun) -> None:
@@ -262,7 +263,7 @@ class Watch(Observer):
                 rows = torch.tensor(list(found), device=own.device)
                 known = aux[DENSITY].to(own.device) if DENSITY in aux else own.new_zeros(batch, 1)
                 own = known.index_copy(0, rows, own)
-            aux[DENSITY] = own
+            aux[DENSITY] = own.to(_keys(run.entries(index)).device)
 
     def _densities(self, sums: list[Tensor]) -> Tensor:
         """(l,) of one row in l layers, by what its tokens got in each; raises ScoreError for NaN."""
@@ -309,6 +310,11 @@ class Watch(Observer):
     def close(self, run: DecoderRun) -> None:
         """Cuts the caches of the rows to which this forward brought no image."""
         assert run.layers is not None
+        if self._waiting:
+            raise VTPruneError(
+                f"decoder layer {max(self.of.watched)} ran without the hooks that {self.pruner.name} reads it by; "
+                "wrap the model again after modules of it were replaced"
+            )
         self._guard(run, entry_layers(run.layers))
         rows, cut = [row for row in self.rows if row not in self.prompts], self.of.cut
         if not rows:
