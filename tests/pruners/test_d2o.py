@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -254,8 +255,9 @@ def test_queries_that_see_themselves_and_all_before_are_summed_up_alike(monkeypa
     query, key = torch.randn(2, 3, 13, 6, generator=torch.Generator().manual_seed(4)).unbind()
     places = torch.arange(13)
     expected = attention_sums(query, key, SightByPlaces(places, places), 0.4)
-    for chunk in (1, 400, 2**20):
+    for chunk, short in itertools.product((1, 400, 2**20), (0, 5, 512)):
         monkeypatch.setattr("vtprune.tensors.attention.CPU_BYTES", chunk)
+        monkeypatch.setattr("vtprune.tensors.attention.SHORT", short)
         sums = attention_sums(query, key, CausalSight(query.device), 0.4)
         assert torch.allclose(sums, expected, atol=1e-6)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Scores that are held at once: what a CPU's cache holds, and what an accelerator's memory can spare for few launches.
 CPU_BYTES, CHUNK_BYTES = 8 * 2**20, 64 * 2**20
+# The longest prompt for which what hides later tokens is made once for all, which takes a megabyte of a device.
+SHORT = 512
 
 
 def rows_at_once(device: torch.device, numbers: int) -> int:
@@ -139,6 +141,14 @@ class SightByPlaces(Sight):
         return torch.zeros(1, 1, device=own.device).masked_fill(own, float("-inf")) if whole else own
 
 
+@lru_cache
+def _triangle(device: torch.device, length: int) -> Tensor:
+    """(length, length) what hides later tokens, 0 or -inf."""
+    # It outlives the block that asks for it first.
+    with torch.inference_mode(False):
+        return torch.full((length, length), float("-inf"), device=device).triu_(1)
+
+
 class CausalSight(Sight):
     """Queries see their own key and those before it: there are as many of both, in one order."""
 
@@ -157,6 +167,8 @@ class CausalSight(Sight):
     def make(self, start: int, stop: int, *, whole: bool) -> Tensor:
         """Triangles."""
         count = stop - start
+        if whole and stop <= SHORT:
+            return _triangle(self._device, SHORT)[start:stop, :stop]
         if whole:
             return torch.full((count, stop), float("-inf"), device=self._device).triu_(start + 1)
         return torch.ones(count, count - 1, dtype=torch.bool, device=self._device).triu_()
