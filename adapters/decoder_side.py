@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.offloading import loaded
@@ -141,36 +140,34 @@ class DecoderSide(ABC):
         layer: Any = next(layer for index, layer in enumerate(self.decoder_layers) if index not in states)
         return float(layer.self_attn.scaling)
 
-    def decoder_states(
+    def decoder_query(
         self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor], last: Tensor | int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """q and k (B, H, n, d) in fp32 with rotary embedding, key-value heads repeated to H, from what was tapped
-        (`decoder_taps`); where `last` (B, C) is given, only the queries (B, H, C, d) in these columns, of which a
-        number is one of all rows."""
-        query, key, whole = tapped(taps, "q"), tapped(taps, "k"), _angles(embeddings)
+    ) -> Tensor:
+        """q (B, H, n, d) in fp32 with rotary embedding, from what was tapped (`decoder_taps`); where `last` (B, C) is
+        given, only those (B, H, C, d) in these columns, of which a number is one of all rows."""
+        query = tapped(taps, "q")
         if last is not None:
-            cos, sin = embeddings
-            turn = _angles((_columns(cos, last), _columns(sin, last)))
-            return self._turned(_columns(query, last), turn), self._repeated(self._turned(key, whole))
-        # Queries and keys are turned as one.
-        query, key = self._split(query), self._split(key)
-        heads = query.shape[1], key.shape[1]
-        query, key = rotate(torch.cat([query, key], dim=1).float(), *whole).split(heads, dim=1)
-        return query, self._repeated(key)
+            query, embeddings = _columns(query, last), (_columns(embeddings[0], last), _columns(embeddings[1], last))
+        return self._turned(query, _angles(embeddings))
+
+    def decoder_keys(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """k (B, KV, n, d) in fp32 with rotary embedding, from what was tapped."""
+        return self._turned(tapped(taps, "k"), _angles(embeddings))
 
     def decoder_values(self, taps: dict[str, Tensor]) -> Tensor:
-        """v (B, H, n, d) in fp32, key-value heads repeated to H."""
-        return self._repeated(self._split(tapped(taps, "v")).float())
+        """v (B, KV, n, d), from what was tapped."""
+        return self._split(tapped(taps, "v"))
 
-    def decoder_query(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """q (B, H, n, d) in fp32 with rotary embedding."""
-        return self._turned(tapped(taps, "q"), _angles(embeddings))
+    def repeated(self, states: Tensor) -> Tensor:
+        """(B, KV, n, d) states of key-value heads, all or some, in fp32 and repeated to the heads that share them."""
+        times = self.decoder_sizes.heads // self.decoder_sizes.kv_heads
+        return states.float() if times == 1 else states.float().repeat_interleave(times, dim=1)
 
     def query_and_keys(
         self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor | int
     ) -> tuple[Tensor, Tensor]:
         """What a decoder layer would compute from the hidden states (B, n, D) before it: the queries (B, H, C, d) of
-        the tokens in columns `last`, and the keys (B, H, n, d) of all, as in `decoder_states`."""
+        the tokens in columns `last`, and the keys (B, H, n, d) of all, both in fp32 with rotary embedding."""
         attention, modules = self.decoder_attention(layer), self.decoder_projections(layer).modules()
         norms, normed = self.decoder_norms(layer).modules(), self.decoder_normed(layer)(hidden)
         with loaded(layer), loaded(attention):
@@ -178,7 +175,7 @@ class DecoderSide(ABC):
             query, key = self._normed(query, norms.get("q")), self._normed(key, norms.get("k"))
         cos, sin = embeddings
         turn = _angles((_columns(cos, last), _columns(sin, last)))
-        return self._turned(query, turn), self._repeated(self._turned(key, _angles(embeddings)))
+        return self._turned(query, turn), self.repeated(self._turned(key, _angles(embeddings)))
 
     def keys_and_values(self, layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The keys, with rotary embedding, and values (B, KV, n, d) that a decoder layer has of the hidden states
@@ -219,11 +216,6 @@ class DecoderSide(ABC):
     def _turned(self, states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """(B, n, heads * d) or (B, n, heads, d) queries or keys as (B, heads, n, d) in fp32, turned by `_angles`."""
         return rotate(self._split(states).float(), *angles)
-
-    def _repeated(self, states: Tensor) -> Tensor:
-        """(B, KV, n, d) states of key-value heads, all or some, repeated to the heads that share them."""
-        times = self.decoder_sizes.heads // self.decoder_sizes.kv_heads
-        return states if times == 1 else states.repeat_interleave(times, dim=1)
 
     def remember(self, layers: list[CacheLayer], prompt: PromptInfo) -> None:
         """Stores with the cache what later forwards need (M-RoPE deltas); nothing by default."""

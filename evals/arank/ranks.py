@@ -78,7 +78,7 @@ class _Ranker:
         self._states: dict[str, Tensor] = {}
         self._real: list[Tensor] = []
         self._taps = Taps(lambda: self._states)
-        self._taps.follow([self._adapter.decoder_taps(layer).modules for layer in layers])
+        self._taps.follow("decoder", lambda: [self._adapter.decoder_taps(layer).modules for layer in layers])
         self._handles = after_layers(layers, self._add)
 
     @torch.inference_mode()
@@ -94,7 +94,9 @@ class _Ranker:
 
     def _add(self, index: int, arguments: dict[str, Any]) -> None:
         with full_precision(self._states["q"].device):
-            query, key = self._adapter.decoder_states(self._states, arguments["position_embeddings"])
+            turn = arguments["position_embeddings"]
+            query = self._adapter.decoder_query(self._states, turn)
+            key = self._adapter.repeated(self._adapter.decoder_keys(self._states, turn))
             for row, real in enumerate(self._real):
                 some = real.to(query.device)
                 maps = causal_attention(query[row][:, some], key[row][:, some], self._adapter.decoder_scale)

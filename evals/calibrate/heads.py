@@ -64,7 +64,7 @@ class _Measuring:
         self._states: dict[str, Tensor] = {}
         self._seen: list[tuple[Tensor, Tensor, list[Tensor]]] = []
         self._taps = Taps(lambda: self._states)
-        self._taps.follow([self._adapter.decoder_taps(layer).modules for layer in layers])
+        self._taps.follow("decoder", lambda: [self._adapter.decoder_taps(layer).modules for layer in layers])
         self._handles = after_layers(layers, self._add)
 
     @torch.inference_mode()
@@ -81,7 +81,9 @@ class _Measuring:
     def _add(self, index: int, arguments: dict[str, Any]) -> None:
         kv_heads = self._adapter.cost.decoder.kv_heads
         with full_precision(self._states["q"].device):
-            query, key = self._adapter.decoder_states(self._states, arguments["position_embeddings"])
+            turn = arguments["position_embeddings"]
+            query = self._adapter.decoder_query(self._states, turn)
+            key = self._adapter.repeated(self._adapter.decoder_keys(self._states, turn))
             for row, (real, vision, found) in enumerate(self._seen):
                 some = real.to(query.device)
                 own = query[row][:, some], key[row][:, some]

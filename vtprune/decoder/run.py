@@ -124,6 +124,8 @@ class LayerView:
     taps: what its projections put out, by name, as constants; hidden: (B, n, D) what the layer did; embeddings:
     cosines and sines (B or 1, n, d) that it turned queries and keys by; mask: what it attended with. places: (B, m) of
     the input's own tokens, the last of the n, None for all; kept: the tokens of each of the run's images that it had.
+    cached: (B, KV, n, d) keys and values of the n tokens as its cache has them, None without a cache; nobody writes
+    into them.
     """
 
     index: int
@@ -133,6 +135,7 @@ class LayerView:
     mask: Any
     places: Tensor | None
     kept: tuple[Tensor, ...]
+    cached: tuple[Tensor, Tensor] | None = None
 
     def without_front(self, count: int) -> LayerView:
         """The same without the first `count` tokens, which no other observer has to do with."""
@@ -145,6 +148,7 @@ class LayerView:
             hidden=self.hidden[:, count:],
             embeddings=(cos[:, count:], sin[:, count:]),
             mask=None if self.mask is None else self.mask[:, :, count:],
+            cached=None if self.cached is None else (self.cached[0][:, :, count:], self.cached[1][:, :, count:]),
         )
 
 
@@ -557,19 +561,30 @@ class DecoderRun:
         watching = [one for one in self.observers if one.wants(index)] if index > self._observed else []
         self._observed = max(index, self._observed)
         if watching:
+            hidden = output[0] if isinstance(output, tuple) else output
             view = LayerView(
                 index=index,
                 # What is tapped makes choices, which have no gradient; what merges or waits for later has one.
                 taps={name: _chosen_by(states) for name, states in self.taps.items()},
-                hidden=output[0] if isinstance(output, tuple) else output,
+                hidden=hidden,
                 embeddings=kwargs["position_embeddings"],
                 mask=kwargs.get("attention_mask"),
                 places=self.layout(index).places,
                 kept=tuple(span.kept for span in self.spans),
+                cached=self._cached(index, hidden.shape[1]),
             )
             for observer in watching:
                 view = observer.after(self, view)
         self.taps.clear()
+
+    def _cached(self, index: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """The keys and values of the `count` tokens that a layer has just computed, if it has a cache of such."""
+        layer = None if self.layers is None else self.layers[index]
+        if not isinstance(layer, PrunedLayer) or layer.keys is None or layer.values is None:
+            return None
+        keys, values = _chosen_by(layer.keys), _chosen_by(layer.values)
+        past = keys.shape[2] - count
+        return (keys[:, :, past:], values[:, :, past:]) if past else (keys, values)
 
     def entries(self, index: int) -> PrunedLayer:
         """The cache of decoder layer `index`, which holds entries."""

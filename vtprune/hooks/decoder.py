@@ -42,6 +42,7 @@ from vtprune.hooks.routing import RoutedLayers
 from vtprune.hooks.scoring import DecoderScoring
 from vtprune.hooks.selecting import TAPS, Dropping, Inputs, Selecting, by_prompt
 from vtprune.hooks.state import FRAME, PLAN, RUN, Frame, ThreadState
+from vtprune.hooks.taps import Find, Taps
 from vtprune.method.facts import ModelFacts
 from vtprune.method.plan import Plans
 from vtprune.method.sharing import Sharing
@@ -58,6 +59,7 @@ class DecoderHooks:
         facts: ModelFacts,
         state: ThreadState,
         *,
+        taps: Taps,
         sharing: Sharing | None,
         compact: bool,
         newlines: str,
@@ -71,13 +73,11 @@ class DecoderHooks:
         self._evictor = Evictor(adapter, pruners, self._plans)
         self._selecting = Selecting(scoring, facts, modules, sharing)
         self.teacher = Teacher(pruners, scoring=scoring, state=state)
-        # By layer, what is tapped of its projections: of what the cache holds queries alone.
-        taps = {layer: set(names) for layer, names in self._selecting.taps.items() if names}
-        for layer in self._evictor.watched:
-            taps.setdefault(layer, set()).add("q")
-        for layer in self.teacher.layers:
-            taps.setdefault(layer, set()).update(TAPS[Query.ALL])
-        self.taps, self.tapped = taps, frozenset(taps)
+        # By layer, what is tapped of its projections where no cache holds it.
+        uncached: dict[int, set[str]] = {layer: set() for layer in self._evictor.watched}
+        uncached.update({layer: names for layer, names in self._selecting.taps.items() if names})
+        uncached.update({layer: set(TAPS[Query.ALL]) for layer in self.teacher.layers})
+        self._taps, self._uncached, self.tapped = taps, uncached, frozenset(uncached)
         self._returning = Returning(adapter, pruners, self.tapped)
         self.planned = PlannedLayers(adapter, pruners, self._plans, tapped=self.tapped, state=state)
         self.routing = RoutedLayers(adapter, pruners, self._plans, modules=modules, state=state)
@@ -92,6 +92,17 @@ class DecoderHooks:
         self._maker = maker
         self._signature = inspect.signature(adapter.inner.forward)
         self._depth, self._states = facts.decoder_depth, adapter.state_layers
+
+    def tap(self) -> None:
+        """Hooks the projections of queries in the layers that methods look at."""
+        self._follow("queries", {layer: {"q"} for layer in self.tapped})
+
+    def _follow(self, group: str, taps: dict[int, set[str]]) -> None:
+        def find() -> list[Find]:
+            layers = list(self.adapter.decoder_layers)
+            return [self.adapter.decoder_taps(layers[index]).only(names).modules for index, names in taps.items()]
+
+        self._taps.follow(group, find)
 
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Begins a forward of the multimodal model: what it is given reaches the decoder with the call's arguments."""
@@ -139,6 +150,9 @@ class DecoderHooks:
         layers = self._adopt(cache, spans)
         if layers is None and not spans and not self.routing.routes_text:
             return args, kwargs
+        if layers is None:
+            # From here on keys and values are tapped, too.
+            self._follow("uncached", {layer: names - {"q"} for layer, names in self._uncached.items()})
         rotary = self.adapter.rotary if self.compact else None
         if self._states:
             check_padding(prompt, layers, drops=self._drops(spans))

@@ -16,6 +16,7 @@ from vtprune.method.pruner import Pruner
 from vtprune.method.stages import NOTHING, BetweenLayers, Query, Read
 from vtprune.method.views import DecoderLayer
 from vtprune.tensors.compaction import fill_index
+from vtprune.tensors.taps import tapped
 
 States = tuple[Tensor, Tensor]
 
@@ -29,16 +30,32 @@ class DecoderScoring:
 
     @torch.no_grad()
     def states(self, view: LayerView, asks: Query, last: Tensor | int | None) -> States:
-        """q and k of the layer that ran, or what `asks` says of them: the queries in the columns `last` (B, C)
-        alone, these and all keys of the next layer, or no columns at all."""
+        """q and k (B, H, n, d) of the layer that ran, or what `asks` says of them: the queries in the columns `last`
+        (B, C) alone, these and all keys of the next layer, or no columns at all."""
         if asks is Query.NOBODY:
             none = view.hidden.new_empty(view.hidden.shape[0], 0, 0, 0)
             return none, none
         if asks is not Query.NEXT_LAYER:
-            return self.adapter.decoder_states(view.taps, view.embeddings, last)
+            query = self.adapter.decoder_query(view.taps, view.embeddings, last)
+            held = self._held(view)
+            keys = self.adapter.decoder_keys(view.taps, view.embeddings) if held is None else held[0]
+            return query, self.adapter.repeated(keys)
         assert last is not None
         module = self._modules[view.index + 1]
         return self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
+
+    @torch.no_grad()
+    def values(self, view: LayerView) -> Tensor:
+        """v (B, H, n, d) of the layer that ran."""
+        held = self._held(view)
+        return self.adapter.repeated(self.adapter.decoder_values(view.taps) if held is None else held[1])
+
+    def _held(self, view: LayerView) -> States | None:
+        """Keys and values as the layer's cache has them, if it has one; not where methods see some heads alone, those
+        that read vision."""
+        sizes = self.adapter.decoder_sizes
+        whole = tapped(view.taps, "q").shape[2:].numel() == sizes.heads * sizes.head_size
+        return view.cached if whole else None
 
 
 def one_column(columns: list[list[int]], device: torch.device) -> Tensor | int:
@@ -94,9 +111,8 @@ class SeenLayer:
 
     @cached_property
     def _values(self) -> Tensor:
-        return self._scoring.adapter.decoder_values(self._view.taps)
+        return self._scoring.values(self._view)
 
-    @torch.no_grad()
     def _value(self, row: int) -> Tensor:
         return self._values[row]
 

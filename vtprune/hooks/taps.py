@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Sink = Callable[[], dict[str, Tensor] | None]
+# Finds the modules of one layer, by tap.
+Find = Callable[[], dict[str, nn.Module]]
 
 
 class Taps:
@@ -17,27 +19,34 @@ class Taps:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._find: list[Callable[[], dict[str, nn.Module]]] = []
-        self._hooked: dict[tuple[int, str], tuple[nn.Module, RemovableHandle]] = {}
+        self._find: dict[str, list[Find]] = {}
+        self._hooked: dict[tuple[str, int, str], tuple[nn.Module, RemovableHandle]] = {}
         self._lock = threading.Lock()
 
-    def follow(self, find: list[Callable[[], dict[str, nn.Module]]]) -> None:
-        """Hooks the modules that these functions find, now and at every refresh."""
-        self._find = find
+    def follow(self, group: str, find: Callable[[], list[Find]]) -> None:
+        """Hooks the modules of a group that these functions find, now and at every refresh; once for each group."""
+        if group in self._find:
+            return
+        with self._lock:
+            # Another thread may have been first.
+            self._find = {group: find(), **self._find}
         self.refresh()
 
     def refresh(self) -> None:
         """Moves the hooks to the modules that stand in the layers now."""
         with self._lock:
-            for index, find in enumerate(self._find):
-                for name, module in find().items():
-                    old = self._hooked.get((index, name))
-                    if old is not None and old[0] is module:
-                        continue
-                    if old is not None:
-                        old[1].remove()
-                    handle = module.register_forward_hook(self._catch(name))
-                    self._hooked[index, name] = (module, handle)
+            for group, found in self._find.items():
+                for index, find in enumerate(found):
+                    for name, module in find().items():
+                        self._hook((group, index, name), module)
+
+    def _hook(self, key: tuple[str, int, str], module: nn.Module) -> None:
+        old = self._hooked.get(key)
+        if old is not None and old[0] is module:
+            return
+        if old is not None:
+            old[1].remove()
+        self._hooked[key] = module, module.register_forward_hook(self._catch(key[2]))
 
     def _catch(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def catch(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -48,8 +48,8 @@ class Wrapping(Installed):
         plans = Plans(pruners, given if growth is None else [growth.method], lambda: state.level)
         self._encoder = FeatureHooks(adapter, plans, facts, state=state, taps=self._taps, modules=modules)
         self._decoder = DecoderHooks(
-            adapter, plans, facts, state,
-            sharing=sharing, compact=compact, newlines=newlines, maker=self._encoder.token, modules=modules,
+            adapter, plans, facts, state, taps=self._taps, maker=self._encoder.token, modules=modules,
+            sharing=sharing, compact=compact, newlines=newlines,
         )  # fmt: skip
         self._growing: GrowingHooks | None = None
         if growth is not None:
@@ -160,8 +160,6 @@ class Wrapping(Installed):
         self.after(adapter.model, teacher.add_loss)
 
     def _install_taps(self, adapter: Adapter) -> None:
-        encoder_layers, decoder_layers = list(adapter.encoder_layers), list(adapter.decoder_layers)
-        projections = [adapter.encoder_projections(encoder_layers[index]) for index in sorted(self._encoder.tapped)]
-        for index, names in sorted(self._decoder.taps.items()):
-            projections.append(adapter.decoder_taps(decoder_layers[index]).only(names))
-        self._taps.follow([one.modules for one in projections])
+        layers, tapped = list(adapter.encoder_layers), sorted(self._encoder.tapped)
+        self._taps.follow("encoder", lambda: [adapter.encoder_projections(layers[index]).modules for index in tapped])
+        self._decoder.tap()
