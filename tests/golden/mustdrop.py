@@ -56,7 +56,7 @@ def check_windows(case: Case) -> None:
         vectors = flow_together(states[row, 1:], selection.into[row], selection.weights[row])
         count = torch.zeros(tokens).index_add(0, selection.into[row], torch.ones(tokens))
         best = similarity[row].masked_fill(~chosen[row], float("-inf")).argsort(descending=True, stable=True)
-        merged = windows[row, best[: int(chosen[row].sum())], 0]
+        merged = windows.members[row, best[: int(chosen[row].sum())], 0]
         single = (selection.keep[row] & (selection.weights[row] == 1)).nonzero().flatten()
         order = torch.cat([merged, single])
         outs.append(torch.cat([states[row, :1], vectors[order]]))

@@ -134,7 +134,7 @@ def test_released_images_merge_as_many_windows_and_ragged_windows_stay():
 
 def test_windows_of_a_single_token_and_padding_never_merge():
     windows = batch_windows(((1, 1, 1), (1, 4, 4)), (3, 3))
-    assert windows.shape == (2, 4, 9)
+    assert windows.members.shape == (2, 4, 9)
     similarity = window_similarity(torch.ones(2, 16, 3), windows)
     spare = torch.tensor([1, 16])
     assert alike_windows(similarity, windows, 0.0, spare).tolist() == [[False] * 4, [True, True, True, False]]

@@ -92,7 +92,7 @@ class Lessons(Observer):
         """Notes the layer for those that learn from it."""
         seen = SeenLayer(self._teacher.scoring, run, view, unlabelled=True)
         self._lessons = [
-            replace(one, layer=seen.of(one.span, one.order)) if self._layer_of(one) == view.index else one
+            replace(one, layer=seen.of(one.span, one.order, None)) if self._layer_of(one) == view.index else one
             for one in self._lessons
         ]
         return view

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -120,27 +120,26 @@ class SeenLayer:
         """The column after an image's last token."""
         return self._run.column_after(span, [kept.numel() for kept in self._view.kept], packed=self._packed)
 
-    def of(self, span: ImageSpan, order: int) -> DecoderLayer:
-        """For one image, and the method at place `order` of the list."""
+    def of(self, span: ImageSpan, order: int, budget: int | None) -> DecoderLayer:
+        """For one image, and the method at place `order` of the list, which is to leave it so many tokens at the most;
+        None: as many as it finds right."""
         view, row, scoring = self._view, span.row, self._scoring
         pruner = scoring.pruners[order]
         asks, looks = Query.ALL, NOTHING
         if isinstance(pruner, BetweenLayers):
             asks, looks = pruner.query, pruner.layer_reads
+        last_alone = asks in (Query.LAST, Query.NEXT_LAYER)
         if asks not in self._states:
-            last_alone = asks in (Query.LAST, Query.NEXT_LAYER)
             self._states[asks] = scoring.states(view, asks, self._last if last_alone else None)
         query, key = (part[row] for part in self._states[asks])
-        hidden = Read.HIDDEN in looks
-        if asks in (Query.LAST, Query.NEXT_LAYER):
+        if last_alone:
             query = query[:, span.talk, None]
+        hidden = Read.HIDDEN in looks
         first, last = (ends[row][span.talk] for ends in self._ends)
-        entered = span.entered.numel()
-        budget = scoring.plans.of(span.shown).left(order, view.index, entered)
         return DecoderLayer(
             query=query,
             key=key,
-            value=later(partial(self._value, row)) if asks is Query.ALL else key[:, :0],
+            value=later(self._value, row) if asks is Query.ALL else key[:, :0],
             vision=self._vision(span),
             last=last,
             scale=scoring.adapter.decoder_scale,
@@ -149,16 +148,16 @@ class SeenLayer:
             budget=span.kept.numel() if budget is None else budget,
             index=view.index,
             depth=pruner.model.decoder_depth,
-            text=later(partial(self._words_of, span)),
+            text=later(self._words_of, span),
             memory=span.memories.get(order, {}),
-            entered=entered,
+            entered=span.entered.numel(),
             processed=span.processed,
             hidden=view.hidden[row] if hidden else None,
             final_norm=scoring.adapter.final_normed if hidden else None,
-            rotary=later(partial(_of_row, view.embeddings, row)),
+            rotary=later(_of_row, view.embeddings, row),
             first=first,
-            text_after=later(partial(span.words_after, self._words[span.key])),
-            after=later(partial(self._after, span)),
+            text_after=later(span.words_after, self._words[span.key]),
+            after=later(self._after, span),
         )
 
 

@@ -330,13 +330,15 @@ class Scoring(Observer):
         """Drops what the methods leave out, from the next layer on."""
         seen = None
         for order, pruner in self.of.acting(view.index):
+            plans = {span: self.of.plans.of(span.shown) for span in run.spans}
             asked = self.of.with_their_prompts(
-                [span for span in run.spans if self._asks(span, order, view.index)], run.spans
+                [span for span, plan in plans.items() if self._asks(plan, span, order, view.index)], run.spans
             )
             if not asked:
                 continue
             seen = seen or SeenLayer(self.of.scoring, run, view)
-            layers = [(self.of.plans.of(span.shown).pruners[order], seen.of(span, order)) for span in asked]
+            left = {span: plan.left(order, view.index, span.entered.numel()) for span, plan in plans.items()}
+            layers = [(plans[span].pruners[order], seen.of(span, order, left[span])) for span in asked]
             with full_precision(view.hidden.device), run.checks.collecting():
                 selections = answers_of(
                     [
@@ -345,20 +347,16 @@ class Scoring(Observer):
                         if isinstance(own, BetweenLayers)
                     ]
                 )
-            left = functools.partial(self._left, order, view.index)
             answers = list(zip(asked, selections, strict=True))
-            for span, selection, budget in self.of.pooled(run, answers, left, name=pruner.name):
+            for span, selection, budget in self.of.pooled(run, answers, left.__getitem__, name=pruner.name):
                 self.dropping.recording.of(span).asked.setdefault(order, []).append(view.index)
                 self.dropping.apply(
                     run, span, selection, order=order, pruner=pruner, budget=budget, layer=view.index + 1
                 )
         return view
 
-    def _left(self, order: int, index: int, span: ImageSpan) -> int | None:
-        return self.of.plans.of(span.shown).left(order, index, span.entered.numel())
-
-    def _asks(self, span: ImageSpan, order: int, index: int) -> bool:
-        plan = self.of.plans.of(span.shown)
+    @staticmethod
+    def _asks(plan: Plan, span: ImageSpan, order: int, index: int) -> bool:
         return plan.asks(order, index, span.entered.numel(), alive=span.kept.numel())
 
     def close(self, run: DecoderRun) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class _Later:
-    """Stands for a value in a field until that is read."""
+class _Later(partial[Any]):
+    """Stands for a value in a field until that is read: a call that is still to be made."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
+
+# `later(make, *given)` is a value for a field of a class that is `deferring` it: what `make` answers to these
+# arguments once the field is first read.
+later: Callable[..., Any] = _Later
 
 
 class _Field:
@@ -26,17 +29,12 @@ class _Field:
             return self
         known = vars(view)
         value = known[self._name]
-        if isinstance(value, _Later):
-            value = known[self._name] = value.make()
+        if type(value) is _Later:
+            value = known[self._name] = value()
         return value
 
     def __set__(self, view: object, value: Any) -> None:
         vars(view)[self._name] = value
-
-
-def later(make: Callable[[], T]) -> T:
-    """A value for a field of a class that is `deferring` it: what `make` answers once the field is first read."""
-    return cast(T, _Later(make))
 
 
 def deferring(names: Sequence[str]) -> Callable[[type[T]], type[T]]:

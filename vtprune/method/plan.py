@@ -210,12 +210,13 @@ class Plans:
         level = self._level()
         if level is not None:
             return self.at(level).of(shown)
-        if shown not in self._known:
+        plan = self._known.get(shown)
+        if plan is None:
             own = tuple(form_for(pruner, shown.kind) for pruner in self.pruners)
             if shown.keep is not None:
                 own = self._kept(shown.keep)
-            self._known[shown] = Plan(own, shown.tokens, shown.units, shown.kind)
-        return self._known[shown]
+            plan = self._known[shown] = Plan(own, shown.tokens, shown.units, shown.kind)
+        return plan
 
     def now(self) -> Plans:
         """The plans of the forward under way, for whoever asks when it is over."""

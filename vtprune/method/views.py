@@ -193,7 +193,7 @@ class DecoderLayer:
     text_after: how many of `text`, the last ones, stand after the image; after: the place after its last token
         (both read back where not given).
     value, text, rotary, text_after and after may be worked out when they are first read
-        (`vtprune.method.deferred.later`).
+        (`vtprune.method.deferred.later`). Keys and values may be those of the cache: nobody writes into them.
 
     In `VisionStream.probe` it is the layer `index` itself that has not run: query and value are as for
     `Query.NEXT_LAYER`, and n counts the tokens of this turn that are left.

@@ -159,12 +159,13 @@ class MustDrop(InEncoder, BeforeDecoder, BetweenLayers):
 
     def prune_decoder(self, layer: DecoderLayer) -> Selection | None:
         """The key set and what the text looks at; None if the schedule lets all pass. Raises ScoreError for NaN."""
-        key, tokens, count = layer.memory["key"].to(layer.key.device), layer.vision.numel(), 0
+        tokens, count = layer.vision.numel(), 0
         if self.keep is not None:
             stage = self.drop_layers().index(layer.index) + 1
             count = dual.schedule(layer.memory["entering"], self.budget(layer.total), self._lengths())[stage]
             if count >= tokens:
                 return None
+        key = layer.memory["key"].to(layer.key.device)
         rows = dual.rows_after(layer, text_only=self.variant == "paper")
         attention = check_scores(attention_to_image(layer, rows), self.name, still=True)
         if count:

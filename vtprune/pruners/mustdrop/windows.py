@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection
-from vtprune.method.checks import check_scores
+from vtprune.method.checks import answered, check_scores
 from vtprune.method.views import EncoderLayer
 
 Grid3 = tuple[int, int, int]
@@ -39,13 +40,78 @@ def _members(grid: Grid3, size: tuple[int, int]) -> npt.NDArray[np.int64]:
     return rearrange(places, "t (a r) (b c) -> (t a b) (r c)", r=rows, c=cols)
 
 
-def batch_windows(grids: tuple[Grid3, ...], size: tuple[int, int] = WINDOW, *, ragged: bool = True) -> Tensor:
-    """(B, W, S) windows of a batch of images, -1 where there is no token.
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a batch of images, and what is known of them before anything is looked at.
 
-    ragged: whether windows that reach past the grid count, with the tokens that they have.
+    members: (B, W, S) the tokens in each, some of the image where there are fewer than S; inside: (B, W, S) bool which
+    of these are there, None for all. pairs: (B, W) how many pairs of different tokens a window has, at least 1;
+    several: (B, W) bool whether it has two tokens; lost: (B, W) how many an image loses that merges it.
+    window: (B, N) the window that a token is in; first: (B, N) that one's first token; share: (B, N) fp32 the share of
+    each token in its mean. A token that is in none has any window, comes first, and has all. column: (B, N) each
+    token's own column; follows: (B, N) bool whether another one is the first.
     """
-    windows = pad_sequence([window_members(grid, size) for grid in grids], batch_first=True, padding_value=-1)
-    return windows if ragged else windows.masked_fill((windows < 0).any(dim=-1, keepdim=True), -1)
+
+    members: Tensor
+    inside: Tensor | None
+    pairs: Tensor
+    several: Tensor
+    lost: Tensor
+    window: Tensor
+    first: Tensor
+    share: Tensor
+    column: Tensor
+    follows: Tensor
+
+    @classmethod
+    def of(cls, members: Tensor, tokens: int, device: torch.device) -> Windows:
+        """members: (B, W, S) as above, but -1 where there is none; tokens: N, those of the largest image."""
+        batch, count = members.shape[:2]
+        inside, column = members >= 0, torch.arange(tokens).expand(batch, -1)
+        held = inside.sum(dim=-1)
+        # A last column takes what no token has.
+        places = members.masked_fill(~inside, tokens).flatten(1)
+
+        def by_token(values: Tensor, others: Tensor) -> Tensor:
+            spread = values[..., None].expand_as(members).flatten(1)
+            return torch.nn.functional.pad(others, (0, 1)).scatter(1, places, spread)[:, :tokens]
+
+        first = by_token(members[..., 0], column)
+        found = {
+            "members": members.clamp(min=0),
+            "pairs": (held * (held - 1)).clamp(min=1),
+            "several": held > 1,
+            "lost": held - 1,
+            "window": by_token(torch.arange(count).expand(batch, -1), torch.zeros_like(column)),
+            "first": first,
+            "share": by_token(1 / held.clamp(min=1).float(), torch.ones(column.shape)),
+            "column": column,
+            "follows": first != column,
+        }
+        moved = {name: values.contiguous().to(device) for name, values in found.items()}
+        return cls(inside=None if bool(inside.all()) else inside.to(device), **moved)
+
+
+def batch_windows(
+    grids: tuple[Grid3, ...],
+    size: tuple[int, int] = WINDOW,
+    *,
+    ragged: bool = True,
+    device: torch.device = torch.device("cpu"),
+) -> Windows:
+    """The windows of a batch of images; ragged: whether windows that reach past the grid count, with the tokens that
+    they have."""
+    return _windows(tuple(grids), size, ragged, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _windows(grids: tuple[Grid3, ...], size: tuple[int, int], ragged: bool, device: torch.device) -> Windows:
+    # They outlive the block that asks for them first.
+    with torch.inference_mode(False):
+        members = pad_sequence([window_members(grid, size) for grid in grids], batch_first=True, padding_value=-1)
+        if not ragged:
+            members = members.masked_fill((members < 0).any(dim=-1, keepdim=True), -1)
+        return Windows.of(members, max(math.prod(grid) for grid in grids), device)
 
 
 def token_means(layer: EncoderLayer) -> Tensor:
@@ -55,27 +121,25 @@ def token_means(layer: EncoderLayer) -> Tensor:
     return states if layer.group == 1 else reduce(states, "b (n g) d -> b n d", "mean", g=layer.group)
 
 
-def window_similarity(tokens: Tensor, windows: Tensor) -> Tensor:
+def window_similarity(tokens: Tensor, windows: Windows) -> Tensor:
     """(B, W) fp32 mean cosine over all pairs of different members; 0 for a window of fewer than two.
 
-    tokens: (B, N, D); windows: (B, W, S). The cosines of all pairs sum to the square of the summed unit
-    vectors, less the squares of each.
+    tokens: (B, N, D). The cosines of all pairs sum to the square of the summed unit vectors, less the squares of
+    each.
     """
-    inside = windows >= 0
-    units = normalize(tokens.float(), dim=-1)
-    if len(windows) == 1:
-        units = units[0].index_select(0, windows.clamp(min=0).flatten()).view(*windows.shape, -1)
+    units, members = normalize(tokens.float(), dim=-1), windows.members
+    if len(members) == 1:
+        units = units[0].index_select(0, members.flatten()).view(*members.shape, -1)
     else:
-        row = torch.arange(windows.shape[0], device=windows.device)[:, None, None]
-        units = units[row, windows.clamp(min=0)]
-    units = units.where(inside[..., None], 0)
-    count = inside.sum(dim=-1)
+        units = units[torch.arange(len(members), device=members.device)[:, None, None], members]
+    if windows.inside is not None:
+        units = units.where(windows.inside[..., None], 0)
     both = units.sum(dim=2).square().sum(dim=-1) - units.square().sum(dim=(2, 3))
-    return both / (count * (count - 1)).clamp(min=1)
+    return both / windows.pairs
 
 
 def alike_windows(
-    similarity: Tensor, windows: Tensor, threshold: float, spare: Tensor, *, shared: bool = False
+    similarity: Tensor, windows: Windows, threshold: float, spare: Tensor, *, shared: bool = False
 ) -> Tensor:
     """(B, W) bool: the windows that merge, the most similar ones first (ties: the first in raster order).
 
@@ -83,32 +147,32 @@ def alike_windows(
     `spare` (B,) tokens. shared: every image that may lose any merges as many windows as the one that merges the
     fewest.
     """
-    members = (windows >= 0).sum(dim=-1)
-    alike = (similarity >= threshold) & (members > 1)
+    alike = (similarity >= threshold) & windows.several
     order = similarity.masked_fill(~alike, float("-inf")).argsort(dim=1, descending=True, stable=True)
     ranked = alike.gather(1, order)
-    lost = ((members - 1).gather(1, order) * ranked).cumsum(dim=1)
-    count = (ranked & (lost <= spare[:, None])).sum(dim=1)
+    fits = ranked & ((windows.lost.gather(1, order) * ranked).cumsum(dim=1) <= spare[:, None])
     if shared:
+        count = fits.sum(dim=1)
         count = count.minimum(count.masked_fill(spare <= 0, similarity.shape[1]).min())
-    return alike & (order.argsort(dim=1) < count[:, None])
+        fits = ranked & (torch.arange(order.shape[1], device=order.device) < count[:, None])
+    return torch.zeros_like(alike).scatter_(1, order, fits)
 
 
-def merge_windows(windows: Tensor, chosen: Tensor, valid: Tensor) -> EncoderSelection:
+def merge_windows(windows: Windows, chosen: Tensor, valid: Tensor | None) -> EncoderSelection:
     """The plain mean of each chosen window's members in the place of its first one; all other tokens go on.
 
-    windows: (B, W, S); chosen: (B, W) bool; valid: (B, N) bool.
+    chosen: (B, W) bool; valid: (B, N) bool, None where no image is padded. Looks at what is kept (`answered`).
     """
-    batch, tokens = valid.shape
-    # A last column takes what belongs to no chosen window.
-    places = windows.where(chosen[..., None] & (windows >= 0), tokens).flatten(1)
-    share = 1 / (windows >= 0).sum(dim=-1).clamp(min=1).float()
-    column = torch.arange(tokens + 1, device=valid.device).expand(batch, -1)
-    into = column.scatter(1, places, windows[..., :1].expand_as(windows).flatten(1))[:, :tokens]
-    weights = torch.ones(batch, tokens + 1, device=valid.device)
-    weights = weights.scatter(1, places, share[..., None].expand(windows.shape).flatten(1))[:, :tokens]
-    keep = valid & (into == column[:, :tokens])
-    return EncoderSelection(keep, into.masked_fill(~valid, -1), weights, sound=True)
+    merged = chosen.gather(1, windows.window)
+    into = torch.where(merged, windows.first, windows.column)
+    weights = windows.share.where(merged, 1.0)
+    keep = ~(merged & windows.follows)
+    if valid is not None:
+        keep = keep & valid
+        return EncoderSelection(keep, into.masked_fill(~valid, -1), weights, sound=True)
+    counts = tuple(answered(keep.sum(dim=1)))
+    flows = min(counts) < keep.shape[1]
+    return EncoderSelection(keep, into, weights, counts=counts, flows=flows, sound=True, lossless=True)
 
 
 def merge_alike(layer: EncoderLayer, threshold: float, method: str, *, released: bool) -> EncoderSelection:
@@ -119,12 +183,13 @@ def merge_alike(layer: EncoderLayer, threshold: float, method: str, *, released:
     unseen = layer.unseen or (0,) * len(layer.grids)
     if layer.alive != tuple(math.prod(grid) - hidden for grid, hidden in zip(layer.grids, unseen, strict=True)):
         raise VTPruneError(f"{method} merges windows of whole images: no stage may drop tokens before it")
-    windows = batch_windows(layer.grids, ragged=not released).to(layer.valid.device)
+    windows = batch_windows(layer.grids, ragged=not released, device=layer.valid.device)
+    similarity = check_scores(window_similarity(token_means(layer), windows), method)
     if any(unseen):
         # Nothing flows together with what the decoder never sees.
-        rows = torch.arange(len(windows), device=windows.device)[:, None, None]
-        hidden = (windows >= 0) & ~layer.valid[rows, windows.clamp(min=0)]
-        windows = windows.masked_fill(hidden.any(dim=-1, keepdim=True), -1)
-    similarity = check_scores(window_similarity(token_means(layer), windows), method)
+        rows = torch.arange(len(windows.members), device=windows.members.device)[:, None, None]
+        hidden = ~layer.valid[rows, windows.members]
+        hidden = hidden if windows.inside is None else hidden & windows.inside
+        similarity = similarity.masked_fill(hidden.any(dim=-1), float("-inf"))
     chosen = alike_windows(similarity, windows, threshold, layer.total - layer.budget, shared=released)
-    return merge_windows(windows, chosen, layer.valid)
+    return merge_windows(windows, chosen, None if layer.full else layer.valid)
