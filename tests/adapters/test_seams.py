@@ -14,7 +14,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
-from tests.models import BUILDERS, END, HYBRIDS, IMAGE, LONG, MODELS, ROWS, SHORT, START, VIDEO, make, prompt
+from tests.models import BUILDERS, END, HYBRIDS, IMAGE, LONG, MODELS, PAST, ROWS, SHORT, START, VIDEO, make, prompt
 from tests.oracle import TOLERANCE
 from vtprune import adapters
 from vtprune.adapters import sizes
@@ -23,6 +23,7 @@ from vtprune.adapters.llava import LlavaAdapter
 from vtprune.adapters.seams import Source
 from vtprune.encoder.arrangement import Arrangement, Part
 from vtprune.encoder.encoding import EncodedImage, Encoding
+from vtprune.method.views import DecoderLayer
 
 LAYER, HYBRID_LAYER = 2, 4
 
@@ -103,20 +104,69 @@ def test_methods_are_shown_the_queries_and_keys_that_attention_got(
     torch.testing.assert_close(ahead[1], key)
 
 
-def test_a_wrapped_decoder_with_norms_is_scored_by_what_they_give(
-    computed: dict[int, tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[DecoderLayer]:
+    """What SpAtten was shown, layer by layer, values looked at as the layer ran."""
+    found: list[DecoderLayer] = []
+    original = vtprune.SpAtten.prune_decoder
+
+    def prune(self: Any, layer: DecoderLayer) -> Any:
+        found.append(layer)
+        assert layer.value.shape == layer.key.shape
+        return original(self, layer)
+
+    monkeypatch.setattr(vtprune.SpAtten, "prune_decoder", prune)
+    return found
+
+
+def _expect_computed(shown: list[DecoderLayer], computed: dict[int, tuple[Tensor, Tensor, Tensor]]) -> None:
+    assert shown
+    for layer in shown:
+        query, key, value = computed[layer.index]
+        count = query.shape[2]
+        torch.testing.assert_close(layer.query, query[0])
+        torch.testing.assert_close(layer.key, key[0, :, -count:])
+        torch.testing.assert_close(layer.value, value[0, :, -count:])
+    shown.clear()
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "with norms"])
+@torch.no_grad()
+def test_a_method_sees_what_attention_got_with_a_cache_without_one_and_behind_earlier_turns(
+    kind: str,
+    computed: dict[int, tuple[Tensor, Tensor, Tensor]],
+    shown: list[DecoderLayer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sizes, "DECODERS", (*sizes.DECODERS, "qwen3"))
-    seen: list[Any] = []
-    original = vtprune.FastV.prune_decoder
-    monkeypatch.setattr(
-        vtprune.FastV, "prune_decoder", lambda self, layer: (seen.append(layer), original(self, layer))[1]
-    )
-    with torch.no_grad():
-        vtprune.wrap(_with_norms(), "fastv:keep=0.5")(**prompt("llava-clip", [LONG]))
-    query, key, _ = computed[seen[0].index]
-    torch.testing.assert_close(seen[0].query, query[0, :, -seen[0].query.shape[1] :])
-    torch.testing.assert_close(seen[0].key, key[0])
+    inputs = prompt("llava-clip" if kind == "with norms" else kind, [LONG])
+    with vtprune.wrapped(_with_norms() if kind == "with norms" else make(kind), "spatten", keep=0.5) as model:
+        for use_cache in (True, False, True):
+            model(**inputs, use_cache=use_cache)
+            _expect_computed(shown, computed)
+        mask = torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)
+        cache = model(**inputs).past_key_values
+        shown.clear()
+        model(**{**inputs, "attention_mask": mask, PAST: cache})
+        _expect_computed(shown, computed)
+
+
+@torch.no_grad()
+def test_keys_and_values_are_hooked_once_a_forward_comes_without_a_cache() -> None:
+    model, inputs = make("llava-clip"), prompt("llava-clip", [LONG])
+    attention = next(iter(adapters.adapter_for(model).decoder_layers)).self_attn
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+
+    def hooks() -> list[int]:
+        return [len(module._forward_hooks) for module in projections]
+
+    with vtprune.wrapped(model, "spatten", keep=0.5):
+        model(**inputs)
+        assert hooks() == [1, 0, 0]
+        for _ in range(2):
+            model(**inputs, use_cache=False)
+            assert hooks() == [1, 1, 1]
+    assert hooks() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

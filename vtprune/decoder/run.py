@@ -124,8 +124,6 @@ class LayerView:
     taps: what its projections put out, by name, as constants; hidden: (B, n, D) what the layer did; embeddings:
     cosines and sines (B or 1, n, d) that it turned queries and keys by; mask: what it attended with. places: (B, m) of
     the input's own tokens, the last of the n, None for all; kept: the tokens of each of the run's images that it had.
-    cached: (B, KV, n, d) keys and values of the n tokens as its cache has them, None without a cache; nobody writes
-    into them.
     """
 
     index: int
@@ -135,7 +133,6 @@ class LayerView:
     mask: Any
     places: Tensor | None
     kept: tuple[Tensor, ...]
-    cached: tuple[Tensor, Tensor] | None = None
 
     def without_front(self, count: int) -> LayerView:
         """The same without the first `count` tokens, which no other observer has to do with."""
@@ -148,7 +145,6 @@ class LayerView:
             hidden=self.hidden[:, count:],
             embeddings=(cos[:, count:], sin[:, count:]),
             mask=None if self.mask is None else self.mask[:, :, count:],
-            cached=None if self.cached is None else (self.cached[0][:, :, count:], self.cached[1][:, :, count:]),
         )
 
 
@@ -561,24 +557,23 @@ class DecoderRun:
         watching = [one for one in self.observers if one.wants(index)] if index > self._observed else []
         self._observed = max(index, self._observed)
         if watching:
-            hidden = output[0] if isinstance(output, tuple) else output
             view = LayerView(
                 index=index,
                 # What is tapped makes choices, which have no gradient; what merges or waits for later has one.
                 taps={name: _chosen_by(states) for name, states in self.taps.items()},
-                hidden=hidden,
+                hidden=output[0] if isinstance(output, tuple) else output,
                 embeddings=kwargs["position_embeddings"],
                 mask=kwargs.get("attention_mask"),
                 places=self.layout(index).places,
                 kept=tuple(span.kept for span in self.spans),
-                cached=self._cached(index, hidden.shape[1]),
             )
             for observer in watching:
                 view = observer.after(self, view)
         self.taps.clear()
 
-    def _cached(self, index: int, count: int) -> tuple[Tensor, Tensor] | None:
-        """The keys and values of the `count` tokens that a layer has just computed, if it has a cache of such."""
+    def cached(self, index: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """(B, KV, n, d) the keys and values of the last `count` tokens that a layer has just computed, as its cache
+        has them, None without a cache of such; nobody writes into them."""
         layer = None if self.layers is None else self.layers[index]
         if not isinstance(layer, PrunedLayer) or layer.keys is None or layer.values is None:
             return None
@@ -744,6 +739,13 @@ class DecoderRun:
         whatever it held before."""
         if self.layers is None or not self.spans:
             return
+        more = [
+            index
+            for index in sorted(indices - self.states)
+            if any(span.layers[index].numel() > span.layers[-1].numel() for span in self.spans)
+        ]
+        if not more:
+            return
         offset, end = self.prompt.offset, self.prompt.offset + self.prompt.length
         gone = torch.zeros(self.prompt.batch, end, dtype=torch.bool, device=self.prompt.device)
         for span in self.spans:
@@ -753,7 +755,7 @@ class DecoderRun:
         left = self.row_counts([span.layers[-1].numel() for span in self.spans])
         # Layers that share slots go on sharing them, and their masks.
         known: dict[int, tuple[Slots, Tensor, Tensor | None]] = {}
-        for index in sorted(indices - self.states):
+        for index in more:
             layer = self.entries(index)
             slots = layer.slots
             if slots is None:
@@ -768,10 +770,9 @@ class DecoderRun:
                     removed = _marked(slots.masked_fill(~gone.gather(1, at), -1), gone.shape[1])
                 known[key] = (Slots(new), columns, removed)
             stay_at, columns, removed = known[key]
-            if any(span.layers[index].numel() > span.layers[-1].numel() for span in self.spans):
-                layer.cut(stay_at, columns)
-                if removed is not None:
-                    layer.add(SHIFT, removed.cumsum(dim=1))
+            layer.cut(stay_at, columns)
+            if removed is not None:
+                layer.add(SHIFT, removed.cumsum(dim=1))
 
     def restore(self, states: Tensor, index: int) -> Tensor:
         """Hidden states after layer `index` at the full length: a dropped place repeats the last kept one."""

@@ -31,7 +31,7 @@ from vtprune.method.plan import Plans
 from vtprune.method.pruner import Pruner
 from vtprune.method.stages import InCache
 from vtprune.method.views import CachedRow, CacheEntries
-from vtprune.tensors.attention import SightByPlaces, attention_sums, full_precision, rows_at_once
+from vtprune.tensors.attention import CausalSight, Sight, SightByPlaces, attention_sums, full_precision, rows_at_once
 from vtprune.tensors.taps import tapped
 
 
@@ -171,7 +171,7 @@ class Watch(Observer):
     _waiting: list[_Layer] = field(default_factory=list)
     # By row, the layers of which the method wants the density, and what tokens got in each.
     _sums: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
-    _sights: dict[tuple[int, int, torch.device], tuple[Held, Held, SightByPlaces]] = field(default_factory=dict)
+    _sights: dict[tuple[int, int, torch.device], tuple[Held, Held, Sight]] = field(default_factory=dict)
 
     def wants(self, index: int) -> bool:
         """Whether the attention of this layer counts."""
@@ -273,13 +273,17 @@ class Watch(Observer):
             return self.pruner.densities(check_scores(stacked, name, still=True))
         return torch.cat([self.pruner.densities(check_scores(own[None], name)).to(device) for own in sums])
 
-    def _sight(self, own: Held, held: Held, device: torch.device) -> SightByPlaces:
+    def _sight(self, own: Held, held: Held, device: torch.device) -> Sight:
         """Which of the tokens `held` the input's `own` ones see; layers with the same ones share it."""
         key = id(own), id(held), device
         if key not in self._sights:
-            seen = np.searchsorted(held.known, own.known, side="right").tolist()
+            if own is held:
+                sight: Sight = CausalSight(device)
+            else:
+                seen = np.searchsorted(held.known, own.known, side="right").tolist()
+                sight = SightByPlaces(own.places.to(device), held.places.to(device), seen)
             # Both are kept with it, so that their ids are not given to others.
-            self._sights[key] = own, held, SightByPlaces(own.places.to(device), held.places.to(device), seen)
+            self._sights[key] = own, held, sight
         return self._sights[key][2]
 
     def _places(self, row: int, slots: Tensor | None, first: int) -> Held:
@@ -340,7 +344,7 @@ class Watch(Observer):
             aux[IMAGES] = torch.from_numpy(left).to(run.prompt.device)
 
     def _guard(self, run: DecoderRun, layers: list[PrunedLayer]) -> None:
-        first = 0 if self.pruner.evicts_again else int(np.flatnonzero(self.known.images.any(axis=0))[0])
+        first = 0 if self.pruner.evicts_again else int(self.known.images.any(axis=0).argmax())
         end = run.prompt.offset + run.prompt.length
         for layer in layers:
             layer.guard = (first if layer.guard is None else min(first, layer.guard[0]), end)

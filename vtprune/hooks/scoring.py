@@ -22,40 +22,11 @@ States = tuple[Tensor, Tensor]
 
 
 class DecoderScoring:
-    """Shows the layers of one model's decoder to the methods that score them."""
+    """The decoder layers of one model, and the methods that score them."""
 
     def __init__(self, adapter: Adapter, pruners: list[Pruner], plans: Plans) -> None:
         self.adapter, self.pruners, self.plans = adapter, pruners, plans
-        self._modules = list(adapter.decoder_layers)
-
-    @torch.no_grad()
-    def states(self, view: LayerView, asks: Query, last: Tensor | int | None) -> States:
-        """q and k (B, H, n, d) of the layer that ran, or what `asks` says of them: the queries in the columns `last`
-        (B, C) alone, these and all keys of the next layer, or no columns at all."""
-        if asks is Query.NOBODY:
-            none = view.hidden.new_empty(view.hidden.shape[0], 0, 0, 0)
-            return none, none
-        if asks is not Query.NEXT_LAYER:
-            query = self.adapter.decoder_query(view.taps, view.embeddings, last)
-            held = self._held(view)
-            keys = self.adapter.decoder_keys(view.taps, view.embeddings) if held is None else held[0]
-            return query, self.adapter.repeated(keys)
-        assert last is not None
-        module = self._modules[view.index + 1]
-        return self.adapter.query_and_keys(module, view.hidden, view.embeddings, last)
-
-    @torch.no_grad()
-    def values(self, view: LayerView) -> Tensor:
-        """v (B, H, n, d) of the layer that ran."""
-        held = self._held(view)
-        return self.adapter.repeated(self.adapter.decoder_values(view.taps) if held is None else held[1])
-
-    def _held(self, view: LayerView) -> States | None:
-        """Keys and values as the layer's cache has them, if it has one; not where methods see some heads alone, those
-        that read vision."""
-        sizes = self.adapter.decoder_sizes
-        whole = tapped(view.taps, "q").shape[2:].numel() == sizes.heads * sizes.head_size
-        return view.cached if whole else None
+        self.layers = list(adapter.decoder_layers)
 
 
 def one_column(columns: list[list[int]], device: torch.device) -> Tensor | int:
@@ -110,8 +81,34 @@ class SeenLayer:
         return self._where[span.row].index_select(0, words)
 
     @cached_property
+    def _held(self) -> States | None:
+        """(B, KV, n, d) keys and values as the layer's cache has them, if it has one; not where methods see some heads
+        alone, those that read vision."""
+        view, sizes = self._view, self._scoring.adapter.decoder_sizes
+        whole = tapped(view.taps, "q").shape[2:].numel() == sizes.heads * sizes.head_size
+        return self._run.cached(view.index, view.hidden.shape[1]) if whole else None
+
+    @torch.no_grad()
+    def _seen(self, asks: Query) -> States:
+        """(B, H, n, d) queries and keys of the layer, or what `asks` says of them: the queries of the last token of
+        each prompt alone, these and all keys of the next layer, or no columns at all."""
+        view, adapter = self._view, self._scoring.adapter
+        if asks is Query.NOBODY:
+            none = view.hidden.new_empty(view.hidden.shape[0], 0, 0, 0)
+            return none, none
+        if asks is Query.NEXT_LAYER:
+            layer = self._scoring.layers[view.index + 1]
+            return adapter.query_and_keys(layer, view.hidden, view.embeddings, self._last)
+        query = adapter.decoder_query(view.taps, view.embeddings, self._last if asks is Query.LAST else None)
+        keys = adapter.decoder_keys(view.taps, view.embeddings) if self._held is None else self._held[0]
+        return query, adapter.repeated(keys)
+
+    @cached_property
+    @torch.no_grad()
     def _values(self) -> Tensor:
-        return self._scoring.values(self._view)
+        """(B, H, n, d) of the layer."""
+        adapter, held = self._scoring.adapter, self._held
+        return adapter.repeated(adapter.decoder_values(self._view.taps) if held is None else held[1])
 
     def _value(self, row: int) -> Tensor:
         return self._values[row]
@@ -128,11 +125,10 @@ class SeenLayer:
         asks, looks = Query.ALL, NOTHING
         if isinstance(pruner, BetweenLayers):
             asks, looks = pruner.query, pruner.layer_reads
-        last_alone = asks in (Query.LAST, Query.NEXT_LAYER)
         if asks not in self._states:
-            self._states[asks] = scoring.states(view, asks, self._last if last_alone else None)
+            self._states[asks] = self._seen(asks)
         query, key = (part[row] for part in self._states[asks])
-        if last_alone:
+        if asks in (Query.LAST, Query.NEXT_LAYER):
             query = query[:, span.talk, None]
         hidden = Read.HIDDEN in looks
         first, last = (ends[row][span.talk] for ends in self._ends)

@@ -12,7 +12,6 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
 from vtprune.errors import VTPruneError
 from vtprune.method.answers import EncoderSelection
@@ -20,20 +19,17 @@ from vtprune.method.checks import answered, check_scores
 from vtprune.method.views import EncoderLayer
 
 Grid3 = tuple[int, int, int]
+Ints = npt.NDArray[np.int64]
 WINDOW = (3, 3)
 
 
-def window_members(grid: Grid3, size: tuple[int, int]) -> Tensor:
-    """(W, rows * cols) int64: the tokens in each window of a (t, h, w) grid, frame by frame in raster order.
+@functools.lru_cache(maxsize=256)
+def window_members(grid: Grid3, size: tuple[int, int]) -> Ints:
+    """(W, rows * cols) the tokens in each window of a (t, h, w) grid, frame by frame in raster order.
 
     Windows of `size` (rows, cols) do not overlap; those at the bottom and on the right that reach past the grid
-    have -1 self. The first member is the one at the top left.
+    have -1 there. The first member is the one at the top left.
     """
-    return torch.from_numpy(_members(grid, size))
-
-
-@functools.lru_cache(maxsize=256)
-def _members(grid: Grid3, size: tuple[int, int]) -> npt.NDArray[np.int64]:
     (_, height, width), (rows, cols) = grid, size
     places = np.arange(math.prod(grid)).reshape(grid)
     places = np.pad(places, ((0, 0), (0, -height % rows), (0, -width % cols)), constant_values=-1)
@@ -64,32 +60,29 @@ class Windows:
     follows: Tensor
 
     @classmethod
-    def of(cls, members: Tensor, tokens: int, device: torch.device) -> Windows:
+    def of(cls, members: Ints, tokens: int, device: torch.device) -> Windows:
         """members: (B, W, S) as above, but -1 where there is none; tokens: N, those of the largest image."""
-        batch, count = members.shape[:2]
-        inside, column = members >= 0, torch.arange(tokens).expand(batch, -1)
-        held = inside.sum(dim=-1)
-        # A last column takes what no token has.
-        places = members.masked_fill(~inside, tokens).flatten(1)
-
-        def by_token(values: Tensor, others: Tensor) -> Tensor:
-            spread = values[..., None].expand_as(members).flatten(1)
-            return torch.nn.functional.pad(others, (0, 1)).scatter(1, places, spread)[:, :tokens]
-
-        first = by_token(members[..., 0], column)
+        inside, (batch, count) = members >= 0, members.shape[:2]
+        held = inside.sum(axis=-1)
+        rows, windows = np.arange(batch)[:, None, None], np.arange(count)[:, None]
+        rows, windows = (np.broadcast_to(part, members.shape)[inside] for part in (rows, windows))
+        at, column = (rows, members[inside]), np.tile(np.arange(tokens), (batch, 1))
+        window, first, share = np.zeros_like(column), column.copy(), np.ones(column.shape, dtype=np.float32)
+        window[at], first[at] = windows, members[rows, windows, 0]
+        share[at] = np.float32(1) / held[rows, windows].astype(np.float32)
         found = {
-            "members": members.clamp(min=0),
-            "pairs": (held * (held - 1)).clamp(min=1),
+            "members": members.clip(min=0),
+            "pairs": (held * (held - 1)).clip(min=1),
             "several": held > 1,
             "lost": held - 1,
-            "window": by_token(torch.arange(count).expand(batch, -1), torch.zeros_like(column)),
+            "window": window,
             "first": first,
-            "share": by_token(1 / held.clamp(min=1).float(), torch.ones(column.shape)),
+            "share": share,
             "column": column,
             "follows": first != column,
         }
-        moved = {name: values.contiguous().to(device) for name, values in found.items()}
-        return cls(inside=None if bool(inside.all()) else inside.to(device), **moved)
+        moved = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
+        return cls(inside=None if inside.all() else torch.from_numpy(inside).to(device), **moved)
 
 
 def batch_windows(
@@ -106,11 +99,14 @@ def batch_windows(
 
 @functools.lru_cache(maxsize=16)
 def _windows(grids: tuple[Grid3, ...], size: tuple[int, int], ragged: bool, device: torch.device) -> Windows:
+    found = [window_members(grid, size) for grid in grids]
+    members = np.full((len(grids), max(map(len, found)), math.prod(size)), -1)
+    for row, own in zip(members, found, strict=True):
+        row[: len(own)] = own
+    if not ragged:
+        members[(members < 0).any(axis=-1)] = -1
     # They outlive the block that asks for them first.
     with torch.inference_mode(False):
-        members = pad_sequence([window_members(grid, size) for grid in grids], batch_first=True, padding_value=-1)
-        if not ragged:
-            members = members.masked_fill((members < 0).any(dim=-1, keepdim=True), -1)
         return Windows.of(members, max(math.prod(grid) for grid in grids), device)
 
 
