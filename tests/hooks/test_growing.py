@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vtprune
 from tests.growing import GREEDY, LEVELS, Given, alone, assert_as_alone, between
-from tests.models import CROPPED, PAST, ROWS, VIDEOS, Row, make, prompt
+from tests.models import CROPPED, LONG, PAST, ROWS, VIDEOS, Row, make, prompt
 from vtprune.errors import PromiseWarning
 from vtprune.hooks.base_sample import sample_base
 from vtprune.method.growth import Origin
@@ -68,6 +68,12 @@ def test_rows_that_lose_nothing_are_answered_at_once() -> None:
     with pytest.warns(vtprune.KeptWholeWarning):
         assert torch.equal(model.generate(**inputs, **GREEDY), plain)
     assert [sample.attempts for sample in vtprune.report(model).samples] == [[0.21], [0.21], [0.21]]
+    # No row of six tokens fits into five, which the method finds out as it looks at the image.
+    inputs = prompt("llava-clip", [LONG])
+    plain, rows = make("llava-clip").generate(**inputs, **GREEDY), vtprune.FoPru(strategy="row", keep=5)
+    model = vtprune.wrap(make("llava-clip"), Given(method=rows, threshold=2.0, levels=(5, 12, 1.0), fixed=5))
+    assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+    assert [sample.attempts for sample in vtprune.report(model).samples] == [[5]]
 
 
 def test_threads_on_one_model_do_not_mix() -> None:

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from vtprune.adapters.base import Adapter
 from vtprune.cache.adopting import cache_in, logical_length
 from vtprune.errors import PromiseWarning, VTPruneError
-from vtprune.hooks.records import RECORD, records_of
+from vtprune.hooks.records import RECORD
 from vtprune.hooks.state import ThreadState
 from vtprune.method.growth import Growth
 from vtprune.method.plan import Plans
@@ -72,12 +72,18 @@ class FirstToken(LogitsProcessor):
 class Doubt(StoppingCriteria):
     """Stops rows after their first token where that is not sure enough; together: all of them where any is not.
 
-    open: of each row whether more of what it shows would change anything; others: the caller's own criteria, which
-    hear of nothing that is thrown away as a whole.
+    open: says of each row, once its prompt was read, whether more of what it shows would change anything; others: the
+    caller's own criteria, which hear of nothing that is thrown away as a whole.
     """
 
     def __init__(
-        self, first: FirstToken, growth: Growth, *, open: Sequence[bool], together: bool, others: Sequence[Any]
+        self,
+        first: FirstToken,
+        growth: Growth,
+        *,
+        open: Callable[[], Sequence[bool]],
+        together: bool,
+        others: Sequence[Any],
     ) -> None:
         self.first, self.growth, self.together = first, growth, together
         self.open, self.others = open, others
@@ -88,10 +94,11 @@ class Doubt(StoppingCriteria):
         """(B,) bool."""
         now = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         if self.refused is None:
-            if any(self.open):
+            open = self.open()
+            if any(open):
                 sure = getattr(self.first, self.growth.score).to(now.device)
                 # What is no number is not sure.
-                now = ~(sure >= self.growth.threshold) & torch.tensor(self.open, device=now.device)
+                now = ~(sure >= self.growth.threshold) & torch.tensor(open, device=now.device)
                 now = now.any().expand(len(now)) if self.together else now
                 self.vain = bool(now.all())
             self.refused = now
@@ -206,11 +213,11 @@ class GrowingHooks:
                 if shown is None or not self._shared:
                     shown = self._encode(given)
                     self._check_tokens(shown)
-                first, cut = FirstToken(), self._cut(shown, level)
+                first = FirstToken()
                 doubt = Doubt(
                     first,
                     growth,
-                    open=[not final and row in cut for row in rows],
+                    open=functools.partial(self._open, len(rows), final=final),
                     together=together,
                     others=others,
                 )
@@ -275,16 +282,12 @@ class GrowingHooks:
                 rows[source.kind] = list(_rows_of(lengths, tokens[source.kind]))
         return _Shown(outputs, rows, max(map(sum, zip(*tokens.values(), strict=True)), default=0))
 
-    def _cut(self, shown: _Shown, level: int | float) -> set[int]:
-        """The rows of which something is left out at a level."""
-        plans = self.plans.at(level)
-        found = set()
-        for kind, output in shown.outputs.items():
-            for row, image in zip(shown.rows[kind], records_of(output), strict=True):
-                # An image that no setting of the method cuts so far is kept whole, and more of it is the same again.
-                if image is None or plans.of(image.shown).cuts:
-                    found.add(row)
-        return found
+    def _open(self, count: int, *, final: bool) -> list[bool]:
+        """Of each row of the attempt under way whether something was left out of what it shows: an image that no
+        setting of the method cuts so far is kept whole, and more of it is the same again."""
+        images = () if final else self.state.generation.trail.images
+        less = {image.row for image in images if not image.whole}
+        return [row in less for row in range(count)]
 
     def _of_rows(self, given: Mapping[str, Any], shown: _Shown, rows: Sequence[int], size: int) -> dict[str, Any]:
         """The arguments of `generate` for some rows of the batch, with what they show encoded already."""

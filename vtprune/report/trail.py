@@ -143,6 +143,11 @@ class ImageTrail:
             return self.routed[layer].computed
         return self.alive_at(layer)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every decoder layer processed all of its tokens, once the forward is over."""
+        return all(self.kept_at(layer).numel() == self.total for layer in range(len(self.layers)))
+
     def held_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer `layer` has keys and values of in the prefill: those that it processes, and those
         that skip it and are read all the same."""
