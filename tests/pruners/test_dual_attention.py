@@ -48,18 +48,18 @@ def naive_attention(layer: DecoderLayer, rows: list[int], first: int) -> Tensor:
 def test_the_texts_rows_are_the_layers_own_causal_attention(pad: int) -> None:
     layer = decoder_layer(pad=pad, before=2)
     rows = dual.rows_after(layer, text_only=True)
-    assert rows.tolist() == [pad + 10, pad + 11, pad + 12, pad + 13]
-    want = naive_attention(layer, rows.tolist(), pad)
+    assert list(rows) == [pad + 10, pad + 11, pad + 12, pad + 13]
+    want = naive_attention(layer, list(rows), pad)
     assert torch.allclose(attention_to_image(layer, rows).double(), want, atol=1e-6)
 
 
 def test_rows_are_text_after_the_image_or_all_tokens_after_it_or_the_last_one() -> None:
     layer = replace(decoder_layer(after=4), text=torch.tensor([0, 1, 2, 13, 14]), after=-1)
-    assert dual.rows_after(layer, text_only=True).tolist() == [13, 14]
-    assert dual.rows_after(layer, text_only=False).tolist() == [11, 12, 13, 14]
+    assert list(dual.rows_after(layer, text_only=True)) == [13, 14]
+    assert list(dual.rows_after(layer, text_only=False)) == [11, 12, 13, 14]
     last = decoder_layer(after=0)
-    assert dual.rows_after(last, text_only=True).tolist() == [10]
-    assert dual.rows_after(last, text_only=False).tolist() == [10]
+    assert list(dual.rows_after(last, text_only=True)) == [10]
+    assert list(dual.rows_after(last, text_only=False)) == [10]
 
 
 @few
@@ -154,5 +154,5 @@ def test_images_before_all_text_take_part_in_the_softmax() -> None:
     # The first three of the image's tokens belong to an image before it.
     layer = replace(whole, vision=whole.vision[3:], indices=torch.arange(5), total=5)
     rows = dual.rows_after(layer, text_only=True)
-    want = naive_attention(whole, rows.tolist(), 0)[:, 3:]
+    want = naive_attention(whole, list(rows), 0)[:, 3:]
     assert torch.allclose(attention_to_image(layer, rows).double(), want, atol=1e-6)

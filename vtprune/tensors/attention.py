@@ -149,6 +149,14 @@ def _triangle(device: torch.device, length: int) -> Tensor:
         return torch.full((length, length), float("-inf"), device=device).triu_(1)
 
 
+def hiding_later(start: int, stop: int, keys: int, device: torch.device) -> Tensor:
+    """(stop - start, keys) fp32 what hides the later ones of so many keys from the queries `start` .. `stop` - 1: 0
+    or -inf, which nobody writes into."""
+    if max(stop, keys) <= SHORT:
+        return _triangle(device, SHORT)[start:stop, :keys]
+    return torch.full((stop - start, keys), float("-inf"), device=device).triu_(start + 1)
+
+
 class CausalSight(Sight):
     """Queries see their own key and those before it: there are as many of both, in one order."""
 
@@ -166,11 +174,9 @@ class CausalSight(Sight):
 
     def make(self, start: int, stop: int, *, whole: bool) -> Tensor:
         """Triangles."""
-        count = stop - start
-        if whole and stop <= SHORT:
-            return _triangle(self._device, SHORT)[start:stop, :stop]
         if whole:
-            return torch.full((count, stop), float("-inf"), device=self._device).triu_(start + 1)
+            return hiding_later(start, stop, stop, self._device)
+        count = stop - start
         return torch.ones(count, count - 1, dtype=torch.bool, device=self._device).triu_()
 
 

@@ -16,6 +16,7 @@ from vtprune.method.facts import ModelFacts
 from vtprune.method.views import DecoderLayer
 from vtprune.pruners.parts.attending import check_attending, snapped
 from vtprune.pruners.parts.checks import check_factor
+from vtprune.pruners.parts.prompt_attention import text_behind
 
 # The published layers of 32, and the thresholds of the published setting for 128 tokens.
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = (2, 6, 10, 14), 32
@@ -127,14 +128,13 @@ def schedule(entered: int, budget: int, lengths: tuple[int, ...]) -> tuple[int, 
     return tuple(stage_tokens(entered, (least + found) / STEPS, len(lengths)))
 
 
-def rows_after(layer: DecoderLayer, *, text_only: bool) -> Tensor:
+def rows_after(layer: DecoderLayer, *, text_only: bool) -> Tensor | range:
     """(T,) places of the tokens after the image, or of the text tokens among them; the last prompt token if there
     are none."""
-    if text_only:
-        rows = layer.text[layer.text.numel() - layer.text_after :]
-    else:
-        rows = torch.arange(layer.after, layer.last + 1, device=layer.vision.device)
-    return rows if rows.numel() else layer.vision.new_tensor([layer.last])
+    rows = text_behind(layer) if text_only else range(layer.after, layer.last + 1)
+    if rows is None and layer.text_after:
+        return layer.text[layer.text.numel() - layer.text_after :]
+    return rows or range(layer.last, layer.last + 1)
 
 
 def sums_and_peaks(attention: Tensor) -> tuple[Tensor, Tensor]:

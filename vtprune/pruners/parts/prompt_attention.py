@@ -9,7 +9,25 @@ from torch import Tensor
 
 from vtprune.method.facts import Work
 from vtprune.method.views import DecoderLayer
-from vtprune.tensors.attention import rows_at_once
+from vtprune.tensors.attention import hiding_later, rows_at_once
+
+
+def text_behind(layer: DecoderLayer) -> range | None:
+    """The places of the text after the image, where it is all that stands between the image and the end of its prompt,
+    which the host knows; else None."""
+    first = layer.last + 1 - layer.text_after
+    return range(first, layer.last + 1) if first == layer.after else None
+
+
+def _unbroken_rows(layer: DecoderLayer, rows: range) -> Iterator[Tensor]:
+    """As `_whole_rows`, the weights of tokens that follow each other in a row without padding."""
+    query, key = layer.query, layer.key.float()
+    several = rows_at_once(key.device, key.shape[0] * key.shape[1])
+    for start in range(rows.start, rows.stop, several):
+        stop = min(start + several, rows.stop)
+        hidden = hiding_later(start, stop, key.shape[1], key.device)
+        asked = query[:, start:stop].float() * layer.scale
+        yield torch.baddbmm(hidden, asked, key.transpose(-1, -2)).softmax(dim=-1)
 
 
 def _whole_rows(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -33,11 +51,17 @@ def attention_of_heads(layer: DecoderLayer, rows: Tensor) -> Iterator[tuple[Tens
         yield some, weights.index_select(-1, vision)
 
 
-def attention_to_image(layer: DecoderLayer, rows: Tensor) -> Tensor:
+def attention_to_image(layer: DecoderLayer, rows: Tensor | range) -> Tensor:
     """(T, N) fp32 attention of the tokens at the places `rows` (T,) to the image's, averaged over heads."""
     vision = layer.vision.to(layer.key.device)
+    if isinstance(rows, range) and layer.first:
+        rows = torch.arange(rows.start, rows.stop, device=vision.device)
+    if isinstance(rows, range):
+        maps = _unbroken_rows(layer, rows)
+    else:
+        maps = (weights for _, weights in _whole_rows(layer, rows))
     # Heads first: the image's columns are then picked from one map.
-    found = [weights.mean(dim=0).index_select(1, vision) for _, weights in _whole_rows(layer, rows)]
+    found = [weights.mean(dim=0).index_select(1, vision) for weights in maps]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -19,7 +19,7 @@ from vtprune.method.registry import register
 from vtprune.method.stages import NOTHING, Read
 from vtprune.method.views import DecoderLayer, VisionStream
 from vtprune.pruners.parts.checks import check_choice, check_factor
-from vtprune.pruners.parts.prompt_attention import attention_to_image
+from vtprune.pruners.parts.prompt_attention import attention_to_image, text_behind
 from vtprune.pruners.parts.staged import Staged
 from vtprune.pruners.sparsevlm.raters import choose_raters, debiased_scores, relevance
 from vtprune.pruners.sparsevlm.recycling import (
@@ -174,8 +174,11 @@ class SparseVLM(Staged):
 
     def rows(self, layer: DecoderLayer) -> Tensor:
         """(T,) places of the raters, or of the last prompt token if no text follows the image."""
-        raters = list(layer.memory["raters"])
-        return layer.text[raters] if raters else layer.text.new_tensor([layer.last])
+        raters, text = list(layer.memory["raters"]), text_behind(layer)
+        if not raters:
+            return layer.vision.new_tensor([layer.last])
+        # They are counted from the end.
+        return layer.text[raters] if text is None else layer.vision.new_tensor([text[one] for one in raters])
 
     def scores(self, layer: DecoderLayer) -> Tensor:
         """The raters' attention, in version 2 without what the rotary embedding adds: (N,)."""
