@@ -50,10 +50,10 @@ BOUNDS = {
     "gemfilter": Bound(1.34, 2),  # the layers before its own run twice
     "pyramid_drop": Bound(1.08, 2),
     "vtw": Bound(1.02, 1),
-    "sparsevlm": Bound(1.17, 3),
+    "sparsevlm": Bound(1.16, 3),
     "vscan": Bound(1.12, 2),
     "vflowopt": Bound(1.12, 4),
-    "mustdrop": Bound(1.21, 3),
+    "mustdrop": Bound(1.17, 3),
     "lazyllm": Bound(1.10, 2, first=1.34, first_reads=3, later=1.34, later_reads=3),
     "spatten": Bound(1.17, 2),
     "yopo": Bound(1.08, 1),
