@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -128,13 +129,23 @@ class Known:
 
 @dataclass(frozen=True)
 class Held:
-    """The columns (n,) of a layer that hold a row's tokens, and their places, there and on the host; whole: whether
-    these are all columns."""
+    """The columns (n,) of a layer that hold a row's tokens, `at` on the host, and their places, `known` there; whole:
+    whether these are all columns."""
 
-    columns: Tensor
-    places: Tensor
+    at: Ints
     known: Ints
     whole: bool
+    device: torch.device
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(n,) `at`, on the device."""
+        return torch.from_numpy(self.at).to(self.device)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(n,) `known`, on the device."""
+        return torch.from_numpy(self.known).to(self.device)
 
     def of(self, values: Tensor) -> Tensor:
         """(H, n, ...) in these columns, of values (H, K, ...)."""
@@ -222,7 +233,7 @@ class Watch(Observer):
                 for one, layer, query, sums in zip(waiting, layers, queries, found, strict=True):
                     keys = _keys(layer)
                     own_sums = attention_sums(own.of(query[row]), held.of(keys[row]), sight, adapter.decoder_scale)
-                    own_sums = own_sums.unflatten(0, (keys.shape[1], -1))
+                    own_sums = own_sums.view(keys.shape[1], -1, own_sums.shape[1])
                     if row in self.prompts and one.index in self.of.dense:
                         new = own_sums if later is None else own_sums[..., later]
                         self._sums.setdefault(row, []).append((one.index, new))
@@ -292,23 +303,17 @@ class Watch(Observer):
         answer."""
         key = row, id(slots), first
         if key not in self._held:
-            real, images = self.known.real[row], self.known.images
+            real = self.known.real[row, first : self.known.images.shape[1]]
             if slots is None:
-                places = np.arange(first, images.shape[1])
+                own, at = np.arange(len(real)), real.nonzero()[0]
             else:
                 if id(slots) not in self._slots:
                     # The slots are kept with what was read, so that their id is not given to others.
                     self._slots[id(slots)] = slots, read_back([slots])[0]
                 own = self._slots[id(slots)][1][row]
-                places = np.where(own < 0, -1, own + first)
-            columns = ((places >= 0) & real[np.maximum(places, 0)]).nonzero()[0]
+                at = ((own >= 0) & real[np.maximum(own, 0)]).nonzero()[0]
             device = self.device if slots is None else slots.device
-            self._held[key] = Held(
-                torch.from_numpy(columns).to(device),
-                torch.from_numpy(places[columns]).to(device),
-                places[columns],
-                whole=len(columns) == len(places),
-            )
+            self._held[key] = Held(at, own[at] + first, whole=len(at) == len(own), device=device)
         return self._held[key]
 
     def close(self, run: DecoderRun) -> None:
