@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -147,10 +148,32 @@ def _spread(model: Any, seed: int) -> None:
                 weight.copy_((2.4 if peaky else 1.6) * weight.shape[-1] ** -0.5 * noise)
 
 
+class ExactNorm(nn.Module):
+    """An RMS norm that stays in fp64: transformers makes it in fp32, where two numbers that differ in the sixteenth
+    digit may be rounded to some that differ in the eighth."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, states: Tensor) -> Tensor:
+        squares = states.square().mean(dim=-1, keepdim=True)
+        return self.weight * states * (squares + self.variance_epsilon).rsqrt()
+
+
+def _in_fp64(model: Any) -> Any:
+    """The model in fp64, its norms as well."""
+    for parent in list(model.double().modules()):
+        for name, module in list(parent.named_children()):
+            if type(module).__name__.endswith("RMSNorm"):
+                setattr(parent, name, ExactNorm(module))
+    return model
+
+
 @functools.cache
 def _copier(number: int) -> Copier:
     shape = architecture(number)
-    model = (_qwen if shape.is_qwen else _llava)(shape).double()
+    model = _in_fp64((_qwen if shape.is_qwen else _llava)(shape))
     _spread(model, number)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
