@@ -70,7 +70,10 @@ def measured_breakdown(model: nn.Module, inputs: dict[str, Any]) -> FlopsBreakdo
     )
 
 
-def _counter(model: nn.Module, inputs: dict[str, Any]) -> FlopCounterMode:
+def _counter(model: Any, inputs: dict[str, Any]) -> FlopCounterMode:
+    if model.config.model_type.endswith("moe"):
+        # The counter does not know products of groups: the experts one by one.
+        model.set_experts_implementation("eager")
     with torch.no_grad(), counter() as count:
         model.eval()(**inputs, logits_to_keep=1)
     return count
@@ -198,11 +201,7 @@ def build(config: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
         "qwen3_5": Qwen3_5ForConditionalGeneration,
         "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
     }
-    model = classes[config.model_type]._from_config(config, attn_implementation=attention).eval()
-    if config.model_type.endswith("moe"):
-        # The counter does not know products of groups: the experts one by one.
-        model.set_experts_implementation("eager")
-    return model
+    return classes[config.model_type]._from_config(config, attn_implementation=attention).eval()
 
 
 def prompt(image_tokens: list[int], text_tokens: int) -> torch.Tensor:

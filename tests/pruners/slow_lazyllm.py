@@ -112,7 +112,8 @@ class SlowLazyLLM:
         logits = (keys * query).sum(dim=-1) * layer.self_attn.scaling
         mixed = (logits.softmax(dim=0)[..., None] * values).sum(dim=0)
         state = self.hidden[index][place] + layer.self_attn.o_proj(mixed.flatten())
-        state = state + layer.mlp(layer.post_attention_layernorm(state))
+        # Experts take rows of tokens.
+        state = state + layer.mlp(layer.post_attention_layernorm(state)[None, None])[0, 0]
         self.hidden[index + 1][place] = state + self.added[index][place] if index < len(self.added) else state
         return dict(zip(seen, logits, strict=True))
 

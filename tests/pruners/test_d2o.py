@@ -18,6 +18,7 @@ from tests.models import HYBRIDS, IMAGE, MODELS, PAST, ROWS, Row, make, prompt
 from tests.oracle import STEPS, TOLERANCE, next_tokens, run_wrapped
 from tests.pruners.cache_reference import Reference, Rule
 from tests.streams import few
+from vtprune.adapters import adapter_for
 from vtprune.method.facts import ModelFacts
 from vtprune.method.views import CachedRow, CacheEntries
 from vtprune.pruners.d2o import (
@@ -336,12 +337,13 @@ def test_a_decoder_without_layers_to_cut_is_refused() -> None:
 @every_model
 def test_scoring_is_one_product_of_queries_and_keys_a_watched_layer(kind: str) -> None:
     inputs = prompt(kind, ROWS[kind][2:])
-    length = inputs["input_ids"].shape[1]
+    sizes, length = adapter_for(make(kind)).decoder_sizes, inputs["input_ids"].shape[1]
+    width = sizes.heads * sizes.head_size
     for variant, layers in (("paper", 2), ("released", 5)):
         model = vtprune.wrap(make(kind), vtprune.D2O(variant=variant))
         with torch.no_grad():
             model(**inputs)
             scoring = vtprune.report(model).flops_breakdown.scoring
-            assert scoring == pytest.approx(layers * 2 * length * length * 32, abs=2)
+            assert scoring == pytest.approx(layers * 2 * length * length * width, abs=2)
             model(**inputs, use_cache=False)
         assert vtprune.report(model).flops_breakdown.scoring == 0

@@ -25,7 +25,7 @@ def _unbroken_rows(layer: DecoderLayer, rows: range) -> Iterator[Tensor]:
     several = rows_at_once(key.device, key.shape[0] * key.shape[1])
     for start in range(rows.start, rows.stop, several):
         stop = min(start + several, rows.stop)
-        hidden = hiding_later(start, stop, key.shape[1], key.device)
+        hidden = hiding_later(start, stop, key.shape[1], key.device).to(key.dtype)
         asked = query[:, start:stop].float() * layer.scale
         yield torch.baddbmm(hidden, asked, key.transpose(-1, -2)).softmax(dim=-1)
 
