@@ -15,7 +15,7 @@ import vtprune
 from tests.differences import text_labels
 from tests.flop_helper import measured_flops
 from tests.models import MODELS, PAST, ROWS, make, prompt
-from tests.oracle import TOLERANCE, compare, next_tokens, run_wrapped, vision
+from tests.oracle import TOLERANCE, added, compare, next_tokens, run_wrapped, vision
 from vtprune.adapters.decoder_side import DecoderSide
 from vtprune.method.answers import Routes
 from vtprune.method.registry import register
@@ -23,6 +23,8 @@ from vtprune.method.stages import InLayers
 from vtprune.method.views import RoutedTokens
 
 LAYERS = (1, 2, 4)
+# By layer, the columns (B, n) that a method was told to be vision: ends of rows are none.
+VISION: dict[int, Tensor] = {}
 KINDS = [*MODELS, "llava-onevision"]
 
 
@@ -52,6 +54,8 @@ class Reading(InLayers):
         return max(1, entered - 1)
 
     def route(self, tokens: RoutedTokens) -> Routes:
+        if tokens.image.amax() >= 0:
+            VISION[tokens.index] = tokens.vision
         skipped = skips(tokens.hidden.shape[1], tokens.index, self.every) & tokens.real
         kept = ~skipped if self.text else ~(skipped & tokens.vision)
         if self.counted_by == "device":
@@ -61,15 +65,17 @@ class Reading(InLayers):
 
 @contextmanager
 def frozen(model: Any, inputs: dict[str, Tensor], method: Reading) -> Iterator[None]:
-    """The unwrapped model in which tokens that skip a layer leave it as they came."""
+    """The unwrapped model in which tokens that skip a layer leave it as they came, but for what it adds to vision."""
     ids = inputs["input_ids"]
+    planes = added(model, inputs, ids)
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
 
     def hook(index: int) -> Any:
-        own = skips(ids.shape[1], index, method.every) & real & (method.text | vision(ids))
+        own = skips(ids.shape[1], index, method.every) & real & (method.text | VISION[index])
+        plane = planes[index] if index < len(planes) else 0
 
         def after(module: Any, args: Any, output: Tensor) -> Tensor | None:
-            return torch.where(own[..., None], args[0], output) if output.shape[1] == ids.shape[1] else None
+            return torch.where(own[..., None], args[0] + plane, output) if output.shape[1] == ids.shape[1] else None
 
         return after
 
