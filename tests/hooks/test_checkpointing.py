@@ -50,6 +50,8 @@ def _gradients(
         weight.requires_grad_("vtprune" in name or not own)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    # Some methods draw anew in each forward of training.
+    torch.manual_seed(0)
     loss = model(**inputs, labels=text_labels(inputs), use_cache=False).loss
     loss.backward()
     return float(loss.detach()), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
@@ -57,10 +59,11 @@ def _gradients(
 
 def _compare(found: Found, expected: Found) -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        error = float((found[1][name] - gradient).abs().max())
-        assert error <= 1e-5 * max(1.0, float(gradient.abs().max())), name
+    for name in found[1].keys() | expected[1].keys():
+        # What a checkpointed layer puts out beside what is read of it has a gradient of zeros in place of none.
+        ours, theirs = (one[1].get(name, torch.zeros(())) for one in (found, expected))
+        error = float((ours - theirs).abs().max())
+        assert error <= 1e-5 * max(1.0, float(theirs.abs().max())), name
 
 
 def _check(kind: str, pruner: Pruner | list[Pruner], **options: bool) -> None:
