@@ -14,7 +14,7 @@ from vtprune.adapters.seams import QK_NORMS, Projections, uses_flash
 from vtprune.cost.sizes import ModelCost, TransformerCost
 from vtprune.decoder.prompt import PromptInfo
 from vtprune.tensors.compaction import gather_tokens
-from vtprune.tensors.rotary import rotate
+from vtprune.tensors.rotary import rotate, turned
 from vtprune.tensors.taps import tapped
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ class DecoderSide(ABC):
         return self._turned(query, _angles(embeddings))
 
     def decoder_keys(self, taps: dict[str, Tensor], embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """k (B, KV, n, d) in fp32 with rotary embedding, from what was tapped."""
-        return self._turned(tapped(taps, "k"), _angles(embeddings))
+        """k (B, KV, n, d) with rotary embedding, from what was tapped: the bits that a cache would hold."""
+        cos, sin = embeddings
+        return turned(self._split(tapped(taps, "k")), cos.unsqueeze(-3), sin.unsqueeze(-3))
 
     def decoder_values(self, taps: dict[str, Tensor]) -> Tensor:
         """v (B, KV, n, d), from what was tapped."""

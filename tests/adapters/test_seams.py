@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from vtprune.adapters.llava import LlavaAdapter
 from vtprune.adapters.seams import Source
 from vtprune.encoder.arrangement import Arrangement, Part
 from vtprune.encoder.encoding import EncodedImage, Encoding
+from vtprune.hooks.taps import Taps
 from vtprune.method.views import DecoderLayer
 
 LAYER, HYBRID_LAYER = 2, 4
@@ -151,6 +153,23 @@ def test_a_method_sees_what_attention_got_with_a_cache_without_one_and_behind_ea
         _expect_computed(shown, computed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_a_method_sees_the_same_bits_with_and_without_a_cache(
+    kind: str, dtype: torch.dtype, shown: list[DecoderLayer]
+) -> None:
+    inputs = {name: one.to(dtype) if one.is_floating_point() else one for name, one in prompt(kind, [LONG]).items()}
+    with vtprune.wrapped(make(kind).to(dtype), "spatten", keep=0.5) as model:
+        for use_cache in (True, False):
+            model(**inputs, use_cache=use_cache)
+    half = len(shown) // 2
+    assert half
+    for with_cache, without in zip(shown[:half], shown[half:], strict=True):
+        for name in ("query", "key", "value"):
+            assert torch.equal(getattr(with_cache, name), getattr(without, name))
+
+
 @torch.no_grad()
 def test_keys_and_values_are_hooked_once_a_forward_comes_without_a_cache() -> None:
     model, inputs = make("llava-clip"), prompt("llava-clip", [LONG])
@@ -167,6 +186,22 @@ def test_keys_and_values_are_hooked_once_a_forward_comes_without_a_cache() -> No
             model(**inputs, use_cache=False)
             assert hooks() == [1, 1, 1]
     assert hooks() == [0, 0, 0]
+
+
+def test_a_thread_takes_no_group_for_hooked_that_another_one_is_still_hooking() -> None:
+    taps, module, others = Taps(lambda: None), torch.nn.Linear(2, 2), list[Thread]()
+
+    def find() -> dict[str, torch.nn.Module]:
+        # As the first thread is about to hook the module, another one asks for the same.
+        others.append(Thread(target=taps.follow, args=("group", lambda: [find])))
+        others[-1].start()
+        others[-1].join(0.1)
+        assert others[-1].is_alive()
+        return {"q": module}
+
+    taps.follow("group", lambda: [find])
+    others[0].join()
+    assert len(others) == len(module._forward_hooks) == 1
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

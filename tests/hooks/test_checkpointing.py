@@ -104,6 +104,21 @@ def test_checkpointing_gives_the_same_gradients_with_every_method(kind: str, pru
     _check(kind, pruner, training=training)
 
 
+@pytest.mark.parametrize("method", ["fastv", "spatten", "sparsevlm", "lazyllm"])
+def test_a_single_layer_that_is_checkpointed_is_seen_as_without(method: str) -> None:
+    model, inputs = (
+        vtprune.wrap(make("llava-clip"), method, keep=0.5).train(),
+        prompt("llava-clip", ROWS["llava-clip"]),
+    )
+    expected = model(**inputs).logits
+    model.gradient_checkpointing_enable()
+    decoder = model.model.language_model
+    decoder.gradient_checkpointing = False
+    for index, layer in enumerate(decoder.layers):
+        layer.gradient_checkpointing = index == 1
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_that_is_switched_on_and_off_while_wrapped_leaves_the_model_as_it_was(reentrant: bool) -> None:
     model, inputs = (

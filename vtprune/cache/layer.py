@@ -101,6 +101,11 @@ class PrunedLayer(DynamicLayer):
         self._announced = False
         return super().update(key_states, value_states, *args, **kwargs)
 
+    @property
+    def expects(self) -> bool:
+        """Whether an `update` was announced that did not come: the layer ran without this cache."""
+        return self._announced
+
     def at_end(self, name: str) -> Tensor | None:
         """(B, 1) the value of an aux tensor that holds after the last place."""
         values = self.aux.get(name)

@@ -575,7 +575,7 @@ class DecoderRun:
         """(B, KV, n, d) the keys and values of the last `count` tokens that a layer has just computed, as its cache
         has them, None without a cache of such; nobody writes into them."""
         layer = None if self.layers is None else self.layers[index]
-        if not isinstance(layer, PrunedLayer) or layer.keys is None or layer.values is None:
+        if not isinstance(layer, PrunedLayer) or layer.expects or layer.keys is None or layer.values is None:
             return None
         keys, values = _chosen_by(layer.keys), _chosen_by(layer.values)
         past = keys.shape[2] - count

@@ -31,7 +31,7 @@ def around_hooks() -> bool:
 
 
 def drops_cache(module: Any) -> bool:
-    """Whether the layers of this decoder run without a cache now, since they are checkpointed."""
+    """Whether the layers of this decoder, or this layer, run without a cache now, since they are checkpointed."""
     checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
     return bool(checkpointed and (around_hooks() or torch.is_grad_enabled()))
 

@@ -104,6 +104,11 @@ class DecoderHooks:
 
         self._taps.follow(group, find)
 
+    def _some_drop_cache(self) -> bool:
+        """Whether layers that methods look at run without the cache now, since they alone are checkpointed."""
+        layers = list(self.adapter.decoder_layers) if self.tapped else []
+        return any(drops_cache(layers[index]) for index in self.tapped)
+
     def open_frame(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Begins a forward of the multimodal model: what it is given reaches the decoder with the call's arguments."""
         inputs = self._signature.bind(*args, **kwargs).arguments
@@ -150,7 +155,7 @@ class DecoderHooks:
         layers = self._adopt(cache, spans)
         if layers is None and not spans and not self.routing.routes_text:
             return args, kwargs
-        if layers is None:
+        if layers is None or self._some_drop_cache():
             # From here on keys and values are tapped, too.
             self._follow("uncached", {layer: names - {"q"} for layer, names in self._uncached.items()})
         rotary = self.adapter.rotary if self.compact else None

@@ -28,17 +28,22 @@ class Taps:
         if group in self._find:
             return
         with self._lock:
-            # Another thread may have been first.
-            self._find = {group: find(), **self._find}
-        self.refresh()
+            if group not in self._find:
+                found = find()
+                self._hook_all(group, found)
+                # Only now, since other threads take a group that is known for one that is hooked.
+                self._find = {**self._find, group: found}
 
     def refresh(self) -> None:
         """Moves the hooks to the modules that stand in the layers now."""
         with self._lock:
             for group, found in self._find.items():
-                for index, find in enumerate(found):
-                    for name, module in find().items():
-                        self._hook((group, index, name), module)
+                self._hook_all(group, found)
+
+    def _hook_all(self, group: str, found: list[Find]) -> None:
+        for index, find in enumerate(found):
+            for name, module in find().items():
+                self._hook((group, index, name), module)
 
     def _hook(self, key: tuple[str, int, str], module: nn.Module) -> None:
         old = self._hooked.get(key)

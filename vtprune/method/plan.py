@@ -67,11 +67,6 @@ class Plan:
         """Whether any method acts."""
         return any(self.acts(order) for order in range(len(self.pruners)))
 
-    @property
-    def cuts(self) -> bool:
-        """Whether any decoder layer computes, or may compute, fewer than all tokens, of which one always stays."""
-        return self.tokens > 1 and any(count is None or count < self.tokens for count in self.layers())
-
     def whole(self, order: int, entered: int) -> str:
         """Why a method cannot cut the image to its budget, "" where it can."""
         return self._once(self._whole, order, entered)

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same as `rotate` in the operations, and with the rounding, of transformers' models."""
+    turning = cos.shape[-1]
+    if turning < states.shape[-1]:
+        return torch.cat([turned(states[..., :turning], cos, sin), states[..., turning:]], dim=-1)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout; states (..., n, d), cos and sin (..., n, r) broadcast to the first r
     columns of them, and those after r stay as they are."""
