@@ -155,7 +155,7 @@ class DecoderHooks:
         layers = self._adopt(cache, spans)
         if layers is None and not spans and not self.routing.routes_text:
             return args, kwargs
-        if layers is None or self._some_drop_cache():
+        if layers is None or (spans and self._some_drop_cache()):
             # From here on keys and values are tapped, too.
             self._follow("uncached", {layer: names - {"q"} for layer, names in self._uncached.items()})
         rotary = self.adapter.rotary if self.compact else None
