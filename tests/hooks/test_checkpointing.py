@@ -104,7 +104,7 @@ def test_checkpointing_gives_the_same_gradients_with_every_method(kind: str, pru
     _check(kind, pruner, training=training)
 
 
-@pytest.mark.parametrize("method", ["fastv", "spatten", "sparsevlm", "lazyllm"])
+@pytest.mark.parametrize("method", ["fastv", "spatten", "sparsevlm", "lazyllm", "mustdrop", "pyramid_drop", "d2o"])
 def test_a_single_layer_that_is_checkpointed_is_seen_as_without(method: str) -> None:
     model, inputs = (
         vtprune.wrap(make("llava-clip"), method, keep=0.5).train(),

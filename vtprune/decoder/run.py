@@ -742,7 +742,9 @@ class DecoderRun:
         more = [
             index
             for index in sorted(indices - self.states)
-            if any(span.layers[index].numel() > span.layers[-1].numel() for span in self.spans)
+            # A layer that is checkpointed alone ran without its cache.
+            if not self.entries(index).expects
+            and any(span.layers[index].numel() > span.layers[-1].numel() for span in self.spans)
         ]
         if not more:
             return
