@@ -70,12 +70,16 @@ def measured_breakdown(model: nn.Module, inputs: dict[str, Any]) -> FlopsBreakdo
     )
 
 
-def _counter(model: Any, inputs: dict[str, Any]) -> FlopCounterMode:
+def _one_by_one(model: Any) -> Any:
+    """The model with its experts, if it has some, one by one: the counter does not know products of groups."""
     if model.config.model_type.endswith("moe"):
-        # The counter does not know products of groups: the experts one by one.
         model.set_experts_implementation("eager")
+    return model
+
+
+def _counter(model: nn.Module, inputs: dict[str, Any]) -> FlopCounterMode:
     with torch.no_grad(), counter() as count:
-        model.eval()(**inputs, logits_to_keep=1)
+        _one_by_one(model).eval()(**inputs, logits_to_keep=1)
     return count
 
 
@@ -201,7 +205,7 @@ def build(config: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
         "qwen3_5": Qwen3_5ForConditionalGeneration,
         "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
     }
-    return classes[config.model_type]._from_config(config, attn_implementation=attention).eval()
+    return _one_by_one(classes[config.model_type]._from_config(config, attn_implementation=attention).eval())
 
 
 def prompt(image_tokens: list[int], text_tokens: int) -> torch.Tensor:

@@ -64,14 +64,21 @@ class Reading(InLayers):
 
 
 @contextmanager
-def frozen(model: Any, inputs: dict[str, Tensor], method: Reading) -> Iterator[None]:
-    """The unwrapped model in which tokens that skip a layer leave it as they came, but for what it adds to vision."""
+def frozen(
+    model: Any, inputs: dict[str, Tensor], method: Reading, marks: dict[int, Tensor] | None = None
+) -> Iterator[None]:
+    """The unwrapped model in which tokens that skip a layer leave it as they came, but for what it adds to vision;
+    marks: by layer, where that is, None for all placeholders."""
     ids = inputs["input_ids"]
     planes = added(model, inputs, ids)
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
 
     def hook(index: int) -> Any:
-        own = skips(ids.shape[1], index, method.every) & real & (method.text | VISION[index])
+        own = (
+            skips(ids.shape[1], index, method.every)
+            & real
+            & (method.text | (vision(ids) if marks is None else marks[index]))
+        )
         plane = planes[index] if index < len(planes) else 0
 
         def after(module: Any, args: Any, output: Tensor) -> Tensor | None:
@@ -98,7 +105,7 @@ def test_prefill_and_steps_are_those_of_the_model_with_frozen_states(
     inputs = prompt(kind, ROWS[kind], padding)
     with vtprune.wrapped(make(kind, attention), method) as model:
         found, report, cache = run_wrapped(kind, model, inputs)
-    with frozen(model, inputs, method):
+    with frozen(model, inputs, method, VISION):
         expected, _, _ = _run(kind, model, inputs)
     assert compare(found, expected, inputs) < TOLERANCE
     assert sum(report.tokens_per_layer[1]) < sum(report.tokens_per_layer[0])
